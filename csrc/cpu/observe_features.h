@@ -1,0 +1,206 @@
+// The moments of each feature over a tile. No include guard: part of observe_kernel.h.
+//
+// The fast loops leave a number of features in Features, and say whether all of them went well; what did not is done again by its owner.
+
+// Over one tile, N features: the sums of the powers of (x·unit − shift)·scale, the extremes of x, and Σ|x|·unit. unit is 1 unless the values
+// lie so close to the ends of the range that even their sum would not fit.
+template <class T, int N>
+struct alignas(64) Features {
+  T unit[N], shift[N], scale[N], s1[N], s2[N], s3[N], s4[N], low[N], high[N], abs_sum[N], count[N];
+};
+
+// Whether a feature is to be done again, because the scale did not suit or a value is not finite, as far as the sums can tell.
+template <class V>
+TORCHPROBE_INLINE auto unsuited(V low, V high, V shift, V scale, V abs_sum) {
+  using T = std::remove_reference_t<decltype(low[0])>;
+  const V largest = max(high - shift, shift - low) * scale;
+  return (abs_sum - abs_sum != 0) | (largest > Limits<T>::high) | ((largest < Limits<T>::low) & (low != high));
+}
+
+// The shift of a feature: the mean of four of its values in the tile. A tile with fewer repeats its first.
+TORCHPROBE_INLINE int quarter_of(int n, int i) { return n >= 4 ? n * i / 4 : 0; }
+
+// ---- the sums, features contiguous -------------------------------------------------------------------------------------------------------
+
+// V·W neighbouring features of n rows, from column j on; while at it, fetches bytes [fetch, fetch_end) of the rows ahead.
+template <class T, int V>
+TORCHPROBE_INLINE bool column_sums(const T* const* row, int n, int64_t j, const T* scales, Features<T, V * width<T>>& out, const Ahead& ahead,
+                                   int64_t fetch, int64_t fetch_end) {
+  constexpr int W = width<T>;
+  Vec<T> k[V], shift[V], s[V], s1[V], s2[V], s3[V], s4[V], low[V], high[V], sum[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    const int64_t i = j + v * W;
+    k[v] = load(scales + v * W);
+    shift[v] = (((load(row[0] + i) + load(row[quarter_of(n, 1)] + i)) + load(row[quarter_of(n, 2)] + i)) + load(row[quarter_of(n, 3)] + i)) *
+               splat<T>(T(0.25));
+    s[v] = -(shift[v] * k[v]);
+    s1[v] = s2[v] = s3[v] = s4[v] = sum[v] = Vec<T>{};
+    low[v] = high[v] = load(row[0] + i);
+  }
+  for (int r = 0; r < n; ++r) {
+    ahead.fetch(r, fetch, fetch_end);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const Vec<T> x = load(row[r] + j + v * W), d = fma(x, k[v], s[v]), q = d * d;
+      low[v] = min(low[v], x);
+      high[v] = max(high[v], x);
+      sum[v] += abs(x);
+      s1[v] = v % 2 ? fma(d, splat<T>(1), s1[v]) : s1[v] + d;  // the same, on one unit or the other
+      s2[v] += q;
+      s3[v] = fma(q, d, s3[v]);
+      s4[v] = fma(q, q, s4[v]);
+    }
+  }
+  auto wrong = unsuited(low[0], high[0], shift[0], k[0], sum[0]);
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    wrong |= unsuited(low[v], high[v], shift[v], k[v], sum[v]);
+    store(out.unit + v * W, splat<T>(1));
+    store(out.shift + v * W, shift[v]);
+    store(out.scale + v * W, k[v]);
+    store(out.s1 + v * W, s1[v]);
+    store(out.s2 + v * W, s2[v]);
+    store(out.s3 + v * W, s3[v]);
+    store(out.s4 + v * W, s4[v]);
+    store(out.low + v * W, low[v]);
+    store(out.high + v * W, high[v]);
+    store(out.abs_sum + v * W, sum[v]);
+  }
+  return !any(wrong);
+}
+
+// One feature by the same arithmetic, into lane i.
+template <class T, int N>
+void column_again(const T* x, int n, T shift, T scale, Features<T, N>& out, int i) {
+  const T s = -(shift * scale);
+  T s1 = 0, s2 = 0, s3 = 0, s4 = 0, sum = 0;
+  for (int r = 0; r < n; ++r) {
+    const T d = fma(x[r], scale, s), q = d * d;
+    sum += x[r] < 0 ? -x[r] : x[r];
+    s1 += d;
+    s2 += q;
+    s3 = fma(q, d, s3);
+    s4 = fma(q, q, s4);
+  }
+  out.s1[i] = s1, out.s2[i] = s2, out.s3[i] = s3, out.s4[i] = s4, out.abs_sum[i] = sum;
+}
+
+// ---- the sums, neighbouring vectors contiguous -------------------------------------------------------------------------------------------
+
+// One feature of n neighbouring vectors, into lane i, extremes included.
+template <class S, class T, int N>
+TORCHPROBE_INLINE void feature_sums(const S* x, int n, T shift, T scale, Features<T, N>& out, int i) {
+  constexpr int W = width<T>;
+  const Vec<T> k = splat<T>(scale), s = splat<T>(-(shift * scale)), first = splat<T>(widen(x[0]));
+  Vec<T> s1[2] = {}, s2[2] = {}, s3[2] = {}, s4[2] = {}, sum[2] = {}, low[2] = {first, first}, high[2] = {first, first};
+  auto add = [&](Vec<T> x, int v) __attribute__((always_inline)) {
+    const Vec<T> d = fma(x, k, s), q = d * d;
+    low[v] = min(low[v], x);
+    high[v] = max(high[v], x);
+    s1[v] += d;
+    s2[v] += q;
+    s3[v] = fma(q, d, s3[v]);
+    s4[v] = fma(q, q, s4[v]);
+  };
+  int r = 0;
+  for (; r + 2 * W <= n; r += 2 * W) {
+    const Vec<T> a = load_wide(x + r), b = load_wide(x + r + W);
+    add(a, 0), sum[0] += abs(a);
+    add(b, 1), sum[1] += abs(b);
+  }
+  if (r + W <= n) {
+    const Vec<T> a = load_wide(x + r);
+    add(a, 0), sum[0] += abs(a);
+    r += W;
+  }
+  if (r < n) {
+    add(load_part<S>(x + r, n - r, shift), 1);  // a deviation of 0 adds nothing, and the shift lies between the extremes
+    sum[1] += abs(load_part<S>(x + r, n - r, 0));
+  }
+  const Four powers = reduce4(s1[0] + s1[1], s2[0] + s2[1], s3[0] + s3[1], s4[0] + s4[1]);
+  out.s1[i] = T(powers.a), out.s2[i] = T(powers.b), out.s3[i] = T(powers.c), out.s4[i] = T(powers.d);
+  out.low[i] = reduce_min(min(low[0], low[1])), out.high[i] = reduce_max(max(high[0], high[1]));
+  out.abs_sum[i] = reduce(sum[0] + sum[1]);
+  out.unit[i] = 1, out.shift[i] = shift, out.scale[i] = scale;
+}
+
+// ---- one feature again -------------------------------------------------------------------------------------------------------------------
+
+// Lane i, from its n values x (which are overwritten), whatever they are: the finite ones alone, with a unit and a scale that suit, by the
+// arithmetic that the layout uses. Counts the others in `nonfinite`.
+template <class T, int N, bool SideBySide>
+void feature_again(T* x, int n, Features<T, N>& out, int i, double& nonfinite) {
+  int kept = 0;
+  for (int r = 0; r < n; ++r)
+    if (is_finite(x[r])) x[kept++] = x[r];
+  nonfinite += n - kept;
+  n = kept;
+  out.count[i] = T(n);
+  out.shift[i] = out.s1[i] = out.s2[i] = out.s3[i] = out.s4[i] = out.low[i] = out.high[i] = out.abs_sum[i] = 0;
+  out.scale[i] = out.unit[i] = 1;
+  const T largest = largest_deviation(x, n, 1, T(0));
+  if (largest == 0) return;
+  const T unit = inverse_power<T>(largest);
+  T low = x[0], high = x[0];
+  for (int r = 0; r < n; ++r) {
+    low = x[r] < low ? x[r] : low;
+    high = x[r] > high ? x[r] : high;
+    x[r] *= unit;
+  }
+  const T shift = (((x[0] + x[quarter_of(n, 1)]) + x[quarter_of(n, 2)]) + x[quarter_of(n, 3)]) * T(0.25);
+  const T deviation = largest_deviation(x, n, 1, shift), scale = deviation > 0 ? inverse_power<T>(deviation) : T(1);
+  if (SideBySide)
+    feature_sums<T, T, N>(x, n, shift, scale, out, i);
+  else
+    column_again<T, N>(x, n, shift, scale, out, i);
+  out.unit[i] = unit, out.shift[i] = shift, out.scale[i] = scale, out.low[i] = low, out.high[i] = high;
+}
+
+// ---- into the partial state --------------------------------------------------------------------------------------------------------------
+
+// 1/x for a power of two.
+TORCHPROBE_INLINE double inverse(double power) {
+  int64_t bits;
+  __builtin_memcpy(&bits, &power, 8);
+  bits = (int64_t(2046) << 52) - bits;
+  __builtin_memcpy(&power, &bits, 8);
+  return power;
+}
+TORCHPROBE_INLINE vdouble inverse(vdouble power) { return (vdouble)((int64_t(2046) << 52) - (vlong)power); }
+
+// Features of a tile folded into the partial state: those from lane i on.
+template <class E, class T, int N>
+TORCHPROBE_INLINE void merge_lanes(const Features<T, N>& c, int i, const Rows& to, E na, E nb, E inverse_nb, E wa, E wb) {
+  const E s1 = load_as<E>(c.s1 + i), s2 = load_as<E>(c.s2 + i), s3 = load_as<E>(c.s3 + i), s4 = load_as<E>(c.s4 + i);
+  const E unit = inverse(load_as<E>(c.unit + i)), u = unit * inverse(load_as<E>(c.scale + i)), u2 = u * u;
+  // Powers about the shift to powers about the mean.
+  const E m = s1 * inverse_nb, mm = m * m, nmm = nb * mm, zero{};
+  const E m2 = s2 - s1 * m, m3 = s3 - 3.0 * m * s2 + 2.0 * m * nmm, m4 = s4 - 4.0 * m * s3 + 6.0 * mm * s2 - 3.0 * mm * nmm;
+  merge_moments<E>(to, i, load_as<E>(c.shift + i) * unit + m * u, E(m2 > 0 ? m2 : zero) * u2, m3 * (u2 * u), E(m4 > 0 ? m4 : zero) * (u2 * u2),
+                   na, wa, wb);
+  merge_extremes<E>(to, i, load_as<E>(c.low + i), load_as<E>(c.high + i), na, nb);
+  store_as(to.abs_sum + i, load_as<E>(to.abs_sum + i) + load_as<E>(c.abs_sum + i) * unit);
+}
+
+// When every feature has seen `seen` values and now sees n more.
+template <class T, int N>
+TORCHPROBE_INLINE void merge_features(const Features<T, N>& c, int lanes, double n, double seen, const Rows& to) {
+  constexpr int W = width<double>;
+  const double inverse_n = 1 / n, wa = seen / (seen + n), wb = n / (seen + n);
+  int i = 0;
+  for (; i + W <= lanes; i += W)
+    merge_lanes<vdouble>(c, i, to, splat(seen), splat(n), splat(inverse_n), splat(wa), splat(wb));
+  for (; i < lanes; ++i) merge_lanes<double>(c, i, to, seen, n, inverse_n, wa, wb);
+}
+
+// When the counts differ.
+template <class T, int N>
+void merge_features_apart(const Features<T, N>& c, int lanes, const Rows& to) {
+  for (int i = 0; i < lanes; ++i) {
+    const double na = to.count[i], nb = double(c.count[i]);
+    if (nb > 0) merge_lanes<double>(c, i, to, na, nb, 1 / nb, na / (na + nb), nb / (na + nb));
+    to.count[i] += nb;
+  }
+}
+

@@ -1,0 +1,59 @@
+// One state folded into another. No include guard: part of observe_kernel.h.
+
+// The per-feature rows of a partial state, from feature j on.
+struct Rows {
+  double *count, *nonfinite, *outliers, *low, *high, *abs_sum, *mean, *m2, *m3, *m4;
+};
+inline Rows rows_of(double* state, int64_t features, int64_t j) {
+  double* p = state + layout::HEADER + j;
+  return {p + layout::COUNT * features, p + layout::NONFINITE * features, p + layout::OUTLIERS * features, p + layout::MIN * features,
+          p + layout::MAX * features,   p + layout::ABS_SUM * features,   p + layout::MEAN * features,     p + layout::M2 * features,
+          p + layout::M3 * features,    p + layout::M4 * features};
+}
+
+// The moments of two sets merged, Chan et al. (1982) and Pébay (SAND2008-6212), for one feature (E = double) or several (E = vdouble): the
+// features at `a` take in those of b. na is the number of values at a, wa and wb are the shares of the two.
+template <class E>
+TORCHPROBE_INLINE void merge_moments(const Rows& a, int64_t i, E mean, E m2, E m3, E m4, E na, E wa, E wb) {
+  const E mean_a = load_as<E>(a.mean + i), m2_a = load_as<E>(a.m2 + i), m3_a = load_as<E>(a.m3 + i), m4_a = load_as<E>(a.m4 + i);
+  const E delta = mean - mean_a, delta2 = delta * delta, between = delta2 * (na * wb), cross = wa * m2 - wb * m2_a;
+  store_as(a.m4 + i, m4_a + m4 + delta2 * (between * (wa * wa - wa * wb + wb * wb) + 6.0 * (wa * wa * m2 + wb * wb * m2_a)) +
+                         4.0 * delta * (wa * m3 - wb * m3_a));
+  store_as(a.m3 + i, m3_a + m3 + delta * (between * (wa - wb) + 3.0 * cross));
+  store_as(a.m2 + i, m2_a + m2 + between);
+  store_as(a.mean + i, mean_a + delta * wb);
+}
+template <class E>
+TORCHPROBE_INLINE void merge_extremes(const Rows& a, int64_t i, E low, E high, E na, E nb) {
+  const E low_a = load_as<E>(a.low + i), high_a = load_as<E>(a.high + i);
+  store_as(a.low + i, E(((na == 0) | ((nb > 0) & (low < low_a))) ? low : low_a));
+  store_as(a.high + i, E(((na == 0) | ((nb > 0) & (high > high_a))) ? high : high_a));
+}
+
+// The features of state b from i on, folded into those of a.
+template <class E>
+TORCHPROBE_INLINE void merge_rows(const Rows& a, const Rows& b, int64_t i) {
+  const E na = load_as<E>(a.count + i), nb = load_as<E>(b.count + i), zero{}, one = zero + 1.0, n = na + nb;
+  const E inverse_n = 1.0 / E(n > 0 ? n : one), wa = na * inverse_n, wb = E(na > 0 ? nb * inverse_n : one);
+  merge_extremes<E>(a, i, load_as<E>(b.low + i), load_as<E>(b.high + i), na, nb);
+  merge_moments<E>(a, i, load_as<E>(b.mean + i), load_as<E>(b.m2 + i), load_as<E>(b.m3 + i), load_as<E>(b.m4 + i), na, wa, wb);
+  store_as(a.count + i, n);
+  store_as(a.nonfinite + i, load_as<E>(a.nonfinite + i) + load_as<E>(b.nonfinite + i));
+  store_as(a.outliers + i, load_as<E>(a.outliers + i) + load_as<E>(b.outliers + i));
+  store_as(a.abs_sum + i, load_as<E>(a.abs_sum + i) + load_as<E>(b.abs_sum + i));
+}
+
+void merge(double* state, const double* partial, int64_t features, int64_t begin, int64_t end, bool header) {
+  if (header) {
+    const double na = state[layout::VECTORS], nb = partial[layout::VECTORS], wb = nb > 0 ? nb / (na + nb) : 0;
+    const double delta = partial[layout::KURTOSIS_MEAN] - state[layout::KURTOSIS_MEAN];
+    state[layout::KURTOSIS_MEAN] += delta * wb;
+    state[layout::KURTOSIS_M2] += partial[layout::KURTOSIS_M2] + delta * delta * (na * wb);
+    for (int64_t i : {int64_t(layout::VECTORS), int64_t(layout::CONSTANT), int64_t(layout::INVALID)}) state[i] += partial[i];
+    for (int64_t i = layout::HISTOGRAM; i < layout::HEADER; ++i) state[i] += partial[i];
+  }
+  const Rows a = rows_of(state, features, begin), b = rows_of(const_cast<double*>(partial), features, begin);
+  int64_t i = 0;
+  for (; i + width<double> <= end - begin; i += width<double>) merge_rows<vdouble>(a, b, i);
+  for (; i < end - begin; ++i) merge_rows<double>(a, b, i);
+}

@@ -1,0 +1,53 @@
+"""Attach to any layer of any encoder, read each activation once, and say what the representation has learned.
+
+>>> import torch, torchprobe
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+>>> with torchprobe.record(model) as rec:
+...     _ = model(torch.randn(32, 8))
+>>> rec.layers
+['0', '1', '2', '']
+>>> rec["0"].kurtosis.shape
+torch.Size([16])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from torchprobe import ops, statistics
+from torchprobe.recording import Recorder, Recording, RecordingWarning, load, record
+from torchprobe.statistics import Moments
+
+if TYPE_CHECKING:
+    from torchprobe import encoders
+    from torchprobe.encoders import Encoder, load_encoder
+
+__version__ = "0.1.0"
+__all__ = [
+    "record",
+    "load",
+    "Recorder",
+    "Recording",
+    "RecordingWarning",
+    "Moments",
+    "load_encoder",
+    "Encoder",
+    "encoders",
+    "ops",
+    "statistics",
+]
+
+_LAZY = {"encoders": "torchprobe.encoders", "Encoder": "torchprobe.encoders", "load_encoder": "torchprobe.encoders"}
+
+
+def __getattr__(name: str) -> Any:
+    """Encoders bring in torchvision, timm or open_clip: only when asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'torchprobe' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    return module if _LAZY[name] == f"torchprobe.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,97 @@
+"""``torchprobe::observe_gradient``: the identity, whose backward shows the gradient to an observer.
+
+Schema::
+
+    observe_gradient(Tensor x, int observer, Tensor? mask=None) -> Tensor
+    observe_gradient_backward(Tensor grad, int observer, Tensor? mask=None) -> Tensor
+
+In eager mode a tensor hook on the output reads its gradient for free. A compiled graph cannot hold such a hook, but it can hold an operator
+with a backward of its own, at the price of a copy of the activation and one of the gradient: that is this operator, and only compiled graphs
+use it.
+
+The observer is named by a number, and its state is no argument of the operator. Were it one, autograd would save it for backward and refuse
+when anything changed it in between: the backward of another micro-batch, or the end of a window.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+SCHEMAS = (
+    "observe_gradient(Tensor x, int observer, Tensor? mask=None) -> Tensor",
+    "observe_gradient_backward(Tensor grad, int observer, Tensor? mask=None) -> Tensor",
+)
+
+
+class Observer(Protocol):
+    """What reads the gradient."""
+
+    def gradient(self, grad: Tensor, mask: Tensor | None) -> None:
+        """Called in every backward, with the mask that was given to the forward."""
+
+
+_observers: weakref.WeakValueDictionary[int, Observer] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register_observer(observer: Observer) -> int:
+    """The number under which the operator finds ``observer``, which must be kept alive; afterwards the operator is the identity.
+
+    >>> import torch
+    >>> class Print:
+    ...     def gradient(self, grad, mask):
+    ...         print(grad.tolist())
+    >>> observer = Print()
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> y = torch.ops.torchprobe.observe_gradient(x, register_observer(observer))
+    >>> (3 * y).sum().backward()
+    [3.0, 3.0]
+    """
+    number = next(_numbers)
+    _observers[number] = observer
+    return number
+
+
+def _forward(x: Tensor, observer: int, mask: Tensor | None = None) -> Tensor:
+    return x.clone()  # an operator may not return its own input
+
+
+def _backward(grad: Tensor, observer: int, mask: Tensor | None = None) -> Tensor:
+    if (target := _observers.get(observer)) is not None:
+        target.gradient(grad, mask)
+    return grad.clone()
+
+
+def _fake(x: Tensor, observer: int, mask: Tensor | None = None) -> Tensor:
+    return x.clone()
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.observer, mask = inputs
+    ctx.save_for_backward(*([] if mask is None else [mask]))
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    mask = ctx.saved_tensors[0] if ctx.saved_tensors else None
+    return torch.ops.torchprobe.observe_gradient_backward(grad, ctx.observer, mask), None, None
+
+
+def _autograd_again(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad, None, None  # the gradient of a gradient passes through unseen
+
+
+def register(library: torch.library.Library) -> None:
+    """Defines both operators; every device shares one implementation, since the observer does the work."""
+    names = ("observe_gradient", "observe_gradient_backward")
+    for schema, name, kernel in zip(SCHEMAS, names, (_forward, _backward), strict=True):
+        # The tag keeps the compiler from merging two calls with equal arguments: a shared layer may get one gradient twice.
+        library.define(schema, tags=(torch.Tag.nondeterministic_seeded,))
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"torchprobe::{name}", _fake, lib=library)
+    torch.library.register_autograd(f"torchprobe::{names[0]}", _autograd, setup_context=_setup_context, lib=library)
+    torch.library.register_autograd(f"torchprobe::{names[1]}", _autograd_again, lib=library)

@@ -1,0 +1,28 @@
+"""Layer selection, hooks, and what they record.
+
+=====================  ==============================================================================
+:func:`record`         attach to the layers of a model
+:class:`Recorder`      what that gives: a recording that grows while the model runs
+:class:`Recording`     the same mapping without hooks: merged, loaded or summed over windows
+:func:`load`           read a recording from a file
+:class:`History`       the closed windows: an array (steps, layers) for every field
+=====================  ==============================================================================
+"""
+
+from torchprobe.recording.diagnosis import RecordingWarning
+from torchprobe.recording.history import History
+from torchprobe.recording.layers import named_layers, select_layers
+from torchprobe.recording.recorder import Recorder, record
+from torchprobe.recording.recording import Recording
+from torchprobe.recording.storage import load
+
+__all__ = [
+    "record",
+    "load",
+    "Recorder",
+    "Recording",
+    "History",
+    "RecordingWarning",
+    "named_layers",
+    "select_layers",
+]

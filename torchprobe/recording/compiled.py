@@ -1,0 +1,183 @@
+"""Everything here that knows ``torch.compile``.
+
+A hook of a module inside a compiled graph becomes part of the graph: its Python runs once, while the graph is traced. A hook of the outermost
+compiled module stays outside and runs as in eager mode. ``import torchprobe`` does not import the compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from types import CodeType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+_LIMIT, _ACCUMULATED_LIMIT = 8, 256  # the compiler's own defaults
+
+
+def at_trace_time(function: Function) -> Function:
+    """The function runs while a graph is traced, and the graph sees its result as a constant.
+
+    What ``torch.compiler.assume_constant_result`` does, without importing the compiler. The first argument is the hook,
+    the others are constants. While tracing, an error reaches the user as the compiler's ``UserError`` with the name of
+    the layer; in eager mode the function is called as it is.
+    """
+
+    @functools.wraps(function)
+    def traced(hook: Any, *args: Any) -> Any:
+        try:
+            return function(hook, *args)
+        except (TypeError, ValueError) as error:
+            if not is_tracing():
+                raise
+            from torch._dynamo.exc import UserError, UserErrorType
+
+            raise UserError(UserErrorType.INVALID_INPUT, f"layer {hook.layer.name!r}: {error}") from error
+
+    traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return traced  # type: ignore[return-value]
+
+
+def is_tracing() -> bool:
+    """Whether the compiler is at work; in traced code ask ``torch.compiler.is_compiling()`` instead."""
+    return torch._guards.CompileContext.current_compile_id() is not None
+
+
+def never_compile_alone(function: Callable[..., Any]) -> None:
+    """Inside a graph the function is traced; called from outside one it runs as it is, with everything it calls.
+
+    Without this the compiler would make a graph of its own of every hook of an outermost module, one more for every layer, until its
+    recompilation limit stopped it.
+    """
+    dynamo = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameAction.SKIP
+    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+
+
+def make_static(state: torch.Tensor) -> None:
+    """Tells CUDA graphs that the address never changes: a mutated input that is not static would switch them off."""
+    torch._dynamo.mark_static_address(state)
+
+
+def allow_graphs(graphs: set[str]) -> None:
+    """Makes room for one more graph when this one meets a layer for the first time; ``graphs`` remembers which those are.
+
+    Blocks that are compiled one by one share their code, but not their hooks: each needs a graph of its own, more than
+    the compiler would make before it gives up.
+    """
+    graph = str(torch._guards.CompileContext.current_compile_id())
+    if graph not in graphs:
+        graphs.add(graph)
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, _LIMIT + len(graphs))
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, _ACCUMULATED_LIMIT + len(graphs))
+
+
+def drop_graphs(classes: Iterable[type]) -> int:
+    """Drops the compiled graphs that guard on an object of one of the classes; returns how many functions had some.
+
+    A graph that was made before hooks were placed never looks for them again (PyTorch leaves those guards out), so it must
+    be made anew.
+    """
+    codes = _codes_of(classes)
+    for code in codes:
+        torch._C._dynamo.eval_frame.reset_code(code)
+    return len(codes)
+
+
+def _codes_of(classes: Iterable[type]) -> list[CodeType]:
+    if "torch._dynamo" not in sys.modules:
+        return []
+    ids = [str(id(cls)) for cls in classes]
+    return [code for code in _compiled_codes() if any(_mentions(graph, ids) for graph in _graphs(code))]
+
+
+def _compiled_codes() -> list[CodeType]:
+    seen = torch._dynamo.convert_frame.input_codes.seen
+    return [code for reference in list(seen) if (code := reference()) is not None]
+
+
+def _graphs(code: CodeType) -> list[Any]:
+    return list(torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code))
+
+
+def _mentions(graph: Any, ids: list[str]) -> bool:
+    """Whether the guards name one of the class ids. Guards that name no class at all cannot tell, which counts as yes."""
+    guards = str(graph.guard_manager)
+    return "check_type_id" not in guards or any(id_ in guards for id_ in ids)
+
+
+def has_graphs(classes: Iterable[type]) -> bool:
+    """Whether compiled graphs exist that guard on an object of one of the classes."""
+    return bool(_codes_of(classes))
+
+
+def refuse_recomputation(model: nn.Module, recorded: Iterable[nn.Module]) -> list[Callable[[], object]]:
+    """Makes compiled modules with recorded layers inside refuse to run under an activation checkpoint; returns how to undo it.
+
+    The checkpoint would run the whole graph again during backward, where no Python of ours could tell it not to count.
+    """
+    wanted = {id(module) for module in recorded}
+    undo: list[Callable[[], object]] = []
+    for name, module in model.named_modules():
+        inner = module._modules.get("_orig_mod")
+        if inner is not None and any(id(m) in wanted for m in inner.modules() if m is not inner):
+            undo.append(module.register_forward_pre_hook(_Refusal(name)).remove)
+        compiled = module.__dict__.get("_compiled_call_impl")
+        if compiled is not None and any(id(m) in wanted for m in module.modules()):
+            guarded = _Guarded(compiled, _Refusal(name))
+            module._compiled_call_impl = guarded
+            undo.append(functools.partial(_unguard, module, guarded))
+    return undo
+
+
+class _Refusal:
+    """Runs in front of a compiled graph. A copy does nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module | None = None, args: Any = None) -> None:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"torchprobe: the compiled module {self.name!r} holds recorded layers and runs under an activation "
+                f"checkpoint, which runs its graph again during backward: they would be counted twice. Compile around the "
+                f"checkpoint instead, torch.compile(lambda x: checkpoint(block, x)), or record without the compiler"
+            )
+
+    def __deepcopy__(self, memo: Any) -> Inert:
+        return Inert()
+
+    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
+        return Inert, ()
+
+
+class _Guarded:
+    """The call of a module compiled in place, refused where :class:`_Refusal` says so."""
+
+    def __init__(self, compiled: Callable[..., Any], refusal: _Refusal) -> None:
+        self.compiled, self.refusal = compiled, refusal
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.refusal()
+        return self.compiled(*args, **kwargs)
+
+
+def _unguard(module: nn.Module, guarded: _Guarded) -> None:
+    if module._compiled_call_impl is guarded:
+        module._compiled_call_impl = guarded.compiled
+
+
+class Inert:
+    """A copied or unpickled hook: it does nothing."""
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        return None
+
+
+never_compile_alone(_Refusal.__call__)
+never_compile_alone(Inert.__call__)

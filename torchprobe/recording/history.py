@@ -1,0 +1,162 @@
+"""What the windows of a recording came to: one row of numbers for every step and layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchprobe.statistics.moments import FIELDS
+
+Step = int | float
+Array = npt.NDArray[np.float64]
+
+
+class History:
+    """Closed windows in the order of :meth:`~torchprobe.Recorder.snapshot`: ``history[field]`` is an array (steps, layers).
+
+    ``steps`` and ``layers`` name the rows and columns, ``fields`` what can be asked for (see
+    :data:`torchprobe.statistics.moments.FIELDS`). Nan where a layer did not fire in a window. Numbers stay on the device
+    until they are asked for.
+
+    >>> import torch, torchprobe
+    >>> model = torch.nn.Linear(4, 3)
+    >>> with torchprobe.record(model) as rec:
+    ...     for step in range(2):
+    ...         _ = model(torch.randn(8, 4))
+    ...         rec.snapshot(step)
+    >>> rec.history.steps, rec.history["vectors"].tolist()
+    ([0, 1], [[8.0], [8.0]])
+    """
+
+    fields = FIELDS
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._layers: list[str] = []
+        self._values: Array = np.empty((0, 0, len(FIELDS)))
+        self._pending: list[list[tuple[list[str], Tensor]]] = []  # for every step: layers and their (layers, fields)
+
+    def append(self, step: Step, parts: Sequence[tuple[list[str], Tensor]]) -> None:
+        """Adds one window: for each group of layers their names and numbers, shape (layers, fields), still on the device."""
+        if isinstance(step, bool) or not isinstance(step, (int, float)) or not math.isfinite(step):
+            raise TypeError(f"a step is a number, got {step!r}")
+        self.steps.append(step)
+        self._pending.append(list(parts))  # where a bound on the history (`keep`) would drop the oldest
+
+    @property
+    def layers(self) -> list[str]:
+        """The columns: layers in the order in which they first fired."""
+        self._fetch()
+        return list(self._layers)
+
+    @property
+    def values(self) -> Array:
+        """Everything, shape (steps, layers, fields), float64."""
+        self._fetch()
+        return self._values
+
+    def __getitem__(self, field: str) -> Array:
+        if field not in FIELDS:
+            raise KeyError(f"{field!r} is no field of the history; it has {', '.join(FIELDS)}")
+        return self.values[:, :, FIELDS.index(field)]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FIELDS)
+
+    def __repr__(self) -> str:
+        return f"History({len(self.steps)} steps × {len(self.layers)} layers × {len(FIELDS)} fields)"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict for every step and layer that fired: ``step``, ``layer`` and the fields."""
+        values = self.values
+        return [
+            {"step": step, "layer": layer, **dict(zip(FIELDS, values[i, j].tolist(), strict=True))}
+            for i, step in enumerate(self.steps)
+            for j, layer in enumerate(self.layers)
+            if not math.isnan(values[i, j, 0])
+        ]
+
+    def copy(self) -> History:
+        copy = History()
+        copy._set(self.steps, self.layers, self.values)
+        return copy
+
+    def extend(self, other: History) -> None:
+        """Appends the steps of another history.
+
+        Raises:
+            ValueError: both have windows of the same step; their summaries cannot be merged.
+        """
+        shared = sorted(set(self.steps) & set(other.steps))
+        if shared:
+            raise ValueError(
+                f"both histories hold step {shared[0]}{' and others' if shared[1:] else ''}, and summaries of one step "
+                f"cannot be merged: merge the states instead, first.total.merge(second.total)"
+            )
+        theirs = other.values
+        for i, step in enumerate(other.steps):
+            self.append(step, [(list(other.layers), torch.from_numpy(theirs[i].copy()))])
+
+    def state_dict(self) -> dict[str, Any]:
+        """``steps``, ``layers``, ``fields`` and ``values``, a tensor (steps, layers, fields)."""
+        values = torch.from_numpy(self.values.copy())
+        return {"steps": list(self.steps), "layers": list(self.layers), "fields": list(FIELDS), "values": values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave; fields that this version does not know are left out, new ones are nan.
+
+        Raises:
+            ValueError: the parts do not fit together.
+        """
+        steps, layers, fields = list(state["steps"]), list(state["layers"]), list(state["fields"])
+        values = np.asarray(state["values"], dtype=np.float64)
+        if values.shape != (len(steps), len(layers), len(fields)):
+            raise ValueError(
+                f"the history holds values of shape {values.shape} for {len(steps)} steps, {len(layers)} layers and "
+                f"{len(fields)} fields"
+            )
+        known = np.full((len(steps), len(layers), len(FIELDS)), math.nan)
+        for index, field in enumerate(fields):
+            if field in FIELDS:
+                known[:, :, FIELDS.index(field)] = values[:, :, index]
+        self._set(steps, layers, known)
+
+    def _set(self, steps: list[Step], layers: list[str], values: Array) -> None:
+        self.steps, self._layers, self._values, self._pending = list(steps), list(layers), values.copy(), []
+
+    def _fetch(self) -> None:
+        """Copies what is pending to the host, at once for every device."""
+        if not self._pending:
+            return
+        tensors = [tensor for parts in self._pending for _, tensor in parts]
+        numbers = iter(to_host(tensors))
+        for parts in self._pending:
+            for names, _ in parts:
+                self._layers.extend(name for name in names if name not in self._layers)
+        grown = np.full((len(self.steps), len(self._layers), len(FIELDS)), math.nan)
+        done, columns = self._values.shape[:2]
+        grown[:done, :columns] = self._values
+        for index, parts in enumerate(self._pending, start=done):
+            for names, _ in parts:
+                grown[index, [self._layers.index(name) for name in names]] = next(numbers)
+        self._values, self._pending = grown, []
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Array]:
+    """The tensors as float64 arrays, with one copy for each device."""
+    out: dict[int, Array] = {}
+    for device in {tensor.device for tensor in tensors}:
+        chosen = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        flat = torch.cat([tensors[i].reshape(-1) for i in chosen]).to("cpu", torch.float64).numpy()
+        for i, part in zip(chosen, np.split(flat, np.cumsum([tensors[i].numel() for i in chosen])[:-1]), strict=True):
+            out[i] = part.reshape(tuple(tensors[i].shape))
+    return [out[i] for i in range(len(tensors))]

@@ -1,0 +1,414 @@
+"""The hooks: what stands between a module and the operator.
+
+A hook lives in two worlds. In eager mode it is called at every forward, and its cost is Python. In a compiled graph it
+is traced once, and only the operator remains: the traced half changes nothing and asks nothing of the host, and whatever
+must happen while tracing sits in functions marked ``at_trace_time``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from enum import IntFlag, auto
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torchprobe.ops.gradient import register_observer
+from torchprobe.ops.observe import check
+from torchprobe.ops.positions import vectors_of
+from torchprobe.recording.compiled import Inert, allow_graphs, at_trace_time, is_tracing, make_static, never_compile_alone
+from torchprobe.recording.layers import Layer, default_feature_dim
+from torchprobe.recording.tensors import cut, first_tensor, fit_mask, holds, is_plain, plain, replaced
+from torchprobe.statistics import Moments, Statistic
+
+_observe = torch.ops.torchprobe.observe_.default
+_observe_gradient = torch.ops.torchprobe.observe_gradient.default
+_current_backward = torch._C._current_graph_task_id
+_allocating = threading.Lock()
+
+
+class Skipped(IntFlag):
+    """Why a call was not read; for the report at the end."""
+
+    PAUSED = auto()
+    OTHER_MODE = auto()
+    RECOMPUTED = auto()
+    NO_TENSOR = auto()
+    NO_POSITIONS = auto()
+    NOT_REAL = auto()
+    NO_GRADIENT = auto()
+    WAITING = auto()
+    TRACED = auto()
+
+
+class Control:
+    """What all hooks of one recorder look at."""
+
+    def __init__(
+        self,
+        statistic: type[Statistic] = Moments,
+        positions: str = "all",
+        every: int = 1,
+        when: str = "always",
+        select: Callable[..., Tensor] | None = None,
+        outlier_sigma: float = 6.0,
+        lenient: bool = False,
+    ) -> None:
+        self.statistic = statistic
+        self.positions = positions
+        self.every = every
+        self.training = {"always": None, "train": True, "eval": False}[when]
+        self.select = select
+        self.outlier_sigma = outlier_sigma
+        self.lenient = lenient  # layers that nobody asked for by name may turn out to hold nothing to read
+        self.live = False
+        self.paused = False
+        self.mask: Tensor | None = None
+        self.fired = 0  # layers that have a state, which gives them their order
+        self.graphs: set[str] = set()  # compiled graphs in which a layer was first met
+
+
+class Slot:
+    """The state of one layer on one device: the running window, and all windows that are closed."""
+
+    def __init__(self, statistic: Statistic) -> None:
+        self.statistic = statistic
+        self.state = statistic.state
+        self.window = statistic.state[1:]  # all but the counter of `every`
+        self.closed: Statistic | None = None
+
+
+class Hook:
+    """Reads the output of one module. A copy or a pickle of a hook does nothing."""
+
+    def __init__(self, layer: Layer, control: Control) -> None:
+        self.layer = layer
+        self.control = control
+        self.slots: dict[torch.device, Slot] = {}
+        self.dims: dict[int, int] = {}  # dimensions of an activation → the one of its features
+        self.loaded_dim: int | None = None  # what a loaded state says of the features
+        self.order = -1
+        self.skipped = Skipped(0)
+        self.number: int | None = None
+        self.every = control.every
+        self.sigma = control.outlier_sigma
+        # Moments of every position need nothing but the operator.
+        self.direct = control.statistic is Moments and control.positions == "all"
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.trace(module, output)
+        if _current_backward() != -1:  # an activation checkpoint runs the forward again, inside backward
+            self.skipped |= Skipped.RECOMPUTED
+        elif self.open(module):
+            self.read(output)
+        return None
+
+    def place(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(self)
+
+    def __deepcopy__(self, memo: Any) -> Inert:
+        return Inert()
+
+    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
+        return Inert, ()
+
+    # -- eager ---------------------------------------------------------------------------------------------------------
+
+    def open(self, module: nn.Module) -> bool:
+        """Whether calls count at present."""
+        control = self.control
+        if control.paused:
+            self.skipped |= Skipped.PAUSED
+            return False
+        if control.training is not None and control.training != module.training:
+            self.skipped |= Skipped.OTHER_MODE
+            return False
+        return True
+
+    def read(self, value: Any) -> None:
+        """Reads the tensor in what the module gave."""
+        x: Tensor | None = None
+        try:
+            x = value if type(value) is Tensor and self.control.select is None else self.find(value)
+            if x is not None:
+                self.observe(x, self.control.mask)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise self.explained(error, x) from error
+
+    def observe(self, x: Tensor, mask: Tensor | None) -> None:
+        """Reads one tensor: the shortest way when nothing special is asked for."""
+        slot, dim = self.slots.get(x.device), self.dims.get(x.dim())
+        if self.direct and slot is not None and dim is not None and mask is None and is_plain(x):
+            _observe(slot.state, x, dim, self.sigma, self.every, None)
+        else:
+            self._observe_any(x, mask)
+
+    def _observe_any(self, x: Tensor, mask: Tensor | None) -> None:
+        if torch.jit.is_tracing() or x.is_meta or type(x).__name__ == "FakeTensor":
+            self.skipped |= Skipped.NOT_REAL
+            return
+        if torch._C._functorch.is_batchedtensor(x):
+            raise ValueError(
+                "it is called inside torch.func.vmap, which hides the batched dimension, so the vectors would be mixed up: "
+                "record outside vmap, or call the model on the batch directly"
+            )
+        if not is_plain(x):
+            mask = None if x.is_nested else mask  # a nested tensor holds no padding
+            x = plain(x, self.layer.feature_dim)
+        dim = axis(self, x.dim())
+        if not readable(self, x.dim()):
+            return
+        control = self.control
+        if mask is not None:
+            mask = fit_mask(mask, x, dim)
+        kept = cut(mask, control.positions)
+        vectors = vectors_of(x, control.positions, dim, mask)
+        allocate(self, x.shape[dim], x.device)
+        slot = self.slots[x.device]
+        if control.statistic is Moments:
+            _observe(slot.state, vectors, dim, self.sigma, self.every, kept)
+        else:
+            slot.statistic.update(vectors, dim, **self._extra(kept))  # type: ignore[arg-type]
+
+    def _extra(self, mask: Tensor | None) -> dict[str, object]:
+        """What a statistic of another class is told only if the user asked for it."""
+        every = {} if self.every == 1 else {"every": self.every}
+        return every if mask is None else {**every, "mask": mask}
+
+    def explained(self, error: Exception, x: Tensor | None) -> Exception:
+        """The error with the name of the layer; in words, if a tensor that cannot be read was the cause."""
+        if type(error) not in (RuntimeError, NotImplementedError, TypeError, ValueError):
+            return error
+        if isinstance(error, RuntimeError) and x is not None and x.device in self.slots:
+            try:
+                dim = axis(self, x.dim())
+                allocate(self, x.shape[dim], x.device)
+                check(self.slots[x.device].state, x, dim, self.every, None)
+            except (IndexError, ValueError) as reason:
+                error = reason
+        return type(error)(f"layer {self.layer.name!r}: {error}")
+
+    def find(self, value: Any) -> Tensor | None:
+        """The tensor to read in a structured output."""
+        select = self.control.select
+        x = first_tensor(value) if select is None else select(value)
+        if not isinstance(x, Tensor):
+            nothing_found(self, select is not None)
+            return None
+        return x
+
+    # -- compiled ------------------------------------------------------------------------------------------------------
+
+    def trace(self, module: nn.Module, value: Any) -> Any:
+        """What :meth:`__call__` does, for the compiler to trace."""
+        if not traced_open(self, self.control.paused, module.training):
+            return None
+        x = self.find(value)
+        if x is not None:
+            self.trace_observe(x, self.control.mask)
+        return None
+
+    def trace_observe(self, x: Tensor, mask: Tensor | None) -> None:
+        if not is_plain(x):
+            mask = None if x.is_nested else mask
+            x = plain(x, self.layer.feature_dim)
+        if not readable(self, x.dim()):
+            return
+        positions, sigma, every = settings(self)
+        dim = axis(self, x.dim())
+        if mask is not None:
+            mask = fit_mask(mask, x, dim)
+        kept = cut(mask, positions)
+        allocate(self, len(range(x.shape[dim])), x.device)  # len(range(n)) is n, made a constant of the graph
+        slot = self.slots[x.device]
+        vectors = vectors_of(x, positions, dim, mask)
+        if self.control.statistic is Moments:
+            _observe(slot.state, vectors, dim, sigma, every, kept)
+        else:
+            slot.statistic.update(vectors, dim, **self._extra(kept))  # type: ignore[arg-type]
+
+
+class InputHook(Hook):
+    """Reads the first tensor a module is called with."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            return self.trace(module, (args, kwargs))
+        if _current_backward() != -1:
+            self.skipped |= Skipped.RECOMPUTED
+        elif self.open(module):
+            self.read((args, kwargs))
+        return None
+
+    def place(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def find(self, value: Any) -> Tensor | None:
+        select = self.control.select
+        args, kwargs = value
+        x = first_tensor(value) if select is None else select(args, kwargs)
+        if not isinstance(x, Tensor):
+            nothing_found(self, select is not None)
+            return None
+        return x
+
+
+class GradientHook(Hook):
+    """Reads the gradient with respect to the output of one module.
+
+    Activation checkpoints need no care here: without reentry the recomputed output is never differentiated, with it the
+    first one is not.
+    """
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.trace(module, output)
+        if not self.open(module):
+            return None
+        try:
+            x = self.find(output)
+        except (TypeError, ValueError) as error:
+            raise self.explained(error, None) from error
+        if x is None:
+            return None
+        if not x.requires_grad:
+            self.skipped |= Skipped.NO_GRADIENT
+            return None
+        self.skipped |= Skipped.WAITING
+        mask = self.control.mask
+
+        def arrived(grad: Tensor) -> None:
+            self.gradient(grad, mask)
+
+        x.register_hook(arrived)
+        return None
+
+    def gradient(self, grad: Tensor, mask: Tensor | None) -> None:
+        """Called during backward; what comes after the recording has ended is not counted."""
+        if self.control.live:
+            self.skipped &= ~Skipped.WAITING
+            try:
+                self.observe(grad, mask)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise self.explained(error, grad) from error
+
+    def trace(self, module: nn.Module, value: Any) -> Any:
+        if not traced_open(self, self.control.paused, module.training):
+            return None
+        x = self.find(value)
+        if x is None or not readable(self, x.dim()):
+            return None
+        if not x.requires_grad:
+            note(self, int(Skipped.NO_GRADIENT))
+            return None
+        if not holds(value, x):
+            not_in_output(self)
+            return None
+        dim = axis(self, x.dim())
+        allocate(self, len(range(x.shape[dim])), x.device)
+        return replaced(value, x, _observe_gradient(x, observer_number(self), self.control.mask))
+
+
+for _kind in (Hook, InputHook, GradientHook):
+    never_compile_alone(_kind.__call__)
+
+
+# -- what happens at trace time, and in eager mode when something is out of the ordinary -----------------------------------
+
+
+@at_trace_time
+def note(hook: Hook, reason: int) -> None:
+    hook.skipped |= Skipped(reason)
+
+
+@at_trace_time
+def traced_open(hook: Hook, paused: bool, training: bool) -> bool:
+    """As :meth:`Hook.open`; the compiler guards on ``paused`` and on the mode of the module."""
+    if torch.compiler.is_exporting():
+        hook.skipped |= Skipped.NOT_REAL
+        return False
+    hook.skipped |= Skipped.TRACED
+    if paused:
+        hook.skipped |= Skipped.PAUSED
+        return False
+    if hook.control.training is not None and hook.control.training != training:
+        hook.skipped |= Skipped.OTHER_MODE
+        return False
+    return True
+
+
+@at_trace_time
+def settings(hook: Hook) -> tuple[str, float, int]:
+    return hook.control.positions, hook.sigma, hook.every
+
+
+@at_trace_time
+def axis(hook: Hook, dims: int) -> int:
+    """The dimension of the features in an activation of ``dims`` dimensions."""
+    if dims == 0:
+        raise ValueError("it gives a single number, which has no features")
+    if dims not in hook.dims:
+        override = hook.layer.feature_dim
+        hook.dims[dims] = default_feature_dim(hook.layer, dims) if override is None else override
+    return hook.dims[dims]
+
+
+@at_trace_time
+def readable(hook: Hook, dims: int) -> bool:
+    """Whether the positions asked for exist; a layer that nobody named is then left out, and reported at the end."""
+    if not hook.control.lenient or dims > 2 or (hook.control.positions != "patch" and dims == 2):
+        return True
+    if hook.control.positions == "all" and dims == 1:
+        return True
+    hook.skipped |= Skipped.NO_POSITIONS
+    return False
+
+
+@at_trace_time
+def allocate(hook: Hook, width: int, device: torch.device) -> None:
+    """Makes the state at the first call, when the width is known."""
+    with _allocating, torch.inference_mode(False), torch.no_grad():
+        slot = hook.slots.get(device)
+        if slot is None:
+            control = hook.control
+            slot = Slot(control.statistic(width, device, control.outlier_sigma))
+            hook.slots[device] = slot
+            if hook.order < 0:
+                hook.order = control.fired
+                control.fired += 1
+        elif slot.statistic.features != width:
+            raise ValueError(
+                f"its activations were {slot.statistic.features} features wide and are now {width}: the features are "
+                f"probably along another dimension; pass feature_dim={{{hook.layer.name!r}: …}}"
+            )
+    if is_tracing():
+        make_static(slot.state)
+        allow_graphs(hook.control.graphs)
+
+
+@at_trace_time
+def observer_number(hook: GradientHook) -> int:
+    if hook.number is None:
+        hook.number = register_observer(hook)
+    return hook.number
+
+
+@at_trace_time
+def nothing_found(hook: Hook, selected: bool) -> None:
+    if hook.control.lenient and not selected:
+        hook.skipped |= Skipped.NO_TENSOR
+        return
+    what = "select gave no tensor" if selected else "it holds no floating-point tensor"
+    raise TypeError(f"{what}; pass select=, a function from what the module gives to a tensor")
+
+
+@at_trace_time
+def not_in_output(hook: Hook) -> None:
+    raise ValueError(
+        "under torch.compile the gradient can be read only of a tensor that is itself part of the output; let select= "
+        "return one, or run this model without torch.compile"
+    )

@@ -1,0 +1,273 @@
+"""Which layers: canonical names, their selection, and the dimension that holds their features.
+
+A *canonical name* is the name ``model.named_modules()`` gives, without the components that wrappers put in (``_orig_mod``, ``module``,
+``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module``): compiled, parallel and plain models have the same names. The model itself is ``""``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+Selection = str | Iterable[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_MODULE_WRAPPERS = ("DataParallel", "DistributedDataParallel", "AveragedModel")  # classes that keep theirs under "module"
+
+
+@dataclass
+class Layer:
+    """One module under every canonical name it has; the first is the one that is shown."""
+
+    module: nn.Module
+    names: list[str]
+    parent: nn.Module | None = None
+    feature_dim: int | None = None  # None: by `default_feature_dim`
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def named_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every module of ``model`` by canonical name, in the order of ``named_modules``. Two names of one module give one :class:`Layer`.
+
+    A wrapper and what it wraps share a name, which then means the wrapped module.
+
+    >>> from torch import nn
+    >>> list(named_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
+    ['', '0', '1']
+    """
+    named: dict[str, Layer] = {}
+    layers: dict[int, Layer] = {}  # by id(module)
+
+    def walk(module: nn.Module, name: str, prefix: str, parent: nn.Module | None, path: frozenset[int]) -> None:
+        module = innermost(module)
+        if id(module) in path:
+            return  # a module that holds itself
+        while name in named:
+            name += ".module"  # wrappers of an unknown kind within each other
+        layer = layers.setdefault(id(module), Layer(module, [], parent))
+        layer.names.append(name)
+        named[name] = layer
+        for key, child in module._modules.items():
+            if child is not None:
+                child_name = prefix + key
+                # An only child called "module" sits in a wrapper of a kind we do not know. It may change the output, so both are layers, but
+                # what lies below is named without it.
+                child_prefix = prefix if key == "module" and len(module._modules) == 1 else child_name + "."
+                walk(child, child_name, child_prefix, module, path | {id(module)})
+
+    walk(model, "", "", None, frozenset())
+    return named
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """What a wrapper wraps, down to the module that is none."""
+    while (inner := _wrapped(module)) is not None:
+        module = inner
+    return module
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    for key in _WRAPPERS:
+        if isinstance(inner := module._modules.get(key), nn.Module):
+            return inner
+    if any(base.__name__ in _MODULE_WRAPPERS for base in type(module).__mro__):
+        return module._modules.get("module")
+    return None
+
+
+def canonical(name: str) -> str:
+    """``name`` without the components that wrappers put in, for a name copied from a wrapped model.
+
+    >>> canonical("module._orig_mod.blocks.0")
+    'blocks.0'
+    """
+    return ".".join(part for part in name.split(".") if part not in (*_WRAPPERS, "module"))
+
+
+def select_layers(
+    model: nn.Module,
+    layers: Selection | None = None,
+    feature_dim: int | Mapping[str, int] | None = None,
+) -> list[Layer]:
+    """The layers that ``layers`` names, in the order of the model, each once; nothing is touched.
+
+    Args:
+        layers: a name or glob (``*`` stands for one component of a name or a part of it, ``**`` for any number of components); several of
+            them; a compiled regular expression, which must match a whole name; ``predicate(name, module) -> bool``. None: the children of
+            every ``ModuleList`` or ``Sequential`` that holds at least two modules of one class (outermost only), and the model itself.
+        feature_dim: for all layers, or ``{name or glob: dim}`` for some.
+
+    Raises:
+        ValueError: a name the model does not have (the message suggests the nearest), or a pattern that matches nothing.
+        TypeError: ``layers`` is none of the above.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> [layer.name for layer in select_layers(model)], [layer.name for layer in select_layers(model, "[02]")]
+    (['', '0', '1', '2'], ['0', '2'])
+    """
+    named = named_layers(model)
+    chosen = _default_layers(model, named) if layers is None else _chosen(named, layers)
+    selected = [layer for layer in {id(layer): layer for layer in named.values()}.values() if id(layer) in chosen]
+    _override(selected, feature_dim)
+    return selected
+
+
+def _chosen(named: Mapping[str, Layer], layers: Selection) -> set[int]:
+    """ids of the layers selected."""
+    if isinstance(layers, str):
+        return _match(named, layers)
+    if isinstance(layers, re.Pattern):
+        chosen = {id(layer) for name, layer in named.items() if layers.fullmatch(name)}
+        if not chosen:
+            raise ValueError(f"the regular expression {layers.pattern!r} matches no whole name; {_some_of(named)}")
+        return chosen
+    if isinstance(layers, nn.Module):
+        raise TypeError("layers= takes names, globs, a compiled regular expression or a predicate(name, module), not a module")
+    if callable(layers):
+        chosen = {id(layer) for name, layer in named.items() if layers(name, layer.module)}
+        if not chosen:
+            raise ValueError(f"the predicate selects no layer; {_some_of(named)}")
+        return chosen
+    if isinstance(layers, Iterable):
+        patterns = list(layers)
+        if not patterns:
+            raise ValueError("layers= is empty; leave it out for the default selection")
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"a list of layers holds names and globs, not {type(pattern).__name__}")
+        return set[int]().union(*(_match(named, pattern) for pattern in patterns))
+    raise TypeError(f"layers= takes names, globs, a compiled regular expression or a predicate(name, module), not {type(layers).__name__}")
+
+
+def _match(named: Mapping[str, Layer], pattern: str) -> set[int]:
+    for spelling in (pattern, canonical(pattern)):
+        if spelling in named:
+            return {id(named[spelling])}
+        if is_glob(spelling) and (chosen := {id(named[name]) for name in named if matches_glob(spelling, name)}):
+            return chosen
+    if is_glob(pattern):
+        raise ValueError(f"{pattern!r} matches no layer; {_some_of(named)}")
+    raise ValueError(f"the model has no layer {pattern!r}; {_nearest(pattern, named)}")
+
+
+def is_glob(pattern: str) -> bool:
+    return any(character in pattern for character in "*?[")
+
+
+def matches_glob(pattern: str, name: str) -> bool:
+    """``*``, ``?`` and ``[…]`` stay within one component of a name; ``**`` is any number of components, none included.
+
+    >>> [matches_glob("blocks.**", name) for name in ("blocks", "blocks.0.attn", "head")]
+    [True, True, False]
+    >>> [matches_glob("*.layer*", name) for name in ("net.layer1", "net.layer1.conv")]
+    [True, False]
+    """
+    return _matches(pattern.split("."), name.split(".") if name else [])
+
+
+def _matches(pattern: list[str], name: list[str]) -> bool:
+    if not pattern:
+        return not name
+    first, rest = pattern[0], pattern[1:]
+    if first == "**":
+        return any(_matches(rest, name[start:]) for start in range(len(name) + 1))
+    return bool(name) and fnmatch.fnmatchcase(name[0], first) and _matches(rest, name[1:])
+
+
+def _nearest(name: str, named: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, named, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else _some_of(named)
+
+
+def _some_of(named: Iterable[str]) -> str:
+    names = [name for name in named if name]
+    shown = ", ".join(map(repr, names[:6])) + (f" … ({len(names)} in all)" if len(names) > 6 else "")
+    return f"its layers are {shown}" if names else "it has no layer but itself, whose name is ''"
+
+
+def _default_layers(model: nn.Module, named: Mapping[str, Layer]) -> set[int]:
+    chosen = {id(named[""])}
+
+    def visit(module: nn.Module) -> None:
+        module = innermost(module)
+        children = [innermost(child) for child in module._modules.values() if child is not None]
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in children}) < len(children):
+            wanted = {id(child) for child in children}
+            chosen.update(id(layer) for layer in named.values() if id(layer.module) in wanted)
+        else:
+            for child in children:
+                visit(child)
+
+    visit(model)
+    return chosen
+
+
+# -- the dimension that holds the features ---------------------------------------------------------------------------------------------------
+
+_MAPS = {  # exact leaf type → spatial dimensions of its output; the channels stand before them
+    getattr(nn, f"{kind}{n}d"): n
+    for n in (1, 2, 3)
+    for kind in ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "InstanceNorm")
+}
+_SECOND = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
+_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
+
+
+def default_feature_dim(layer: Layer, dims: int) -> int:
+    """The dimension of the features in an activation of ``dims`` dimensions.
+
+    By exact type of a leaf: 1 for convolutions, poolings and batch norms (0 for a convolution without a batch dimension), the last for linear
+    layers, layer norms, attention and embeddings. Other activations of four dimensions and more: 1 when a convolution or batch norm is among
+    the descendants, or when the class is named "…2d" or "…3d", else the last. A leaf without parameters (an activation function, dropout)
+    does what its parent does. Two and three dimensions: the last.
+    """
+    module = layer.module
+    kind = leaf_type(module)
+    if kind in _MAPS:
+        return max(dims - 1 - _MAPS[kind], 0)
+    if kind in _SECOND:
+        return 1
+    if kind in _LAST or dims < 4:
+        return -1
+    if kind.__name__.endswith(("2d", "3d")):
+        return 1
+    bare = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+    family = layer.parent if bare and layer.parent is not None else module
+    return 1 if any(isinstance(m, (_ConvNd, _BatchNorm)) for m in family.modules()) else -1
+
+
+def leaf_type(module: nn.Module) -> type[nn.Module]:
+    """The class as written: FSDP2 and parametrizations swap in a subclass of their own at run time."""
+    kind = type(module)
+    swapped = any(base.__name__ == "FSDPModule" for base in kind.__mro__) or hasattr(module, "parametrizations")
+    if not swapped:
+        return kind
+    return next(base for base in kind.__mro__[1:] if base.__name__ not in ("FSDPModule", "ParametrizedModule"))
+
+
+def _override(selected: list[Layer], feature_dim: int | Mapping[str, int] | None) -> None:
+    if feature_dim is None:
+        return
+    overrides: Mapping[str, Any] = feature_dim if isinstance(feature_dim, Mapping) else {"**": feature_dim}
+    for pattern, dim in overrides.items():
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"feature_dim must be an int or {{name or glob: int}}, got {dim!r} for {pattern!r}")
+        matched = False
+        for layer in selected:
+            if any(name in (pattern, canonical(pattern)) or matches_glob(pattern, name) for name in layer.names):
+                layer.feature_dim, matched = dim, True
+        if not matched:
+            names = [name for layer in selected for name in layer.names]
+            raise ValueError(f"feature_dim: {pattern!r} is none of the selected layers; {_nearest(pattern, names)}")

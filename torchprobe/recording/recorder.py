@@ -1,0 +1,379 @@
+"""Recording while a model runs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.ops.positions import POSITIONS
+from torchprobe.recording import compiled, diagnosis, windows
+from torchprobe.recording.history import Step
+from torchprobe.recording.hook import Control, GradientHook, Hook, InputHook, Slot, allocate
+from torchprobe.recording.layers import Selection, leaf_type, named_layers, select_layers
+from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
+from torchprobe.statistics import Moments, Statistic
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_HOOKS: dict[str, type[Hook]] = {"output": Hook, "input": InputHook, "gradient": GradientHook}
+_WHEN = ("always", "train", "eval")
+
+
+def record(
+    model: nn.Module,
+    layers: Selection | None = None,
+    *,
+    of: str = "output",
+    statistic: type[Statistic] = Moments,
+    positions: str = "all",
+    feature_dim: int | Mapping[str, int] | None = None,
+    every: int = 1,
+    when: str = "always",
+    select: Callable[..., Tensor] | None = None,
+    outlier_sigma: float = 6.0,
+) -> Recorder:
+    """Records the activations of ``model`` while it runs; use it in a ``with`` statement, or call ``start`` and ``stop``.
+
+    Args:
+        model: any module; compiled, parallel and wrapped ones too.
+        layers: a name or glob (``*`` is one component of a name, ``**`` any number); several of them; a compiled regular
+            expression, which must match a whole name; ``predicate(name, module) -> bool``. Default: the children of every
+            ``ModuleList`` and ``Sequential`` that holds at least two modules of one class (the outermost such), and the
+            model itself, whose name is ``""``.
+        of: "output", "input", or "gradient" (of whatever ``backward`` is called on, with respect to the output).
+        statistic: the class of the statistics, one for each layer.
+        positions: what one vector is: "all" (each token, each position of a map), "class" (the first token), "patch" (the
+            other tokens), "mean" (one pooled vector for each input).
+        feature_dim: the dimension of the features, for all layers or as ``{name or glob: dim}``; by default it follows
+            from the class of the layer, see :func:`torchprobe.recording.layers.default_feature_dim`.
+        every: read only every n-th call of a layer; the calls are counted on the device.
+        when: "always", or only while the layer is in "train" or in "eval" mode.
+        select: from what the module gives to the tensor to read; for inputs it is called with ``(args, kwargs)``. Default:
+            the first floating-point tensor.
+        outlier_sigma: see :class:`torchprobe.Moments`.
+
+    Raises:
+        ValueError: a layer the model does not have, or an argument outside its range. No hook is placed then.
+
+    >>> import torch, torchprobe
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+    >>> with torchprobe.record(model, ["0", "2"]) as rec:
+    ...     for _ in range(3):
+    ...         _ = model(torch.randn(10, 8))
+    >>> rec.layers, rec["2"].vectors, tuple(rec["2"].kurtosis.shape)
+    (['0', '2'], 30, (4,))
+    """
+    return Recorder(
+        model,
+        layers,
+        of=of,
+        statistic=statistic,
+        positions=positions,
+        feature_dim=feature_dim,
+        every=every,
+        when=when,
+        select=select,
+        outlier_sigma=outlier_sigma,
+    )
+
+
+class Recorder(Recording):
+    """A :class:`Recording` that grows while its model runs. Arguments as in :func:`torchprobe.record`.
+
+    What it shows is the running window: everything since the last :meth:`snapshot`. Hooks, ``snapshot``, ``reset`` and
+    ``paused`` never synchronise with the device; reading does. ``recorder[layer]`` is a copy of what was seen until now.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Selection | None = None,
+        *,
+        of: str = "output",
+        statistic: type[Statistic] = Moments,
+        positions: str = "all",
+        feature_dim: int | Mapping[str, int] | None = None,
+        every: int = 1,
+        when: str = "always",
+        select: Callable[..., Tensor] | None = None,
+        outlier_sigma: float = 6.0,
+    ) -> None:
+        _one_of("of", of, _HOOKS)
+        _one_of("positions", positions, POSITIONS)
+        _one_of("when", when, _WHEN)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+        if every > 1:
+            _needs_argument(statistic, "every")
+        if not outlier_sigma > 0:
+            raise ValueError(f"outlier_sigma must be positive, got {outlier_sigma}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"record takes a torch.nn.Module, got {type(model).__name__}")
+        selected = select_layers(model, layers, feature_dim)
+        aliases = {alias: layer.name for layer in selected for alias in layer.names[1:]}
+        super().__init__([], Settings(of, positions, float(outlier_sigma), statistic.__name__), aliases)
+        self._control = Control(statistic, positions, every, when, select, float(outlier_sigma), lenient=layers is None)
+        self._hooks = {layer.name: _HOOKS[of](layer, self._control) for layer in selected}
+        self._model = weakref.ref(model)
+        self._witness = diagnosis.Witness()
+        self._undo: list[Callable[[], object]] = []
+        if positions != "all":
+            _check_batch_first(selected, positions)
+
+    # -- starting and stopping -----------------------------------------------------------------------------------------
+
+    def start(self) -> Recorder:
+        """Places the hooks. If one cannot be placed, none is."""
+        if self._control.live:
+            raise RuntimeError("this recorder is running already; call stop() first, or make another with record()")
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the model of this recorder no longer exists")
+        named = named_layers(model)
+        dropped = compiled.drop_graphs({type(hook.layer.module) for hook in self._hooks.values()})
+        try:
+            for handle in diagnosis.watch(named[""].module, self._witness):
+                self._undo.append(handle.remove)
+            if self.settings.of != "gradient":
+                self._undo.extend(compiled.refuse_recomputation(model, [h.layer.module for h in self._hooks.values()]))
+            for hook in self._hooks.values():
+                self._undo.append(hook.place(hook.layer.module).remove)
+        except BaseException:
+            self._remove_hooks()
+            raise
+        self._control.live = True
+        if dropped:
+            warnings.warn(
+                "torchprobe: this model was compiled and had run before recording started. Its compiled graphs, which know "
+                "nothing of the hooks, were dropped, and the next call compiles again. To compile once, start recording "
+                "before the first call and leave it on: paused() and snapshot() separate what should not be mixed.",
+                diagnosis.RecordingWarning,
+                stacklevel=2,
+            )
+        return self
+
+    def stop(self) -> None:
+        """Removes the hooks, the last first, and reports every layer that never fired (:class:`RecordingWarning`)."""
+        self._stop(report=True, stacklevel=3)
+
+    def __enter__(self) -> Recorder:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop(report=kind is None, stacklevel=3)
+
+    def _stop(self, report: bool, stacklevel: int) -> None:
+        if not self._control.live:
+            return
+        self._control.live = False
+        self._control.mask = None
+        self._remove_hooks()
+        model = self._model()
+        hooks = list(self._hooks.values())
+        if self._control.graphs:  # they hold operators of this recorder, and would only fill the cache of the compiler
+            compiled.drop_graphs({type(hook) for hook in hooks})
+            self._control.graphs.clear()
+        if report and model is not None:
+            diagnosis.report(hooks, named_layers(model), self._witness, stacklevel)
+
+    def _remove_hooks(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    # -- while it runs -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """``with rec.paused(): validate()`` – calls in between do not count. In a compiled model the first pause compiles."""
+        before, self._control.paused = self._control.paused, True
+        try:
+            yield
+        finally:
+            self._control.paused = before
+
+    def mask(self, mask: Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """Sets the padding mask of the batches to come: bool (batch, tokens), True for what counts; None clears it.
+
+        It holds until it is changed, or, in ``with rec.mask(m):``, until the end of the block. It applies to activations
+        with one vector per token; those with one vector per input are not masked, except that with ``positions="mean"``
+        the mean is over the tokens that count, and inputs without any are left out.
+
+        Raises:
+            TypeError, ValueError: the mask is not bool, or not (batch, tokens).
+        """
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"a mask is a bool tensor that is True for the tokens that count, got {what}; try mask.bool()")
+            if mask.dim() != 2:
+                raise ValueError(f"a mask has the shape (batch, tokens), got {tuple(mask.shape)}")
+            _needs_argument(self._control.statistic, "mask")
+        before, self._control.mask = self._control.mask, mask
+        return _restoring(self._control, before)
+
+    def snapshot(self, step: Step) -> None:
+        """Closes the running window under the name ``step`` and starts the next. Does not synchronise.
+
+        ``history`` keeps the summary of each window, ``total`` the sum of all.
+        """
+        entries = self._entries()
+        only_moments([entry.statistic for entry in entries])
+        moments = [cast(Moments, entry.statistic) for entry in entries]
+        parts = windows.summaries(moments)
+        self.history.append(step, [([entries[index].name for index in group], part) for group, part in parts])
+        windows.close(self._slots())
+
+    def reset(self) -> None:
+        """Forgets everything: the running window, the closed ones, the history and the counters of ``every``."""
+        windows.erase(self._slots())
+        self.history = type(self.history)()
+
+    # -- together, and later -------------------------------------------------------------------------------------------
+
+    def all_reduce(self, group: ProcessGroup | None = None, union: bool = False) -> Recording:
+        """The recordings of all ranks as one, the same on every rank. Collective; this recorder stays as it is.
+
+        States are merged in the order of the ranks, so a layer that did not fire on some rank is no error. The result has
+        no history: summaries of windows cannot be merged. Call it before :meth:`snapshot` for the numbers of one window.
+
+        Args:
+            group: the process group; default: all ranks.
+            union: accept that the ranks record different layers.
+
+        Raises:
+            ValueError: the ranks record different layers (unless ``union``), different widths, or with different settings;
+                on every rank, naming the difference.
+        """
+        from torchprobe.recording.distributed import all_reduce
+
+        return all_reduce(self, list(self._hooks), group, union)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, to resume: plain numbers, text and tensors, for ``torch.save``."""
+        entries = {
+            entry.name: {
+                "feature_dim": entry.feature_dim,
+                "features": entry.statistic.features,
+                "window": entry.statistic.state_dict(),
+                "closed": None if entry.closed is None else entry.closed.state_dict(),
+            }
+            for entry in self._entries()
+        }
+        return {
+            "format": 1,
+            "settings": asdict(self.settings),
+            "layers": entries,
+            "history": self.history.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave, in place of everything this recorder has seen.
+
+        Raises:
+            ValueError: it was recorded with other settings, or of layers that this recorder does not watch.
+        """
+        if state.get("format") != 1:
+            raise ValueError(f"expected the state of a recorder, format 1; got format {state.get('format')!r}")
+        if state["settings"] != asdict(self.settings):
+            raise ValueError(f"the state was recorded with {state['settings']}, this recorder has {asdict(self.settings)}")
+        unknown = [name for name in state["layers"] if name not in self._hooks]
+        if unknown:
+            raise ValueError(f"the state holds layers that this recorder does not watch: {', '.join(map(repr, unknown))}")
+        self.reset()
+        for name, saved in state["layers"].items():
+            hook = self._hooks[name]
+            slot = self._slot(hook, saved["features"])
+            slot.statistic.load_state_dict(saved["window"])
+            hook.loaded_dim = saved["feature_dim"]
+            if saved["closed"] is not None:
+                slot.closed = windows.duplicate(slot.statistic)
+                slot.closed.load_state_dict(saved["closed"])
+        self.history.load_state_dict(state["history"])
+
+    # -- what a Recording asks for -------------------------------------------------------------------------------------
+
+    def __getitem__(self, layer: str) -> Moments:
+        return cast(Moments, windows.duplicate(self._entry(layer).statistic))
+
+    def _entries(self) -> list[Entry]:
+        fired = sorted((hook for hook in self._hooks.values() if hook.slots), key=lambda hook: hook.order)
+        return [_entry(hook) for hook in fired]
+
+    def _knows(self, layer: str) -> bool:
+        return layer in self._hooks
+
+    def _missing(self, layer: str) -> str:
+        name = self._aliases.get(layer, layer)
+        return f"layer {name!r} is recorded, but has not fired" if name in self._hooks else super()._missing(layer)
+
+    def _absorb(self, theirs: Entry) -> None:
+        slot = self._slot(self._hooks[theirs.name], theirs.statistic.features)
+        with torch.inference_mode(False), torch.no_grad():
+            slot.statistic.merge(theirs.statistic)
+        slot.closed = windows.merged([slot.closed, theirs.closed])
+
+    def _slots(self) -> list[Slot]:
+        return [slot for hook in self._hooks.values() for slot in hook.slots.values()]
+
+    def _slot(self, hook: Hook, features: int) -> Slot:
+        """The slot of a layer that may not have fired: on the device of the parameters around it, most likely the right one."""
+        if not hook.slots:
+            model = self._model()
+            around = [hook.layer.module, *([] if model is None else [model])]
+            device = next((p.device for module in around for p in module.parameters()), torch.device("cpu"))
+            allocate(hook, features, device)
+        return next(iter(hook.slots.values()))
+
+
+def _entry(hook: Hook) -> Entry:
+    first, *rest = hook.slots.values()
+    statistic, closed = first.statistic, first.closed
+    if rest:
+        statistic = cast(Statistic, windows.merged([slot.statistic for slot in hook.slots.values()]))
+        closed = windows.merged([slot.closed for slot in hook.slots.values()])
+    feature_dim = next(iter(hook.dims.values()), hook.loaded_dim)
+    return Entry(hook.layer.name, leaf_type(hook.layer.module).__name__, feature_dim, statistic, closed)
+
+
+@contextlib.contextmanager
+def _restored(control: Control, mask: Tensor | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        control.mask = mask
+
+
+def _restoring(control: Control, mask: Tensor | None) -> contextlib.AbstractContextManager[None]:
+    return _restored(control, mask)
+
+
+def _one_of(name: str, value: object, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _needs_argument(statistic: type[Statistic], name: str) -> None:
+    if name not in inspect.signature(statistic.update).parameters:
+        raise ValueError(f"{statistic.__name__}.update takes no {name}, so it cannot be recorded with one")
+
+
+def _check_batch_first(selected: list[Any], positions: str) -> None:
+    """Tokens are looked for in the second dimension; attention that keeps them in the first is caught here."""
+    for layer in selected:
+        for family in (layer.module, layer.parent):
+            for module in () if family is None else (family, *family.children()):
+                if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+                    raise ValueError(
+                        f'positions="{positions}" looks for (batch, tokens, features), but layer {layer.name!r} works on '
+                        f'(tokens, batch, features): its attention has batch_first=False. Use positions="all" for it'
+                    )

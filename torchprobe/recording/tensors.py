@@ -1,0 +1,107 @@
+"""From what a module gives to the one tensor that is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first floating-point tensor in tuples, lists, mappings and dataclasses, depth first; None if there is none."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else None
+    for item in _items(value):
+        tensor = first_tensor(item)
+        if tensor is not None:
+            return tensor
+    return None
+
+
+def holds(value: Any, tensor: Tensor) -> bool:
+    """Whether ``tensor`` itself is part of the structure."""
+    return value is tensor or any(holds(item, tensor) for item in _items(value))
+
+
+def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    """``value`` with ``old`` exchanged for ``new``; the containers on the way are made anew, of their own classes."""
+    if value is old:
+        return new
+    if not _items(value):
+        return value
+    if isinstance(value, Mapping):
+        items = {key: replaced(item, old, new) for key, item in value.items()}
+        return items if type(value) is dict else type(value)(**items)  # type: ignore[call-arg]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*[replaced(item, old, new) for item in value])
+    if isinstance(value, (tuple, list)):
+        return type(value)([replaced(item, old, new) for item in value])
+    names = [field.name for field in dataclasses.fields(value)]
+    return type(value)(**{name: replaced(getattr(value, name), old, new) for name in names})
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, (tuple, list)):
+        return tuple(value)
+    if isinstance(value, Mapping):
+        return tuple(value.values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tuple(getattr(value, field.name) for field in dataclasses.fields(value))
+    return ()
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is an ordinary tensor, which can be read as it is."""
+    return type(x) is Tensor and not x.is_nested
+
+
+def plain(x: Tensor, feature_dim: int | None = None) -> Tensor:
+    """The ordinary tensor in another one: the values of a nested tensor, the local part of a distributed tensor.
+
+    Raises:
+        ValueError: a distributed tensor whose local part holds no whole vectors.
+    """
+    if x.is_nested:
+        values: Tensor = x.values()  # type: ignore[operator]
+        return values if values.dim() > 1 else values.view(-1, x.size(-1))
+    if hasattr(x, "placements"):
+        dim = x.dim() - 1 if feature_dim is None else feature_dim % x.dim()
+        for placement in x.placements:
+            if placement.is_partial() or placement.is_shard(dim):
+                what = "one summand" if placement.is_partial() else "a slice of the features"
+                raise ValueError(
+                    f"each rank holds {what} of this distributed tensor ({x.placements}), no whole vectors: record a layer "
+                    f"whose output is replicated, or split along another dimension"
+                )
+        return x.to_local()  # type: ignore[attr-defined, no-any-return]
+    return x
+
+
+def fit_mask(mask: Tensor, x: Tensor, feature_dim: int) -> Tensor | None:
+    """The padding mask for ``x``: itself, or None for an activation with one vector per input.
+
+    Raises:
+        ValueError: the mask is for another shape.
+    """
+    lead = list(x.shape)
+    del lead[feature_dim]
+    if lead == list(mask.shape):
+        return mask
+    if len(lead) == 1 and lead[0] == mask.shape[0]:
+        return None
+    raise ValueError(
+        f"the mask has shape {tuple(mask.shape)} (batch, tokens), but the activation has shape {tuple(x.shape)} with "
+        f"feature_dim={feature_dim}: set the mask of this very batch, clear it with mask(None), or record this layer in a "
+        f"recorder of its own, without a mask"
+    )
+
+
+def cut(mask: Tensor | None, positions: str) -> Tensor | None:
+    """The mask of the vectors that :func:`torchprobe.ops.positions.vectors_of` takes."""
+    if mask is None or positions == "all":
+        return mask
+    if positions == "mean":
+        return mask.any(1, keepdim=True)
+    return mask[:, :1] if positions == "class" else mask[:, 1:]

@@ -1,0 +1,12 @@
+"""Rows and arrays in; tables, plots and pages out.
+
+==========================================  ==================================================================
+:mod:`torchprobe.rendering.tables`          the layer table in the terminal (rich), as CSV, and its columns
+:mod:`torchprobe.rendering.plots`           depth profile, histogram, features (matplotlib), also as inline SVG
+:mod:`torchprobe.rendering.page`            one self-contained HTML file (jinja2)
+:mod:`torchprobe.rendering.reference`       the values a kurtosis is read against
+==========================================  ==================================================================
+
+Nothing here knows a recording or a model. matplotlib and jinja2 are the ``report`` extra; they are imported when a
+figure is drawn or a page is written.
+"""

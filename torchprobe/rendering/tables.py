@@ -1,0 +1,211 @@
+"""The layer table: its columns, in the terminal and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torchprobe.rendering.files import replacing
+from torchprobe.rendering.reference import gaussian_kurtosis
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+"""One layer, as ``Recording.rows()`` gives it."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table of rows.
+
+    Args:
+        key: the key in a row, or ``"gaussian"`` for the Gaussian reference of the row's width.
+        title: the head of the column.
+        help: what the number is, in one line.
+        kind: ``"text"``, ``"index"`` and ``"count"`` (whole numbers), ``"share"`` (shown in per cent) or ``"number"``.
+        optional: shown only when a row holds something else than 0, nan or None.
+    """
+
+    key: str
+    title: str
+    help: str
+    kind: Literal["text", "index", "count", "share", "number"] = "number"
+    optional: bool = False
+
+    @property
+    def numeric(self) -> bool:
+        """Right-aligned, and sorted as a number."""
+        return self.kind != "text"
+
+
+LAYER_COLUMNS = (
+    Column("layer", "layer", "name within the model; “(output)” is what the model itself returns", "text"),
+    Column("module", "module", "class of the layer", "text"),
+    Column("features", "d", "features: the length of one vector", "count"),
+    Column("feature_dim", "dim", "the dimension of the layer's output that holds the features", "count"),
+    Column("vectors", "vectors", "activation vectors counted in", "count"),
+    Column("vector_kurtosis", "vector κ", "kurtosis across the features of one vector, mean over vectors"),
+    Column("vector_kurtosis_std", "± std", "its standard deviation over vectors"),
+    Column("vector_kurtosis_median", "median", "its median over vectors"),
+    Column("gaussian", "Gauss", "what independent Gaussian features of that width would give: 3(d − 1)/(d + 1)"),
+    Column("outlier_features", "outliers", "features that are outliers in at least half of the vectors", "count"),
+    Column("kurtosis_median", "feature κ", "kurtosis of one feature over all its values, median over features"),
+    Column("kurtosis_max", "max", "the largest kurtosis of a feature over all its values"),
+    Column("std", "std", "square root of the mean variance of the features"),
+    Column("mean_abs_max", "max mean|x|", "the largest mean |x| of a feature"),
+    Column("nonfinite", "nonfinite", "nan and inf values seen; left out of everything else", "count", optional=True),
+    Column("constant_vectors", "constant", "vectors left out because their variance is 0", "count", optional=True),
+    Column("invalid_vectors", "invalid", "vectors left out because an element is nonfinite", "count", optional=True),
+)
+
+_DISPENSABLE = (
+    "mean_abs_max",
+    "module",
+    "std",
+    "kurtosis_max",
+    "kurtosis_median",
+    "vector_kurtosis_std",
+    "outlier_features",
+    "feature_dim",
+)
+"""What a narrow terminal goes without, first to go first."""
+
+
+def printable(text: object) -> str:
+    r"""``text`` with what is not printable written as escapes, so that no name can move a cursor or reverse a line.
+
+    >>> printable("a\x1b[31m")
+    'a\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
+def number(value: object, digits: int = 4) -> str:
+    """A number for people: int in groups of three, float with ``digits`` significant digits, nan and None as ``–``.
+
+    >>> number(12608), number(3.14159), number(float("nan")), number(1.5e-7)
+    ('12,608', '3.142', '–', '1.50e-07')
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return printable(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e6:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        return f"{value:,.{decimals}f}"
+    return f"{value:.{digits - 2}e}"
+
+
+def cell(row: Row, column: Column) -> Any:
+    """The value of ``column`` in ``row``: counts as int, nothing as None."""
+    if column.key == "gaussian":
+        features = row.get("features")
+        return gaussian_kurtosis(int(features)) if features else None
+    if column.key == "layer":
+        return row.get("layer") or "(output)"
+    value = row.get(column.key)
+    whole = column.kind in ("index", "count") and isinstance(value, float) and math.isfinite(value)
+    return int(value) if whole else value
+
+
+def shown(row: Row, column: Column) -> str:
+    """The value of ``column`` in ``row`` as people read it.
+
+    >>> shown({"share": 0.0833}, Column("share", "share", "", "share"))
+    '8.33 %'
+    """
+    value = cell(row, column)
+    if column.kind == "share" and number(value) != "–":
+        return f"{number(100 * value, 3)} %"
+    return str(value) if column.kind == "index" and isinstance(value, int) else number(value)
+
+
+def shown_columns(rows: Sequence[Row], columns: Iterable[Column] = LAYER_COLUMNS) -> list[Column]:
+    """``columns`` without the optional ones that say nothing."""
+    return [c for c in columns if not c.optional or any(shown(row, c) not in ("–", "0") for row in rows)]
+
+
+def layer_table(
+    rows: Sequence[Row],
+    *,
+    columns: Sequence[Column] = LAYER_COLUMNS,
+    title: str | None = None,
+    width: int | None = None,
+) -> Table:
+    """The table of layers for a terminal or a notebook.
+
+    Args:
+        rows: one mapping per layer, as ``Recording.rows()`` gives them.
+        columns: what to show of them.
+        title: printed above.
+        width: columns of the terminal; where all do not fit, the less important ones are left out, never the vector
+            kurtosis and what it is read against. Default: the width rich sees.
+
+    >>> rows = [{"layer": "blocks.0", "features": 768, "feature_dim": -1, "vectors": 64, "vector_kurtosis": 3.02}]
+    >>> layer_table(rows).row_count
+    1
+    """
+    import rich
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = _fitting(shown_columns(rows, columns), rows, width or rich.get_console().width)
+    positions = sorted({str(row["positions"]) for row in rows if row.get("positions")})
+    caption = f"One vector = the features (along dim) of one position; positions: {', '.join(positions) or 'all'}."
+    table = Table(
+        title=Text(printable(title)) if title else None,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in columns:
+        table.add_column(
+            Text(column.title),
+            justify="right" if column.numeric else "left",
+            no_wrap=column.numeric,
+            overflow="fold",
+            style="bold" if column.key == "vector_kurtosis" else "",
+        )
+    for row in rows:
+        # Text, not str: names are data, and must not be read as markup.
+        table.add_row(*(Text(shown(row, column)) for column in columns))
+    return table
+
+
+def _fitting(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list[Column]:
+    needed = {c.key: 3 + max(len(text) for text in [c.title, *(shown(row, c) for row in rows)]) for c in columns}
+    for key in _DISPENSABLE:
+        if sum(needed.values()) > width:
+            needed.pop(key, None)
+    return [c for c in columns if c.key in needed]
+
+
+def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> Path:
+    """Writes ``rows`` with every key any of them has, in order of appearance; returns the path.
+
+    Numbers are written in full, nan as ``nan``, a missing value as nothing; the file is UTF-8. An existing file is
+    replaced at once, so that an interruption leaves the old one or the new one, never half of one.
+    """
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    with (
+        replacing(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.DictWriter(file, fieldnames=keys, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return Path(path)

@@ -1,0 +1,332 @@
+"""Does this encoder have outlier features? One look at a folder of images."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchprobe.datasets import DatasetError, Images
+from torchprobe.encoders import Encoder
+from torchprobe.recording import Recording, record
+from torchprobe.rendering.files import replacing
+from torchprobe.rendering.reference import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+from torchprobe.rendering.tables import Column, write_csv
+from torchprobe.statistics import Moments
+
+Progress = Callable[[int, int], None]
+"""Told (files done, files in all) after every batch."""
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+DEFINITIONS = {
+    "vector kurtosis": "κ(h) = mean((h − mean h)⁴) / mean((h − mean h)²)² over the features of one vector h (Pearson's, "
+    "population moments); the headline is its mean over images.",
+    "interval": f"{LEVEL:.0%} percentile bootstrap of that mean over images ({RESAMPLES:,} resamples): the image is the unit, "
+    "because what comes from one image is dependent.",
+    "Gaussian features": "what d independent Gaussian values give: 3(d − 1)/(d + 1), with its standard deviation from "
+    "vector to vector.",
+    "ceiling": "the largest value d features can have, when all but one are equal: (d² − 3d + 3)/(d − 1).",
+    "outlier": "feature i is an outlier in a vector when |h_i − mean h| > 6 std of that vector.",
+    "max|h| / mean|h|": "the largest absolute value of a vector over the mean absolute value of that vector; mean over images.",
+    "relative size": "mean |h_i| over images, divided by its average over features.",
+    "energy share": "Σ h_i² over images, as a share of the sum over all features.",
+    "extreme share": "share of the images in which |h_i| is the largest of all features.",
+}
+
+FEATURE_COLUMNS = (
+    Column("feature", "feature", "index within the representation", "index"),
+    Column("outlier_share", "outlier share", "share of the vectors with |h_i − mean h| > 6 std of that vector", "share"),
+    Column("relative_size", "relative size", "mean |h_i| over images, divided by its average over features"),
+    Column("energy_share", "energy share", "Σ h_i² as a share of the sum over all features", "share"),
+    Column("extreme_share", "extreme share", "share of the images in which |h_i| is the largest of all", "share"),
+    Column("mean", "mean", "mean of h_i over images"),
+    Column("std", "std", "standard deviation of h_i over images"),
+)
+
+
+@dataclass
+class Scan:
+    """What one look at some images saw.
+
+    Attributes:
+        model: the name of the encoder.
+        recording: the moments of every recorded layer; ``""`` is the representation.
+        kurtosis: vector kurtosis of the representation per image, float64, shape (images,); nan where it has none.
+        peak: max|h| / mean|h| per image, float64, shape (images,).
+        extreme: per feature, the images in which its absolute value is the largest, int64, shape (features,).
+        total: files that were to be read.
+        unreadable: those that could not be, with the reason.
+        partial: it was stopped before the end.
+        settings: what it was run with.
+    """
+
+    model: str
+    recording: Recording
+    kurtosis: NDArray[np.float64]
+    peak: NDArray[np.float64]
+    extreme: NDArray[np.int64]
+    total: int
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    partial: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        """Images that were seen."""
+        return len(self.kurtosis)
+
+    @property
+    def representation(self) -> Moments:
+        """The moments of the encoder's output."""
+        return self.recording[""]
+
+    def interval(self) -> tuple[float, float]:
+        """Bootstrap interval of the mean vector kurtosis, over images; see :data:`DEFINITIONS`."""
+        return bootstrap_interval(self.kurtosis, seed=int(self.settings.get("seed", 0)))
+
+    def features(self) -> list[dict[str, Any]]:
+        """One row per feature of the representation, in the order of :data:`FEATURE_COLUMNS`, most frequent outlier first."""
+        m = self.representation
+        energy = m.count * (m.variance + m.mean**2)
+        parts: dict[str, Tensor] = {
+            "outlier_share": m.outlier_frequency,
+            "relative_size": m.mean_abs / m.mean_abs.nanmean(),
+            "energy_share": energy / energy.nansum(),
+            "extreme_share": torch.from_numpy(self.extreme) / max(1, self.images),
+            "mean": m.mean,
+            "std": m.std,
+        }
+        columns = {key: part.cpu().tolist() for key, part in parts.items()}
+        rows = [{"feature": i} | {key: column[i] for key, column in columns.items()} for i in range(m.features)]
+        return sorted(rows, key=lambda row: [-_or_zero(row["outlier_share"]), -_or_zero(row["relative_size"])])
+
+    def outliers(self) -> list[dict[str, Any]]:
+        """The rows of :meth:`features` that are an outlier in at least one vector."""
+        return [row for row in self.features() if row["outlier_share"] > 0]
+
+    def layers(self) -> list[dict[str, Any]]:
+        """The rows of the recording, with the vectors each image gave."""
+        rows = []
+        for row in self.recording.rows():
+            vectors = int(row["vectors"] + row["constant_vectors"] + row["invalid_vectors"])
+            whole, rest = divmod(vectors, self.images)
+            rows.append({**row, "vectors_per_image": vectors / self.images if rest else whole})
+        return rows
+
+    def summary(self) -> dict[str, Any]:
+        """Everything that is printed, as plain numbers: what ``--json`` gives."""
+        m = self.representation
+        d = m.features
+        low, high = self.interval()
+        finite = self.kurtosis[np.isfinite(self.kurtosis)]
+        return {
+            "model": self.model,
+            "partial": self.partial,
+            "images": {
+                "seen": self.images,
+                "found": self.total,
+                "unreadable": [{"file": file, "reason": reason} for file, reason in self.unreadable],
+            },
+            "representation": {
+                "features": d,
+                "vector_kurtosis": m.vector_kurtosis,
+                "interval": [low, high],
+                "interval_level": LEVEL,
+                "vector_kurtosis_median": float(np.median(finite)) if finite.size else math.nan,
+                "vector_kurtosis_std": m.vector_kurtosis_std,
+                "gaussian": gaussian_kurtosis(d),
+                "gaussian_std": gaussian_kurtosis_std(d),
+                "ceiling": kurtosis_ceiling(d),
+                "peak": float(np.nanmean(self.peak)) if np.isfinite(self.peak).any() else math.nan,
+                "nonnegative": bool((m.min >= 0).all()),
+                "vectors": m.vectors,
+                "constant_vectors": m.constant_vectors,
+                "invalid_vectors": m.invalid_vectors,
+            },
+            "outlier_features": self.outliers(),
+            "layers": self.layers(),
+            "definitions": DEFINITIONS,
+            "settings": self.settings,
+        }
+
+    def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
+        """Writes the recording, two CSV tables, the summary and the page into ``folder``; returns their paths by kind.
+
+        Each file replaces an older one at once, so an interruption leaves no half file.
+
+        Raises:
+            OSError: the folder cannot be made or written to.
+        """
+        from torchprobe.rendering import page
+        from torchprobe.studies.scan_page import scan_page
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {
+            "recording": folder / "recording.safetensors",
+            "layers": folder / "layers.csv",
+            "features": folder / "features.csv",
+            "summary": folder / "summary.json",
+            "page": folder / "index.html",
+        }
+        with replacing(files["recording"]) as temporary:
+            self.recording.save(temporary)
+        write_csv(self.layers(), files["layers"])
+        write_csv(self.features(), files["features"])
+        with replacing(files["summary"]) as temporary:
+            temporary.write_text(dumps(self.summary()), encoding="utf-8")
+        page.write(scan_page(self), files["page"])
+        return files
+
+
+def scan(
+    encoder: Encoder,
+    images: Images,
+    layers: str | Iterable[str] | None = None,
+    *,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    workers: int = 2,
+    seed: int = 0,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Scan:
+    """Runs ``images`` through ``encoder`` once and records the moments of its layers and its representation.
+
+    Args:
+        encoder: from :func:`torchprobe.encoders.load_encoder`; moved to ``device`` and put in eval mode.
+        images: from :func:`torchprobe.datasets.image_folder`.
+        layers: names or globs as for :func:`torchprobe.record`; its default when None. The representation is always
+            recorded.
+        batch_size: files in a batch.
+        device: where the encoder runs.
+        workers: threads that decode.
+        seed: of the bootstrap.
+        progress: told after every batch.
+        stop: asked before every batch; True ends the scan with what was seen, marked as partial. So does
+            KeyboardInterrupt, after which the layers may have seen one batch more than the images that are counted.
+
+    Raises:
+        DatasetError: not one file could be read.
+        ValueError: a layer the encoder does not have.
+
+    >>> import tempfile, pathlib, PIL.Image
+    >>> from torch import nn
+    >>> from torchvision.transforms.functional import to_tensor
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> PIL.Image.linear_gradient("L").resize((4, 4)).save(folder / "a.png")
+    >>> encoder = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), features=8, preprocess=to_tensor)
+    >>> scan(encoder, Images([folder / "a.png"])).representation.vectors
+    1
+    """
+    encoder = encoder.to(device).eval()
+    selected = None if layers is None else ["", *([layers] if isinstance(layers, str) else layers)]
+    kurtosis: list[Tensor] = []
+    peak: list[Tensor] = []
+    extreme = torch.zeros(encoder.features, dtype=torch.int64)
+    unreadable: list[tuple[str, str]] = []
+    done, partial = 0, False
+    with record(encoder, selected) as rec, torch.inference_mode(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata
+        try:
+            for batch in images.batches(encoder.preprocess, batch_size, workers):
+                if stop is not None and stop():
+                    partial = True
+                    break
+                unreadable += batch.unreadable
+                if batch.names:
+                    h = encoder(batch.pixels.to(device)).cpu().double()
+                    kurtosis.append(vector_kurtosis(h))
+                    peak.append(h.abs().amax(-1) / h.abs().mean(-1))
+                    finite = h[h.isfinite().all(-1)]
+                    extreme += torch.bincount(finite.abs().argmax(-1), minlength=encoder.features)
+                done += batch.files
+                if progress is not None:
+                    progress(done, len(images))
+        except KeyboardInterrupt:
+            partial = True
+    if not kurtosis:
+        if partial:
+            raise KeyboardInterrupt
+        file, reason = unreadable[0]
+        raise DatasetError(f"none of the {len(unreadable)} files could be read as an image; the first, {file}: {reason}")
+    return Scan(
+        model=encoder.name,
+        recording=rec.total,
+        kurtosis=torch.cat(kurtosis).numpy(),
+        peak=torch.cat(peak).numpy(),
+        extreme=extreme.numpy(),
+        total=len(images),
+        unreadable=unreadable,
+        partial=partial,
+        settings={"batch_size": batch_size, "device": str(device), "seed": seed, "layers": selected},
+    )
+
+
+def vector_kurtosis(h: Tensor) -> Tensor:
+    """Kurtosis across the features of each vector (Pearson's, population moments), nan where the variance is 0.
+
+    h (n, d) → (n,), float64.
+
+    >>> vector_kurtosis(torch.tensor([[0.0, 0.0, 0.0, 8.0]])).item()
+    2.3333333333333335
+    """
+    h = h.double()
+    h = h / h.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny)  # so that no fourth power under- or overflows
+    deviation = h - h.mean(-1, keepdim=True)
+    variance = deviation.square().mean(-1)
+    constant = (h == h[:, :1]).all(-1)
+    return (deviation.square().square().mean(-1) / variance.square()).where(~constant, math.nan)
+
+
+def bootstrap_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap of the mean of independent ``values``, nan left out; (nan, nan) for fewer than two.
+
+    >>> low, high = bootstrap_interval(np.arange(100.0))
+    >>> low < 49.5 < high
+    True
+    """
+    values = values[np.isfinite(values)]
+    n = values.size
+    if n < 2:
+        return math.nan, math.nan
+    generator = np.random.default_rng(seed)
+    at_once = max(1, 2_000_000 // n)
+    means = [
+        values[generator.integers(n, size=(min(at_once, RESAMPLES - start), n))].mean(-1) for start in range(0, RESAMPLES, at_once)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def dumps(value: object) -> str:
+    """JSON in which nan and inf, which JSON does not know, are null.
+
+    >>> dumps({"a": math.nan})
+    '{\\n  "a": null\\n}'
+    """
+    return json.dumps(_plain(value), indent=2, ensure_ascii=True, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
