@@ -48,13 +48,13 @@ class Encoder(nn.Module):
     torch.Size([2, 5])
     """
 
-    def __init__(
-        self, visual: nn.Module, *, features: int, preprocess: Callable[[Any], Tensor], name: str = "encoder"
-    ) -> None:
+    preprocess: Callable[[Any], Tensor]
+
+    def __init__(self, visual: nn.Module, *, features: int, preprocess: Callable[[Any], Tensor], name: str = "encoder") -> None:
         super().__init__()
         self.visual = visual
         self.features = features
-        self.preprocess = preprocess
+        self.__dict__["preprocess"] = preprocess  # past nn.Module: a transform that is a module is still no layer
         self.name = name
 
     def forward(self, images: Tensor) -> Tensor:
@@ -63,8 +63,7 @@ class Encoder(nn.Module):
         h = output[0] if isinstance(output, tuple) else output  # some towers return their tokens as well
         if h.shape[1:] != (self.features,):
             raise EncoderError(
-                f"{self.name} gave {tuple(h.shape)} where (images, {self.features}) was expected: "
-                "it does not pool to one vector per image"
+                f"{self.name} gave {tuple(h.shape)} where (images, {self.features}) was expected: it does not pool to one vector per image"
             )
         return h
 
@@ -95,13 +94,14 @@ def load_encoder(name: str, checkpoint: str | os.PathLike[str] | None = None, *,
     source, _, rest = name.partition(":")
     if source not in _SOURCES or not rest:
         known = ", ".join(f"{s}:NAME" for s in _SOURCES)
-        raise EncoderError(
-            f"{name!r} is not the name of an encoder: expected one of {known}" + _nearest(source, _SOURCES)
-        )
+        raise EncoderError(f"{name!r} is not the name of an encoder: expected one of {known}" + _nearest(source, _SOURCES))
     make = {"timm": _from_timm, "torchvision": _from_torchvision, "open_clip": _from_open_clip}[source]
     encoder, aside = make(name, rest, pretrained and checkpoint is None)
     if checkpoint is not None:
         load_weights(encoder.visual, checkpoint, aside=aside)
+        encoder.name = f"{name} ({Path(checkpoint).name})"
+    elif not pretrained:
+        encoder.name = f"{name} (random weights)"
     return encoder.eval()
 
 
@@ -165,9 +165,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         except (SafetensorError, OSError, ValueError) as error:
             raise EncoderError(f"{path} cannot be read as safetensors: {error}") from error
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # plain options that many training scripts save along
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain options that many training scripts save along
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise EncoderError(
@@ -187,8 +185,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             tensors = _tensors(content[key])
     if not tensors:
         raise EncoderError(
-            f"{path} holds no state_dict: expected a mapping from names to tensors, bare or under one of "
-            f"{', '.join(_NESTED)}"
+            f"{path} holds no state_dict: expected a mapping from names to tensors, bare or under one of {', '.join(_NESTED)}"
         )
     return tensors
 
@@ -216,21 +213,14 @@ def _from_torchvision(name: str, rest: str, pretrained: bool) -> tuple[Encoder, 
     model_name, _, tag = rest.partition("/")
     if model_name not in models.list_models(module=models):
         raise EncoderError(
-            f"torchvision has no classification model {model_name!r}"
-            + _nearest(model_name, models.list_models(module=models))
+            f"torchvision has no classification model {model_name!r}" + _nearest(model_name, models.list_models(module=models))
         )
     choices = models.get_model_weights(model_name)
     if tag and tag not in choices.__members__:
-        raise EncoderError(
-            f"torchvision has no weights {tag!r} for {model_name}; it has {', '.join(choices.__members__)}"
-        )
+        raise EncoderError(f"torchvision has no weights {tag!r} for {model_name}; it has {', '.join(choices.__members__)}")
     weights = choices[tag] if tag else choices.DEFAULT
     # Two models normalise their input a second time, but only when they fetch their weights themselves.
-    options = (
-        {"transform_input": True, "init_weights": True}
-        if model_name in ("googlenet", "inception_v3") and not pretrained
-        else {}
-    )
+    options = {"transform_input": True, "init_weights": True} if model_name in ("googlenet", "inception_v3") and not pretrained else {}
     with _making(name, pretrained):
         model = models.get_model(model_name, weights=weights if pretrained else None, **options)
     whole = set(model.state_dict())
@@ -239,9 +229,7 @@ def _from_torchvision(name: str, rest: str, pretrained: bool) -> tuple[Encoder, 
         raise EncoderError(f"torchvision's {model_name} has no linear head, so there is no vector that a head sees")
     path, head = heads[-1]
     model.set_submodule(path, nn.Identity())
-    return Encoder(model, features=head.in_features, preprocess=weights.transforms(), name=name), sorted(
-        whole - set(model.state_dict())
-    )
+    return Encoder(model, features=head.in_features, preprocess=weights.transforms(), name=name), sorted(whole - set(model.state_dict()))
 
 
 def _from_open_clip(name: str, rest: str, pretrained: bool) -> tuple[Encoder, list[str]]:
@@ -259,16 +247,13 @@ def _from_open_clip(name: str, rest: str, pretrained: bool) -> tuple[Encoder, li
             else f"several weights for {model_name}: say which, as in open_clip:{model_name}/TAG"
         )
         raise EncoderError(
-            f"open_clip has {problem}; it has {', '.join(tags) or 'none'}; "
-            "or give a local file with --checkpoint (checkpoint=)"
+            f"open_clip has {problem}; it has {', '.join(tags) or 'none'}; or give a local file with --checkpoint (checkpoint=)"
         )
     tagged = dict(open_clip.get_pretrained_cfg(model_name, tag) or {}) if tag else {}
     # With the wrong activation function the weights give plausible but wrong representations: the tag decides.
     quick = bool(tagged.get("quick_gelu", config.get("quick_gelu", False)))
     with _making(name, pretrained):
-        clip = open_clip.create_model(
-            model_name, pretrained=tag if pretrained else None, force_quick_gelu=quick, pretrained_text=False
-        )
+        clip = open_clip.create_model(model_name, pretrained=tag if pretrained else None, force_quick_gelu=quick, pretrained_text=False)
     settings = getattr(clip.visual, "preprocess_cfg", None) if pretrained else None
     settings = settings or transform.merge_preprocess_dict({}, tagged | {"size": clip.visual.image_size})
     preprocess = transform.image_transform_v2(transform.PreprocessCfg(**settings), is_train=False)
@@ -284,9 +269,7 @@ def _package(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise EncoderError(
-            f"{module} is not installed: pip install {_SOURCES[module]}, or pip install 'torchprobe[vision]'"
-        ) from error
+        raise EncoderError(f"{module} is not installed: pip install {_SOURCES[module]}, or pip install 'torchprobe[vision]'") from error
 
 
 @contextlib.contextmanager
@@ -331,10 +314,7 @@ def _prefix(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: s
                 votes["".join(f"{part}." for part in parts[:i])] += 1
     ranking = votes.most_common(2)
     if len(ranking) == 2 and ranking[0][1] == ranking[1][1] > len(expected) / 2:
-        raise EncoderError(
-            f"{path} holds the encoder twice, under {ranking[0][0]!r} and {ranking[1][0]!r}: "
-            "keep one of them in the file"
-        )
+        raise EncoderError(f"{path} holds the encoder twice, under {ranking[0][0]!r} and {ranking[1][0]!r}: keep one of them in the file")
     return ranking[0][0] if ranking else ""
 
 

@@ -148,38 +148,35 @@ void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma,
   }
   const Call call = describe(x, feature_dim, outlier_sigma, keep);
 
+  static thread_local Workspace partial_memory, scratch_memory;
   double* to = static_cast<double*>(state.mutable_data_ptr());
-  std::mutex& lock = lock_of(to);
-  {
-    std::lock_guard<std::mutex> hold(lock);
-    const double calls = to[layout::CALLS]++;
-    if (std::fmod(calls, double(every)) != 0) return;
-  }
-  if (call.vectors == 0) return;
+  std::unique_lock<std::mutex> hold(lock_of(to));
+  const double calls = to[layout::CALLS]++;
+  if (std::fmod(calls, double(every)) != 0 || call.vectors == 0) return;
 
   // The tiles are dealt out in chunks, each with a partial state of its own, merged in order: the same result for any number of threads.
-  const int64_t tiles = call.tiles, slots = layout::size(features);
-  int64_t chunks = std::clamp<int64_t>(tiles / 4, 1, std::clamp<int64_t>(tiles / 16, 16, 64));
+  const int64_t slots = layout::size(features);
+  int64_t chunks = std::clamp<int64_t>(call.tiles / 4, 1, std::clamp<int64_t>(call.tiles / 16, 16, 64));
   chunks = std::min(chunks, std::max<int64_t>(2, (int64_t(8) << 20) / slots));
-  const Kernels& run = kernels();
-  static thread_local Workspace partial_memory;
-  double* partials = static_cast<double*>(partial_memory.reserve(size_t(chunks * slots) * sizeof(double)));
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Workspace scratch_memory;
-    void* scratch = scratch_memory.reserve(size_t(call.scratch_bytes));
-    for (int64_t c = begin; c < end; ++c) {
-      double* partial = partials + c * slots;
-      std::memset(partial, 0, size_t(slots) * sizeof(double));
-      run.observe(call, c * tiles / chunks, (c + 1) * tiles / chunks, partial, scratch);
-    }
-    scratch_memory.trim();
-  });
-  {
-    std::lock_guard<std::mutex> hold(lock);
-    torch::stable::parallel_for(0, features, 16384, [&](int64_t begin, int64_t end) {
-      for (int64_t c = 0; c < chunks; ++c) run.merge(to, partials + c * slots, features, begin, end, begin == 0);
+  if (chunks == 1) {
+    kernels().observe(call, 0, call.tiles, to, scratch_memory.reserve(size_t(call.scratch_bytes)));
+  } else {
+    hold.unlock();  // others may go on while the partial states are made
+    double* partials = static_cast<double*>(partial_memory.reserve(size_t(chunks * slots) * sizeof(double)));
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      void* scratch = scratch_memory.reserve(size_t(call.scratch_bytes));  // of this thread
+      for (int64_t c = begin; c < end; ++c) {
+        std::memset(partials + c * slots, 0, size_t(slots) * sizeof(double));
+        kernels().observe(call, c * call.tiles / chunks, (c + 1) * call.tiles / chunks, partials + c * slots, scratch);
+      }
+      scratch_memory.trim();
+    });
+    hold.lock();
+    torch::stable::parallel_for(0, features, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t c = 0; c < chunks; ++c) kernels().merge(to, partials + c * slots, features, begin, end, begin == 0);
     });
   }
+  scratch_memory.trim();
   partial_memory.trim();
 }
 

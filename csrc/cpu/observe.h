@@ -27,7 +27,7 @@ struct Call {
   int64_t scratch_bytes, scratch_row;  // what a thread needs beside its partial state; elements from one packed row to the next
 };
 
-// One set of kernels. `partial` is a state of its own (layout.h), all zeros at first; slot CALLS is not touched.
+// One set of kernels. `partial` is a state (layout.h); slot CALLS is not touched.
 struct Kernels {
   const char* name;
   void (*observe)(const Call&, int64_t first_tile, int64_t last_tile, double* partial, void* scratch);

@@ -194,13 +194,17 @@ TORCHPROBE_INLINE void merge_features(const Features<T, N>& c, int lanes, double
   for (; i < lanes; ++i) merge_lanes<double>(c, i, to, seen, n, inverse_n, wa, wb);
 }
 
-// When the counts differ.
-template <class T, int N>
-void merge_features_apart(const Features<T, N>& c, int lanes, const Rows& to) {
-  for (int i = 0; i < lanes; ++i) {
-    const double na = to.count[i], nb = double(c.count[i]);
-    if (nb > 0) merge_lanes<double>(c, i, to, na, nb, 1 / nb, na / (na + nb), nb / (na + nb));
-    to.count[i] += nb;
-  }
+// When the counts differ: f.count is what each feature sees now.
+template <class E, class T, int N>
+TORCHPROBE_INLINE void merge_lanes_apart(const Features<T, N>& f, int i, const Rows& to) {
+  const E na = load_as<E>(to.count + i), nb = load_as<E>(f.count + i), n = na + nb, zero{}, one = zero + 1.0;
+  const E inverse_n = 1.0 / E(n > 0 ? n : one), inverse_nb = E(nb > 0 ? 1.0 / E(nb > 0 ? nb : one) : zero);
+  merge_lanes<E>(f, i, to, na, nb, inverse_nb, E(na * inverse_n), E(nb * inverse_n));
+  store_as(to.count + i, n);
 }
-
+template <class T, int N>
+void merge_features_apart(const Features<T, N>& f, int lanes, const Rows& to) {
+  int i = 0;
+  for (; i + width<double> <= lanes; i += width<double>) merge_lanes_apart<vdouble>(f, i, to);
+  for (; i < lanes; ++i) merge_lanes_apart<double>(f, i, to);
+}

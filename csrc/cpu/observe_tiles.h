@@ -8,15 +8,20 @@ struct Run {
   T* scales;   // what suited each feature last
   T* scratch;  // one vector
   VectorState<T> vectors;
-  bool uniform = true;  // every feature has seen `seen` values, and the row of counts is not yet written
-  double seen = 0;
+  bool uniform = true;  // every feature has seen `seen` values; the row of counts is not kept up to date
+  double seen;
 
   Run(const Call& call, double* partial, T* memory)
       : call(call),
         partial(partial),
         scales(memory),
         scratch(memory + call.scratch_row),
-        vectors(partial, rows_of(partial, call.features, 0).outliers, call.features, call.outlier_sigma) {}
+        vectors(partial, rows_of(partial, call.features, 0).outliers, call.features, call.outlier_sigma) {
+    const double* count = rows_of(partial, call.features, 0).count;
+    seen = count[0];
+    for (int64_t j = 1; j < call.features && uniform; ++j) uniform = count[j] == seen;
+    for (int64_t j = 0; j < call.scratch_row; ++j) scales[j] = 1;
+  }
 
   // The first guess of every scale, from one vector.
   template <class S>
@@ -90,14 +95,6 @@ inline int enumerate(const Call& call, Cursor& cursor, int64_t& vector, int64_t 
   return n;
 }
 
-// Copies n vectors whose features are contiguous, widened.
-template <class S, class T>
-TORCHPROBE_INLINE void pack_row(const S* from, T* to, int64_t features) {
-  int64_t j = 0;
-  for (; j + width<T> <= features; j += width<T>) store(to + j, load_wide(from + j));
-  for (; j < features; ++j) to[j] = widen(from[j]);
-}
-
 // Copies n vectors whose features are not contiguous into rows. Neighbouring positions are contiguous in the usual case (N, C, H, W): then
 // blocks of W positions × W features are transposed in registers.
 template <class S, class T>
@@ -133,22 +130,23 @@ void pack_tile(const S* x, const int64_t* offset, int n, const Call& call, T* to
 constexpr double FETCH_WITH_ROWS = 0.4;
 
 template <class T>
-TORCHPROBE_INLINE void observe_columns(const T* const* row, int n, int64_t at, int64_t j, int lanes, Run<T>& run) {
+TORCHPROBE_INLINE void observe_columns(T* const* row, int n, int64_t at, int64_t j, int lanes, Run<T>& run) {
   Features<T, width<T>> f;
   const bool suited = column_sums<T, 1>(row, n, at, run.scales + j, f, Ahead{}, 0, 0);
   finish_features<T, width<T>, false>(f, suited, j, lanes, n, run, [&](int i, int r) { return row[r][at + i]; });
 }
 
-template <class T>
-void observe_rows(const T* const* row, int n, Run<T>& run, const Ahead& ahead) {
+// A tile of n vectors that lie in rows: from[r], copied to row[r] on the way when it is not of type T.
+template <class S, class T>
+void observe_rows(const S* const* from, T* const* row, int n, Run<T>& run, const Ahead& ahead) {
   constexpr int W = width<T>, V = REGISTERS == 32 ? 2 : 1;
   const int64_t features = run.call.features;
   const int64_t now = int64_t(double(ahead.bytes) * FETCH_WITH_ROWS) / 64 * 64;
   if (features == 1) {  // nothing to compute: a vector of one feature is constant
-    for (int r = 0; r < n; ++r) run.partial[is_finite(*row[r]) ? layout::CONSTANT : layout::INVALID] += 1;
+    for (int r = 0; r < n; ++r) run.partial[is_finite(row_sum<S, T>(from[r], 1, 1, row[r])) ? layout::CONSTANT : layout::INVALID] += 1;
   } else {
     Vectors<T> vectors;
-    row_sums<T>(row, n, run.vectors, ahead, now, vectors);
+    row_sums<S, T>(from, row, n, run.vectors, ahead, now, vectors);
     finish_vectors<T, T, false>(vectors, n, [&](int r) { return row[r]; }, 1, run.vectors, run.scratch);
   }
 
@@ -163,7 +161,7 @@ void observe_rows(const T* const* row, int n, Run<T>& run, const Ahead& ahead) {
   for (; j + W <= features; j += W) observe_columns<T>(row, n, j, j, W, run);
   if (j < features) {  // what does not fill a vector is worked on in a copy that does
     T rest[MAX_ROWS][W];
-    const T* copy[MAX_ROWS] = {};
+    T* copy[MAX_ROWS] = {};
     for (int r = 0; r < n; ++r) {
       store(rest[r], load_part<T>(row[r] + j, features - j, 0));
       copy[r] = rest[r];
@@ -177,7 +175,7 @@ template <class S, class T>
 void observe_row_tiles(const Call& call, int64_t first_tile, int64_t last_tile, Run<T>& run, T* packed) {
   const S* x = static_cast<const S*>(call.x);
   constexpr bool same = std::is_same_v<S, T>;
-  const bool contiguous = call.feature_stride == 1 || call.features == 1, direct = same && contiguous;
+  const bool contiguous = call.feature_stride == 1 || call.features == 1;
 
   int64_t vector = first_tile * call.tile_vectors, next_offset[MAX_ROWS];
   const int64_t end = last_tile * call.tile_vectors < call.vectors ? last_tile * call.tile_vectors : call.vectors;
@@ -198,18 +196,21 @@ void observe_row_tiles(const Call& call, int64_t first_tile, int64_t last_tile, 
       ahead.bytes = call.features * int64_t(sizeof(S));
       for (int r = 0; r < n; ++r) ahead.row[r] = reinterpret_cast<const char*>(x + next_offset[r]);
     }
-    const T* row[MAX_ROWS];
-    if (direct) {
-      for (int r = 0; r < n; ++r) row[r] = reinterpret_cast<const T*>(x + offset[r]);
+    T* row[MAX_ROWS];
+    for (int r = 0; r < n; ++r) row[r] = packed + r * call.scratch_row;
+    if (contiguous) {
+      const S* from[MAX_ROWS];
+      for (int r = 0; r < n; ++r) {
+        from[r] = x + offset[r];
+        if constexpr (same) row[r] = const_cast<T*>(from[r]);  // worked on where it lies, and not written to
+      }
+      if (t == first_tile) run.guess_scales(from[0], 1);
+      observe_rows<S, T>(from, row, n, run, ahead);
     } else {
-      if (contiguous)
-        for (int r = 0; r < n; ++r) pack_row<S, T>(x + offset[r], packed + r * call.scratch_row, call.features);
-      else
-        pack_tile<S, T>(x, offset, n, call, packed);
-      for (int r = 0; r < n; ++r) row[r] = packed + r * call.scratch_row;
+      pack_tile<S, T>(x, offset, n, call, packed);
+      if (t == first_tile) run.guess_scales(row[0], 1);
+      observe_rows<T, T>(row, row, n, run, ahead);
     }
-    if (t == first_tile || run.seen == 0) run.guess_scales(row[0], 1);
-    observe_rows<T>(row, n, run, ahead);
   }
 }
 

@@ -66,31 +66,39 @@ struct VectorState {
 
 // ---- the sums, features contiguous -------------------------------------------------------------------------------------------------------
 
-// The sum of x·factor over one vector, in the order of row_powers.
-template <class T>
-T row_sum(const T* x, int64_t n, T factor) {
+// The sum of x·factor over one vector, in the order of row_powers; x is copied to `to` on the way when it is not of type T.
+template <class S, class T>
+T row_sum(const S* x, int64_t n, T factor, T* to) {
   constexpr int W = width<T>;
   Vec<T> a{}, b{};
   const Vec<T> f = splat<T>(factor);
+  auto take = [&](Vec<T> v, int64_t i) __attribute__((always_inline)) {
+    if constexpr (!std::is_same_v<S, T>) store(to + i, v);
+    return v * f;
+  };
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
-    a += load(x + i) * f;
-    b += load(x + i + W) * f;
+    a += take(load_wide(x + i), i);
+    b += take(load_wide(x + i + W), i + W);
   }
-  if (i + W <= n) a += load(x + i) * f, i += W;
-  if (i < n) b += load_part<T>(x + i, n - i, 0) * f;
+  if (i + W <= n) a += take(load_wide(x + i), i), i += W;
+  if (i < n) b += take(load_part<S>(x + i, n - i, 0), i);
   return reduce(a + b);
 }
 
-// Powers of (x − shift)·scale over one vector, into v[r]; returns the sum of `next`, the vector after it, read meanwhile. Lanes are widened
-// to double every 2048 elements. With Plain the scale is 1, and a subtraction does what else takes a fused multiply-add: there is an adder
-// to spare, but no multiplier.
-template <class T, bool Plain>
-TORCHPROBE_INLINE T row_powers(const T* x, int64_t n, T shift, T scale, const T* next, Vectors<T>& v, int r) {
+// Powers of (x − shift)·scale over one vector, into v[r]; returns the sum of `next`, the vector after it, read (and copied) meanwhile. Lanes
+// are widened to double every 2048 elements. With Plain the scale is 1, and a subtraction does what else takes a fused multiply-add: there
+// is an adder to spare, but no multiplier.
+template <class S, class T, bool Plain>
+TORCHPROBE_INLINE T row_powers(const T* x, int64_t n, T shift, T scale, const S* next, T* to, Vectors<T>& v, int r) {
   constexpr int W = width<T>;
   const Vec<T> k = splat<T>(scale), s = splat<T>(Plain ? shift : -(shift * scale));
   Vec<T> sum_a{}, sum_b{}, peak{};
   double t1 = 0, t2 = 0, t3 = 0, t4 = 0;
+  auto take = [&](Vec<T> v, int64_t i) __attribute__((always_inline)) {
+    if constexpr (!std::is_same_v<S, T>) store(to + i, v);
+    return v;
+  };
   for (int64_t begin = 0; begin < n; begin += 2048) {
     const int64_t end = n - begin < 2048 ? n : begin + 2048;
     Vec<T> a1{}, a2{}, a3{}, a4{}, b1{}, b2{}, b3{}, b4{};
@@ -103,18 +111,18 @@ TORCHPROBE_INLINE T row_powers(const T* x, int64_t n, T shift, T scale, const T*
     };
     int64_t i = begin;
     for (; i + 2 * W <= end; i += 2 * W) {
-      sum_a += load(next + i);
+      sum_a += take(load_wide(next + i), i);
       add(load(x + i), a1, a2, a3, a4);
-      sum_b += load(next + i + W);
+      sum_b += take(load_wide(next + i + W), i + W);
       add(load(x + i + W), b1, b2, b3, b4);
     }
     if (i + W <= end) {
-      sum_a += load(next + i);
+      sum_a += take(load_wide(next + i), i);
       add(load(x + i), a1, a2, a3, a4);
       i += W;
     }
     if (i < end) {
-      sum_b += load_part<T>(next + i, end - i, 0);
+      sum_b += take(load_part<S>(next + i, end - i, 0), i);
       add(load_part<T>(x + i, end - i, shift), b1, b2, b3, b4);  // a deviation of 0 adds nothing
     }
     peak = max(peak, max(a4, b4));
@@ -125,16 +133,18 @@ TORCHPROBE_INLINE T row_powers(const T* x, int64_t n, T shift, T scale, const T*
   return reduce(sum_a + sum_b);
 }
 
-// All vectors of a tile whose rows are contiguous.
-template <class T>
-TORCHPROBE_INLINE void row_sums(const T* const* row, int rows, const VectorState<T>& state, const Ahead& ahead, int64_t fetch, Vectors<T>& v) {
+// All vectors of a tile that lie in rows: from[r] is copied to row[r] on the way when it is not of type T.
+template <class S, class T>
+TORCHPROBE_INLINE void row_sums(const S* const* from, T* const* row, int rows, const VectorState<T>& state, const Ahead& ahead, int64_t fetch,
+                                Vectors<T>& v) {
   const int64_t n = state.n;
-  T sum = row_sum<T>(row[0], n, 1);
+  T sum = row_sum<S, T>(from[0], n, 1, row[0]);
   for (int r = 0; r < rows; ++r) {
     ahead.fetch(r, 0, fetch);
     const T shift = sum * T(state.inverse_n);
-    const T* next = row[r + 1 < rows ? r + 1 : r];
-    sum = state.scale == 1 ? row_powers<T, true>(row[r], n, shift, 1, next, v, r) : row_powers<T, false>(row[r], n, shift, state.scale, next, v, r);
+    const int next = r + 1 < rows ? r + 1 : r;
+    sum = state.scale == 1 ? row_powers<S, T, true>(row[r], n, shift, 1, from[next], row[next], v, r)
+                           : row_powers<S, T, false>(row[r], n, shift, state.scale, from[next], row[next], v, r);
   }
 }
 
@@ -290,7 +300,7 @@ double irregular_kurtosis(const T* x, VectorState<T>& state) {
   if (SideBySide) {
     for (int64_t j = 0; j < n; ++j) sum += x[j], damped += x[j] * Limits<T>::damp;
   } else {
-    sum = row_sum<T>(x, n, 1), damped = row_sum<T>(x, n, Limits<T>::damp);
+    sum = row_sum<T, T>(x, n, 1, nullptr), damped = row_sum<T, T>(x, n, Limits<T>::damp, nullptr);
   }
   if (!is_finite(sum))
     for (int64_t j = 0; j < n; ++j)
@@ -304,7 +314,7 @@ double irregular_kurtosis(const T* x, VectorState<T>& state) {
     if (SideBySide)
       lone_powers<T>(x, n, shift, state.scale, v, 0);
     else
-      row_powers<T, false>(x, n, shift, state.scale, x, v, 0);
+      row_powers<T, T, false>(x, n, shift, state.scale, x, nullptr, v, 0);
     const Found found = kurtosis_of<T>(v, 0, state, kurtosis, mean, variance);
     if (!(found.irregular & 1)) {
       if (found.outlying & 1)

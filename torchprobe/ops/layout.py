@@ -39,8 +39,8 @@ def size(features: int) -> int:
 
 def width(slots: int) -> int | None:
     """Number of features a state of ``slots`` slots was made for; ``None`` when it is no state at all."""
-    features, rest = divmod(slots - HEADER, len(ROWS))
-    return features if rest == 0 and features > 0 else None
+    features = (slots - HEADER) // len(ROWS)  # no divmod: the compiler's symbolic sizes do not have it
+    return features if features > 0 and size(features) == slots else None
 
 
 def histogram(state: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def never_compile_alone(function: Callable[..., Any]) -> None:
 
 
 def make_static(state: torch.Tensor) -> None:
-    """Tells CUDA graphs that the address never changes: a mutated input that is not static would switch them off."""
+    """The shape never changes, nor the address: CUDA graphs are switched off by a mutated input that is not static."""
+    torch._dynamo.mark_static(state)
     torch._dynamo.mark_static_address(state)
 
 

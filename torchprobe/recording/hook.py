@@ -110,6 +110,12 @@ class Hook:
     def place(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self)
 
+    def take_place(self) -> None:
+        """Gives the layer its place in the order of firing, once."""
+        if self.order < 0:
+            self.order = self.control.fired
+            self.control.fired += 1
+
     def __deepcopy__(self, memo: Any) -> Inert:
         return Inert()
 
@@ -279,6 +285,7 @@ class GradientHook(Hook):
             self.skipped |= Skipped.NO_GRADIENT
             return None
         self.skipped |= Skipped.WAITING
+        self.take_place()  # in the order of the forward: gradients come the other way round
         mask = self.control.mask
 
         def arrived(grad: Tensor) -> None:
@@ -377,9 +384,7 @@ def allocate(hook: Hook, width: int, device: torch.device) -> None:
             control = hook.control
             slot = Slot(control.statistic(width, device, control.outlier_sigma))
             hook.slots[device] = slot
-            if hook.order < 0:
-                hook.order = control.fired
-                control.fired += 1
+            hook.take_place()
         elif slot.statistic.features != width:
             raise ValueError(
                 f"its activations were {slot.statistic.features} features wide and are now {width}: the features are "

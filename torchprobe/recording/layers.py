@@ -1,7 +1,8 @@
 """Which layers: canonical names, their selection, and the dimension that holds their features.
 
-A *canonical name* is the name ``model.named_modules()`` gives, without the components that wrappers put in (``_orig_mod``, ``module``,
-``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module``): compiled, parallel and plain models have the same names. The model itself is ``""``.
+A *canonical name* is what ``model.named_modules()`` says, without the components that wrappers put in (``_orig_mod``,
+``module``, ``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module``): compiled, parallel and plain models have the same
+names. The model itself is ``""``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch.nn.modules.conv import _ConvNd
 Selection = str | Iterable[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_MODULE_WRAPPERS = ("DataParallel", "DistributedDataParallel", "AveragedModel")  # classes that keep theirs under "module"
+_MODULE_WRAPPERS = ("DataParallel", "DistributedDataParallel", "AveragedModel")  # classes that wrap `self.module`
+_KINDS = "names, globs, a compiled regular expression or a predicate(name, module)"
 
 
 @dataclass
@@ -37,10 +39,14 @@ class Layer:
         return self.names[0]
 
 
-def named_layers(model: nn.Module) -> dict[str, Layer]:
-    """Every module of ``model`` by canonical name, in the order of ``named_modules``. Two names of one module give one :class:`Layer`.
+# -- names -----------------------------------------------------------------------------------------------------------------
 
-    A wrapper and what it wraps share a name, which then means the wrapped module.
+
+def named_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every module of ``model`` by canonical name, in the order of ``named_modules``.
+
+    Two names of one module give one :class:`Layer`. A wrapper and what it wraps share a name, which then means the
+    wrapped module.
 
     >>> from torch import nn
     >>> list(named_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
@@ -61,10 +67,10 @@ def named_layers(model: nn.Module) -> dict[str, Layer]:
         for key, child in module._modules.items():
             if child is not None:
                 child_name = prefix + key
-                # An only child called "module" sits in a wrapper of a kind we do not know. It may change the output, so both are layers, but
-                # what lies below is named without it.
-                child_prefix = prefix if key == "module" and len(module._modules) == 1 else child_name + "."
-                walk(child, child_name, child_prefix, module, path | {id(module)})
+                # An only child called "module" sits in a wrapper of a kind we do not know. That may change the output,
+                # so both are layers, but what lies below is named without it.
+                transparent = key == "module" and len(module._modules) == 1
+                walk(child, child_name, prefix if transparent else child_name + ".", module, path | {id(module)})
 
     walk(model, "", "", None, frozenset())
     return named
@@ -95,17 +101,23 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in (*_WRAPPERS, "module"))
 
 
+# -- selection -------------------------------------------------------------------------------------------------------------
+
+
 def select_layers(
     model: nn.Module,
     layers: Selection | None = None,
     feature_dim: int | Mapping[str, int] | None = None,
 ) -> list[Layer]:
-    """The layers that ``layers`` names, in the order of the model, each once; nothing is touched.
+    """The layers that ``layers`` names, in the order of the model, each once. Nothing is touched.
+
+    Modules without a forward, such as ``nn.ModuleList``, are never called: patterns pass over them.
 
     Args:
-        layers: a name or glob (``*`` stands for one component of a name or a part of it, ``**`` for any number of components); several of
-            them; a compiled regular expression, which must match a whole name; ``predicate(name, module) -> bool``. None: the children of
-            every ``ModuleList`` or ``Sequential`` that holds at least two modules of one class (outermost only), and the model itself.
+        layers: a name or glob (``*`` stands for one component of a name or a part of it, ``**`` for any number of
+            components); several of them; a compiled regular expression, which must match a whole name;
+            ``predicate(name, module) -> bool``. None: the children of every ``ModuleList`` or ``Sequential`` that holds at
+            least two modules of one class (the outermost such), and the model itself.
         feature_dim: for all layers, or ``{name or glob: dim}`` for some.
 
     Raises:
@@ -118,52 +130,57 @@ def select_layers(
     (['', '0', '1', '2'], ['0', '2'])
     """
     named = named_layers(model)
-    chosen = _default_layers(model, named) if layers is None else _chosen(named, layers)
+    called = {name: layer for name, layer in named.items() if _is_called(layer.module)}
+    chosen = _default_layers(model, called) if layers is None else _chosen(named, called, layers)
     selected = [layer for layer in {id(layer): layer for layer in named.values()}.values() if id(layer) in chosen]
-    _override(selected, feature_dim)
+    if feature_dim is not None:
+        _override(selected, feature_dim)
     return selected
 
 
-def _chosen(named: Mapping[str, Layer], layers: Selection) -> set[int]:
+def _is_called(module: nn.Module) -> bool:
+    return getattr(type(module), "forward", None) is not nn.Module.forward
+
+
+def _chosen(named: Mapping[str, Layer], called: Mapping[str, Layer], layers: Selection) -> set[int]:
     """ids of the layers selected."""
     if isinstance(layers, str):
-        return _match(named, layers)
+        return _match(named, called, layers)
     if isinstance(layers, re.Pattern):
-        chosen = {id(layer) for name, layer in named.items() if layers.fullmatch(name)}
+        chosen = {id(layer) for name, layer in called.items() if layers.fullmatch(name)}
         if not chosen:
-            raise ValueError(f"the regular expression {layers.pattern!r} matches no whole name; {_some_of(named)}")
+            raise ValueError(f"the regular expression {layers.pattern!r} matches no whole name; {_some_of(called)}")
         return chosen
     if isinstance(layers, nn.Module):
-        raise TypeError("layers= takes names, globs, a compiled regular expression or a predicate(name, module), not a module")
+        raise TypeError(f"layers= takes {_KINDS}, not a module")
     if callable(layers):
-        chosen = {id(layer) for name, layer in named.items() if layers(name, layer.module)}
+        chosen = {id(layer) for name, layer in called.items() if layers(name, layer.module)}
         if not chosen:
-            raise ValueError(f"the predicate selects no layer; {_some_of(named)}")
+            raise ValueError(f"the predicate selects no layer; {_some_of(called)}")
         return chosen
-    if isinstance(layers, Iterable):
-        patterns = list(layers)
-        if not patterns:
-            raise ValueError("layers= is empty; leave it out for the default selection")
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise TypeError(f"a list of layers holds names and globs, not {type(pattern).__name__}")
-        return set[int]().union(*(_match(named, pattern) for pattern in patterns))
-    raise TypeError(f"layers= takes names, globs, a compiled regular expression or a predicate(name, module), not {type(layers).__name__}")
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers= takes {_KINDS}, not {type(layers).__name__}")
+    patterns = list(layers)
+    if not patterns:
+        raise ValueError("layers= is empty; leave it out for the default selection")
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"a list of layers holds names and globs, not {type(pattern).__name__}")
+    return set[int]().union(*(_match(named, called, pattern) for pattern in patterns))
 
 
-def _match(named: Mapping[str, Layer], pattern: str) -> set[int]:
+def _match(named: Mapping[str, Layer], called: Mapping[str, Layer], pattern: str) -> set[int]:
     for spelling in (pattern, canonical(pattern)):
+        if spelling in called:
+            return {id(called[spelling])}
         if spelling in named:
-            return {id(named[spelling])}
-        if is_glob(spelling) and (chosen := {id(named[name]) for name in named if matches_glob(spelling, name)}):
+            kind = type(named[spelling].module).__name__
+            raise ValueError(f"layer {pattern!r} is a {kind}, which is never called; name its children, '{pattern}.*'")
+        if chosen := {id(layer) for name, layer in called.items() if matches_glob(spelling, name)}:
             return chosen
-    if is_glob(pattern):
-        raise ValueError(f"{pattern!r} matches no layer; {_some_of(named)}")
-    raise ValueError(f"the model has no layer {pattern!r}; {_nearest(pattern, named)}")
-
-
-def is_glob(pattern: str) -> bool:
-    return any(character in pattern for character in "*?[")
+    if any(character in pattern for character in "*?["):
+        raise ValueError(f"{pattern!r} matches no layer; {_some_of(called)}")
+    raise ValueError(f"the model has no layer {pattern!r}; {_nearest(pattern, called)}")
 
 
 def matches_glob(pattern: str, name: str) -> bool:
@@ -197,15 +214,16 @@ def _some_of(named: Iterable[str]) -> str:
     return f"its layers are {shown}" if names else "it has no layer but itself, whose name is ''"
 
 
-def _default_layers(model: nn.Module, named: Mapping[str, Layer]) -> set[int]:
-    chosen = {id(named[""])}
+def _default_layers(model: nn.Module, called: Mapping[str, Layer]) -> set[int]:
+    by_module = {id(layer.module): id(layer) for layer in called.values()}
+    chosen = {id(called[""])} if "" in called else set()
 
     def visit(module: nn.Module) -> None:
         module = innermost(module)
         children = [innermost(child) for child in module._modules.values() if child is not None]
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in children}) < len(children):
-            wanted = {id(child) for child in children}
-            chosen.update(id(layer) for layer in named.values() if id(layer.module) in wanted)
+        alike = len({type(child) for child in children}) < len(children)
+        if alike and isinstance(module, (nn.ModuleList, nn.Sequential)):
+            chosen.update(by_module[id(child)] for child in children if id(child) in by_module)
         else:
             for child in children:
                 visit(child)
@@ -214,7 +232,7 @@ def _default_layers(model: nn.Module, named: Mapping[str, Layer]) -> set[int]:
     return chosen
 
 
-# -- the dimension that holds the features ---------------------------------------------------------------------------------------------------
+# -- the dimension that holds the features -----------------------------------------------------------------------------------
 
 _MAPS = {  # exact leaf type → spatial dimensions of its output; the channels stand before them
     getattr(nn, f"{kind}{n}d"): n
@@ -222,16 +240,24 @@ _MAPS = {  # exact leaf type → spatial dimensions of its output; the channels 
     for kind in ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "InstanceNorm")
 }
 _SECOND = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
-_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)
+_LAST = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.MultiheadAttention,
+    nn.Embedding,
+    nn.EmbeddingBag,
+)
 
 
 def default_feature_dim(layer: Layer, dims: int) -> int:
     """The dimension of the features in an activation of ``dims`` dimensions.
 
-    By exact type of a leaf: 1 for convolutions, poolings and batch norms (0 for a convolution without a batch dimension), the last for linear
-    layers, layer norms, attention and embeddings. Other activations of four dimensions and more: 1 when a convolution or batch norm is among
-    the descendants, or when the class is named "…2d" or "…3d", else the last. A leaf without parameters (an activation function, dropout)
-    does what its parent does. Two and three dimensions: the last.
+    By exact type of a leaf: 1 for convolutions, poolings and batch norms (0 for a convolution without a batch dimension),
+    the last for linear layers, layer norms, attention and embeddings. Other activations of four dimensions and more: 1 when
+    a convolution or batch norm is among the descendants, or when the class is named "…2d" or "…3d", else the last; a leaf
+    without parameters (an activation function, dropout) does what its parent does. Two and three dimensions: the last.
     """
     module = layer.module
     kind = leaf_type(module)
@@ -243,7 +269,7 @@ def default_feature_dim(layer: Layer, dims: int) -> int:
         return -1
     if kind.__name__.endswith(("2d", "3d")):
         return 1
-    bare = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+    bare = not module._modules and not any(True for _ in module.parameters())
     family = layer.parent if bare and layer.parent is not None else module
     return 1 if any(isinstance(m, (_ConvNd, _BatchNorm)) for m in family.modules()) else -1
 
@@ -251,15 +277,13 @@ def default_feature_dim(layer: Layer, dims: int) -> int:
 def leaf_type(module: nn.Module) -> type[nn.Module]:
     """The class as written: FSDP2 and parametrizations swap in a subclass of their own at run time."""
     kind = type(module)
-    swapped = any(base.__name__ == "FSDPModule" for base in kind.__mro__) or hasattr(module, "parametrizations")
+    swapped = hasattr(module, "parametrizations") or any(base.__name__ == "FSDPModule" for base in kind.__mro__)
     if not swapped:
         return kind
-    return next(base for base in kind.__mro__[1:] if base.__name__ not in ("FSDPModule", "ParametrizedModule"))
+    return next(base for base in kind.__mro__[1:] if base.__name__ != "FSDPModule")
 
 
-def _override(selected: list[Layer], feature_dim: int | Mapping[str, int] | None) -> None:
-    if feature_dim is None:
-        return
+def _override(selected: list[Layer], feature_dim: int | Mapping[str, int]) -> None:
     overrides: Mapping[str, Any] = feature_dim if isinstance(feature_dim, Mapping) else {"**": feature_dim}
     for pattern, dim in overrides.items():
         if isinstance(dim, bool) or not isinstance(dim, int):

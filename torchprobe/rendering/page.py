@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,7 @@ def render(page: Page) -> str:
     >>> "&lt;b&gt;" in render(Page("scan", "<b>", "a name that wants to be bold"))
     True
     """
+    require()
     import jinja2
     from markupsafe import Markup
 
@@ -118,10 +120,19 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(
-        figure=figure, heads=heads, cell=cell, shown=shown, sort_key=sort_key, wide=WIDE, narrow=NARROW
-    )
+    environment.globals.update(figure=figure, heads=heads, cell=cell, shown=shown, sort_key=sort_key, wide=WIDE, narrow=NARROW)
     return environment.get_template("page.html.jinja").render(page=page)
+
+
+def require() -> None:
+    """Says at once, rather than after a long run, when a page cannot be made.
+
+    Raises:
+        ModuleNotFoundError: jinja2 or matplotlib is missing; the message has the command.
+    """
+    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"a page needs {' and '.join(missing)}: pip install 'torchprobe[report]'")
 
 
 def write(page: Page, path: str | os.PathLike[str]) -> Path:

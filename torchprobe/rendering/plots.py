@@ -84,15 +84,11 @@ def depth_profile(
         linestyle=(0, (4, 2)),
         label="median over vectors",
     )
-    axes.plot(
-        x, _column(rows, "vector_kurtosis"), color=ACCENT, linewidth=1.8, marker="o", markersize=4, label=_plain(label)
-    )
+    axes.plot(x, _column(rows, "vector_kurtosis"), color=ACCENT, linewidth=1.8, marker="o", markersize=4, label=_plain(label))
     _log_scale(
         axes,
         "y",
-        np.concatenate(
-            [_column(rows, "vector_kurtosis"), _column(rows, "vector_kurtosis_median"), null, others.ravel()]
-        ),
+        np.concatenate([_column(rows, "vector_kurtosis"), _column(rows, "vector_kurtosis_median"), null, others.ravel()]),
     )
     _name_layers(axes, [str(row.get("layer", "")) for row in rows], width)
     axes.set_ylabel("vector kurtosis")
@@ -100,9 +96,7 @@ def depth_profile(
     return figure
 
 
-def kurtosis_histogram(
-    kurtosis: ArrayLike, features: int, *, interval: tuple[float, float] | None = None, width: float = 9.0
-) -> Figure:
+def kurtosis_histogram(kurtosis: ArrayLike, features: int, *, interval: tuple[float, float] | None = None, width: float = 9.0) -> Figure:
     """Distribution of the vector kurtosis over images, with the Gaussian range and the ceiling of that width.
 
     Args:
@@ -125,9 +119,7 @@ def kurtosis_histogram(
         )
     axes.axvline(null, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
     if features > 1:
-        axes.axvline(
-            kurtosis_ceiling(features), color=INK, linewidth=1, linestyle=(0, (4, 2)), label="ceiling of this width"
-        )
+        axes.axvline(kurtosis_ceiling(features), color=INK, linewidth=1, linestyle=(0, (4, 2)), label="ceiling of this width")
     axes.plot(
         POOLED_RELU,
         [0.98, 0.98],
@@ -151,9 +143,7 @@ def kurtosis_histogram(
     return figure
 
 
-def feature_profile(
-    mean_abs: ArrayLike, outlier_frequency: ArrayLike, *, labelled: Iterable[int] = (), width: float = 9.0
-) -> Figure:
+def feature_profile(mean_abs: ArrayLike, outlier_frequency: ArrayLike, *, labelled: Iterable[int] = (), width: float = 9.0) -> Figure:
     """How large each feature is beside the others, and in what share of the vectors it is an outlier.
 
     Args:
@@ -164,9 +154,7 @@ def feature_profile(
     """
     size, share = np.asarray(mean_abs, dtype=float), np.asarray(outlier_frequency, dtype=float)
     figure, (above, below) = _figure(width, 3.8, panels=2)
-    relative = (
-        size / np.nanmean(size) if np.isfinite(size).any() and np.nanmean(size) > 0 else np.full_like(size, math.nan)
-    )
+    relative = size / np.nanmean(size) if np.isfinite(size).any() and np.nanmean(size) > 0 else np.full_like(size, math.nan)
     index = np.arange(size.size)
     often = np.nan_to_num(share) > 0
     for axes, values in ((above, relative), (below, 100 * share)):
@@ -191,9 +179,7 @@ def feature_profile(
     for i in _apart(labelled, size.size * 0.3 / width):
         for axes, value in ((above, relative[i]), (below, 100 * share[i])):
             if math.isfinite(value) and value > 0:
-                axes.annotate(
-                    str(i), (i, value), xytext=(0, 2), textcoords="offset points", ha="center", color=WARM, fontsize=8
-                )
+                axes.annotate(str(i), (i, value), xytext=(0, 2), textcoords="offset points", ha="center", color=WARM, fontsize=8)
     above.set_xlim(-0.01 * size.size - 0.5, 1.01 * size.size - 0.5)
     return figure
 
@@ -275,9 +261,7 @@ def _log_scale(axes: Axes, which: Literal["x", "y"], values: ArrayLike) -> None:
     low, high = low / 1.15, high * 1.25
     ratio = high / low
     steps = (1, 1.5, 2, 3, 4, 5, 7) if ratio < 12 else (1, 2, 5) if ratio < 200 else (1, 3) if ratio < 5000 else (1,)
-    ticks = [
-        step * 10.0**exponent for exponent in range(-3, 13) for step in steps if low <= step * 10.0**exponent <= high
-    ]
+    ticks = [step * 10.0**exponent for exponent in range(-3, 13) for step in steps if low <= step * 10.0**exponent <= high]
     axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
     axis = axes.yaxis if which == "y" else axes.xaxis
     axis.set_major_locator(FixedLocator(ticks))

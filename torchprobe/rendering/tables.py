@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from torchprobe.rendering.reference import gaussian_kurtosis
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 Row = Mapping[str, Any]
 """One layer, as ``Recording.rows()`` gives it."""
@@ -116,8 +117,9 @@ def cell(row: Row, column: Column) -> Any:
     if column.key == "layer":
         return row.get("layer") or "(output)"
     value = row.get(column.key)
-    whole = column.kind in ("index", "count") and isinstance(value, float) and math.isfinite(value)
-    return int(value) if whole else value
+    if column.kind in ("index", "count") and isinstance(value, float) and math.isfinite(value):
+        return int(value)
+    return value
 
 
 def shown(row: Row, column: Column) -> str:
@@ -160,13 +162,12 @@ def layer_table(
     import rich
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     columns = _fitting(shown_columns(rows, columns), rows, width or rich.get_console().width)
     positions = sorted({str(row["positions"]) for row in rows if row.get("positions")})
     caption = f"One vector = the features (along dim) of one position; positions: {', '.join(positions) or 'all'}."
     table = Table(
-        title=Text(printable(title)) if title else None,
+        title=text(title) if title else None,
         title_justify="left",
         caption=caption,
         caption_justify="left",
@@ -174,15 +175,36 @@ def layer_table(
     )
     for column in columns:
         table.add_column(
-            Text(column.title),
+            text(column.title),
             justify="right" if column.numeric else "left",
             no_wrap=column.numeric,
             overflow="fold",
             style="bold" if column.key == "vector_kurtosis" else "",
         )
     for row in rows:
-        # Text, not str: names are data, and must not be read as markup.
-        table.add_row(*(Text(shown(row, column)) for column in columns))
+        table.add_row(*(text(shown(row, column)) for column in columns))
+    return table
+
+
+def text(value: object, style: str = "") -> Text:
+    """``value`` for rich, never read as markup: names and paths are data.
+
+    >>> text("[red]").plain
+    '[red]'
+    """
+    from rich.text import Text
+
+    return Text(printable(value), style=style)
+
+
+def plain_table(*heads: str, right: Container[str] = ()) -> Table:
+    """An empty rich table with these heads; those in ``right`` are right-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    for head in heads:
+        table.add_column(text(head), justify="right" if head in right else "left", overflow="fold")
     return table
 
 

@@ -173,12 +173,19 @@ def accuracy(encoder: Encoder, head: nn.Module, images: Images) -> tuple[int, in
 def timm_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The weights under the names of timm's ``tf_efficientnet_lite0``.
 
-    The file numbers the blocks 0 … 15 and calls a block's batch norms after the expansion ``_bn0``; timm numbers them within stages and counts
-    the norms of a block from 1.
+    The file numbers the blocks 0 … 15 and the norms of a block from 0, or from 1 where nothing is expanded; timm numbers
+    the blocks within their stages, and the norms from 1.
     """
     blocks = [f"blocks.{s}.{b}" for s, stage in enumerate(model.blocks) for b in range(len(stage))]  # type: ignore[arg-type]
     outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    expanding = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"}
+    expanding = {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }
     plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     renamed = {}
     for key, value in weights.items():

@@ -21,7 +21,7 @@ from torchprobe.encoders import Encoder
 from torchprobe.recording import Recording, record
 from torchprobe.rendering.files import replacing
 from torchprobe.rendering.reference import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
-from torchprobe.rendering.tables import Column, write_csv
+from torchprobe.rendering.tables import LAYER_COLUMNS, Column, cell, write_csv
 from torchprobe.statistics import Moments
 
 Progress = Callable[[int, int], None]
@@ -35,8 +35,7 @@ DEFINITIONS = {
     "population moments); the headline is its mean over images.",
     "interval": f"{LEVEL:.0%} percentile bootstrap of that mean over images ({RESAMPLES:,} resamples): the image is the unit, "
     "because what comes from one image is dependent.",
-    "Gaussian features": "what d independent Gaussian values give: 3(d − 1)/(d + 1), with its standard deviation from "
-    "vector to vector.",
+    "Gaussian features": "what d independent Gaussian values give: 3(d − 1)/(d + 1), with its standard deviation from vector to vector.",
     "ceiling": "the largest value d features can have, when all but one are equal: (d² − 3d + 3)/(d − 1).",
     "outlier": "feature i is an outlier in a vector when |h_i − mean h| > 6 std of that vector.",
     "max|h| / mean|h|": "the largest absolute value of a vector over the mean absolute value of that vector; mean over images.",
@@ -118,11 +117,12 @@ class Scan:
 
     def layers(self) -> list[dict[str, Any]]:
         """The rows of the recording, with the vectors each image gave."""
+        counts = [column for column in LAYER_COLUMNS if column.kind == "count"]
         rows = []
         for row in self.recording.rows():
-            vectors = int(row["vectors"] + row["constant_vectors"] + row["invalid_vectors"])
-            whole, rest = divmod(vectors, self.images)
-            rows.append({**row, "vectors_per_image": vectors / self.images if rest else whole})
+            whole = {column.key: cell(row, column) for column in counts}
+            per_image = (whole["vectors"] + whole["constant_vectors"] + whole["invalid_vectors"]) / self.images
+            rows.append({**row, **whole, "vectors_per_image": int(per_image) if per_image.is_integer() else per_image})
         return rows
 
     def summary(self) -> dict[str, Any]:
@@ -141,11 +141,11 @@ class Scan:
             },
             "representation": {
                 "features": d,
-                "vector_kurtosis": m.vector_kurtosis,
+                "vector_kurtosis": float(finite.mean()) if finite.size else math.nan,
                 "interval": [low, high],
                 "interval_level": LEVEL,
                 "vector_kurtosis_median": float(np.median(finite)) if finite.size else math.nan,
-                "vector_kurtosis_std": m.vector_kurtosis_std,
+                "vector_kurtosis_std": float(finite.std()) if finite.size else math.nan,
                 "gaussian": gaussian_kurtosis(d),
                 "gaussian_std": gaussian_kurtosis_std(d),
                 "ceiling": kurtosis_ceiling(d),
@@ -257,11 +257,11 @@ def scan(
                     progress(done, len(images))
         except KeyboardInterrupt:
             partial = True
-    if not kurtosis:
-        if partial:
-            raise KeyboardInterrupt
-        file, reason = unreadable[0]
-        raise DatasetError(f"none of the {len(unreadable)} files could be read as an image; the first, {file}: {reason}")
+        if not kurtosis:
+            if partial:
+                raise KeyboardInterrupt
+            file, reason = unreadable[0]
+            raise DatasetError(f"none of the {len(unreadable)} files could be read as an image; the first, {file}: {reason}")
     return Scan(
         model=encoder.name,
         recording=rec.total,
@@ -304,9 +304,7 @@ def bootstrap_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[floa
         return math.nan, math.nan
     generator = np.random.default_rng(seed)
     at_once = max(1, 2_000_000 // n)
-    means = [
-        values[generator.integers(n, size=(min(at_once, RESAMPLES - start), n))].mean(-1) for start in range(0, RESAMPLES, at_once)
-    ]
+    means = [values[generator.integers(n, size=(min(at_once, RESAMPLES - start), n))].mean(-1) for start in range(0, RESAMPLES, at_once)]
     low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 

@@ -15,7 +15,9 @@ from torchprobe.studies.scan import DEFINITIONS, FEATURE_COLUMNS, LEVEL, Scan
 SHOWN_FEATURES = 20
 NAMED_FEATURES = 6
 
-PER_IMAGE = Column("vectors_per_image", "per image", "activation vectors each image gives: 1 for a pooled vector, tokens or map positions else")
+PER_IMAGE = Column(
+    "vectors_per_image", "per image", "activation vectors each image gives: 1 for a pooled vector, tokens or map positions else"
+)
 UNREADABLE = (Column("file", "file", "name within the folder", "text"), Column("reason", "reason", "why it could not be read", "text"))
 
 
@@ -81,12 +83,12 @@ def relu_note(scan: Scan) -> str:
     """What rectification alone does to the number, and whether this representation looks rectified."""
     low, high = plots.POOLED_RELU
     note = (
-        f"Pooled features behind a ReLU can have a kurtosis of {low:g} to {high:g} without any outlier, because their "
-        "distribution is skewed: compare like with like."
+        f"pooled features behind a ReLU can have a kurtosis of {low:g} to {high:g} without any outlier, because their "
+        "distribution is skewed. Compare like with like."
     )
     if bool((scan.representation.min >= 0).all()):
-        return f"No value of this representation is negative, as after a ReLU. {note}"
-    return f"This representation has negative values. {note}"
+        return f"No value of this representation is negative, as after a ReLU; {note}"
+    return f"This representation has negative values, so it does not come from a ReLU; {note}"
 
 
 def outlier_features(scan: Scan) -> Section:
@@ -105,7 +107,13 @@ def outlier_features(scan: Scan) -> Section:
                 f"Relative size and outlier share of {m.features} features",
             )
         ],
-        [Table(rows[:SHOWN_FEATURES], FEATURE_COLUMNS, f"The {min(SHOWN_FEATURES, len(rows))} features that stand out most; all are in features.csv")],
+        [
+            Table(
+                rows[:SHOWN_FEATURES],
+                FEATURE_COLUMNS,
+                f"The {min(SHOWN_FEATURES, len(rows))} features that stand out most; all are in features.csv",
+            )
+        ],
     )
 
 
@@ -147,7 +155,11 @@ def unreadable(scan: Scan) -> list[Section]:
     if not scan.unreadable:
         return []
     rows = [{"file": file, "reason": reason} for file, reason in scan.unreadable]
-    return [Section(f"Left out: {len(rows)} files", ["These could not be read and are in none of the numbers."], tables=[Table(rows, UNREADABLE)])]
+    return [
+        Section(
+            f"Left out: {len(rows)} files", ["These could not be read and are in none of the numbers."], tables=[Table(rows, UNREADABLE)]
+        )
+    ]
 
 
 def reading(scan: Scan) -> Section:
@@ -178,4 +190,7 @@ def footer(scan: Scan) -> list[str]:
     import torchprobe
 
     settings = ", ".join(f"{key} {value}" for key, value in scan.settings.items() if value is not None)
-    return [f"torchprobe {torchprobe.__version__}, torch {torch.__version__}, Python {platform.python_version()}.", f"Settings: {settings}."]
+    return [
+        f"torchprobe {torchprobe.__version__}, torch {torch.__version__}, Python {platform.python_version()}.",
+        f"Settings: {settings}.",
+    ]

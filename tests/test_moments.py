@@ -1,0 +1,193 @@
+"""Moments as a statistic: reads, merging, saving, display."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from oracle import assert_close, moments
+
+from torchprobe import Moments
+from torchprobe.ops import layout
+from torchprobe.statistics import Statistic
+from torchprobe.statistics.moments import FIELDS, summarise
+
+
+def observed(x: torch.Tensor, **options) -> Moments:
+    m = Moments(x.shape[-1], **options)
+    m.update(x)
+    return m
+
+
+def test_reads_agree_with_scipy():
+    x = torch.randn(400, 30, dtype=torch.float64).exp()
+    m, a = observed(x), x.numpy()
+    np.testing.assert_allclose(m.kurtosis, scipy.stats.kurtosis(a, fisher=False, bias=True), rtol=1e-10)
+    np.testing.assert_allclose(m.skewness, scipy.stats.skew(a, bias=True), rtol=1e-10)
+    np.testing.assert_allclose(m.std, a.std(0), rtol=1e-10)
+    assert math.isclose(m.vector_kurtosis, scipy.stats.kurtosis(a, axis=1, fisher=False).mean(), rel_tol=1e-10)
+    assert math.isclose(m.vector_kurtosis_std, scipy.stats.kurtosis(a, axis=1, fisher=False).std(), rel_tol=1e-9)
+
+
+def test_types_and_shapes():
+    m = observed(torch.randn(10, 7))
+    for name in ("mean", "variance", "std", "skewness", "kurtosis", "min", "max", "mean_abs", "count", "nonfinite", "outlier_frequency"):
+        value = getattr(m, name)
+        assert value.dtype == torch.float64 and value.shape == (7,), name
+        value.fill_(-1)  # a read is a copy: the state is not touched
+    assert isinstance(m.vector_kurtosis, float) and isinstance(m.vectors, int) and m.vectors == 10
+    assert m.count.tolist() == [10.0] * 7
+
+
+def test_empty_reads_are_nan():
+    m = Moments(5)
+    for name in ("mean", "variance", "std", "skewness", "kurtosis", "min", "max", "mean_abs", "outlier_frequency"):
+        assert getattr(m, name).isnan().all(), name
+    assert math.isnan(m.vector_kurtosis) and math.isnan(m.vector_kurtosis_std) and math.isnan(m.vector_kurtosis_quantile(0.5))
+    assert (m.vectors, m.constant_vectors, m.invalid_vectors, m.calls) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.01, 0.25, 0.5, 0.9, 0.99, 1.0])
+def test_quantiles_from_the_histogram(q):
+    x = torch.randn(4000, 200)
+    x[:, 3] = torch.linspace(-60, 60, 4000)
+    want = np.quantile(moments(x)["kurtosis_of_vectors"], q)
+    assert abs(observed(x).vector_kurtosis_quantile(q) - want) <= 0.016 * want
+
+
+def test_quantile_outside_the_unit_interval_is_refused():
+    for q in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            Moments(3).vector_kurtosis_quantile(q)
+
+
+def test_beyond_the_histogram_the_last_bin_is_open():
+    x = torch.zeros(2, 400_000)
+    x[:, 0] = 1  # kurtosis about 400,000, above 2**18
+    m = observed(x)
+    assert math.isclose(m.vector_kurtosis, 400_000, rel_tol=1e-4)
+    assert layout.histogram(m.state)[-1] == 2
+
+
+def test_outlier_frequency_is_nan_where_nothing_can_be_an_outlier():
+    assert observed(torch.randn(9, 37)).outlier_frequency.isnan().all()  # 36/√37 = 5.92
+    assert not observed(torch.randn(9, 39)).outlier_frequency.isnan().any()  # 38/√39 = 6.08
+    assert not observed(torch.randn(9, 37), outlier_sigma=5.9).outlier_frequency.isnan().any()
+
+
+def test_merge_is_the_union():
+    x, y = torch.randn(300, 20), torch.randn(170, 20) * 3 + 7
+    a, b = observed(x), observed(y)
+    before = b.state.clone()
+    assert a.merge(b) is a
+    assert_close(a, torch.cat([x, y]))
+    assert torch.equal(b.state, before)
+    assert_close(Moments(20).merge(a), torch.cat([x, y]))
+    assert_close(a.merge(Moments(20)), torch.cat([x, y]))
+
+
+def test_merge_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="3 and 4 features"):
+        Moments(3).merge(Moments(4))
+    with pytest.raises(ValueError, match="outlier_sigma 6 and 5"):
+        Moments(3).merge(Moments(3, outlier_sigma=5.0))
+    with pytest.raises(TypeError, match="dict"):
+        Moments(3).merge({})
+
+
+def test_constructor_refuses_nonsense():
+    with pytest.raises(ValueError, match="features must be at least 1"):
+        Moments(0)
+    for sigma in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="outlier_sigma must be positive"):
+            Moments(3, outlier_sigma=sigma)
+
+
+def test_reset():
+    m = observed(torch.randn(9, 5))
+    m.reset()
+    assert not m.state.any()
+
+
+def test_state_dict_round_trip():
+    m = observed(torch.randn(50, 12))
+    saved = m.state_dict()
+    other = Moments(12)
+    other.load_state_dict(saved)
+    assert torch.equal(other.state, m.state)
+    m.update(torch.randn(3, 12))
+    assert int(saved["vectors"]) == 50  # a copy
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"features": 13}, "features=13, these have features=12"),
+        ({"outlier_sigma": 5.0}, "outlier_sigma=5.0"),
+        ({"mean": torch.zeros(11)}, r"mean of the saved Moments has shape \(11,\), expected \(12,\)"),
+        ({"mean": "text"}, r"mean of the saved Moments has shape"),
+        ({"extra": torch.zeros(1)}, r"unknown \['extra'\]"),
+        ({"m2": None}, r"lack \['m2'\]"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_changes_nothing(change, message):
+    m = observed(torch.randn(50, 12))
+    before, saved = m.state.clone(), m.state_dict()
+    saved.update(change)
+    if change.get("m2", 0) is None:
+        del saved["m2"]
+    with pytest.raises(ValueError, match=message):
+        m.load_state_dict(saved)
+    assert torch.equal(m.state, before)
+
+
+def test_copies_are_independent():
+    m = observed(torch.randn(50, 12))
+    for other in (m.clone(), copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert torch.equal(other.state, m.state) and other.outlier_sigma == m.outlier_sigma
+        other.update(torch.randn(1, 12))
+        assert m.vectors == 50 and other.vectors == 51
+
+
+def test_summary_of_several_layers_is_the_summary_of_each():
+    x = torch.randn(3, 100, 50)
+    x[1, :, 7] += 30
+    x[2, 5, 5] = math.nan
+    layers = [*(observed(part) for part in x), Moments(50)]
+    together = summarise(torch.stack([m.state for m in layers]), 50)
+    assert together.shape == (4, len(FIELDS))
+    for row, m in zip(together, layers, strict=True):
+        f = dict(zip(FIELDS, row.tolist(), strict=True))
+        assert f["vectors"] == m.vectors and f["nonfinite"] == float(m.nonfinite.sum())
+        np.testing.assert_equal(f["vector_kurtosis"], m.vector_kurtosis)
+        np.testing.assert_equal(f["vector_kurtosis_median"], m.vector_kurtosis_quantile(0.5))
+        np.testing.assert_equal(f["kurtosis_max"], float(m.kurtosis.max()))
+        np.testing.assert_equal(f["kurtosis_median"], float(m.kurtosis.nanmedian()))
+        np.testing.assert_equal(f["mean_abs_max"], float(m.mean_abs.max()))
+        np.testing.assert_equal(f["min"], float(m.min.min()))
+    assert together[1, FIELDS.index("outlier_features")] == 1
+
+
+def test_repr_is_one_line_that_says_it_all():
+    x = torch.randn(100, 64)
+    x[:, 3] += 50
+    x[0, 0] = math.nan
+    text = repr(observed(x))
+    assert "\n" not in text
+    for part in ("64 features", "99 vectors", "x∈[", "μ=", "σ=", "vector κ=", "1 outlier features", "1 invalid vectors", "1 nonfinite!"):
+        assert part in text, text
+    assert repr(Moments(4)) == "Moments(4 features, empty)"
+
+
+def test_display_in_a_notebook():
+    page = observed(torch.randn(100, 64))._repr_html_()
+    assert page.startswith("<table>") and all(f"<th style='text-align:left'>{name}</th>" in page for name in FIELDS)
+
+
+def test_is_a_statistic():
+    assert isinstance(Moments(3), Statistic)
