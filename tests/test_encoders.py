@@ -153,9 +153,7 @@ def test_weights_that_cannot_be_fetched_name_the_cache_and_the_flag(monkeypatch,
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(function, offline)
-    with pytest.raises(
-        EncoderError, match=r"Name or service not known.*looked for in .*(hub|checkpoints).*--checkpoint"
-    ):
+    with pytest.raises(EncoderError, match=r"Name or service not known.*looked for in .*(hub|checkpoints).*--checkpoint"):
         load_encoder(name)
 
 
@@ -204,10 +202,7 @@ def test_prefixes_are_stripped(tmp_path, ending, prefix):
 @pytest.mark.parametrize("nest", ["state_dict", "model", "model_state_dict"])
 def test_nested_checkpoints_and_names_within_wrappers(tmp_path, nest):
     source, target = Tower(), Tower()
-    weights = {
-        key.replace("blocks.", "blocks._checkpoint_wrapped_module."): value
-        for key, value in source.state_dict().items()
-    }
+    weights = {key.replace("blocks.", "blocks._checkpoint_wrapped_module."): value for key, value in source.state_dict().items()}
     torch.save({"epoch": 1, "args": argparse.Namespace(lr=0.1), nest: weights}, tmp_path / "w.pth")
     load_weights(target, tmp_path / "w.pth")
     assert torch.equal(target.stem.weight, source.stem.weight)
@@ -237,9 +232,7 @@ def test_a_mismatch_lists_the_keys_shortly(tmp_path):
 def test_a_head_of_any_width_is_left_aside(tmp_path):
     models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
     source = models.resnet18(num_classes=7).eval()
-    weights = {
-        key: value for key, value in source.state_dict().items() if "num_batches_tracked" not in key
-    }  # as old files have it
+    weights = {key: value for key, value in source.state_dict().items() if "num_batches_tracked" not in key}  # as old files have it
     torch.save(weights, tmp_path / "w.pth")
     encoder = load_encoder("torchvision:resnet18/IMAGENET1K_V1", tmp_path / "w.pth")
     x = torch.randn(2, 3, 64, 64)
@@ -249,9 +242,7 @@ def test_a_head_of_any_width_is_left_aside(tmp_path):
 
 def test_an_encoder_that_is_there_twice_is_refused(tmp_path):
     state = Tower().state_dict()
-    torch.save(
-        {f"{who}.{key}": value for who in ("student", "teacher") for key, value in state.items()}, tmp_path / "w.pt"
-    )
+    torch.save({f"{who}.{key}": value for who in ("student", "teacher") for key, value in state.items()}, tmp_path / "w.pt")
     with pytest.raises(EncoderError, match=r"twice, under 'student\.' and 'teacher\.'"):
         load_weights(Tower(), tmp_path / "w.pt")
 

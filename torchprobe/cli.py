@@ -115,11 +115,11 @@ def scan(
         raise click.UsageError("--checkpoint and --random-init exclude each other")
     place = _device(device)
     page.require()
-    output.mkdir(parents=True, exist_ok=True)  # rather than fail at the end
     images = image_folder(folder, limit, seed)
     torch.manual_seed(seed)
     with _working("loading the model"):
         encoder = load_encoder(model, checkpoint, pretrained=not random_init)
+    output.mkdir(parents=True, exist_ok=True)  # rather than fail at the end
     settings = {"images": str(folder), "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, "limit": limit}
     with _interruptible() as stop, _progress(f"{len(images):,} images") as progress:
         result = study.scan(
@@ -188,15 +188,14 @@ def demo(output: Path, as_json: bool) -> None:
         result = study.demo(progress)
         files = result.write(output)
     if as_json:
-        summary = result.trained.summary() | {"layers": result.rows(), "labelled": result.labelled, "correct": result.correct}
-        _print_json(summary | {"files": {kind: str(path) for kind, path in files.items()}})
+        _print_json(result.summary() | {"files": {kind: str(path) for kind, path in files.items()}})
         return
     out = _console()
     out.print(text(f"EfficientNet-Lite0 over {result.trained.images} photos, trained on ImageNet and at random initialisation", "bold"))
     out.print(text(f"Sanity: the weights name {result.correct} of the {result.labelled} labelled photos right."))
     out.print()
     out.print(layer_table(result.rows(), columns=study.layer_table_columns(), width=out.width))
-    print_representation(result.trained, out, at_random=[one.representation.vector_kurtosis for one in result.random])
+    print_representation(result.trained, out, at_random=result.summary()["random"])
     _print_files(files)
 
 
@@ -204,6 +203,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line and exits with one of the codes above."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        warnings.simplefilter("always", torchprobe.RecordingWarning)
         try:
             code = cli.main(args=arguments, prog_name="torchprobe", standalone_mode=False)
         except click.ClickException as error:

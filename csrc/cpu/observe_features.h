@@ -17,29 +17,35 @@ TORCHPROBE_INLINE auto unsuited(V low, V high, V shift, V scale, V abs_sum) {
   return (abs_sum - abs_sum != 0) | (largest > Limits<T>::high) | ((largest < Limits<T>::low) & (low != high));
 }
 
-// The shift of a feature: the mean of four of its values in the tile. A tile with fewer repeats its first.
+// The shift of a feature: the median of four of its values in the tile, so that one outlier among them does no harm. A tile with fewer repeats
+// its first.
 TORCHPROBE_INLINE int quarter_of(int n, int i) { return n >= 4 ? n * i / 4 : 0; }
+template <class V>
+TORCHPROBE_INLINE V median(V a, V b, V c, V d) {
+  const V sum = max(min(a, b), min(c, d)) + min(max(a, b), max(c, d));
+  return sum * 0.5f;
+}
 
 // ---- the sums, features contiguous -------------------------------------------------------------------------------------------------------
 
-// V·W neighbouring features of n rows, from column j on; while at it, fetches bytes [fetch, fetch_end) of the rows ahead.
-template <class T, int V>
-TORCHPROBE_INLINE bool column_sums(const T* const* row, int n, int64_t j, const T* scales, Features<T, V * width<T>>& out, const Ahead& ahead,
-                                   int64_t fetch, int64_t fetch_end) {
+// V·W neighbouring features of n rows, from column j on. Asks memory for the same features of the rows of type S that come next: evenly
+// over the time that a tile takes, since memory is slower than the arithmetic.
+template <class S, class T, int V>
+TORCHPROBE_INLINE bool column_sums(const T* const* row, int n, int64_t j, const T* scales, Features<T, V * width<T>>& out,
+                                   const S* const* ahead) {
   constexpr int W = width<T>;
   Vec<T> k[V], shift[V], s[V], s1[V], s2[V], s3[V], s4[V], low[V], high[V], sum[V];
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     const int64_t i = j + v * W;
     k[v] = load(scales + v * W);
-    shift[v] = (((load(row[0] + i) + load(row[quarter_of(n, 1)] + i)) + load(row[quarter_of(n, 2)] + i)) + load(row[quarter_of(n, 3)] + i)) *
-               splat<T>(T(0.25));
+    shift[v] = median(load(row[0] + i), load(row[quarter_of(n, 1)] + i), load(row[quarter_of(n, 2)] + i), load(row[quarter_of(n, 3)] + i));
     s[v] = -(shift[v] * k[v]);
     s1[v] = s2[v] = s3[v] = s4[v] = sum[v] = Vec<T>{};
     low[v] = high[v] = load(row[0] + i);
   }
   for (int r = 0; r < n; ++r) {
-    ahead.fetch(r, fetch, fetch_end);
+    prefetch<V * W * sizeof(S)>(ahead[r] + j);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       const Vec<T> x = load(row[r] + j + v * W), d = fma(x, k[v], s[v]), q = d * d;
@@ -148,7 +154,7 @@ void feature_again(T* x, int n, Features<T, N>& out, int i, double& nonfinite) {
     high = x[r] > high ? x[r] : high;
     x[r] *= unit;
   }
-  const T shift = (((x[0] + x[quarter_of(n, 1)]) + x[quarter_of(n, 2)]) + x[quarter_of(n, 3)]) * T(0.25);
+  const T shift = median(x[0], x[quarter_of(n, 1)], x[quarter_of(n, 2)], x[quarter_of(n, 3)]);
   const T deviation = largest_deviation(x, n, 1, shift), scale = deviation > 0 ? inverse_power<T>(deviation) : T(1);
   if (SideBySide)
     feature_sums<T, T, N>(x, n, shift, scale, out, i);

@@ -125,38 +125,31 @@ void pack_tile(const S* x, const int64_t* offset, int n, const Call& call, T* to
 
 // ---- vectors as rows ---------------------------------------------------------------------------------------------------------------------
 
-// The share of the next tile that is fetched while the rows are worked on; the rest follows with the columns, so that memory, which is
-// slower than the arithmetic, is kept busy.
-constexpr double FETCH_WITH_ROWS = 0.4;
-
 template <class T>
 TORCHPROBE_INLINE void observe_columns(T* const* row, int n, int64_t at, int64_t j, int lanes, Run<T>& run) {
   Features<T, width<T>> f;
-  const bool suited = column_sums<T, 1>(row, n, at, run.scales + j, f, Ahead{}, 0, 0);
+  const bool suited = column_sums<T, T, 1>(row, n, at, run.scales + j, f, row);
   finish_features<T, width<T>, false>(f, suited, j, lanes, n, run, [&](int i, int r) { return row[r][at + i]; });
 }
 
-// A tile of n vectors that lie in rows: from[r], copied to row[r] on the way when it is not of type T.
+// A tile of n vectors that lie in rows: from[r], copied to row[r] on the way when it is not of type T. The next lie at ahead[r].
 template <class S, class T>
-void observe_rows(const S* const* from, T* const* row, int n, Run<T>& run, const Ahead& ahead) {
+void observe_rows(const S* const* from, T* const* row, const S* const* ahead, int n, Run<T>& run) {
   constexpr int W = width<T>, V = REGISTERS == 32 ? 2 : 1;
   const int64_t features = run.call.features;
-  const int64_t now = int64_t(double(ahead.bytes) * FETCH_WITH_ROWS) / 64 * 64;
   if (features == 1) {  // nothing to compute: a vector of one feature is constant
     for (int r = 0; r < n; ++r) run.partial[is_finite(row_sum<S, T>(from[r], 1, 1, row[r])) ? layout::CONSTANT : layout::INVALID] += 1;
   } else {
     Vectors<T> vectors;
-    row_sums<S, T>(from, row, n, run.vectors, ahead, now, vectors);
+    row_sums<S, T>(from, row, n, run.vectors, vectors);
     finish_vectors<T, T, false>(vectors, n, [&](int r) { return row[r]; }, 1, run.vectors, run.scratch);
   }
 
-  int64_t j = 0, fetched = now;
+  int64_t j = 0;
   for (; j + V * W <= features; j += V * W) {
-    const int64_t fetch = now + (ahead.bytes - now) * (j + V * W) / features / 64 * 64;
     Features<T, V * W> f;
-    const bool suited = column_sums<T, V>(row, n, j, run.scales + j, f, ahead, fetched, fetch);
+    const bool suited = column_sums<S, T, V>(row, n, j, run.scales + j, f, ahead);
     finish_features<T, V * W, false>(f, suited, j, V * W, n, run, [&](int i, int r) { return row[r][j + i]; });
-    fetched = fetch;
   }
   for (; j + W <= features; j += W) observe_columns<T>(row, n, j, j, W, run);
   if (j < features) {  // what does not fill a vector is worked on in a copy that does
@@ -191,25 +184,21 @@ void observe_row_tiles(const Call& call, int64_t first_tile, int64_t last_tile, 
     __builtin_memcpy(offset, next_offset, n * sizeof *offset);
     next = t + 1 < last_tile ? enumerate_next() : 0;
     if (n == 0) continue;
-    Ahead ahead;
-    if (contiguous && next >= n) {
-      ahead.bytes = call.features * int64_t(sizeof(S));
-      for (int r = 0; r < n; ++r) ahead.row[r] = reinterpret_cast<const char*>(x + next_offset[r]);
-    }
     T* row[MAX_ROWS];
     for (int r = 0; r < n; ++r) row[r] = packed + r * call.scratch_row;
     if (contiguous) {
-      const S* from[MAX_ROWS];
+      const S *from[MAX_ROWS], *ahead[MAX_ROWS];
       for (int r = 0; r < n; ++r) {
         from[r] = x + offset[r];
+        ahead[r] = x + (r < next ? next_offset : offset)[r];
         if constexpr (same) row[r] = const_cast<T*>(from[r]);  // worked on where it lies, and not written to
       }
       if (t == first_tile) run.guess_scales(from[0], 1);
-      observe_rows<S, T>(from, row, n, run, ahead);
+      observe_rows<S, T>(from, row, ahead, n, run);
     } else {
       pack_tile<S, T>(x, offset, n, call, packed);
       if (t == first_tile) run.guess_scales(row[0], 1);
-      observe_rows<T, T>(row, row, n, run, ahead);
+      observe_rows<T, T>(row, row, row, n, run);
     }
   }
 }
@@ -239,9 +228,8 @@ void observe_blocks(const Call& call, int64_t first_tile, int64_t last_tile, Run
       bool suited = true;
       for (int i = 0; i < lanes; ++i) {
         const S* p = from + (j + i) * stride;
-        const char* next = reinterpret_cast<const char*>(ahead + (j + i) * stride);
-        prefetch(next, next + n * sizeof(S));
-        const T shift = (((widen(p[0]) + widen(p[quarter_of(n, 1)])) + widen(p[quarter_of(n, 2)])) + widen(p[quarter_of(n, 3)])) * T(0.25);
+        for (int b = 0; b < n; b += 64 / int(sizeof(S))) prefetch<64>(ahead + (j + i) * stride + b);
+        const T shift = median<T>(widen(p[0]), widen(p[quarter_of(n, 1)]), widen(p[quarter_of(n, 2)]), widen(p[quarter_of(n, 3)]));
         feature_sums<S, T, N>(p, n, shift, run.scales[j + i], f, i);
       }
       for (int i = 0; i < lanes; i += width<T>) {

@@ -135,12 +135,10 @@ TORCHPROBE_INLINE T row_powers(const T* x, int64_t n, T shift, T scale, const S*
 
 // All vectors of a tile that lie in rows: from[r] is copied to row[r] on the way when it is not of type T.
 template <class S, class T>
-TORCHPROBE_INLINE void row_sums(const S* const* from, T* const* row, int rows, const VectorState<T>& state, const Ahead& ahead, int64_t fetch,
-                                Vectors<T>& v) {
+TORCHPROBE_INLINE void row_sums(const S* const* from, T* const* row, int rows, const VectorState<T>& state, Vectors<T>& v) {
   const int64_t n = state.n;
   T sum = row_sum<S, T>(from[0], n, 1, row[0]);
   for (int r = 0; r < rows; ++r) {
-    ahead.fetch(r, 0, fetch);
     const T shift = sum * T(state.inverse_n);
     const int next = r + 1 < rows ? r + 1 : r;
     sum = state.scale == 1 ? row_powers<S, T, true>(row[r], n, shift, 1, from[next], row[next], v, r)

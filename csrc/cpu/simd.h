@@ -62,9 +62,13 @@ TORCHPROBE_INLINE E load_as(const float* p) {
   if constexpr (sizeof(E) == sizeof(double)) {
     return *p;
   } else {
+#if defined(TORCHPROBE_AVX512)
+    return (vdouble)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#else
     vhalf v;
     __builtin_memcpy(&v, p, sizeof v);
     return __builtin_convertvector(v, vdouble);
+#endif
   }
 }
 template <class E>
@@ -115,6 +119,10 @@ TORCHPROBE_INLINE uint32_t gt(V a, V b) {
   return bits;
 }
 #endif
+TORCHPROBE_INLINE float min(float a, float b) { return a < b ? a : b; }
+TORCHPROBE_INLINE float max(float a, float b) { return a > b ? a : b; }
+TORCHPROBE_INLINE double min(double a, double b) { return a < b ? a : b; }
+TORCHPROBE_INLINE double max(double a, double b) { return a > b ? a : b; }
 #if defined(TORCHPROBE_AVX512) || defined(TORCHPROBE_AVX2)
 TORCHPROBE_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 TORCHPROBE_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }

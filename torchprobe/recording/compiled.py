@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_LIMIT, _ACCUMULATED_LIMIT = 8, 256  # the compiler's own defaults
 
 
 def at_trace_time(function: Function) -> Function:
@@ -73,9 +72,20 @@ def allow_graphs(graphs: set[str]) -> None:
     graph = str(torch._guards.CompileContext.current_compile_id())
     if graph not in graphs:
         graphs.add(graph)
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, _LIMIT + len(graphs))
-        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, _ACCUMULATED_LIMIT + len(graphs))
+        _shift_limits(1)
+
+
+def forget_graphs(graphs: set[str]) -> None:
+    """Takes back the room that :func:`allow_graphs` made."""
+    if graphs:
+        _shift_limits(-len(graphs))
+        graphs.clear()
+
+
+def _shift_limits(graphs: int) -> None:
+    config = torch._dynamo.config
+    config.recompile_limit += graphs
+    config.accumulated_recompile_limit += graphs
 
 
 def drop_graphs(classes: Iterable[type]) -> int:
@@ -107,9 +117,9 @@ def _graphs(code: CodeType) -> list[Any]:
 
 
 def _mentions(graph: Any, ids: list[str]) -> bool:
-    """Whether the guards name one of the class ids. Guards that name no class at all cannot tell, which counts as yes."""
+    """Whether the guards name one of the class ids; they name the class of every module that the graph calls."""
     guards = str(graph.guard_manager)
-    return "check_type_id" not in guards or any(id_ in guards for id_ in ids)
+    return any(id_ in guards for id_ in ids)
 
 
 def has_graphs(classes: Iterable[type]) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -25,18 +25,30 @@ _MODULE_WRAPPERS = ("DataParallel", "DistributedDataParallel", "AveragedModel") 
 _KINDS = "names, globs, a compiled regular expression or a predicate(name, module)"
 
 
-@dataclass
 class Layer:
-    """One module under every canonical name it has; the first is the one that is shown."""
+    """One module under every canonical name it has; the first is the one that is shown. It does not keep the module alive."""
 
-    module: nn.Module
-    names: list[str]
-    parent: nn.Module | None = None
-    feature_dim: int | None = None  # None: by `default_feature_dim`
+    def __init__(self, module: nn.Module, names: list[str], parent: nn.Module | None = None) -> None:
+        self.names = names
+        self.kind = leaf_type(module).__name__
+        self.feature_dim: int | None = None  # None: by `default_feature_dim`
+        self._module = weakref.ref(module)
+        self._parent = None if parent is None else weakref.ref(parent)
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def module(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise ReferenceError(f"the module of layer {self.name!r} no longer exists")
+        return module
+
+    @property
+    def parent(self) -> nn.Module | None:
+        return self._parent() if self._parent is not None else None
 
 
 # -- names -----------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torchprobe.ops.positions import POSITIONS
 from torchprobe.recording import compiled, diagnosis, windows
 from torchprobe.recording.history import Step
 from torchprobe.recording.hook import Control, GradientHook, Hook, InputHook, Slot, allocate
-from torchprobe.recording.layers import Selection, leaf_type, named_layers, select_layers
+from torchprobe.recording.layers import Selection, named_layers, select_layers
 from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
 from torchprobe.statistics import Moments, Statistic
 
@@ -182,7 +182,7 @@ class Recorder(Recording):
         hooks = list(self._hooks.values())
         if self._control.graphs:  # they hold operators of this recorder, and would only fill the cache of the compiler
             compiled.drop_graphs({type(hook) for hook in hooks})
-            self._control.graphs.clear()
+            compiled.forget_graphs(self._control.graphs)
         if report and model is not None:
             diagnosis.report(hooks, named_layers(model), self._witness, stacklevel)
 
@@ -342,7 +342,7 @@ def _entry(hook: Hook) -> Entry:
         statistic = cast(Statistic, windows.merged([slot.statistic for slot in hook.slots.values()]))
         closed = windows.merged([slot.closed for slot in hook.slots.values()])
     feature_dim = next(iter(hook.dims.values()), hook.loaded_dim)
-    return Entry(hook.layer.name, leaf_type(hook.layer.module).__name__, feature_dim, statistic, closed)
+    return Entry(hook.layer.name, hook.layer.kind, feature_dim, statistic, closed)
 
 
 @contextlib.contextmanager

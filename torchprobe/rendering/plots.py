@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import html
 import io
 import itertools
 import math
 import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from torchprobe.rendering.files import replacing
 from torchprobe.rendering.reference import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 from torchprobe.rendering.tables import Row, printable
 
@@ -105,6 +108,8 @@ def kurtosis_histogram(kurtosis: ArrayLike, features: int, *, interval: tuple[fl
         interval: an interval of the mean, shaded.
         width: inches.
     """
+    from matplotlib.ticker import MaxNLocator
+
     values = _finite(kurtosis)
     figure, (axes,) = _figure(width, 3.0)
     null, spread = gaussian_kurtosis(features), gaussian_kurtosis_std(features)
@@ -137,6 +142,7 @@ def kurtosis_histogram(kurtosis: ArrayLike, features: int, *, interval: tuple[fl
             axes.axvspan(*interval, color=WARM, alpha=0.25, linewidth=0, label="95 % interval of the mean")
         axes.axvline(float(values.mean()), color=WARM, linewidth=1.8, label="mean")
     _log_scale(axes, "x", np.concatenate([values, [1.0, null, kurtosis_ceiling(features) if features > 1 else null]]))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("vector kurtosis of an image")
     axes.set_ylabel("images")
     _legend(axes, width)
@@ -199,7 +205,7 @@ def svg(figure: Figure, description: str) -> str:
     buffer = io.StringIO()
     nothing: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
     # The salt makes the ids of two figures on one page differ, and one figure always the same text.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{description} {figure.get_size_inches()}"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{printable(description)} {figure.get_size_inches()}"}):
         figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -209,14 +215,17 @@ def svg(figure: Figure, description: str) -> str:
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)  # HTML knows SVG by itself
     for colour, name in _VARIABLES.items():
         text = text.replace(colour, f"var(--{name})")
-    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
-    box = f'viewBox="0 0 {size[1]} {size[2]}"' if size else ""
-    return re.sub(r"<svg[^>]*>", f'<svg {box} role="img"><title>{_escape(description)}</title>', text, count=1).strip()
+    size = re.search(r'viewBox="[^"]*"', text)
+    head = f'<svg {size[0] if size else ""} role="img"><title>{html.escape(printable(description))}</title>'
+    return head + text[text.index(">") + 1 :].strip()
 
 
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes the figure; the ending of ``path`` decides the format."""
-    figure.savefig(path)
+def write(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes the figure to ``path``, at once, and returns the path; its ending decides the format."""
+    path = Path(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=150)
+    return path
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
@@ -287,6 +296,7 @@ def _name_layers(axes: Axes, names: Sequence[str], width: float) -> None:
     """Names below the axis, without the part that all share, thinned out where there is no room for all."""
     shared = _shared_prefix([name for name in names if name])
     short = [name[len(shared) :] if name else "output" for name in names]
+    short = [printable(name) for name in short]
     short = [name if len(name) <= 22 else f"{name[:8]}…{name[-13:]}" for name in short]
     long = max(map(len, short), default=0) > 3
     ticks = range(0, len(names), max(1, math.ceil(len(names) / (width * 4))))
@@ -302,8 +312,10 @@ def _name_layers(axes: Axes, names: Sequence[str], width: float) -> None:
 
 
 def _plain(text: str) -> str:
-    """A name as matplotlib must be given it: printable, and no mathematics between dollars."""
-    return printable(text).replace("$", r"\$")
+    """A name as matplotlib must be given it: printable, not endless, and no mathematics between dollars."""
+    text = printable(text)
+    text = text if len(text) <= 48 else f"{text[:23]}…{text[-24:]}"
+    return text.replace("$", r"\$")
 
 
 def _shared_prefix(names: Sequence[str]) -> str:
@@ -337,9 +349,3 @@ def _nan_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     seen = ~np.isnan(values)
     mean: NDArray[np.float64] = np.where(seen, values, 0).sum(0) / np.where(seen.any(0), seen.sum(0), math.nan)
     return mean
-
-
-def _escape(text: str) -> str:
-    from html import escape
-
-    return escape(printable(text))

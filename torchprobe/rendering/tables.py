@@ -66,14 +66,8 @@ LAYER_COLUMNS = (
 )
 
 _DISPENSABLE = (
-    "mean_abs_max",
-    "module",
-    "std",
-    "kurtosis_max",
-    "kurtosis_median",
-    "vector_kurtosis_std",
-    "outlier_features",
-    "feature_dim",
+    *("mean_abs_max", "module", "std", "kurtosis_max", "kurtosis_median", "vector_kurtosis_std"),
+    *("outlier_features", "feature_dim", "vectors", "vectors_per_image", "features", "vector_kurtosis_median"),
 )
 """What a narrow terminal goes without, first to go first."""
 
@@ -153,7 +147,7 @@ def layer_table(
         columns: what to show of them.
         title: printed above.
         width: columns of the terminal; where all do not fit, the less important ones are left out, never the vector
-            kurtosis and what it is read against. Default: the width rich sees.
+            kurtosis and its Gaussian value. Default: the width rich sees.
 
     >>> rows = [{"layer": "blocks.0", "features": 768, "feature_dim": -1, "vectors": 64, "vector_kurtosis": 3.02}]
     >>> layer_table(rows).row_count
@@ -211,7 +205,7 @@ def plain_table(*heads: str, right: Container[str] = ()) -> Table:
 def _fitting(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list[Column]:
     needed = {c.key: 3 + max(len(text) for text in [c.title, *(shown(row, c) for row in rows)]) for c in columns}
     for key in _DISPENSABLE:
-        if sum(needed.values()) > width:
+        if sum(needed.values()) >= width:
             needed.pop(key, None)
     return [c for c in columns if c.key in needed]
 

@@ -19,11 +19,22 @@ from torch import Tensor, nn
 
 from torchprobe.datasets import Images
 from torchprobe.encoders import Encoder, EncoderError, read_checkpoint
-from torchprobe.rendering import page
 from torchprobe.rendering.page import Fact, Page, Section, Table
+from torchprobe.rendering.plots import depth_profile
 from torchprobe.rendering.tables import Column, number
-from torchprobe.studies.scan import Progress, Scan, scan
-from torchprobe.studies.scan_page import depth, facts, footer, layer_columns, outlier_features, reading, representation
+from torchprobe.studies.scan import Progress, Scan, scan, write_results
+from torchprobe.studies.scan_page import (
+    PER_IMAGE,
+    VECTOR,
+    depth,
+    facts,
+    footer,
+    layer_columns,
+    outlier_features,
+    reading,
+    representation,
+    with_vectors,
+)
 
 PACKAGES = {
     "timm": "timm",
@@ -37,6 +48,7 @@ PACKAGES = {
 """What the demo needs: module → how pip calls it."""
 
 SEEDS = (0, 1, 2)
+TRAINED = "trained: mean over vectors"
 LAYERS = ("visual.bn1", "visual.blocks.*.*", "visual.bn2")
 """The stem, every block, and the last map before pooling."""
 
@@ -76,20 +88,29 @@ class Demo:
             rows.append({**row, "random_low": min(values), "random_high": max(values)})
         return rows
 
+    def summary(self) -> dict[str, Any]:
+        """That of the trained network; ``layers`` as :meth:`rows`, ``random`` (vector kurtosis by seed), ``correct``, ``labelled``."""
+        return self.trained.summary() | {
+            "layers": self.rows(),
+            "random": [one.summary()["representation"]["vector_kurtosis"] for one in self.random],
+            "correct": self.correct,
+            "labelled": self.labelled,
+        }
+
     def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
-        """As :meth:`Scan.write`, with the random networks in the page."""
-        files = self.trained.write(folder)
-        page.write(demo_page(self), files["page"])
-        return files
+        """As :meth:`Scan.write`, with the random networks beside the trained one."""
+        band = [one.layers() for one in self.random]
+        plot = depth_profile(self.rows(), band=band, label=TRAINED, band_label=f"random, {len(band)} seeds")
+        return write_results(folder, self.trained, self.summary(), plot, demo_page(self))
 
 
-def layer_table_columns() -> list[Column]:
+def layer_table_columns(extra: Column = PER_IMAGE) -> list[Column]:
     """The columns of the layer table, with those of the random networks."""
-    columns = layer_columns()
+    columns = layer_columns(extra)
     after = 1 + [column.key for column in columns].index("vector_kurtosis_median")
     columns[after:after] = [
-        Column("random_low", "random, low", "vector κ at random initialisation, the lowest of the seeds"),
-        Column("random_high", "random, high", "vector κ at random initialisation, the highest of the seeds"),
+        Column("random_low", "rand. low", "vector κ at random initialisation, the lowest of the seeds"),
+        Column("random_high", "rand. high", "vector κ at random initialisation, the highest of the seeds"),
     ]
     return columns
 
@@ -202,9 +223,9 @@ def demo_page(result: Demo) -> Page:
     """The page of the trained network's scan, with the random networks beside it."""
     seen, rows = result.trained, result.rows()
     band = [one.layers() for one in result.random]
-    at_random = [one.representation.vector_kurtosis for one in result.random]
+    at_random = result.summary()["random"]
     first, *others = facts(seen)
-    over_depth = depth(seen, band, f"random, {len(band)} seeds")
+    over_depth = depth(seen, band, f"random, {len(band)} seeds", TRAINED)
     return Page(
         kind="demo",
         title="EfficientNet-Lite0: trained on ImageNet, and at random",
@@ -229,7 +250,7 @@ def demo_page(result: Demo) -> Page:
                     f"with {len(band)} seeds the band is a range, not an interval.",
                 ],
                 over_depth.pictures,
-                [Table(rows, layer_table_columns(), over_depth.tables[0].caption)],
+                [Table(with_vectors(rows), layer_table_columns(VECTOR), over_depth.tables[0].caption)],
             ),
             representation(seen),
             outlier_features(seen),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = "torch numpy einops safetensors rich torchvision timm open_clip_torch captum matplotlib jinja2".split()
+PACKAGES = ["torch", "numpy", "einops", "safetensors", "rich", "torchvision", "timm", "open_clip_torch", "captum", "matplotlib", "jinja2"]
 
 
 def examine() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,9 +20,16 @@ from torchprobe.datasets import DatasetError, Images
 from torchprobe.encoders import Encoder
 from torchprobe.recording import Recording, record
 from torchprobe.rendering.files import replacing
+from torchprobe.rendering.page import Page
+from torchprobe.rendering.page import write as write_page
+from torchprobe.rendering.plots import depth_profile
+from torchprobe.rendering.plots import write as write_figure
 from torchprobe.rendering.reference import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 from torchprobe.rendering.tables import LAYER_COLUMNS, Column, cell, write_csv
 from torchprobe.statistics import Moments
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Progress = Callable[[int, int], None]
 """Told (files done, files in all) after every batch."""
@@ -162,33 +169,34 @@ class Scan:
         }
 
     def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
-        """Writes the recording, two CSV tables, the summary and the page into ``folder``; returns their paths by kind.
-
-        Each file replaces an older one at once, so an interruption leaves no half file.
-
-        Raises:
-            OSError: the folder cannot be made or written to.
-        """
-        from torchprobe.rendering import page
+        """Writes the recording, the tables as CSV, the summary as JSON, the plot over depth and the page; see :func:`write_results`."""
         from torchprobe.studies.scan_page import scan_page
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = {
-            "recording": folder / "recording.safetensors",
-            "layers": folder / "layers.csv",
-            "features": folder / "features.csv",
-            "summary": folder / "summary.json",
-            "page": folder / "index.html",
-        }
-        with replacing(files["recording"]) as temporary:
-            self.recording.save(temporary)
-        write_csv(self.layers(), files["layers"])
-        write_csv(self.features(), files["features"])
-        with replacing(files["summary"]) as temporary:
-            temporary.write_text(dumps(self.summary()), encoding="utf-8")
-        page.write(scan_page(self), files["page"])
-        return files
+        return write_results(folder, self, self.summary(), depth_profile(self.layers()), scan_page(self))
+
+
+def write_results(folder: str | os.PathLike[str], scan: Scan, summary: Mapping[str, Any], plot: Figure, page: Page) -> dict[str, Path]:
+    """Writes what a study found into ``folder`` and returns the paths by kind; ``summary["layers"]`` is the layer table.
+
+    Each file replaces an older one at once, so that an interruption leaves no half file.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    recording, json_file = folder / "recording.safetensors", folder / "summary.json"
+    scan.recording.save(recording)
+    with replacing(json_file) as temporary:
+        temporary.write_text(dumps(summary), encoding="utf-8")
+    return {
+        "recording": recording,
+        "layers": write_csv(summary["layers"], folder / "layers.csv"),
+        "features": write_csv(scan.features(), folder / "features.csv"),
+        "summary": json_file,
+        "plot": write_figure(plot, folder / "depth.png"),
+        "page": write_page(page, folder / "index.html"),
+    }
 
 
 def scan(

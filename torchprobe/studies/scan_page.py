@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -15,17 +16,26 @@ from torchprobe.studies.scan import DEFINITIONS, FEATURE_COLUMNS, LEVEL, Scan
 SHOWN_FEATURES = 20
 NAMED_FEATURES = 6
 
-PER_IMAGE = Column(
-    "vectors_per_image", "per image", "activation vectors each image gives: 1 for a pooled vector, tokens or map positions else"
-)
+PER_IMAGE = Column("vectors_per_image", "per image", "vectors each image gives: 1 for a pooled vector, else tokens or map positions")
+VECTOR = Column("vector", "one vector", "what one vector is: an image, one of its tokens, or one position of its map", "text")
 UNREADABLE = (Column("file", "file", "name within the folder", "text"), Column("reason", "reason", "why it could not be read", "text"))
 
 
-def layer_columns() -> list[Column]:
-    """The columns of the layer table of a scan: the usual ones, and how many vectors an image gives."""
+def layer_columns(extra: Column = PER_IMAGE) -> list[Column]:
+    """The columns of the layer table of a scan: the usual ones, and what one vector is."""
     columns = list(LAYER_COLUMNS)
-    columns.insert(1 + [c.key for c in columns].index("vectors"), PER_IMAGE)
+    columns.insert(1 + [c.key for c in columns].index("vectors"), extra)
     return columns
+
+
+def with_vectors(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows of a scan with ``vector``: what one vector is, in words."""
+    named = []
+    for row in rows:
+        unit = "position" if row["feature_dim"] == 1 else "token"
+        many = row["vectors_per_image"]
+        named.append({**row, "vector": "image" if many == 1 else f"1 of {number(many)} {unit}s"})
+    return named
 
 
 def scan_page(scan: Scan) -> Page:
@@ -124,29 +134,32 @@ def outlier_sentence(scan: Scan) -> str:
         return f"With {m.features} features none can lie that far out, so the share is not defined."
     outliers = scan.outliers()
     if not outliers:
-        return "No feature does in any image."
+        return "No feature is an outlier in any image."
     often = sum(row["outlier_share"] >= 0.5 for row in outliers)
-    return f"{number(len(outliers))} of {number(m.features)} features do in at least one image, {number(often)} in at least half of them."
+    return (
+        f"{number(len(outliers))} of {number(m.features)} features are outliers in at least one image, "
+        f"{number(often)} in at least half of them."
+    )
 
 
-def depth(scan: Scan, band: Sequence[Sequence[Row]] = (), band_label: str = "") -> Section:
+def depth(scan: Scan, band: Sequence[Sequence[Row]] = (), band_label: str = "", label: str = "mean over vectors") -> Section:
     """The layers, in the order in which they ran."""
     rows = scan.layers()
     return Section(
         "Over depth",
         [
             "Kurtosis across the features of one vector, mean and median over all vectors of a layer. What one vector is "
-            "differs between layers (“per image” in the table: one pooled vector, or one for each token or map position), and "
+            "differs between layers (in the table: the image, one of its tokens, or one position of its map), and "
             "decides the value: compare a layer with the same layer of another network rather than with its neighbour.",
             "A mean far above the median means that few vectors, such as single tokens, carry the kurtosis.",
         ],
         [
             Picture(
-                lambda width: plots.depth_profile(rows, band=band, band_label=band_label, width=width),
+                lambda width: plots.depth_profile(rows, band=band, label=label, band_label=band_label, width=width),
                 f"Vector kurtosis of {len(rows)} layers",
             )
         ],
-        [Table(rows, layer_columns(), "All recorded layers; a click on a head sorts")],
+        [Table(with_vectors(rows), layer_columns(VECTOR), "All recorded layers; a click on a head sorts")],
     )
 
 

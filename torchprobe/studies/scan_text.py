@@ -55,7 +55,7 @@ def print_representation(scan: Scan, out: Console, at_random: Sequence[float] = 
     """
     r = scan.summary()["representation"]
     low, high = r["interval"]
-    interval = f"{r['interval_level']:.0%} interval over images {number(low)} … {number(high)}"
+    interval = f"{r['interval_level']:.0%} interval {number(low)} … {number(high)}"
     lines = [
         ("vector kurtosis", number(r["vector_kurtosis"]), interval),
         ("  median over images", number(r["vector_kurtosis_median"]), ""),
@@ -75,5 +75,5 @@ def print_representation(scan: Scan, out: Console, at_random: Sequence[float] = 
     table.add_column()
     for line in lines:
         table.add_row(*map(text, line))
-    out.print(text("The representation, one vector per image", "bold"))
+    out.print(text("The representation: one vector per image, the interval over images", "bold"))
     out.print(table)

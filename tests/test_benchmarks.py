@@ -1,0 +1,192 @@
+"""The benchmarks run, and their contestants compute the same numbers. How fast they are is asked by ``make bench`` alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from torchprobe import Moments
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # the benchmarks are no part of the installed package
+
+from benchmarks import allocator, formulas, hook, model, read_once, report, rivals  # noqa: E402
+from benchmarks.timing import MIN_ROUNDS, Timing, race  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def x(request):
+    return (torch.randn(300, 40).exp() + 3).to(request.param)
+
+
+def expected(x):
+    m = Moments(x.shape[1])
+    m.update(x)
+    numbers = {"mean": m.mean, "m2": m.variance, "m3": m.skewness * m.std**3, "m4": m.kurtosis * m.variance**2}
+    mean_square = m.variance + m.mean**2
+    return {**numbers, "min": m.min, "max": m.max, "mean_abs": m.mean_abs, "mean_square": mean_square, "vector_kurtosis": m.vector_kurtosis}
+
+
+def assert_same(got, x):
+    want = expected(x)
+    for name, value in got.items():
+        value = value.double().mean() if name == "vector_kurtosis" else value.double()
+        torch.testing.assert_close(
+            value, torch.as_tensor(want[name], dtype=torch.float64), rtol=2e-4, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# -- the same numbers ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_eager_formulas(x):
+    before = x.clone()
+    assert_same(formulas.eager(x), x)
+    assert_same(formulas.mean_and_variance(x), x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.slow
+def test_compiled_formulas(x):
+    assert_same(torch.compile(formulas.eager, fullgraph=True, dynamic=False)(x), x)
+
+
+@pytest.mark.parametrize("name", formulas.PEERS)
+def test_peers(name, x):
+    pytest.importorskip(name)
+    peer = formulas.PEERS[name](x.shape[1], CPU)
+    peer.update(x)
+    assert_same(peer.result(), x)
+
+
+# -- every section runs --------------------------------------------------------------------------------------------------------------------
+
+
+def check(section, contestants):
+    assert len(section.rows) == contestants
+    for row in section.rows:
+        assert len(row.timing.seconds) >= MIN_ROUNDS
+        assert row.target is None or row.target.verdict in ("met", "missed", "within limit", "over limit", "not resolved")
+    for width in (80, 200):
+        assert report.table(section, width).row_count == contestants
+    json.dumps(report.as_json([section]), allow_nan=False)
+
+
+def test_read_once():
+    cases = (
+        read_once.Case((64, 32), target=1.3, limit=1.9),
+        *(read_once.Case((2, 32, 4, 4), x, 1, 2) for x in ("channel-major", "channels_last")),
+    )
+    assert not cases[-1].tensor(torch.float32, CPU).is_contiguous()
+    check(read_once.run(CPU, 0, cases), 3 * 4)
+
+
+def test_rivals():
+    section = rivals.run(CPU, 0, shape=(64, 32), compiled=False)
+    check(section, 2 * (5 + len(formulas.installed_peers())))
+    ours = [row for row in section.rows if row.contestant == "observe_"]
+    assert [row.ratio for row in ours] == [1, 1]
+
+
+def test_hook():
+    check(hook.run(CPU, 0, layers=2, features=32), 4)
+
+
+def test_model():
+    pytest.importorskip("open_clip")
+    check(model.run(CPU, 0, build=tiny_transformer, batch=2, size=32), 5)
+
+
+def tiny_transformer() -> nn.Module:
+    from open_clip.transformer import VisionTransformer
+
+    return VisionTransformer(image_size=32, patch_size=16, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
+
+
+def test_stopwatch_sees_the_hooks_between():
+    tower = nn.Module()
+    tower.transformer = nn.Module()
+    tower.transformer.resblocks = nn.Sequential(nn.Identity(), nn.Identity())
+    tower.forward = tower.transformer.resblocks.forward
+    watch = model.Stopwatch(tower)
+    watch.place_first()
+    for block in watch.blocks:
+        block.register_forward_hook(lambda *_: torch.randn(1000).sort() and None)
+    watch.place_last()
+    watch.forward(torch.zeros(1))
+    watch.forward(torch.zeros(1))
+    assert len(watch.timing(2).seconds) == 2
+    assert min(watch.timing(2).seconds) > 0
+
+
+# -- how it is measured --------------------------------------------------------------------------------------------------------------------
+
+
+def test_race_gives_every_contestant_every_round():
+    calls = []
+    times = race({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0, CPU)
+    assert calls.count("a") == calls.count("b") > MIN_ROUNDS
+    assert {len(timing.seconds) for timing in times.values()} == {MIN_ROUNDS}
+    measured = ["".join(calls[i : i + 2]) for i in range(len(calls) - 2 * MIN_ROUNDS, len(calls), 2)]
+    assert set(measured) <= {"ab", "ba"}
+
+
+def test_hot_race_calls_twice():
+    calls = []
+    race({"a": lambda: calls.append("a")}, 0, CPU)
+    cold = len(calls)
+    race({"a": lambda: calls.append("a")}, 0, CPU, hot=True)
+    assert len(calls) - cold == cold + MIN_ROUNDS
+
+
+def test_timing():
+    timing = Timing(tuple(map(float, range(1, 102))))
+    assert timing.median == 51
+    assert timing.minimum == 1
+    assert timing.quartiles == (26, 76)
+    assert timing.interval == (41, 61)  # ranks of the binomial: 51 ± 1.96 · √101 / 2, rounded outwards
+    assert timing.minus(timing).median == 0
+    assert timing.per(2).median == 25.5
+    assert model.total([timing, timing]).median == 102
+
+
+@pytest.mark.parametrize(
+    ("target", "verdict"),
+    [
+        (report.Target("×", 1.2, 1.3, 1.9), "met"),
+        (report.Target("×", 1.5, 1.3, 1.9), "within limit"),
+        (report.Target("×", 2.0, 1.3, 1.9), "over limit"),
+        (report.Target("×", 2.0, 1.3), "missed"),
+        (report.Target("×", 2.0, 1.3, at_least=True), "met"),
+        (report.Target("×", 1.0, 1.3, at_least=True), "missed"),
+        (report.Target("×", 1.2, 1.3, interval=(1.1, 1.4)), "not resolved"),
+    ],
+)
+def test_verdict(target, verdict):
+    assert target.verdict == verdict
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_command(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in allocator.TUNED}
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "hook", "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "torchprobe.record" in done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [section["name"] for section in figures["sections"]] == ["hook"]
+    assert figures["machine"]["threads"] >= 1
+    if sys.platform == "linux":
+        assert figures["machine"]["allocator"] == "tuned"

@@ -1,0 +1,276 @@
+"""The command line: output, exit codes, JSON, interruptions."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import torchprobe
+from torchprobe import cli
+from torchprobe.encoders import Encoder
+
+for package in ("PIL", "timm", "matplotlib", "jinja2"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+
+MODEL = "timm:test_vit"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(5):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs the command line in this process; gives exit code, standard output and standard error."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return call
+
+
+# -- help and wrong usage ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], ["scan"], ["layers"], ["doctor"], ["demo"]])
+def test_help_documents_the_exit_codes(run, command):
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    for number in (0, 1, 2, 130):
+        assert re.search(rf"^ +{number} ", out, re.MULTILINE)
+
+
+def test_version(run):
+    assert run("--version")[1].split() == ["torchprobe", torchprobe.__version__]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["scan", MODEL],
+        ["scan", MODEL, "--images", ".", "--batch-size", "0"],
+        ["scan", MODEL, "--images", ".", "--device", "nonsense"],
+        ["scan", MODEL, "--images", ".", "--random-init", "--checkpoint", "a.pt"],
+        ["layers"],
+    ],
+)
+def test_wrong_usage_exits_with_2(run, arguments):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert "--help" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["layers", "timm:test_vti"], "no model 'test_vti'"),
+        (["layers", "vit"], "not the name of an encoder"),
+        (["layers", MODEL, "--layers", "visual.block.*"], "matches no layer"),
+        (["scan", MODEL, "--images", "{photos}/none"], "not there"),
+        (["scan", MODEL, "--images", "{photos}", "--checkpoint", "{photos}/none.pt"], "no checkpoint at"),
+        (["scan", MODEL, "--images", "{photos}", "--random-init", "--layers", "visual.blcks"], "visual.blocks"),
+        (["scan", MODEL, "--images", "{photos}", "--random-init", "--output", "{photos}/0.png"], "0.png"),
+    ],
+)
+def test_what_cannot_be_done_exits_with_1_and_one_message(run, photos, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*[argument.format(photos=photos) for argument in arguments])
+    assert code == 1
+    assert out == ""
+    assert err.startswith("Error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+# -- layers --------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_lists_what_can_be_recorded(run):
+    code, out, _ = run("layers", MODEL)
+    assert code == 0
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert "●" in lines["visual.blocks.0"]
+    assert "Block" in lines["visual.blocks.0"]
+    assert "●" in lines["(output)"]
+    assert "●" not in lines["visual.blocks.0.attn.qkv"]
+    assert "Linear" in lines["visual.blocks.0.attn.qkv"]
+
+
+def test_layers_as_json(run):
+    code, out, _ = run("layers", MODEL, "--layers", "visual.blocks.*", "--layers", "visual.patch_embed.proj", "--json")
+    assert code == 0
+    found = json.loads(out)
+    rows = {row["layer"]: row for row in found["layers"]}
+    assert found["features"] == 64
+    assert set(rows) == {"visual.patch_embed.proj", *(f"visual.blocks.{i}" for i in range(len(rows) - 1))}
+    assert rows["visual.blocks.0"] == {
+        "layer": "visual.blocks.0",
+        "module": "Block",
+        "default": True,
+        "features": 64,
+        "feature_dim": -1,
+        "vectors_per_image": 101,
+    }
+    assert rows["visual.patch_embed.proj"]["feature_dim"] == 1
+
+
+# -- scan ----------------------------------------------------------------------------------------------------------------
+
+
+def test_scan_prints_and_writes(run, photos, tmp_path):
+    (photos / "bad.jpg").write_text("no")
+    code, out, err = run("scan", MODEL, "--random-init", "--images", photos, "--output", tmp_path / "out", "--device", "cpu")
+    assert code == 0
+    for phrase in ("vector kurtosis", "95% interval", "Gaussian features", "ceiling", "bad.jpg", "visual.blocks.0", "(output)", "6 std"):
+        assert phrase in out, phrase
+    assert out.strip().endswith(str(tmp_path / "out" / "index.html"))
+    assert (tmp_path / "out" / "index.html").is_file()
+    assert torchprobe.load(tmp_path / "out" / "recording.safetensors")[""].vectors == 5
+    assert "random weights" in (tmp_path / "out" / "index.html").read_text()
+    assert err == ""
+
+
+def test_scan_as_json_has_nothing_else_on_standard_output(run, photos, tmp_path):
+    arguments = ["scan", MODEL, "--random-init", "--images", photos, "--output", tmp_path / "out", "--limit", 3, "--seed", 1, "--json"]
+    code, out, _ = run(*arguments)
+    assert code == 0
+    found = json.loads(out)
+    assert found["images"] == {"seen": 3, "found": 3, "unreadable": []}
+    assert found["representation"]["vectors"] == 3
+    assert found["settings"]["seed"] == 1
+    assert set(found["files"]) == {"recording", "layers", "features", "summary", "plot", "page"}
+    again = json.loads(run(*arguments)[1])
+    assert again["representation"] == found["representation"]
+
+
+def test_scan_with_a_checkpoint(run, photos, tmp_path):
+    import timm
+    import torch
+
+    torch.save({"state_dict": {f"module.{k}": v for k, v in timm.create_model("test_vit").state_dict().items()}}, tmp_path / "w.ckpt")
+    code, out, _ = run("scan", MODEL, "--checkpoint", tmp_path / "w.ckpt", "--images", photos, "--output", tmp_path / "out")
+    assert code == 0
+    assert "w.ckpt" in out
+    torch.save({"head.weight": torch.zeros(2, 2), "blocks.0.norm1.weight": torch.zeros(64)}, tmp_path / "w.ckpt")
+    code, _, err = run("scan", MODEL, "--checkpoint", tmp_path / "w.ckpt", "--images", photos, "--output", tmp_path / "out")
+    assert code == 1
+    assert "missing: cls_token" in err
+
+
+def test_layers_that_cannot_fire_are_a_note_not_a_failure(run, photos, tmp_path):
+    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}}
+    config["text_cfg"] = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    (tmp_path / "cli-clip.json").write_text(json.dumps(config))
+    __import__("open_clip").add_model_config(tmp_path / "cli-clip.json")
+    arguments = ["open_clip:cli-clip", "--random-init", "--images", photos, "--output", tmp_path / "out", "--layers", "**.attn.*"]
+    code, out, err = run("scan", *arguments, "--layers", "**.resblocks.*")
+    assert code == 0
+    assert err.startswith("Note: ")
+    assert "out_proj" in err
+    assert "visual.transformer.resblocks.0" in out
+
+
+def interrupt_after(monkeypatch, calls, times=1):
+    forward = Encoder.forward
+    seen = []
+
+    def interrupted(self, images):
+        seen.append(len(images))
+        if len(seen) == calls:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return forward(self, images)
+
+    monkeypatch.setattr(Encoder, "forward", interrupted)
+
+
+@pytest.mark.parametrize(("presses", "seen"), [(1, 2), (2, 1)])
+def test_an_interruption_leaves_a_valid_partial_result(run, photos, tmp_path, monkeypatch, presses, seen):
+    interrupt_after(monkeypatch, 2, presses)
+    before = signal.getsignal(signal.SIGINT)
+    arguments = ["scan", MODEL, "--random-init", "--images", photos, "--output", tmp_path / "out", "--batch-size", 1, "--json"]
+    code, out, err = run(*arguments)
+    assert code == 130
+    assert "Interrupted" in err
+    found = json.loads(out)
+    assert found["partial"] is True
+    assert found["images"]["seen"] == seen
+    assert torchprobe.load(tmp_path / "out" / "recording.safetensors")[""].vectors == seen
+    assert "Partial" in (tmp_path / "out" / "index.html").read_text()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interruption_before_anything_was_seen(run, photos, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 1, 2)
+    code, _, err = run("scan", MODEL, "--random-init", "--images", photos, "--output", tmp_path / "out")
+    assert code == 130
+    assert "nothing was written" in err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# -- doctor --------------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_reports_versions_kernels_and_checks(run):
+    code, out, _ = run("doctor")
+    assert code == 0
+    for phrase in ("torchprobe", "torch", "cpu", "cuda", "checks passed"):
+        assert phrase in out, phrase
+    found = json.loads(run("doctor", "--json")[1])
+    assert found["passed"] is True
+    assert found["versions"]["torchprobe"] == torchprobe.__version__
+    assert all(check["passed"] and check["error"] <= check["tolerance"] for check in found["checks"])
+
+
+def test_doctor_exits_with_3_when_a_check_fails(run, monkeypatch):
+    from torchprobe.ops import selfcheck
+
+    failed = selfcheck.Check("rows", False, float("nan"), 1e-5, "raised RuntimeError")
+    monkeypatch.setattr(selfcheck, "run", lambda device="cpu": [failed])
+    code, out, _ = run("doctor")
+    assert code == 3
+    assert "FAILED" in out
+    assert "raised RuntimeError" in out
+    code, out, _ = run("doctor", "--json")
+    assert code == 3
+    assert json.loads(out)["passed"] is False
+
+
+# -- demo, and the process -----------------------------------------------------------------------------------------------
+
+
+def test_demo_without_its_packages_says_what_to_install(run, monkeypatch, tmp_path):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "foolbox" else found(name, *rest))
+    code, _, err = run("demo", "--output", tmp_path / "out")
+    assert code == 1
+    assert "pip install 'foolbox==3.3.4'" in err
+
+
+def test_as_a_process():
+    command = [sys.executable, "-m", "torchprobe.cli", "layers", "nonsense:x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: ")
