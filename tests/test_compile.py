@@ -57,9 +57,7 @@ class Net(nn.Module):
 BATCHES = [torch.randn(n, 7, 8, generator=torch.Generator().manual_seed(n)) for n in (3, 4, 6)]
 
 
-def run(
-    model: Callable[[Tensor], Tensor], recorder: Recorder, batches: list[Tensor] = BATCHES, backward: bool = True
-) -> Recorder:
+def run(model: Callable[[Tensor], Tensor], recorder: Recorder, batches: list[Tensor] = BATCHES, backward: bool = True) -> Recorder:
     with recorder:
         for batch in batches:
             out = model(batch)

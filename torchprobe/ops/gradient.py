@@ -5,9 +5,9 @@ Schema::
     observe_gradient(Tensor x, int observer, Tensor? mask=None) -> Tensor
     observe_gradient_backward(Tensor grad, int observer, Tensor? mask=None) -> Tensor
 
-In eager mode a tensor hook on the output reads its gradient for free. A compiled graph cannot hold such a hook, but it can hold an operator
-with a backward of its own, at the price of a copy of the activation and one of the gradient: that is this operator, and only compiled graphs
-use it.
+In eager mode a tensor hook on the output reads its gradient for free. A compiled graph cannot hold such a hook, but it can hold an
+operator with a backward of its own, at the price of a copy of the activation and one of the gradient: that is this operator, and only
+compiled graphs use it.
 
 The observer is named by a number, and its state is no argument of the operator. Were it one, autograd would save it for backward and refuse
 when anything changed it in between: the backward of another micro-batch, or the end of a window.

@@ -10,6 +10,8 @@ every device that has no kernel. None of them synchronises with the device.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ SCHEMA = (
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1 << 20  # elements the reference widens to float64 at a time
+_updating = threading.Lock()  # threads may share a state
 
 
 def new_state(features: int, device: torch.device | str | None = None) -> Tensor:
@@ -117,15 +120,15 @@ def reference(
     vectors = x.detach().movedim(feature_dim, -1)
     keep = torch.ones(vectors.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
     vectors, keep = vectors.flatten(0, -2) if vectors.dim() > 1 else vectors[None], keep.flatten()
-    total = state
-    for block, kept in zip(
-        vectors.split(max(1, _BLOCK // vectors.shape[-1])), keep.split(max(1, _BLOCK // vectors.shape[-1])), strict=True
-    ):
-        if block.shape[0]:
-            total = merge_states(total, _observe_block(block.to(state.dtype), kept, outlier_sigma))
-    calls = state[layout.CALLS].clone()
-    state.copy_(torch.where(calls.remainder(every) == 0, total, state))
-    state[layout.CALLS] = calls + 1
+    rows = max(1, _BLOCK // vectors.shape[-1])
+    with _updating:
+        total = state
+        for block, kept in zip(vectors.split(rows), keep.split(rows), strict=True):
+            if block.shape[0]:
+                total = merge_states(total, _observe_block(block.to(state.dtype), kept, outlier_sigma))
+        calls = state[layout.CALLS].clone()
+        state.copy_(torch.where(calls.remainder(every) == 0, total, state))
+        state[layout.CALLS] = calls + 1
 
 
 def _observe_block(x: Tensor, keep: Tensor, outlier_sigma: float) -> Tensor:

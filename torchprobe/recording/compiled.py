@@ -1,7 +1,7 @@
 """Everything here that knows ``torch.compile``.
 
-A hook of a module inside a compiled graph becomes part of the graph: its Python runs once, while the graph is traced. A hook of the outermost
-compiled module stays outside and runs as in eager mode. ``import torchprobe`` does not import the compiler.
+A hook of a module inside a compiled graph becomes part of the graph: its Python runs once, while the graph is traced. A hook of the
+outermost compiled module mostly stays outside and runs as in eager mode. ``import torchprobe`` does not import the compiler.
 """
 
 from __future__ import annotations
@@ -127,20 +127,26 @@ def has_graphs(classes: Iterable[type]) -> bool:
     return bool(_codes_of(classes))
 
 
-def refuse_recomputation(model: nn.Module, recorded: Iterable[nn.Module]) -> list[Callable[[], object]]:
-    """Makes compiled modules with recorded layers inside refuse to run under an activation checkpoint; returns how to undo it.
+def refuse_recomputation(model: nn.Module, traced: Callable[[set[int]], bool]) -> list[Callable[[], object]]:
+    """Makes compiled modules with recorded layers in their graphs refuse to run under an activation checkpoint.
 
     The checkpoint would run the whole graph again during backward, where no Python of ours could tell it not to count.
+
+    Args:
+        model: the model that is recorded.
+        traced: whether a graph holds a hook of one of these modules, given by their ids.
+
+    Returns:
+        How to undo it.
     """
-    wanted = {id(module) for module in recorded}
     undo: list[Callable[[], object]] = []
     for name, module in model.named_modules():
-        inner = module._modules.get("_orig_mod")
-        if inner is not None and any(id(m) in wanted for m in inner.modules() if m is not inner):
-            undo.append(module.register_forward_pre_hook(_Refusal(name)).remove)
+        if "_orig_mod" in module._modules:
+            inner = module._modules["_orig_mod"]
+            undo.append(module.register_forward_pre_hook(_Refusal(name, inner, traced)).remove)
         compiled = module.__dict__.get("_compiled_call_impl")
-        if compiled is not None and any(id(m) in wanted for m in module.modules()):
-            guarded = _Guarded(compiled, _Refusal(name))
+        if compiled is not None:
+            guarded = _Guarded(compiled, _Refusal(name, module, traced))
             module._compiled_call_impl = guarded
             undo.append(functools.partial(_unguard, module, guarded))
     return undo
@@ -149,11 +155,15 @@ def refuse_recomputation(model: nn.Module, recorded: Iterable[nn.Module]) -> lis
 class _Refusal:
     """Runs in front of a compiled graph. A copy does nothing."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, module: nn.Module, traced: Callable[[set[int]], bool]) -> None:
         self.name = name
+        self.inside = {id(inner) for inner in module.modules()}
+        self.traced = traced
 
     def __call__(self, module: nn.Module | None = None, args: Any = None) -> None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return
+        if self.traced(self.inside):
             raise RuntimeError(
                 f"torchprobe: the compiled module {self.name!r} holds recorded layers and runs under an activation "
                 f"checkpoint, which runs its graph again during backward: they would be counted twice. Compile around the "

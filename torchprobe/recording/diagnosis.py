@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchprobe.ops import layout
 from torchprobe.recording import compiled, windows
 from torchprobe.recording.compiled import Inert, at_trace_time, never_compile_alone
+from torchprobe.recording.control import Skipped, Slot
 from torchprobe.recording.history import to_host
-from torchprobe.recording.hook import Hook, Skipped, Slot
+from torchprobe.recording.hook import Hook, takes_hooks
 from torchprobe.statistics import Moments
 
 if TYPE_CHECKING:
@@ -121,12 +122,8 @@ _SKIPPED: dict[Skipped, Callable[[Hook], str]] = {
         else 'when="eval", but it was called in train mode only; call model.eval(), or record with when="always"'
     ),
     Skipped.WAITING: lambda hook: "no gradient reached it: backward was not called, or did not pass through it",
-    Skipped.NO_GRADIENT: lambda hook: (
-        "it was called without gradients (under no_grad, or nothing before it requires any)"
-    ),
-    Skipped.RECOMPUTED: lambda hook: (
-        "it was called during backward only, which is taken for the recomputation of an activation checkpoint"
-    ),
+    Skipped.NO_GRADIENT: lambda hook: "it was called without gradients (under no_grad, or nothing before it requires any)",
+    Skipped.RECOMPUTED: lambda hook: "it was called during backward only, which is taken for the recomputation of an activation checkpoint",
 }
 
 
@@ -160,18 +157,12 @@ class _Explanation:
     def _never_called(self, hook: Hook) -> str:
         name, module = hook.layer.name, hook.layer.module
         above = [self.named[parent].module for parent in _ancestors(name) if parent in self.named]
-        script = next((parent for parent in above if isinstance(parent, torch.jit.ScriptModule)), None)
-        if script is not None:
-            return "it is inside a scripted module, which runs without Python; record the scripted module as a whole"
+        if not takes_hooks(module):
+            return "it is scripted, and runs without Python; record the model before torch.jit.script, or what is around it"
         if above and isinstance(above[0], nn.MultiheadAttention):
-            return (
-                "nn.MultiheadAttention uses its parameters without calling it; record the attention itself, "
-                f"{name.rpartition('.')[0]!r}"
-            )
+            return f"nn.MultiheadAttention uses its parameters without calling it; record the attention itself, {name.rpartition('.')[0]!r}"
         if not self.traced and compiled.has_graphs([type(module)]):
-            return (
-                "it runs inside a compiled graph that was made before the hooks; call torch.compiler.reset() before recording"
-            )
+            return "it runs inside a compiled graph that was made before the hooks; call torch.compiler.reset() before recording"
         if not name and self.anything:
             return "the model was entered by another method than forward; its layers are recorded all the same"
         if self.witness.entered > self.witness.left:

@@ -96,12 +96,10 @@ def _agreed(ranks: list[_Summary], union: bool) -> Mapping[str, tuple[str, int |
 def _stacked(entries: list[Entry | None], width: int, closed: bool, device: torch.device) -> Tensor:
     """Running windows, and closed ones if any rank has some: (1 or 2, layers, slots); zeros where nothing fired."""
     empty = torch.zeros(layout.size(width), dtype=torch.float64, device=device)
-    statistics = [[entry and entry.statistic for entry in entries]]
+    statistics = [[None if entry is None else entry.statistic for entry in entries]]
     if closed:
-        statistics.append([entry and entry.closed for entry in entries])
-    return torch.stack(
-        [torch.stack([empty if s is None else s.state.to(empty) for s in part]) for part in statistics]
-    )
+        statistics.append([None if entry is None else entry.closed for entry in entries])
+    return torch.stack([torch.stack([empty if s is None else s.state.to(empty) for s in part]) for part in statistics])
 
 
 def _entry(name: str, layer: tuple[str, int | None, int, bool], states: Tensor, settings: Settings) -> Entry:

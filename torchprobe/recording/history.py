@@ -121,8 +121,7 @@ class History:
         values = np.asarray(state["values"], dtype=np.float64)
         if values.shape != (len(steps), len(layers), len(fields)):
             raise ValueError(
-                f"the history holds values of shape {values.shape} for {len(steps)} steps, {len(layers)} layers and "
-                f"{len(fields)} fields"
+                f"the history holds values of shape {values.shape} for {len(steps)} steps, {len(layers)} layers and {len(fields)} fields"
             )
         known = np.full((len(steps), len(layers), len(FIELDS)), math.nan)
         for index, field in enumerate(fields):

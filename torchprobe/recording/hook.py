@@ -8,8 +8,6 @@ must happen while tracing sits in functions marked ``at_trace_time``.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from enum import IntFlag, auto
 from typing import Any
 
 import torch
@@ -20,65 +18,15 @@ from torchprobe.ops.gradient import register_observer
 from torchprobe.ops.observe import check
 from torchprobe.ops.positions import vectors_of
 from torchprobe.recording.compiled import Inert, allow_graphs, at_trace_time, is_tracing, make_static, never_compile_alone
+from torchprobe.recording.control import Control, Skipped, Slot
 from torchprobe.recording.layers import Layer, default_feature_dim
 from torchprobe.recording.tensors import cut, first_tensor, fit_mask, holds, is_plain, plain, replaced
-from torchprobe.statistics import Moments, Statistic
+from torchprobe.statistics import Moments
 
 _observe = torch.ops.torchprobe.observe_.default
 _observe_gradient = torch.ops.torchprobe.observe_gradient.default
 _current_backward = torch._C._current_graph_task_id
 _allocating = threading.Lock()
-
-
-class Skipped(IntFlag):
-    """Why a call was not read; for the report at the end."""
-
-    PAUSED = auto()
-    OTHER_MODE = auto()
-    RECOMPUTED = auto()
-    NO_TENSOR = auto()
-    NO_POSITIONS = auto()
-    NOT_REAL = auto()
-    NO_GRADIENT = auto()
-    WAITING = auto()
-    TRACED = auto()
-
-
-class Control:
-    """What all hooks of one recorder look at."""
-
-    def __init__(
-        self,
-        statistic: type[Statistic] = Moments,
-        positions: str = "all",
-        every: int = 1,
-        when: str = "always",
-        select: Callable[..., Tensor] | None = None,
-        outlier_sigma: float = 6.0,
-        lenient: bool = False,
-    ) -> None:
-        self.statistic = statistic
-        self.positions = positions
-        self.every = every
-        self.training = {"always": None, "train": True, "eval": False}[when]
-        self.select = select
-        self.outlier_sigma = outlier_sigma
-        self.lenient = lenient  # layers that nobody asked for by name may turn out to hold nothing to read
-        self.live = False
-        self.paused = False
-        self.mask: Tensor | None = None
-        self.fired = 0  # layers that have a state, which gives them their order
-        self.graphs: set[str] = set()  # compiled graphs in which a layer was first met
-
-
-class Slot:
-    """The state of one layer on one device: the running window, and all windows that are closed."""
-
-    def __init__(self, statistic: Statistic) -> None:
-        self.statistic = statistic
-        self.state = statistic.state
-        self.window = statistic.state[1:]  # all but the counter of `every`
-        self.closed: Statistic | None = None
 
 
 class Hook:
@@ -154,7 +102,7 @@ class Hook:
             self._observe_any(x, mask)
 
     def _observe_any(self, x: Tensor, mask: Tensor | None) -> None:
-        if torch.jit.is_tracing() or x.is_meta or type(x).__name__ == "FakeTensor":
+        if x.is_meta or type(x).__name__ == "FakeTensor":
             self.skipped |= Skipped.NOT_REAL
             return
         if torch._C._functorch.is_batchedtensor(x):
@@ -178,18 +126,18 @@ class Hook:
         if control.statistic is Moments:
             _observe(slot.state, vectors, dim, self.sigma, self.every, kept)
         else:
-            slot.statistic.update(vectors, dim, **self._extra(kept))  # type: ignore[arg-type]
+            slot.statistic.update(vectors, dim, **self._extra(kept))
 
-    def _extra(self, mask: Tensor | None) -> dict[str, object]:
+    def _extra(self, mask: Tensor | None) -> dict[str, Any]:
         """What a statistic of another class is told only if the user asked for it."""
-        every = {} if self.every == 1 else {"every": self.every}
+        every: dict[str, Any] = {} if self.every == 1 else {"every": self.every}
         return every if mask is None else {**every, "mask": mask}
 
     def explained(self, error: Exception, x: Tensor | None) -> Exception:
         """The error with the name of the layer; in words, if a tensor that cannot be read was the cause."""
         if type(error) not in (RuntimeError, NotImplementedError, TypeError, ValueError):
             return error
-        if isinstance(error, RuntimeError) and x is not None and x.device in self.slots:
+        if x is not None and x.device in self.slots:
             try:
                 dim = axis(self, x.dim())
                 allocate(self, x.shape[dim], x.device)
@@ -235,7 +183,7 @@ class Hook:
         if self.control.statistic is Moments:
             _observe(slot.state, vectors, dim, sigma, every, kept)
         else:
-            slot.statistic.update(vectors, dim, **self._extra(kept))  # type: ignore[arg-type]
+            slot.statistic.update(vectors, dim, **self._extra(kept))
 
 
 class InputHook(Hook):
@@ -320,6 +268,11 @@ class GradientHook(Hook):
         return replaced(value, x, _observe_gradient(x, observer_number(self), self.control.mask))
 
 
+def takes_hooks(module: nn.Module) -> bool:
+    """Scripted modules take none in new PyTorch, and never call them in old."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
 for _kind in (Hook, InputHook, GradientHook):
     never_compile_alone(_kind.__call__)
 
@@ -360,7 +313,10 @@ def axis(hook: Hook, dims: int) -> int:
         raise ValueError("it gives a single number, which has no features")
     if dims not in hook.dims:
         override = hook.layer.feature_dim
-        hook.dims[dims] = default_feature_dim(hook.layer, dims) if override is None else override
+        dim = default_feature_dim(hook.layer, dims) if override is None else override
+        if not -dims <= dim < dims:
+            raise ValueError(f"its activations have {dims} dimensions, and feature_dim={dim} is none of them")
+        hook.dims[dims] = dim
     return hook.dims[dims]
 
 

@@ -96,11 +96,12 @@ def innermost(module: nn.Module) -> nn.Module:
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
+    children = module._modules
     for key in _WRAPPERS:
-        if isinstance(inner := module._modules.get(key), nn.Module):
-            return inner
-    if any(base.__name__ in _MODULE_WRAPPERS for base in type(module).__mro__):
-        return module._modules.get("module")
+        if key in children:
+            return children[key]
+    if "module" in children and any(base.__name__ in _MODULE_WRAPPERS for base in type(module).__mro__):
+        return children["module"]
     return None
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from torchprobe.ops.positions import POSITIONS
 from torchprobe.recording import compiled, diagnosis, windows
+from torchprobe.recording.control import Control, Skipped, Slot
 from torchprobe.recording.history import Step
-from torchprobe.recording.hook import Control, GradientHook, Hook, InputHook, Slot, allocate
+from torchprobe.recording.hook import GradientHook, Hook, InputHook, allocate, takes_hooks
 from torchprobe.recording.layers import Selection, named_layers, select_layers
 from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
 from torchprobe.statistics import Moments, Statistic
@@ -120,6 +121,11 @@ class Recorder(Recording):
         if not isinstance(model, nn.Module):
             raise TypeError(f"record takes a torch.nn.Module, got {type(model).__name__}")
         selected = select_layers(model, layers, feature_dim)
+        if all(isinstance(layer.module, torch.jit.ScriptModule) for layer in selected):
+            raise ValueError(
+                "every selected layer is a scripted module, which takes no hooks and runs its children without Python: "
+                "record the model before torch.jit.script, or wrap it, nn.Sequential(scripted), and record the wrapper"
+            )
         aliases = {alias: layer.name for layer in selected for alias in layer.names[1:]}
         super().__init__([], Settings(of, positions, float(outlier_sigma), statistic.__name__), aliases)
         self._control = Control(statistic, positions, every, when, select, float(outlier_sigma), lenient=layers is None)
@@ -142,12 +148,13 @@ class Recorder(Recording):
         named = named_layers(model)
         dropped = compiled.drop_graphs({type(hook.layer.module) for hook in self._hooks.values()})
         try:
-            for handle in diagnosis.watch(named[""].module, self._witness):
-                self._undo.append(handle.remove)
+            if takes_hooks(named[""].module):
+                self._undo.extend(handle.remove for handle in diagnosis.watch(named[""].module, self._witness))
             if self.settings.of != "gradient":
-                self._undo.extend(compiled.refuse_recomputation(model, [h.layer.module for h in self._hooks.values()]))
+                self._undo.extend(compiled.refuse_recomputation(model, self._traced))
             for hook in self._hooks.values():
-                self._undo.append(hook.place(hook.layer.module).remove)
+                if takes_hooks(hook.layer.module):
+                    self._undo.append(hook.place(hook.layer.module).remove)
         except BaseException:
             self._remove_hooks()
             raise
@@ -185,6 +192,10 @@ class Recorder(Recording):
             compiled.forget_graphs(self._control.graphs)
         if report and model is not None:
             diagnosis.report(hooks, named_layers(model), self._witness, stacklevel)
+
+    def _traced(self, modules: set[int]) -> bool:
+        hooks = (hook for hook in self._hooks.values() if Skipped.TRACED in hook.skipped)
+        return any(id(hook.layer.module) in modules for hook in hooks)
 
     def _remove_hooks(self) -> None:
         while self._undo:

@@ -100,9 +100,7 @@ class Recording(Mapping[str, Moments]):
     @property
     def total(self) -> Recording:
         """All windows together, the running one included; a copy, without a history."""
-        entries = [
-            Entry(e.name, e.module, e.feature_dim, _total(e.closed, e.statistic)) for e in self._entries()
-        ]
+        entries = [Entry(e.name, e.module, e.feature_dim, _total(e.closed, e.statistic)) for e in self._entries()]
         return Recording(entries, self.settings, self._aliases)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -136,11 +134,7 @@ class Recording(Mapping[str, Moments]):
         """
         entries = self._entries()
         numbers = self._numbers(entries)
-        return {
-            f"{prefix}{entry.name}/{field}": value
-            for index, entry in enumerate(entries)
-            for field, value in numbers[index].items()
-        }
+        return {f"{prefix}{entry.name}/{field}": value for index, entry in enumerate(entries) for field, value in numbers[index].items()}
 
     def _numbers(self, entries: list[Entry]) -> list[dict[str, float]]:
         parts = windows.summaries(only_moments([entry.statistic for entry in entries]))

@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchprobe.ops import layout
 from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
 from torchprobe.statistics import Moments
 
@@ -160,7 +159,7 @@ def _settings(file: _File) -> Settings:
 
 
 def _entry(file: _File, layer: Any, settings: Settings) -> Entry:
-    kinds = {"name": str, "module": str, "features": int, "feature_dim": (int, type(None)), "closed": bool}
+    kinds: dict[str, Any] = {"name": str, "module": str, "features": int, "feature_dim": (int, type(None)), "closed": bool}
     if not isinstance(layer, dict) or layer.keys() != kinds.keys():
         raise file.error("layers", f"each layer has {', '.join(kinds)}; got {str(layer)[:200]}")
     if not all(isinstance(layer[key], kind) for key, kind in kinds.items()):

@@ -33,7 +33,7 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
         return value
     if isinstance(value, Mapping):
         items = {key: replaced(item, old, new) for key, item in value.items()}
-        return items if type(value) is dict else type(value)(**items)  # type: ignore[call-arg]
+        return items if type(value) is dict else type(value)(**items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*[replaced(item, old, new) for item in value])
     if isinstance(value, (tuple, list)):
@@ -64,7 +64,7 @@ def plain(x: Tensor, feature_dim: int | None = None) -> Tensor:
         ValueError: a distributed tensor whose local part holds no whole vectors.
     """
     if x.is_nested:
-        values: Tensor = x.values()  # type: ignore[operator]
+        values: Tensor = x.values()
         return values if values.dim() > 1 else values.view(-1, x.size(-1))
     if hasattr(x, "placements"):
         dim = x.dim() - 1 if feature_dim is None else feature_dim % x.dim()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchprobe.ops import layout
 from torchprobe.ops.observe import merge_states
-from torchprobe.recording.hook import Slot
+from torchprobe.recording.control import Slot
 from torchprobe.statistics import Moments, Statistic
 from torchprobe.statistics.moments import summarise
 
