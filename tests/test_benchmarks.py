@@ -103,7 +103,7 @@ def test_hook():
 
 def test_model():
     pytest.importorskip("open_clip")
-    check(model.run(CPU, 0, build=tiny_transformer, batch=2, size=32), 5)
+    check(model.run(CPU, 0, build=tiny_transformer, batch=2, size=32), 6)
 
 
 def tiny_transformer() -> nn.Module:

@@ -138,6 +138,7 @@ class DistributedDataParallel(nn.Module):  # the real one needs a process group;
         return self.module(x)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wrappers_leave_no_trace_in_names() -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

@@ -175,29 +175,30 @@ TORCHPROBE_INLINE double inverse(double power) {
 }
 TORCHPROBE_INLINE vdouble inverse(vdouble power) { return (vdouble)((int64_t(2046) << 52) - (vlong)power); }
 
-// Features of a tile folded into the partial state: those from lane i on.
+// Features of a tile folded into the partial state: those from lane i on, of which na values were seen before and nb are now.
 template <class E, class T, int N>
-TORCHPROBE_INLINE void merge_lanes(const Features<T, N>& c, int i, const Rows& to, E na, E nb, E inverse_nb, E wa, E wb) {
-  const E s1 = load_as<E>(c.s1 + i), s2 = load_as<E>(c.s2 + i), s3 = load_as<E>(c.s3 + i), s4 = load_as<E>(c.s4 + i);
-  const E unit = inverse(load_as<E>(c.unit + i)), u = unit * inverse(load_as<E>(c.scale + i)), u2 = u * u;
+TORCHPROBE_INLINE void merge_lanes(const Features<T, N>& f, int i, const Rows& to, E na, E nb, E inverse_nb, const Weights<E>& w) {
+  const E s1 = load_as<E>(f.s1 + i), s2 = load_as<E>(f.s2 + i), s3 = load_as<E>(f.s3 + i), s4 = load_as<E>(f.s4 + i);
+  const E unit = inverse(load_as<E>(f.unit + i)), u = unit * inverse(load_as<E>(f.scale + i)), u2 = u * u, zero{};
   // Powers about the shift to powers about the mean.
-  const E m = s1 * inverse_nb, mm = m * m, nmm = nb * mm, zero{};
-  const E m2 = s2 - s1 * m, m3 = s3 - 3.0 * m * s2 + 2.0 * m * nmm, m4 = s4 - 4.0 * m * s3 + 6.0 * mm * s2 - 3.0 * mm * nmm;
-  merge_moments<E>(to, i, load_as<E>(c.shift + i) * unit + m * u, E(m2 > 0 ? m2 : zero) * u2, m3 * (u2 * u), E(m4 > 0 ? m4 : zero) * (u2 * u2),
-                   na, wa, wb);
-  merge_extremes<E>(to, i, load_as<E>(c.low + i), load_as<E>(c.high + i), na, nb);
-  store_as(to.abs_sum + i, load_as<E>(to.abs_sum + i) + load_as<E>(c.abs_sum + i) * unit);
+  const E m = s1 * inverse_nb, mm = m * m, nmm = nb * mm;
+  const E m2 = fma(-s1, m, s2), m3 = fma(m, fma(2.0 + zero, nmm, -3.0 * s2), s3);
+  const E m4 = fma(mm, fma(6.0 + zero, s2, -3.0 * nmm), fma(-4.0 * m, s3, s4));
+  merge_moments<E>(to, i, fma(m, u, load_as<E>(f.shift + i) * unit), E(m2 > 0 ? m2 : zero) * u2, m3 * (u2 * u), E(m4 > 0 ? m4 : zero) * (u2 * u2), w);
+  merge_extremes<E>(to, i, load_as<E>(f.low + i), load_as<E>(f.high + i), na, nb);
+  store_as(to.abs_sum + i, fma(load_as<E>(f.abs_sum + i), unit, load_as<E>(to.abs_sum + i)));
 }
 
 // When every feature has seen `seen` values and now sees n more.
 template <class T, int N>
-TORCHPROBE_INLINE void merge_features(const Features<T, N>& c, int lanes, double n, double seen, const Rows& to) {
+TORCHPROBE_INLINE void merge_features(const Features<T, N>& f, int lanes, double n, double seen, const Rows& to) {
   constexpr int W = width<double>;
-  const double inverse_n = 1 / n, wa = seen / (seen + n), wb = n / (seen + n);
+  const double inverse_n = 1 / n, share = 1 / (seen + n);
+  const Weights<double> one(seen, seen * share, n * share);
+  const Weights<vdouble> several(splat(seen), splat(seen * share), splat(n * share));
   int i = 0;
-  for (; i + W <= lanes; i += W)
-    merge_lanes<vdouble>(c, i, to, splat(seen), splat(n), splat(inverse_n), splat(wa), splat(wb));
-  for (; i < lanes; ++i) merge_lanes<double>(c, i, to, seen, n, inverse_n, wa, wb);
+  for (; i + W <= lanes; i += W) merge_lanes<vdouble>(f, i, to, splat(seen), splat(n), splat(inverse_n), several);
+  for (; i < lanes; ++i) merge_lanes<double>(f, i, to, seen, n, inverse_n, one);
 }
 
 // When the counts differ: f.count is what each feature sees now.
@@ -205,7 +206,7 @@ template <class E, class T, int N>
 TORCHPROBE_INLINE void merge_lanes_apart(const Features<T, N>& f, int i, const Rows& to) {
   const E na = load_as<E>(to.count + i), nb = load_as<E>(f.count + i), n = na + nb, zero{}, one = zero + 1.0;
   const E inverse_n = 1.0 / E(n > 0 ? n : one), inverse_nb = E(nb > 0 ? 1.0 / E(nb > 0 ? nb : one) : zero);
-  merge_lanes<E>(f, i, to, na, nb, inverse_nb, E(na * inverse_n), E(nb * inverse_n));
+  merge_lanes<E>(f, i, to, na, nb, inverse_nb, Weights<E>(na, E(na * inverse_n), E(nb * inverse_n)));
   store_as(to.count + i, n);
 }
 template <class T, int N>

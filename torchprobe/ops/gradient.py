@@ -40,7 +40,9 @@ _numbers = itertools.count()
 
 
 def register_observer(observer: Observer) -> int:
-    """The number under which the operator finds ``observer``, which must be kept alive; afterwards the operator is the identity.
+    """A number under which the operator finds ``observer``, which must be kept alive; afterwards the operator is the identity.
+
+    The compiler merges calls with equal arguments: take another number for every call.
 
     >>> import torch
     >>> class Print:
@@ -89,8 +91,7 @@ def register(library: torch.library.Library) -> None:
     """Defines both operators; every device shares one implementation, since the observer does the work."""
     names = ("observe_gradient", "observe_gradient_backward")
     for schema, name, kernel in zip(SCHEMAS, names, (_forward, _backward), strict=True):
-        # The tag keeps the compiler from merging two calls with equal arguments: a shared layer may get one gradient twice.
-        library.define(schema, tags=(torch.Tag.nondeterministic_seeded,))
+        library.define(schema)
         library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"torchprobe::{name}", _fake, lib=library)
     torch.library.register_autograd(f"torchprobe::{names[0]}", _autograd, setup_context=_setup_context, lib=library)

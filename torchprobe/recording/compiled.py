@@ -7,29 +7,49 @@ outermost compiled module mostly stays outside and runs as in eager mode. ``impo
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from types import CodeType
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def at_trace_time(function: Function) -> Function:
+class Traced(Protocol):
+    """What calls functions marked :func:`at_trace_time`: it has the ``key`` that :func:`register` gave."""
+
+    key: str
+
+
+_registered: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register(caller: Traced) -> str:
+    """The key of a caller. Text, since the compiler takes text for a constant, while objects are none and numbers may change."""
+    key = str(next(_numbers))
+    _registered[key] = caller
+    return key
+
+
+def at_trace_time(function: Callable[Concatenate[Any, Arguments], Result]) -> Callable[Concatenate[str, Arguments], Result]:
     """The function runs while a graph is traced, and the graph sees its result as a constant.
 
-    What ``torch.compiler.assume_constant_result`` does, without importing the compiler. The first argument is the hook,
-    the others are constants. While tracing, an error reaches the user as the compiler's ``UserError`` with the name of
-    the layer; in eager mode the function is called as it is.
+    What ``torch.compiler.assume_constant_result`` does, without importing the compiler. It is called with the key of a hook, and gets
+    the hook; the other arguments are constants. While tracing, an error reaches the user as the compiler's ``UserError`` with the name
+    of the layer. In eager mode it is an ordinary function.
     """
 
-    @functools.wraps(function)
-    def traced(hook: Any, *args: Any) -> Any:
+    def traced(key: str, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        hook = _registered[key]
         try:
-            return function(hook, *args)
+            return function(hook, *args, **kwargs)
         except (TypeError, ValueError) as error:
             if not is_tracing():
                 raise
@@ -37,8 +57,9 @@ def at_trace_time(function: Function) -> Function:
 
             raise UserError(UserErrorType.INVALID_INPUT, f"layer {hook.layer.name!r}: {error}") from error
 
+    traced.__name__, traced.__doc__ = function.__name__, function.__doc__
     traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return traced  # type: ignore[return-value]
+    return traced
 
 
 def is_tracing() -> bool:

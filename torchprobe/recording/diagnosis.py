@@ -40,10 +40,11 @@ class _Watch:
 
     def __init__(self, witness: Witness, counter: str) -> None:
         self.witness, self.counter = witness, counter
+        self.key = compiled.register(self)
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         if torch.compiler.is_compiling():
-            _traced(self)
+            _traced(self.key)
         else:
             count(self.witness, self.counter)
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.ops.gradient import register_observer
 from torchprobe.ops.observe import check
 from torchprobe.ops.positions import vectors_of
-from torchprobe.recording.compiled import Inert, allow_graphs, at_trace_time, is_tracing, make_static, never_compile_alone
+from torchprobe.recording.compiled import Inert, allow_graphs, at_trace_time, is_tracing, make_static, never_compile_alone, register
 from torchprobe.recording.control import Control, Skipped, Slot
 from torchprobe.recording.layers import Layer, default_feature_dim
 from torchprobe.recording.tensors import cut, first_tensor, fit_mask, holds, is_plain, plain, replaced
@@ -40,7 +40,7 @@ class Hook:
         self.loaded_dim: int | None = None  # what a loaded state says of the features
         self.order = -1
         self.skipped = Skipped(0)
-        self.number: int | None = None
+        self.key = register(self)
         self.every = control.every
         self.sigma = control.outlier_sigma
         # Moments of every position need nothing but the operator.
@@ -113,15 +113,15 @@ class Hook:
         if not is_plain(x):
             mask = None if x.is_nested else mask  # a nested tensor holds no padding
             x = plain(x, self.layer.feature_dim)
-        dim = axis(self, x.dim())
-        if not readable(self, x.dim()):
+        dim = axis(self.key, x.dim())
+        if not readable(self.key, x.dim()):
             return
         control = self.control
         if mask is not None:
             mask = fit_mask(mask, x, dim)
         kept = cut(mask, control.positions)
         vectors = vectors_of(x, control.positions, dim, mask)
-        allocate(self, x.shape[dim], x.device)
+        allocate(self.key, x.shape[dim], x.device)
         slot = self.slots[x.device]
         if control.statistic is Moments:
             _observe(slot.state, vectors, dim, self.sigma, self.every, kept)
@@ -139,8 +139,8 @@ class Hook:
             return error
         if x is not None and x.device in self.slots:
             try:
-                dim = axis(self, x.dim())
-                allocate(self, x.shape[dim], x.device)
+                dim = axis(self.key, x.dim())
+                allocate(self.key, x.shape[dim], x.device)
                 check(self.slots[x.device].state, x, dim, self.every, None)
             except (IndexError, ValueError) as reason:
                 error = reason
@@ -151,7 +151,7 @@ class Hook:
         select = self.control.select
         x = first_tensor(value) if select is None else select(value)
         if not isinstance(x, Tensor):
-            nothing_found(self, select is not None)
+            nothing_found(self.key, select is not None)
             return None
         return x
 
@@ -159,7 +159,7 @@ class Hook:
 
     def trace(self, module: nn.Module, value: Any) -> Any:
         """What :meth:`__call__` does, for the compiler to trace."""
-        if not traced_open(self, self.control.paused, module.training):
+        if not traced_open(self.key, self.control.paused, module.training):
             return None
         x = self.find(value)
         if x is not None:
@@ -170,14 +170,14 @@ class Hook:
         if not is_plain(x):
             mask = None if x.is_nested else mask
             x = plain(x, self.layer.feature_dim)
-        if not readable(self, x.dim()):
+        if not readable(self.key, x.dim()):
             return
-        positions, sigma, every = settings(self)
-        dim = axis(self, x.dim())
+        positions, sigma, every = settings(self.key)
+        dim = axis(self.key, x.dim())
         if mask is not None:
             mask = fit_mask(mask, x, dim)
         kept = cut(mask, positions)
-        allocate(self, len(range(x.shape[dim])), x.device)  # len(range(n)) is n, made a constant of the graph
+        allocate(self.key, len(range(x.shape[dim])), x.device)  # len(range(n)) is n, made a constant of the graph
         slot = self.slots[x.device]
         vectors = vectors_of(x, positions, dim, mask)
         if self.control.statistic is Moments:
@@ -206,7 +206,7 @@ class InputHook(Hook):
         args, kwargs = value
         x = first_tensor(value) if select is None else select(args, kwargs)
         if not isinstance(x, Tensor):
-            nothing_found(self, select is not None)
+            nothing_found(self.key, select is not None)
             return None
         return x
 
@@ -252,20 +252,20 @@ class GradientHook(Hook):
                 raise self.explained(error, grad) from error
 
     def trace(self, module: nn.Module, value: Any) -> Any:
-        if not traced_open(self, self.control.paused, module.training):
+        if not traced_open(self.key, self.control.paused, module.training):
             return None
         x = self.find(value)
-        if x is None or not readable(self, x.dim()):
+        if x is None or not readable(self.key, x.dim()):
             return None
         if not x.requires_grad:
-            note(self, int(Skipped.NO_GRADIENT))
+            note(self.key, int(Skipped.NO_GRADIENT))
             return None
         if not holds(value, x):
-            not_in_output(self)
+            not_in_output(self.key)
             return None
-        dim = axis(self, x.dim())
-        allocate(self, len(range(x.shape[dim])), x.device)
-        return replaced(value, x, _observe_gradient(x, observer_number(self), self.control.mask))
+        dim = axis(self.key, x.dim())
+        allocate(self.key, len(range(x.shape[dim])), x.device)
+        return replaced(value, x, _observe_gradient(x, observer_number(self.key), self.control.mask))
 
 
 def takes_hooks(module: nn.Module) -> bool:
@@ -353,9 +353,8 @@ def allocate(hook: Hook, width: int, device: torch.device) -> None:
 
 @at_trace_time
 def observer_number(hook: GradientHook) -> int:
-    if hook.number is None:
-        hook.number = register_observer(hook)
-    return hook.number
+    """Another number for every call: two calls with equal arguments (a shared layer may get one gradient twice) would be merged."""
+    return register_observer(hook)
 
 
 @at_trace_time

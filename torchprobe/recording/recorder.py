@@ -342,7 +342,7 @@ class Recorder(Recording):
             model = self._model()
             around = [hook.layer.module, *([] if model is None else [model])]
             device = next((p.device for module in around for p in module.parameters()), torch.device("cpu"))
-            allocate(hook, features, device)
+            allocate(hook.key, features, device)
         return next(iter(hook.slots.values()))
 
 

@@ -47,6 +47,8 @@ def _items(value: Any) -> tuple[Any, ...]:
         return tuple(value)
     if isinstance(value, Mapping):
         return tuple(value.values())
+    if value is None or isinstance(value, (int, float, str)):
+        return ()  # asked first, since the compiler cannot ask whether None is a dataclass
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return tuple(getattr(value, field.name) for field in dataclasses.fields(value))
     return ()
