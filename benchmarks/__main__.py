@@ -42,8 +42,6 @@ def main(only: tuple[str, ...], quick: bool, device: str, path: Path | None, def
         f"malloc {about['allocator']}; load average {about['load_average']:.1f}",
         highlight=False,
     )
-    if about["load_average"] > 0.5:
-        console.print("Other work is running here: threads wait for each other, and even ratios of medians may be far off.", style="bold")
     sections = []
     for name in only or SECTIONS:
         with console.status(f"{name} …"):
@@ -63,7 +61,7 @@ def _run(name: str, device: torch.device, quick: bool) -> Section:
         return rivals.run(device, 3, dtypes=("float32",)) if quick else rivals.run(device, 40)
     if name == "hook":
         return hook.run(device, 1 if quick else 10)
-    return model.run(device, 4, batch=2) if quick else model.run(device, 100)
+    return model.run(device, 4, batch=2) if quick else model.run(device, 80)
 
 
 if __name__ == "__main__":

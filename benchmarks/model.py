@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
@@ -58,8 +59,8 @@ def run(device: torch.device, seconds: float, build: Callable[[], nn.Module] = v
             turns = {name: partial(watch.forward, images) for name, watch in around.items()}
             times = race({**turns, "alone": lambda: [call() for call in alone]}, 0.95 * seconds, device)
         hot = race({str(i): call for i, call in enumerate(alone)}, 0.05 * seconds, device, hot=True)
-    inside = [watch.timing(len(times["plain"].seconds)) for watch in (around["recorded"], around["plain"])]
-    return _section(f"{type(plain).__name__}, {batch} images", times, inside[0].minus(inside[1]), total(list(hot.values())))
+    inside = around["recorded"].timing(times["recorded"]).minus(around["plain"].timing(times["plain"]))
+    return _section(f"{type(plain).__name__}, {batch} images", times, inside, total(list(hot.values())))
 
 
 def _section(case: str, times: Mapping[str, Timing], inside: Timing, hot: Timing) -> Section:
@@ -111,9 +112,9 @@ class Stopwatch:
         self.model(images)
         self.forwards.append(self.total)
 
-    def timing(self, rounds: int) -> Timing:
-        """Of the last ``rounds`` forwards."""
-        return Timing(tuple(self.forwards[-rounds:]))
+    def timing(self, forwards: Timing) -> Timing:
+        """Between the hooks, of the forwards that were timed."""
+        return replace(forwards, seconds=tuple(self.forwards[-len(forwards.seconds) :]))
 
     def _begin(self, module: nn.Module, args: object, output: object) -> None:
         self.began = perf_counter()
@@ -136,4 +137,5 @@ def block_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 def total(timings: Sequence[Timing]) -> Timing:
     """The sum of several contestants, round by round."""
-    return Timing(tuple(map(sum, zip(*(timing.seconds for timing in timings), strict=True))))
+    seconds = tuple(map(sum, zip(*(timing.seconds for timing in timings), strict=True)))
+    return Timing(seconds, disturbed=max(timing.disturbed for timing in timings))

@@ -75,6 +75,18 @@ class Section:
     page_faults: bool = False
 
 
+def verdict(row: Row) -> str:
+    """Of its target, with a question mark when too much else was going on to tell."""
+    if row.target is None:
+        return ""
+    return row.target.verdict + (" ?" if row.timing.disturbed > 0.1 else "")
+
+
+def _disturbance(rows: Sequence[Row]) -> str:
+    worst = max(row.timing.disturbed for row in rows)
+    return "" if worst <= 0.1 else f"?: in up to {worst:.0%} of the calls a thread had to wait for a core, so the figures mean little."
+
+
 def versus(timing: Timing, baseline: Timing) -> dict[str, float]:
     """Both ratios of a :class:`Row`."""
     return {"ratio": timing.median / baseline.median, "ratio_of_minima": timing.minimum / baseline.minimum}
@@ -96,13 +108,13 @@ def table(section: Section, width: int = 160) -> Table:
         "page faults": lambda row: f"{row.timing.page_faults:,.0f}" if section.page_faults else "",
         "target": lambda row: str(row.target or ""),
         "measured": lambda row: _digits(row.target and row.target.measured),
-        "": lambda row: row.target.verdict if row.target else "",
+        "": lambda row: verdict(row),
     }
     left_out = {"quartiles", "min", "of minima", "page faults"} if width < 140 else set()
     shown = {head: cell for head, cell in columns.items() if head not in left_out and any(cell(row) for row in section.rows)}
     out = plain_table(*shown, right=shown.keys() - {"input", "contestant", "computes", "target", ""})
     out.title, out.title_justify = text(section.title, "bold"), "left"
-    out.caption, out.caption_justify = (text(section.note), "left") if section.note else (None, "left")
+    out.caption, out.caption_justify = text(" ".join(filter(None, (section.note, _disturbance(section.rows))))), "left"
     for i, row in enumerate(section.rows):
         last = i + 1 == len(section.rows) or section.rows[i + 1].case != row.case
         first = i == 0 or section.rows[i - 1].case != row.case
@@ -155,6 +167,7 @@ def _plain(row: Row) -> dict[str, Any]:
         "interval_of_median": timing.interval,
         "min": None if timing.difference else timing.minimum,
         "page_faults": None if timing.difference else timing.page_faults,
+        "disturbed": timing.disturbed,
         "ratio": row.ratio,
         "ratio_of_minima": row.ratio_of_minima,
         "gigabytes_per_second": row.gigabytes_per_second,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import random
 import resource
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -22,6 +24,7 @@ class Timing:
 
     seconds: tuple[float, ...]
     page_faults: float = 0.0  # per call
+    disturbed: float = 0.0  # share of the calls in which a thread had to wait for a core
     difference: bool = False  # of two contestants; the smallest one then means nothing
 
     @property
@@ -46,11 +49,12 @@ class Timing:
 
     def minus(self, other: Timing) -> Timing:
         """Differences round by round, for a small difference of two large times that drift together."""
-        return Timing(tuple(a - b for a, b in zip(self.seconds, other.seconds, strict=True)), difference=True)
+        seconds = tuple(a - b for a, b in zip(self.seconds, other.seconds, strict=True))
+        return Timing(seconds, disturbed=max(self.disturbed, other.disturbed), difference=True)
 
     def per(self, n: int) -> Timing:
         """Of one of n equal parts."""
-        return Timing(tuple(s / n for s in self.seconds), self.page_faults / n, self.difference)
+        return replace(self, seconds=tuple(s / n for s in self.seconds), page_faults=self.page_faults / n)
 
 
 def race(contestants: Mapping[str, Callable[[], object]], seconds: float, device: torch.device, *, hot: bool = False) -> dict[str, Timing]:
@@ -65,7 +69,8 @@ def race(contestants: Mapping[str, Callable[[], object]], seconds: float, device
     synchronize()
     order, shuffle = list(contestants), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    faults = dict.fromkeys(contestants, 0)
+    faults, disturbed = dict.fromkeys(contestants, 0), dict.fromkeys(contestants, 0)
+    waiting = Waiting()
     gc.collect()
     gc.disable()
     try:
@@ -77,16 +82,38 @@ def race(contestants: Mapping[str, Callable[[], object]], seconds: float, device
                 if hot:
                     contestant()
                     synchronize()
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                before, waited = _page_faults(), waiting.seconds()
                 start = perf_counter()
                 contestant()
                 synchronize()
-                times[name].append(perf_counter() - start)
-                faults[name] += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+                taken = perf_counter() - start
+                times[name].append(taken)
+                disturbed[name] += waiting.seconds() - waited > 0.05 * taken
+                faults[name] += _page_faults() - before
             rounds += 1
     finally:
         gc.enable()
-    return {name: Timing(tuple(times[name]), faults[name] / rounds) for name in contestants}
+        waiting.close()
+    return {name: Timing(tuple(times[name]), faults[name] / rounds, disturbed[name] / rounds) for name in contestants}
+
+
+class Waiting:
+    """How long the threads of this process have waited for a core that something else was using; Linux tells, elsewhere it is 0."""
+
+    def __init__(self) -> None:
+        tasks = Path("/proc/self/task")
+        self._files = [os.open(file, os.O_RDONLY) for file in tasks.glob("*/schedstat")]
+
+    def seconds(self) -> float:
+        return sum(int(os.pread(file, 64, 0).split()[1]) for file in self._files) / 1e9
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _synchronize(device: torch.device) -> Callable[[], None]:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are no part of the installed package
 
 from benchmarks import allocator, formulas, hook, model, read_once, report, rivals  # noqa: E402
-from benchmarks.timing import MIN_ROUNDS, Timing, race  # noqa: E402
+from benchmarks.timing import MIN_ROUNDS, Timing, Waiting, race  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -124,8 +124,9 @@ def test_stopwatch_sees_the_hooks_between():
     watch.place_last()
     watch.forward(torch.zeros(1))
     watch.forward(torch.zeros(1))
-    assert len(watch.timing(2).seconds) == 2
-    assert min(watch.timing(2).seconds) > 0
+    timing = watch.timing(Timing((1.0, 1.0)))
+    assert len(timing.seconds) == 2
+    assert min(timing.seconds) > 0
 
 
 # -- how it is measured --------------------------------------------------------------------------------------------------------------------
@@ -173,6 +174,28 @@ def test_timing():
 )
 def test_verdict(target, verdict):
     assert target.verdict == verdict
+
+
+def test_no_verdict_where_threads_had_to_wait():
+    target = report.Target("×", 1.2, 1.3)
+    assert report.verdict(report.Row("", "", Timing((1.0,)), target=target)) == "met"
+    assert report.verdict(report.Row("", "", Timing((1.0,), disturbed=0.5), target=target)) == "met ?"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_waiting_for_a_core():
+    cores = os.sched_getaffinity(0)
+    waiting = Waiting()
+    try:
+        os.sched_setaffinity(0, [min(cores)])
+        busy = subprocess.Popen([sys.executable, "-c", "import time; end = time.time() + 0.5\nwhile time.time() < end: pass"])
+        before = waiting.seconds()
+        while busy.poll() is None:
+            pass
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert waiting.seconds() - before > 0.1
+    waiting.close()
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------------------------

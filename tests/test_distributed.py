@@ -173,9 +173,7 @@ SCENARIOS = (
 def _rank(rank: int, port: int, path: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(minutes=2)
-    )
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(minutes=2))
     try:
         for scenario in SCENARIOS:
             folder = path / scenario.__name__

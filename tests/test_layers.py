@@ -150,6 +150,7 @@ def test_wrappers_leave_no_trace_in_names() -> None:
         assert list(named_layers(model)) == plain
         assert named_layers(model)[""].module is wrapped
         assert names(model, "module._orig_mod.blocks.1") == ["blocks.1"]
+    assert list(named_layers(torch.optim.swa_utils.AveragedModel(Encoder()))) == plain
     assert canonical("_fsdp_wrapped_module.blocks.0._checkpoint_wrapped_module.attn") == "blocks.0.attn"
 
 
@@ -216,6 +217,8 @@ class LayerNorm2d(nn.LayerNorm):
         (convolutional(), 2, -1),
         (convolutional(), 3, -1),
         (Attention(), 4, -1),
+        (nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(2), nn.LayerNorm(1)), 4, -1),  # the last child decides
+        (nn.Sequential(convolutional(), nn.Dropout()), 4, 1),
         (Attention(), 2, -1),
         (LayerNorm2d(1), 4, 1),  # named for maps, although a LayerNorm
         (Norm2d(1), 4, 1),

@@ -385,9 +385,14 @@ def test_mask_passes_over_one_vector_per_input() -> None:
 )
 def test_masks_that_do_not_fit(mask: Any, error: type[Exception], message: str) -> None:
     model = Net()
-    with pytest.raises(error, match=message), torchprobe.record(model, "head") as rec:
-        rec.mask(mask)
-        model(batches(1)[0])
+
+    def run() -> None:
+        with torchprobe.record(model, "head") as rec:
+            rec.mask(mask)
+            model(batches(1)[0])
+
+    with pytest.raises(error, match=message):
+        run()
 
 
 @pytest.mark.parametrize(

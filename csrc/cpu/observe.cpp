@@ -156,7 +156,7 @@ void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma,
 
   // The tiles are dealt out in chunks, each with a partial state of its own, merged in order: the same result for any number of threads.
   const int64_t slots = layout::size(features);
-  int64_t chunks = std::clamp<int64_t>(call.tiles / 6, 1, std::clamp<int64_t>(call.tiles / 16, 16, 64));
+  int64_t chunks = std::clamp<int64_t>(call.tiles / 4, 1, std::clamp<int64_t>(call.tiles / 16, 16, 64));
   chunks = std::min(chunks, std::max<int64_t>(2, (int64_t(8) << 20) / slots));
   if (chunks == 1) {
     kernels().observe(call, 0, call.tiles, to, scratch_memory.reserve(size_t(call.scratch_bytes)));

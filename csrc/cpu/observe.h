@@ -8,7 +8,7 @@ namespace torchprobe::cpu {
 enum class Dtype { Float64, Float32, BFloat16, Float16 };
 
 constexpr int MAX_ROWS = 64;      // vectors in a tile of rows
-constexpr int MAX_VECTORS = 256;  // in any tile
+constexpr int MAX_VECTORS = 512;  // in any tile
 constexpr int MAX_DIMS = 64;      // PyTorch's own limit
 
 // One call, described once: a matrix of vectors × features, whose vectors are enumerated by the remaining dimensions of x.

@@ -28,8 +28,8 @@ TORCHPROBE_INLINE V median(V a, V b, V c, V d) {
 
 // ---- the sums, features contiguous -------------------------------------------------------------------------------------------------------
 
-// V·W neighbouring features of n rows, from column j on. Asks memory for the same features of the rows of type S that come next: evenly
-// over the time that a tile takes, since memory is slower than the arithmetic.
+// V·W neighbouring features of n rows, from column j on. Meanwhile asks memory for the rows of type S that come next, a line here and there:
+// what lies between them the processor fetches by itself.
 template <class S, class T, int V>
 TORCHPROBE_INLINE bool column_sums(const T* const* row, int n, int64_t j, const T* scales, Features<T, V * width<T>>& out,
                                    const S* const* ahead) {
@@ -45,7 +45,7 @@ TORCHPROBE_INLINE bool column_sums(const T* const* row, int n, int64_t j, const 
     low[v] = high[v] = load(row[0] + i);
   }
   for (int r = 0; r < n; ++r) {
-    prefetch<V * W * sizeof(S)>(ahead[r] + j);
+    prefetch(ahead[r] + j + V * W - 1);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       const Vec<T> x = load(row[r] + j + v * W), d = fma(x, k[v], s[v]), q = d * d;
@@ -94,9 +94,10 @@ void column_again(const T* x, int n, T shift, T scale, Features<T, N>& out, int 
 
 // ---- the sums, neighbouring vectors contiguous -------------------------------------------------------------------------------------------
 
-// One feature of n neighbouring vectors, into lane i, extremes included.
+// One feature of n neighbouring vectors, into lane i, extremes included. Asks memory for every other line of `ahead`, the same of the next
+// tile; side_by_side asks for the rest.
 template <class S, class T, int N>
-TORCHPROBE_INLINE void feature_sums(const S* x, int n, T shift, T scale, Features<T, N>& out, int i) {
+TORCHPROBE_INLINE void feature_sums(const S* x, const S* ahead, int n, T shift, T scale, Features<T, N>& out, int i) {
   constexpr int W = width<T>;
   const Vec<T> k = splat<T>(scale), s = splat<T>(-(shift * scale)), first = splat<T>(widen(x[0]));
   Vec<T> s1[2] = {}, s2[2] = {}, s3[2] = {}, s4[2] = {}, sum[2] = {}, low[2] = {first, first}, high[2] = {first, first};
@@ -111,6 +112,7 @@ TORCHPROBE_INLINE void feature_sums(const S* x, int n, T shift, T scale, Feature
   };
   int r = 0;
   for (; r + 2 * W <= n; r += 2 * W) {
+    prefetch(ahead + r);
     const Vec<T> a = load_wide(x + r), b = load_wide(x + r + W);
     add(a, 0), sum[0] += abs(a);
     add(b, 1), sum[1] += abs(b);
@@ -157,7 +159,7 @@ void feature_again(T* x, int n, Features<T, N>& out, int i, double& nonfinite) {
   const T shift = median(x[0], x[quarter_of(n, 1)], x[quarter_of(n, 2)], x[quarter_of(n, 3)]);
   const T deviation = largest_deviation(x, n, 1, shift), scale = deviation > 0 ? inverse_power<T>(deviation) : T(1);
   if (SideBySide)
-    feature_sums<T, T, N>(x, n, shift, scale, out, i);
+    feature_sums<T, T, N>(x, x, n, shift, scale, out, i);
   else
     column_again<T, N>(x, n, shift, scale, out, i);
   out.unit[i] = unit, out.shift[i] = shift, out.scale[i] = scale, out.low[i] = low, out.high[i] = high;

@@ -16,12 +16,8 @@
 
 #include "simd.h"
 
-// Asks for `bytes` bytes from p on, a number known when it is compiled.
-template <int bytes>
-TORCHPROBE_INLINE void prefetch(const void* p) {
-#pragma GCC unroll 4
-  for (int b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b, 0, 2);
-}
+// Asks for the cache line of p, to the second level.
+TORCHPROBE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 #include "observe_merge.h"
 #include "observe_vectors.h"

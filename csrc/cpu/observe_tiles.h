@@ -141,7 +141,7 @@ void observe_rows(const S* const* from, T* const* row, const S* const* ahead, in
     for (int r = 0; r < n; ++r) run.partial[is_finite(row_sum<S, T>(from[r], 1, 1, row[r])) ? layout::CONSTANT : layout::INVALID] += 1;
   } else {
     Vectors<T> vectors;
-    row_sums<S, T>(from, row, n, run.vectors, vectors);
+    row_sums<S, T>(from, row, ahead, n, run.vectors, vectors);
     finish_vectors<T, T, false>(vectors, n, [&](int r) { return row[r]; }, 1, run.vectors, run.scratch);
   }
 
@@ -220,7 +220,7 @@ void observe_blocks(const Call& call, int64_t first_tile, int64_t last_tile, Run
     const S* ahead = t + 1 < last_tile ? x + cursor.offset + (block + 1 == blocks ? 0 : start + n) : from;
     if (t == first_tile) run.guess_scales(from, stride);
     Vectors<T> vectors;
-    side_by_side_sums<S, T>(from, stride, n, run.vectors, vectors);
+    side_by_side_sums<S, T>(from, ahead, stride, n, run.vectors, vectors);
     finish_vectors<S, T, true>(vectors, n, [&](int r) { return from + r; }, stride, run.vectors, run.scratch);
     for (int64_t j = 0; j < call.features; j += N) {
       const int lanes = int(call.features - j < N ? call.features - j : N);
@@ -228,9 +228,8 @@ void observe_blocks(const Call& call, int64_t first_tile, int64_t last_tile, Run
       bool suited = true;
       for (int i = 0; i < lanes; ++i) {
         const S* p = from + (j + i) * stride;
-        for (int b = 0; b < n; b += 64 / int(sizeof(S))) prefetch<64>(ahead + (j + i) * stride + b);
         const T shift = median<T>(widen(p[0]), widen(p[quarter_of(n, 1)]), widen(p[quarter_of(n, 2)]), widen(p[quarter_of(n, 3)]));
-        feature_sums<S, T, N>(p, n, shift, run.scales[j + i], f, i);
+        feature_sums<S, T, N>(p, ahead + (j + i) * stride, n, shift, run.scales[j + i], f, i);
       }
       for (int i = 0; i < lanes; i += width<T>) {
         auto part = [&](const T* p) { return load_part<T>(p + i, lanes - i < width<T> ? lanes - i : width<T>, 1); };

@@ -86,11 +86,12 @@ T row_sum(const S* x, int64_t n, T factor, T* to) {
   return reduce(a + b);
 }
 
-// Powers of (x − shift)·scale over one vector, into v[r]; returns the sum of `next`, the vector after it, read (and copied) meanwhile. Lanes
-// are widened to double every 2048 elements. With Plain the scale is 1, and a subtraction does what else takes a fused multiply-add: there
+// Powers of (x − shift)·scale over one vector, into v[r]; returns the sum of `next`, the vector after it, read (and copied) meanwhile. Asks
+// memory for every other line of `ahead`, a vector of the next tile; column_sums asks for the rest. Lanes are widened to double every 2048
+// elements. With Plain the scale is 1, and a subtraction does what else takes a fused multiply-add: there
 // is an adder to spare, but no multiplier.
 template <class S, class T, bool Plain>
-TORCHPROBE_INLINE T row_powers(const T* x, int64_t n, T shift, T scale, const S* next, T* to, Vectors<T>& v, int r) {
+TORCHPROBE_INLINE T row_powers(const T* x, int64_t n, T shift, T scale, const S* next, T* to, const S* ahead, Vectors<T>& v, int r) {
   constexpr int W = width<T>;
   const Vec<T> k = splat<T>(scale), s = splat<T>(Plain ? shift : -(shift * scale));
   Vec<T> sum_a{}, sum_b{}, peak{};
@@ -111,6 +112,7 @@ TORCHPROBE_INLINE T row_powers(const T* x, int64_t n, T shift, T scale, const S*
     };
     int64_t i = begin;
     for (; i + 2 * W <= end; i += 2 * W) {
+      prefetch(ahead + i);
       sum_a += take(load_wide(next + i), i);
       add(load(x + i), a1, a2, a3, a4);
       sum_b += take(load_wide(next + i + W), i + W);
@@ -135,14 +137,15 @@ TORCHPROBE_INLINE T row_powers(const T* x, int64_t n, T shift, T scale, const S*
 
 // All vectors of a tile that lie in rows: from[r] is copied to row[r] on the way when it is not of type T.
 template <class S, class T>
-TORCHPROBE_INLINE void row_sums(const S* const* from, T* const* row, int rows, const VectorState<T>& state, Vectors<T>& v) {
+TORCHPROBE_INLINE void row_sums(const S* const* from, T* const* row, const S* const* ahead, int rows, const VectorState<T>& state,
+                                Vectors<T>& v) {
   const int64_t n = state.n;
   T sum = row_sum<S, T>(from[0], n, 1, row[0]);
   for (int r = 0; r < rows; ++r) {
     const T shift = sum * T(state.inverse_n);
     const int next = r + 1 < rows ? r + 1 : r;
-    sum = state.scale == 1 ? row_powers<S, T, true>(row[r], n, shift, 1, from[next], row[next], v, r)
-                           : row_powers<S, T, false>(row[r], n, shift, state.scale, from[next], row[next], v, r);
+    sum = state.scale == 1 ? row_powers<S, T, true>(row[r], n, shift, 1, from[next], row[next], ahead[r], v, r)
+                           : row_powers<S, T, false>(row[r], n, shift, state.scale, from[next], row[next], ahead[r], v, r);
   }
 }
 
@@ -152,7 +155,7 @@ constexpr int PEAK_BLOCK = 32;  // features whose fourth powers are summed to bo
 
 // V·W vectors at once, feature by feature; the last register may be in part (`lanes` of it).
 template <class S, class T, int V>
-TORCHPROBE_INLINE void side_by_side(const S* x, int64_t stride, int lanes, const VectorState<T>& state, Vectors<T>& v, int at) {
+TORCHPROBE_INLINE void side_by_side(const S* x, const S* ahead, int64_t stride, int lanes, const VectorState<T>& state, Vectors<T>& v, int at) {
   constexpr int W = width<T>;
   auto get = [&](const S* p, int i) __attribute__((always_inline)) {
     return i == V - 1 && lanes < W ? load_part<S>(p + i * W, lanes, 0) : load_wide(p + i * W);
@@ -175,6 +178,7 @@ TORCHPROBE_INLINE void side_by_side(const S* x, int64_t stride, int lanes, const
     for (int64_t j = begin; j < end; ++j)
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i) {
+        if (i % 2) prefetch(ahead + j * stride + i * W);
         const Vec<T> d = fma(get(x + j * stride, i), k, s[i]), q = d * d;
         s1[i] += d;
         s2[i] += q;
@@ -196,11 +200,11 @@ TORCHPROBE_INLINE void side_by_side(const S* x, int64_t stride, int lanes, const
 
 // All vectors of a tile: element j of vector r is x[j·stride + r].
 template <class S, class T>
-TORCHPROBE_INLINE void side_by_side_sums(const S* x, int64_t stride, int vectors, const VectorState<T>& state, Vectors<T>& v) {
-  constexpr int W = width<T>;
+TORCHPROBE_INLINE void side_by_side_sums(const S* x, const S* ahead, int64_t stride, int vectors, const VectorState<T>& state, Vectors<T>& v) {
+  constexpr int W = width<T>, V = REGISTERS == 32 ? 4 : 2;
   int r = 0;
-  for (; r + 2 * W <= vectors; r += 2 * W) side_by_side<S, T, 2>(x + r, stride, W, state, v, r);
-  for (; r < vectors; r += W) side_by_side<S, T, 1>(x + r, stride, vectors - r < W ? vectors - r : W, state, v, r);
+  for (; r + V * W <= vectors; r += V * W) side_by_side<S, T, V>(x + r, ahead + r, stride, W, state, v, r);
+  for (; r < vectors; r += W) side_by_side<S, T, 1>(x + r, ahead + r, stride, vectors - r < W ? vectors - r : W, state, v, r);
 }
 
 // One vector by the arithmetic of side_by_side.
@@ -312,7 +316,7 @@ double irregular_kurtosis(const T* x, VectorState<T>& state) {
     if (SideBySide)
       lone_powers<T>(x, n, shift, state.scale, v, 0);
     else
-      row_powers<T, T, false>(x, n, shift, state.scale, x, nullptr, v, 0);
+      row_powers<T, T, false>(x, n, shift, state.scale, x, nullptr, x, v, 0);
     const Found found = kurtosis_of<T>(v, 0, state, kurtosis, mean, variance);
     if (!(found.irregular & 1)) {
       if (found.outlying & 1)

@@ -50,4 +50,5 @@ def histogram(state: Tensor) -> Tensor:
 
 def rows(state: Tensor) -> Tensor:
     """View of the per-feature rows: shape (..., 10, features) for states of shape (..., slots)."""
-    return state[..., HEADER:].unflatten(-1, (len(ROWS), -1))
+    view: Tensor = state[..., HEADER:].unflatten(-1, (len(ROWS), -1))
+    return view

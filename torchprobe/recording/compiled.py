@@ -46,7 +46,7 @@ def at_trace_time(function: Callable[Concatenate[Any, Arguments], Result]) -> Ca
     of the layer. In eager mode it is an ordinary function.
     """
 
-    def traced(key: str, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def traced(key: str, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         hook = _registered[key]
         try:
             return function(hook, *args, **kwargs)

@@ -97,7 +97,7 @@ class Hook:
         """Reads one tensor: the shortest way when nothing special is asked for."""
         slot, dim = self.slots.get(x.device), self.dims.get(x.dim())
         if self.direct and slot is not None and dim is not None and mask is None and is_plain(x):
-            _observe(slot.state, x, dim, self.sigma, self.every, None)
+            _observe(slot.state, x, dim, self.sigma, self.every)
         else:
             self._observe_any(x, mask)
 

@@ -267,12 +267,15 @@ _LAST = (
 def default_feature_dim(layer: Layer, dims: int) -> int:
     """The dimension of the features in an activation of ``dims`` dimensions.
 
-    By exact type of a leaf: 1 for convolutions, poolings and batch norms (0 for a convolution without a batch dimension),
-    the last for linear layers, layer norms, attention and embeddings. Other activations of four dimensions and more: 1 when
-    a convolution or batch norm is among the descendants, or when the class is named "…2d" or "…3d", else the last; a leaf
-    without parameters (an activation function, dropout) does what its parent does. Two and three dimensions: the last.
+    By exact type of a leaf: 1 for convolutions, poolings and batch norms (0 for a convolution without a batch dimension), the last for
+    linear layers, layer norms, attention and embeddings. Other activations of two and three dimensions: the last. Of four and more: 1 when
+    a convolution or batch norm is among the descendants, or when the class is named "…2d" or "…3d", else the last; an ``nn.Sequential``
+    does what its last child does, and a leaf without parameters (an activation function, dropout) what its parent does.
     """
-    module = layer.module
+    return _feature_dim(layer.module, layer.parent, dims)
+
+
+def _feature_dim(module: nn.Module, parent: nn.Module | None, dims: int) -> int:
     kind = leaf_type(module)
     if kind in _MAPS:
         return max(dims - 1 - _MAPS[kind], 0)
@@ -282,8 +285,10 @@ def default_feature_dim(layer: Layer, dims: int) -> int:
         return -1
     if kind.__name__.endswith(("2d", "3d")):
         return 1
-    bare = not module._modules and not any(True for _ in module.parameters())
-    family = layer.parent if bare and layer.parent is not None else module
+    if kind is nn.Sequential and len(module._modules):
+        return _feature_dim(innermost(list(module.children())[-1]), module, dims)
+    bare = not len(module._modules) and not any(True for _ in module.parameters())
+    family = parent if bare and parent is not None else module
     return 1 if any(isinstance(m, (_ConvNd, _BatchNorm)) for m in family.modules()) else -1
 
 

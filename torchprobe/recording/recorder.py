@@ -230,7 +230,7 @@ class Recorder(Recording):
                 raise ValueError(f"a mask has the shape (batch, tokens), got {tuple(mask.shape)}")
             _needs_argument(self._control.statistic, "mask")
         before, self._control.mask = self._control.mask, mask
-        return _restoring(self._control, before)
+        return _restored(self._control, before)
 
     def snapshot(self, step: Step) -> None:
         """Closes the running window under the name ``step`` and starts the next. Does not synchronise.
@@ -362,10 +362,6 @@ def _restored(control: Control, mask: Tensor | None) -> Iterator[None]:
         yield
     finally:
         control.mask = mask
-
-
-def _restoring(control: Control, mask: Tensor | None) -> contextlib.AbstractContextManager[None]:
-    return _restored(control, mask)
 
 
 def _one_of(name: str, value: object, choices: Any) -> None:

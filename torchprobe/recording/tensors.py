@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,8 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
         return value
     if isinstance(value, Mapping):
         items = {key: replaced(item, old, new) for key, item in value.items()}
-        return items if type(value) is dict else type(value)(**items)
+        make: Any = type(value)
+        return make(items) if make in (dict, OrderedDict) else make(**items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*[replaced(item, old, new) for item in value])
     if isinstance(value, (tuple, list)):
