@@ -97,9 +97,7 @@ class BuildKernels(BuildExtension):
         try:
             super().build_extension(ext)
         except Exception as error:
-            self.reasons[ext.name] = (
-                f"compilation failed ({describe(error)}; TORCHPROBE_BUILD=1 with pip install -v shows all)"
-            )
+            self.reasons[ext.name] = f"compilation failed ({describe(error)}; TORCHPROBE_BUILD=1 with pip install -v shows all)"
 
     def drop(self, ext):
         print(f"torchprobe: {DEVICES[ext.name]} kernels not built: {self.reasons[ext.name]}", file=sys.stderr)

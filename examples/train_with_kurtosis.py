@@ -2,8 +2,9 @@
 
     python examples/train_with_kurtosis.py --epochs 8
 
-Recording is left on for the whole run. Every epoch closes a window, whose numbers stay in ``rec.history``; validation is kept out of it. The
-recorder is saved and resumed with the model, so an interrupted run continues its history (``--resume``). Needs scikit-learn.
+Recording is left on for the whole run. Every epoch closes a window, whose numbers stay in ``rec.history``; validation is kept
+out of it. The recorder is saved and resumed with the model, so an interrupted run continues its history (``--resume``). Needs
+scikit-learn.
 """
 
 from __future__ import annotations

@@ -129,6 +129,15 @@ def test_hooks_cost_no_graph_break_and_no_graph() -> None:
         assert counter.frame_count == 1
 
 
+def test_the_hook_of_the_outermost_module_makes_no_graph_of_its_own() -> None:
+    model = Net(depth=1)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    rec = run(compiled, torchprobe.record(compiled, ""), [BATCHES[0]] * 2)
+    assert rec[""].calls == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize(("backend", "tolerance"), BACKENDS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_autograd(backend: str, tolerance: float, mode: Callable[[], Any]) -> None:

@@ -125,7 +125,7 @@ def test_state_dict_round_trip():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"features": 13}, "features=13, these have features=12"),
         ({"outlier_sigma": 5.0}, "outlier_sigma=5.0"),

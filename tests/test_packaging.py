@@ -23,9 +23,7 @@ HEAVY = {"PIL", "captum", "click", "jinja2", "matplotlib", "open_clip", "rich", 
 
 
 def run(code: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
+    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -33,11 +31,7 @@ def run(code: str, **environment: str) -> str:
 def requirements(extra: str | None = None) -> dict[str, Requirement]:
     """The requirements of one extra, or those of the core, by name."""
     found = [Requirement(line) for line in metadata.requires("torchprobe") or []]
-    return {
-        r.name: r
-        for r in found
-        if (extra is None) == (r.marker is None) and (not r.marker or r.marker.evaluate({"extra": extra}))
-    }
+    return {r.name: r for r in found if (extra is None) == (r.marker is None) and (not r.marker or r.marker.evaluate({"extra": extra}))}
 
 
 def test_one_version_everywhere() -> None:
@@ -121,9 +115,7 @@ def test_without_a_compiler_the_wheel_is_pure(tmp_path: Path, environment: dict[
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("torchprobe", "csrc"):
-        shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-        )
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
     (tmp_path / "torchprobe" / "_C.abi3.so").touch()  # left by an earlier editable install; must not ship
     inherited = {key: value for key, value in os.environ.items() if key != "TORCHPROBE_BUILD"}
     result = subprocess.run(

@@ -281,6 +281,7 @@ def test_every_counts_on_through_windows() -> None:
     assert rec.history["vectors"].tolist() == [[30.0]]  # calls 0 and 3
     assert rec["head"].vectors == 15  # call 6
     assert rec.total["head"].calls == rec["head"].calls == 7
+    assert rec._entries()[0].closed.calls == 4
     np.testing.assert_allclose(rec.total["head"].mean, record(model, [data[0], data[3], data[6]], "head")["head"].mean)
 
 

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from torchprobe.ops import layout
 
-SCHEMA = (
-    "observe_(Tensor(a!) state, Tensor x, int feature_dim=-1, float outlier_sigma=6.0, int every=1, Tensor? mask=None) -> ()"
-)
+SCHEMA = "observe_(Tensor(a!) state, Tensor x, int feature_dim=-1, float outlier_sigma=6.0, int every=1, Tensor? mask=None) -> ()"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1 << 20  # elements the reference widens to float64 at a time
 _updating = threading.Lock()  # threads may share a state
@@ -85,7 +83,9 @@ def check(state: Tensor, x: Tensor, feature_dim: int, every: int, mask: Tensor |
     if features == 0:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} has no features along feature_dim={feature_dim}")
     if state.dim() != 1 or not state.is_contiguous() or layout.width(state.shape[0]) is None:
-        raise ValueError(f"a tensor of shape {tuple(state.shape)} is no state of observe_; make one with torchprobe.ops.new_state(features)")
+        raise ValueError(
+            f"a tensor of shape {tuple(state.shape)} is no state of observe_; make one with torchprobe.ops.new_state(features)"
+        )
     if state.shape[0] != layout.size(features):
         raise ValueError(
             f"the state was made for {layout.width(state.shape[0])} features, but x has shape {tuple(x.shape)}: "
@@ -133,7 +133,7 @@ def reference(
 
 def _observe_block(x: Tensor, keep: Tensor, outlier_sigma: float) -> Tensor:
     """The state of one block of vectors, shape (n, features), n ≥ 1; ``keep`` says which of them exist."""
-    n, features = x.shape
+    features = x.shape[1]
     state = x.new_zeros(layout.size(features))
     finite = x.isfinite()
     used = finite & keep[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from torchprobe.ops.observe import DTYPES, new_state, observe_, reference
 
 TOLERANCE = 1e-5
 """Largest relative difference from the float64 reference that passes; float64 input is held to 1e-10."""
+
+
+Case = tuple[Tensor, int, Tensor | None]  # x, feature_dim, mask
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def run(device: torch.device | str = "cpu") -> list[Check]:
     return [_check(name, make, torch.device(device)) for name, make in _cases()]
 
 
-def _cases() -> Iterator[tuple[str, Callable[[], tuple[Tensor, int, Tensor | None]]]]:
+def _cases() -> Iterator[tuple[str, Callable[[], Case]]]:
     """Name → (x, feature_dim, mask), on the CPU, made when it is needed. The generator is seeded: every machine sees the same values."""
     generator = torch.Generator().manual_seed(0)
 
@@ -57,10 +61,15 @@ def _cases() -> Iterator[tuple[str, Callable[[], tuple[Tensor, int, Tensor | Non
         x[3, 5], x[77, 129], x[100] = float("nan"), float("inf"), float("-inf")
         return x
 
+    def rows(dtype: torch.dtype) -> Case:
+        return (3 * normal(600, 203) + 1).to(dtype), -1, None
+
+    def maps(dtype: torch.dtype) -> Case:
+        return normal(3, 37, 19, 20).to(dtype), 1, None
+
     for dtype in DTYPES:
-        yield f"rows, {str(dtype)[6:]}", lambda dtype=dtype: ((3 * normal(600, 203) + 1).to(dtype), -1, None)
-    for dtype in DTYPES:
-        yield f"channel-major, {str(dtype)[6:]}", lambda dtype=dtype: (normal(3, 37, 19, 20).to(dtype), 1, None)
+        yield f"rows, {str(dtype)[6:]}", functools.partial(rows, dtype)
+        yield f"channel-major, {str(dtype)[6:]}", functools.partial(maps, dtype)
     yield "channels last", lambda: (normal(3, 37, 19, 20).to(memory_format=torch.channels_last), 1, None)
     yield "strided", lambda: (normal(6, 37, 19, 40)[:, ::2, 1:, ::3], 1, None)
     yield "mask", lambda: (normal(8, 50, 64), -1, torch.rand(8, 50, generator=generator) < 0.5)
@@ -76,7 +85,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], tuple[Tensor, int, Tensor | Non
     yield "wide", lambda: (normal(9, 20_000), -1, None)
 
 
-def _check(name: str, make: Callable[[], tuple[Tensor, int, Tensor | None]], device: torch.device) -> Check:
+def _check(name: str, make: Callable[[], Case], device: torch.device) -> Check:
     x, feature_dim, mask = make()
     tolerance = 1e-10 if x.dtype == torch.float64 else TOLERANCE
     features = x.shape[feature_dim]

@@ -44,16 +44,16 @@ class Moments:
         device: where the state lies; it must be where the activations are. Default: PyTorch's default device.
         outlier_sigma: element i of a vector is an outlier when abs(x_i − mean) > outlier_sigma · std of that vector.
 
-    Per feature, float64, shape (features,), over all finite values seen: ``mean``, ``variance`` (population), ``std``, ``skewness``,
-    ``kurtosis`` (Pearson's: Gaussian = 3, as ``scipy.stats.kurtosis(fisher=False, bias=True)``; nan for a constant feature), ``min``, ``max``,
-    ``mean_abs``, ``count``, ``nonfinite``, ``outlier_frequency``. Nan where nothing was seen.
+    Per feature, float64, shape (features,), over all finite values seen: ``mean``, ``variance`` (population), ``std``,
+    ``skewness``, ``kurtosis`` (Pearson's: Gaussian = 3, as ``scipy.stats.kurtosis(fisher=False, bias=True)``; nan for a constant feature),
+    ``min``, ``max``, ``mean_abs``, ``count``, ``nonfinite``, ``outlier_frequency``. Nan where nothing was seen.
 
     Over vectors, plain numbers: ``vector_kurtosis`` (the mean over vectors of the kurtosis across features, the measure of "Interpreting
     CLIP", TMLR 2024), ``vector_kurtosis_std`` (its population spread), ``vector_kurtosis_quantile(q)``, ``vectors`` (counted in),
     ``constant_vectors`` and ``invalid_vectors`` (left out: variance 0; a nonfinite element).
 
-    ``update``, ``merge`` and ``reset`` never synchronise with the device; reading a plain number does. Merging follows Chan et al. (1982) and
-    Pébay (SAND2008-6212). For numerics and their limits see :func:`torchprobe.ops.observe_`.
+    ``update``, ``merge`` and ``reset`` never synchronise with the device; reading a plain number does. Merging follows Chan et al.
+    (1982) and Pébay (SAND2008-6212). For numerics and their limits see :func:`torchprobe.ops.observe_`.
 
     >>> import torch, torchprobe
     >>> m = torchprobe.Moments(features=4)
@@ -69,7 +69,7 @@ class Moments:
         self.outlier_sigma = float(outlier_sigma)
         self.state = new_state(self.features, device)
 
-    # -- the verbs of a statistic ------------------------------------------------------------------------------------------------------
+    # -- the verbs of a statistic ----------------------------------------------------------------------------------
 
     def update(self, x: Tensor, feature_dim: int = -1, mask: Tensor | None = None, every: int = 1) -> None:
         """Adds every vector of ``x``; arguments as in :func:`torchprobe.ops.observe_`."""
@@ -104,7 +104,7 @@ class Moments:
         """Takes over what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: another width or ``outlier_sigma``, or a part that is missing, unknown or of the wrong shape. Nothing is changed then.
+            ValueError: another width or ``outlier_sigma``, a part missing, unknown or of the wrong shape. Nothing is changed then.
         """
         for key in ("features", "outlier_sigma"):
             if state.get(key) != getattr(self, key):
@@ -143,7 +143,7 @@ class Moments:
         copy.state.copy_(self.state)
         return copy
 
-    # -- per feature -------------------------------------------------------------------------------------------------------------------
+    # -- per feature -----------------------------------------------------------------------------------------------
 
     def _rows(self) -> dict[str, Tensor]:
         return dict(zip(layout.ROWS, layout.rows(self.state).unbind(0), strict=True))
@@ -201,7 +201,7 @@ class Moments:
         """Share of ``vectors`` in which the feature is an outlier; nan where no feature of so few can be: (d − 1)/√d ≤ outlier_sigma."""
         return _outlier_frequency(self.state, self.features, self.outlier_sigma)
 
-    # -- over vectors ------------------------------------------------------------------------------------------------------------------
+    # -- over vectors ----------------------------------------------------------------------------------------------
 
     @property
     def calls(self) -> int:
@@ -241,7 +241,7 @@ class Moments:
             raise ValueError(f"a quantile lies in [0, 1], got {q}")
         return float(_quantile(self.state, q))
 
-    # -- display -----------------------------------------------------------------------------------------------------------------------
+    # -- display ---------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         f = dict(zip(FIELDS, summarise(self.state[None], self.features, self.outlier_sigma)[0].tolist(), strict=True))
@@ -253,7 +253,8 @@ class Moments:
         notes += [f"{f['nonfinite']:.0f} nonfinite!"] if f["nonfinite"] else []
         mean = float((rows["mean"] * rows["count"]).sum() / rows["count"].sum())
         return (
-            f"Moments({self.features} features, {f['vectors']:.0f} vectors: x∈[{f['min']:.3g}, {f['max']:.3g}] μ={mean:.3g} σ={f['std']:.3g} "
+            f"Moments({self.features} features, {f['vectors']:.0f} vectors: "
+            f"x∈[{f['min']:.3g}, {f['max']:.3g}] μ={mean:.3g} σ={f['std']:.3g} "
             f"κ={f['kurtosis_median']:.3g} vector κ={f['vector_kurtosis']:.4g}{''.join(', ' + note for note in notes)})"
         )
 
@@ -267,11 +268,11 @@ class Moments:
 
 
 def summarise(states: Tensor, features: int, outlier_sigma: float = 6.0) -> Tensor:
-    """:data:`FIELDS` of several layers of one width at once: states (L, slots) → (L, len(FIELDS)), on their device, without synchronisation.
+    """:data:`FIELDS` of several layers of one width at once: states (L, slots) → (L, len(FIELDS)).
 
-    ``kurtosis_median``, ``skewness_median`` and ``kurtosis_max`` are over features; ``std`` is the root of the mean variance; ``mean_abs_max``
-    the largest mean abs(x) of a feature; ``outlier_features`` counts features with ``outlier_frequency`` ≥ :data:`OUTLIER_SHARE`, nan for a
-    layer too narrow to have any. Nan where nothing was seen.
+    On their device, without synchronisation. ``kurtosis_median``, ``skewness_median`` and ``kurtosis_max`` are over features; ``std``
+    is the root of the mean variance; ``mean_abs_max`` the largest mean abs(x) of a feature; ``outlier_features`` counts features with
+    ``outlier_frequency`` ≥ :data:`OUTLIER_SHARE`, nan for a layer too narrow to have any. Nan where nothing was seen.
     """
     rows = dict(zip(layout.ROWS, layout.rows(states).unbind(-2), strict=True))
     seen = rows["count"] > 0
@@ -307,7 +308,7 @@ def _seen(rows: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _skewness(rows: Mapping[str, Tensor]) -> Tensor:
-    # Divided step by step: m2 cubed alone would under- or overflow long before the ratio does. 0/0 of a constant feature is the nan we want.
+    # Divided step by step: m2 cubed alone would under- or overflow long before the ratio does. 0/0 of a constant feature is meant.
     variance = rows["m2"] / rows["count"]
     return rows["m3"] / rows["m2"] / variance.sqrt()
 
