@@ -1,0 +1,225 @@
+"""Joining recordings, resuming, and files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import Net, assert_equal, batches, record
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import torchprobe
+
+
+def test_merge_equals_one_recording_of_everything() -> None:
+    model, data = Net(), batches(6)
+    whole = record(model, data)
+    first, second = record(model, data[:2]), record(model, data[2:])
+    assert first.merge(second) is first
+    assert_equal(first, whole, rtol=1e-9)
+    again = second.total.merge(record(model, data[:2]))
+    assert_equal(again, whole, rtol=1e-9)
+
+
+def test_merge_brings_windows_and_histories_together() -> None:
+    model, data = Net(), batches(3)
+    recorders = []
+    for step in (1, 2):
+        with torchprobe.record(model) as rec:
+            model(data[step])
+            rec.snapshot(step)
+            model(data[0])
+        recorders.append(rec)
+    first, second = recorders
+    first.merge(second)
+    assert first.history.steps == [1, 2]
+    assert first["blocks.0"].vectors == 30
+    assert first.total["blocks.0"].vectors == 60
+    with pytest.raises(ValueError, match="both histories hold step 2, .*first.total.merge"):
+        first.merge(second)
+    assert first["blocks.0"].vectors == 30  # nothing was changed
+
+
+def test_merge_into_a_recorder_that_never_ran_and_goes_on() -> None:
+    model, data = Net(), batches(2)
+    rec = torchprobe.record(model)
+    rec.merge(record(model, data[:1]))
+    with rec:
+        model(data[1])
+    assert_equal(rec, record(model, data), rtol=1e-9)
+
+
+def test_merge_refuses_what_does_not_belong_together() -> None:
+    model, data = Net(), batches(1)
+    rec = record(model, data, "blocks.*")
+    with pytest.raises(ValueError, match="other recording has layers that this one has not: 'head'"):
+        rec.merge(record(model, data, "head"))
+    with pytest.raises(ValueError, match="made differently"):
+        rec.merge(record(model, data, "blocks.*", outlier_sigma=3.0))
+    with pytest.raises(ValueError, match="layer 'blocks.0' is 6 features wide here and 8 there"):
+        rec.merge(record(Net(8), batches(1, width=8), "blocks.*"))
+    with pytest.raises(TypeError, match="cannot merge a recording with Moments"):
+        rec.merge(rec["blocks.0"])  # type: ignore[arg-type]
+
+
+def recorded_windows(model: nn.Module) -> torchprobe.Recorder:
+    data = batches(4)
+    with torchprobe.record(model, every=2) as rec:
+        for step, x in enumerate(data):
+            model(x)
+            if step % 2:
+                rec.snapshot(step)
+        model(data[0])
+        model(data[1])
+        model(data[2])
+    return rec
+
+
+def test_resume_through_torch_save(tmp_path: Path) -> None:
+    model, data = Net(), batches(4)
+    uninterrupted = torchprobe.record(model, every=2)
+    with uninterrupted:
+        for step, x in enumerate(data):
+            model(x)
+            if step == 2:
+                uninterrupted.snapshot(step)
+    first = torchprobe.record(model, every=2)
+    with first:
+        for x in data[:3]:
+            model(x)
+        first.snapshot(2)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = torchprobe.record(model, every=2)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert second.layers == first.layers
+    assert second.rows()[0]["feature_dim"] == -1
+    with second:
+        model(data[3])
+    assert_equal(second, uninterrupted)
+    assert_equal(second.total, uninterrupted.total)
+    assert second.history.steps == [2]
+    assert np.array_equal(second.history.values, uninterrupted.history.values, equal_nan=True)
+
+
+def test_resume_refuses_another_recorder() -> None:
+    model = Net()
+    state = record(model, batches(1)).state_dict()
+    with pytest.raises(ValueError, match="recorded with .*'outlier_sigma': 6.0"):
+        torchprobe.record(model, outlier_sigma=3.0).load_state_dict(state)
+    with pytest.raises(ValueError, match="layers that this recorder does not watch: 'blocks.0', 'blocks.1'"):
+        torchprobe.record(model, "head").load_state_dict(state)
+    with pytest.raises(ValueError, match="format 1; got format None"):
+        torchprobe.record(model).load_state_dict({})
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    rec = recorded_windows(Net())
+    path = tmp_path / "run.safetensors"
+    rec.save(path)
+    rec.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
+    loaded = torchprobe.load(path)
+    assert type(loaded) is torchprobe.Recording
+    assert_equal(loaded, rec)
+    assert_equal(loaded.total, rec.total)
+    assert repr(loaded.rows()) == repr(rec.rows())  # nan included
+    assert loaded.settings == rec.settings
+    assert loaded.history.steps == [1, 3]
+    assert np.array_equal(loaded.history.values, rec.history.values, equal_nan=True)
+    loaded.merge(torchprobe.load(path).total)
+    assert loaded["blocks.0"].vectors == 30 + 60
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["format"] == "1"
+        assert torch.equal(file.get_tensor("blocks.1/mean"), rec["blocks.1"].mean)
+        assert torch.equal(file.get_tensor("/max"), rec[""].max)
+
+
+def test_aliases_are_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    model.add_module("again", model[0])
+    rec = record(model, batches(1), "*")
+    rec.save(tmp_path / "a.safetensors")
+    loaded = torchprobe.load(tmp_path / "a.safetensors")
+    assert loaded.layers == ["0", "1"]
+    assert loaded["again"].vectors == rec["again"].vectors == 30
+
+
+def tampered(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> Path:
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata())
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+    return path
+
+
+def edit(key: str, value: Any) -> Callable[[dict[str, Tensor], dict[str, str]], None]:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        target: dict[str, Any] = metadata if key in metadata else tensors
+        if value is None:
+            del target[key]
+        else:
+            target[key] = value(target[key]) if callable(value) else value
+
+    return change
+
+
+def layers(**values: Any) -> Callable[[str], str]:
+    return lambda text: json.dumps([{**layer, **values} for layer in json.loads(text)])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format", "2", "'format': expected '1', got '2'"),
+        ("settings", None, "'settings': missing from the metadata"),
+        ("settings", "{", "'settings': the metadata is not JSON"),
+        ("settings", "[" * 100_000, "'settings': the metadata is not JSON"),
+        ("settings", "{}", "'settings': expected of, positions"),
+        ("layers", "{}", "'layers': expected a JSON list, got dict"),
+        ("layers", '[{"name": 3}]', "'layers': each layer has name, module"),
+        ("layers", layers(features=10**15), "'layers': layer .* cannot have 10{15} features"),
+        ("layers", layers(features=7), "'blocks.0/closed/mean': missing, or not 7 features wide"),
+        ("layers", layers(features="6"), "'layers': a value is of the wrong kind"),
+        ("layers", layers(name="x"), "'x/closed/mean': missing"),
+        ("layers", lambda text: json.dumps(json.loads(text)[1:]), "'blocks.0/.*': belongs to no layer"),
+        ("layers", lambda text: json.dumps([json.loads(text)[0]] * 2), "'blocks.0/closed/mean': missing"),
+        ("aliases", '{"a": 1}', "'aliases': an alias is no text"),
+        ("history", '{"steps": 1}', "'history': expected the lists"),
+        ("history", lambda text: text.replace("[1, 3]", "[1, 3, 5]"), "'history': expected F64 of shape \\(3, 4, 15\\)"),
+        ("history", lambda text: text.replace("[1, 3]", '["x"]'), "'history': steps are numbers"),
+        ("blocks.0/m2", None, "'blocks.0/m2': missing"),
+        ("blocks.0/m2", torch.ones(5, dtype=torch.float64), r"'blocks.0/m2': expected F64 of shape \(6,\), got F64 of \(5,\)"),
+        ("blocks.0/m2", torch.ones(6), "'blocks.0/m2': expected F64 of .*, got F32"),
+        ("blocks.0/count", lambda t: -t, "'blocks.0/count': holds negative numbers or nan"),
+        ("blocks.0/count", lambda t: t * math.nan, "'blocks.0/count': holds negative numbers or nan"),
+        ("blocks.0/vector_kurtosis_histogram", lambda t: t + 1, "does not add up to the 30 vectors"),
+        ("blocks.0/vector_kurtosis_histogram", lambda t: t[:10].clone(), r"expected F64 of shape \(1152,\)"),
+        ("surprise", torch.ones(1), "'surprise': belongs to no layer"),
+    ],
+)
+def test_loading_believes_nothing(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    path = tmp_path / "run.safetensors"
+    recorded_windows(Net()).save(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        torchprobe.load(tampered(path, edit(key, value)))
+    assert str(path) in str(caught.value)
+
+
+def test_loading_other_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        torchprobe.load(tmp_path / "none")
+    (tmp_path / "text").write_bytes(b"no recording at all")
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        torchprobe.load(tmp_path / "text")
+    save_file({"a": torch.ones(1)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="'format': expected '1', got None"):
+        torchprobe.load(tmp_path / "weights")
