@@ -258,3 +258,9 @@ def test_feature_dim_of_no_layer() -> None:
         select_layers(Encoder(), feature_dim={"heat": 1}, layers="head")
     with pytest.raises(TypeError, match="must be an int"):
         select_layers(Encoder(), feature_dim={"": "last"})
+
+
+def test_a_misspelt_glob_suggests_the_nearest():
+    model = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
+    with pytest.raises(ValueError, match=r"'block\.\*' matches no layer; did you mean 'blocks\.\*'\?"):
+        torchprobe.record(model, "block.*")

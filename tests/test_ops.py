@@ -322,6 +322,8 @@ def test_what_does_not_fit_is_refused_in_words(call):
         call(state, x, mask=torch.ones(8, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"state must be float64"):
         call(state.half(), x)
+    with pytest.raises(ValueError, match=r"reads a tensor, got list"):
+        call(state, [1.0, 2.0])
     assert not state.any()
 
 

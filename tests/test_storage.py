@@ -223,3 +223,11 @@ def test_loading_other_files(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="'format': expected '1', got None"):
         torchprobe.load(tmp_path / "weights")
+
+
+def test_saving_into_no_folder_says_so(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    with torchprobe.record(model) as rec:
+        model(torch.randn(3, 2))
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        rec.save(tmp_path / "missing" / "run.safetensors")

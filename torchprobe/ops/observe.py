@@ -68,13 +68,15 @@ def observe_(
     """
     try:
         torch.ops.torchprobe.observe_(state, x, feature_dim, outlier_sigma, every, mask)
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError):
         check(state, x, feature_dim, every, mask)  # the same refusal in words, if a bad argument was the cause
         raise
 
 
 def check(state: Tensor, x: Tensor, feature_dim: int, every: int, mask: Tensor | None) -> None:
     """Raises ``ValueError`` that names what does not fit; silent when everything does."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"observe_ reads a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise ValueError(f"observe_ reads float64, float32, bfloat16 and float16; got {x.dtype}: convert it, or select another tensor")
     if not -x.dim() <= feature_dim < x.dim():

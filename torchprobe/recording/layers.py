@@ -192,8 +192,16 @@ def _match(named: Mapping[str, Layer], called: Mapping[str, Layer], pattern: str
         if chosen := {id(layer) for name, layer in called.items() if matches_glob(spelling, name)}:
             return chosen
     if any(character in pattern for character in "*?["):
-        raise ValueError(f"{pattern!r} matches no layer; {_some_of(called)}")
+        raise ValueError(f"{pattern!r} matches no layer; {_nearest_glob(pattern, called) or _some_of(called)}")
     raise ValueError(f"the model has no layer {pattern!r}; {_nearest(pattern, called)}")
+
+
+def _nearest_glob(pattern: str, called: Mapping[str, Layer]) -> str:
+    """The same glob with each misspelt component replaced by the nearest one that names have; empty when that matches nothing either."""
+    components = {component for name in called for component in name.split(".")}
+    parts = pattern.split(".")
+    mended = ".".join(part if set(part) & set("*?[") else (difflib.get_close_matches(part, components, 1) or [part])[0] for part in parts)
+    return f"did you mean {mended!r}?" if any(matches_glob(mended, name) for name in called) else ""
 
 
 def matches_glob(pattern: str, name: str) -> bool:

@@ -34,6 +34,8 @@ _SIGNED = ("min", "max", "mean", "m3")
 
 def save(recording: Recording, path: str | os.PathLike[str]) -> None:
     """Writes a recording; a file of that name is replaced only when everything is written."""
+    if not Path(path).resolve().parent.is_dir():
+        raise FileNotFoundError(f"cannot save to {os.fspath(path)!r}: there is no folder {str(Path(path).resolve().parent)!r}")
     entries = recording._entries()
     only_moments([entry.statistic for entry in entries])
     tensors = {}
