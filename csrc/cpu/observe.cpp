@@ -172,7 +172,7 @@ void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma,
       scratch_memory.trim();
     });
     hold.lock();
-    torch::stable::parallel_for(0, features, 4096, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, features, std::max<int64_t>(4096 / chunks, 64), [&](int64_t begin, int64_t end) {
       for (int64_t c = 0; c < chunks; ++c) kernels().merge(to, partials + c * slots, features, begin, end, begin == 0);
     });
   }
