@@ -2,20 +2,26 @@
 
 The environment variable TORCHPROBE_BUILD decides what happens:
 
-* unset: build the kernels if that is possible, otherwise install pure Python and say why in one line;
+* unset: build the kernels if that is possible, otherwise install without them and say why in one line;
 * ``0``: do not build them;
-* ``1``: a kernel that cannot be built is an error.
+* ``1``: kernels that cannot be built are an error; those for CUDA only where PyTorch has CUDA and there is an nvcc.
 
-The modules use PyTorch's stable ABI and Python's limited API: one wheel serves every torch >= 2.10 and every
-CPython >= 3.10. A build without kernels makes a pure wheel instead. The reason is kept in torchprobe/_build.json,
-for ``torchprobe doctor``.
+The kernels for the CPU and those for CUDA are modules of their own. Both use PyTorch's stable ABI and Python's limited API, and the one for
+CUDA brings the CUDA runtime along: one wheel serves every torch >= 2.10, with CUDA or without, and every CPython >= 3.10. A build without
+any kernels makes a pure wheel instead. The reasons are kept in torchprobe/_build.json, for ``torchprobe doctor``.
+
+CUDA_HOME names the CUDA toolkit to use instead of that of the nvcc in PATH, TORCH_CUDA_ARCH_LIST the architectures, and NVCC_THREADS how
+many of them to compile at a time.
 """
 
+import copy
 import glob
 import json
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -24,37 +30,97 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 BUILD = os.environ.get("TORCHPROBE_BUILD", "")
-BuildExtension, CppExtension, TORCH_ERROR = build_ext, Extension, None
-try:
-    if BUILD != "0":
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-except Exception as error:  # a broken torch raises more than ImportError
-    TORCH_ERROR = str(error).partition("\n")[0]
-
-DEVICES = {"torchprobe._C": "cpu"}
+DEVICES = {"torchprobe._C": "cpu", "torchprobe._C_cuda": "cuda"}
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded CPython has none
 MINIMUM_TORCH = "0x020a000000000000"  # 2.10: the oldest stable ABI the kernels may use
+ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"  # machine code for each, and PTX for what will come after the last
 
 if sys.platform == "win32":
     FLAGS = ["/O2", "/W3"]
 else:
     # No contraction: the kernels say themselves where a multiplication and an addition are one operation.
     FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
+    FLAGS += [f"-fmacro-prefix-map={os.getcwd()}/="]  # no path of this machine in error messages
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    f"--threads={os.environ.get('NVCC_THREADS', '2')}",
+    "-Xcompiler=-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall,-Wextra",
+    "-Xfatbin=-compress-all",
+    "-Xptxas=-warn-spills,-warn-lmem-usage",
+    "--display-error-number",
+]
+
+
+class Toolkit:
+    """The CUDA toolkit in the words of its own nvcc: what lies in PATH may be a link or a script anywhere else."""
+
+    def __init__(self):
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        folders = os.path.join(home, "bin") if home else os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+        self.nvcc = shutil.which("nvcc", path=folders)
+        said = self.ask("--dryrun", "-E", "-x", "cu", os.devnull)
+        if self.nvcc and "TOP=" not in said:  # it does not know where it is when it is called by a link
+            self.nvcc = os.path.realpath(self.nvcc)
+            said = self.ask("--dryrun", "-E", "-x", "cu", os.devnull)
+        self.include_dirs = re.findall(r'"-I(.+?)"', said)
+        self.library_dirs = re.findall(r'"-L(.+?)"', said)
+        version = re.search(r"release (\d+\.\d+)", self.ask("--version"))
+        self.version = version[1] if version else None
+        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+        if top and Path(top[1], "bin", "nvcc").exists():
+            os.environ["CUDA_HOME"] = os.path.realpath(top[1])  # where torch.utils.cpp_extension looks for it
+
+    def ask(self, *arguments):
+        try:
+            result = subprocess.run([self.nvcc or "", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        except OSError:
+            return ""
+        return result.stdout + result.stderr
+
+
+TOOLKIT = Toolkit()
+BuildExtension, CppExtension, TORCH_ERROR = build_ext, Extension, None
+try:
+    if BUILD != "0":
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+except Exception as error:  # a broken torch raises more than ImportError
+    TORCH_ERROR = str(error).partition("\n")[0]
+
+
+def module(name, folder, flags, **options):
+    """The C++ standard library comes before PyTorch's, which export parts of it: what is needed of it then has a version, as it should."""
+    options["libraries"] = ["stdc++"] * (sys.platform == "linux") + options.get("libraries", [])
+    return CppExtension(
+        name,
+        sorted(glob.glob(f"{folder}/*.cpp") + glob.glob(f"{folder}/*.cu")),
+        depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
+        define_macros=[("TORCH_TARGET_VERSION", MINIMUM_TORCH)],
+        extra_compile_args=flags,
+        language="c++",
+        py_limited_api=LIMITED_API,
+        **options,
+    )
 
 
 def modules():
     """One extension module for each kind of device, so that one may be absent without the others."""
-    cpu = CppExtension(
-        "torchprobe._C",
-        sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp")),
-        depends=glob.glob("csrc/**/*.h", recursive=True),
-        include_dirs=[os.path.abspath("csrc")],
-        define_macros=[("TORCH_TARGET_VERSION", MINIMUM_TORCH)],
-        extra_compile_args=FLAGS,
-        language="c++",
-        py_limited_api=LIMITED_API,
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures  # torch makes nvcc's flags of it
+    host_flags = ["-DUSE_CUDA", f'-DTORCHPROBE_CUDA_ARCHITECTURES="{" ".join(re.split("[; ]+", architectures))}"']
+    cpu = module("torchprobe._C", "csrc/cpu", FLAGS, include_dirs=[os.path.abspath("csrc")])
+    # CUDAExtension would link the CUDA runtime dynamically, and so tie the module to one major version of CUDA.
+    cuda = module(
+        "torchprobe._C_cuda",
+        "csrc/cuda",
+        {"cxx": FLAGS + host_flags, "nvcc": NVCC_FLAGS},
+        include_dirs=[os.path.abspath("csrc"), *TOOLKIT.include_dirs],
+        library_dirs=TOOLKIT.library_dirs,
+        libraries=["cudart_static", "dl", "rt", "pthread", "torch_cuda"],
+        extra_link_args=["-Wl,--exclude-libs,ALL"],
     )
-    return [cpu]
+    return [cpu, cuda]
 
 
 def obstacle():
@@ -71,36 +137,77 @@ def obstacle():
     return None
 
 
+def cuda_absence():
+    """Why there is nothing to build for CUDA here, or None."""
+    if sys.platform != "linux":
+        return f"there are none for {sys.platform}"
+    if torch.version.hip:
+        return f"there are none for ROCm, which torch {torch.__version__} is made for"
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if not TOOLKIT.nvcc:
+        return "no CUDA compiler (nvcc was not found; CUDA_HOME may say where it is)"
+    return None
+
+
+def cuda_obstacle():
+    """Why building for CUDA need not be tried, although there is a compiler, or None."""
+    if not TOOLKIT.version:
+        return f"{TOOLKIT.nvcc} does not run"
+    if TOOLKIT.version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        return f"{TOOLKIT.nvcc} is of CUDA {TOOLKIT.version}, but torch {torch.__version__} needs CUDA {torch.version.cuda} (set CUDA_HOME)"
+    return None
+
+
 class BuildKernels(BuildExtension):
     """Builds what can be built; what cannot is dropped from the distribution, and the reason written down."""
 
     def run(self):
-        self.reasons = {}
-        inplace = self.inplace
+        self.reasons, absence, inplace = {}, None, self.inplace
         reason = obstacle()
         if reason is None:
+            absence = cuda_absence()
+            if cuda_reason := absence or cuda_obstacle():
+                self.reasons["torchprobe._C_cuda"] = cuda_reason
             try:
                 super().run()
-            except Exception as error:  # trouble before the first module, such as a compiler that does not start
+            except Exception as error:  # trouble before the first module
                 reason = f"the build failed ({describe(error)})"
                 self.inplace = inplace  # setuptools clears it while it builds
         if reason is not None:
             self.reasons = {extension.name: reason for extension in self.extensions}
-        if self.reasons and BUILD == "1":
-            raise SystemExit(f"torchprobe: TORCHPROBE_BUILD=1, but {'; '.join(sorted(set(self.reasons.values())))}")
+        if BUILD == "1" and (failures := set(self.reasons.values()) - {absence}):
+            raise SystemExit(f"torchprobe: TORCHPROBE_BUILD=1, but {'; '.join(sorted(failures))}")
         for extension in [extension for extension in self.extensions if extension.name in self.reasons]:
             self.drop(extension)
+        for reason in sorted(set(self.reasons.values())):
+            devices = " and ".join(DEVICES[name] for name in self.reasons if self.reasons[name] == reason)
+            print(f"torchprobe: {devices} kernels not built: {reason}", file=sys.stderr)
         self.record()
 
+    def build_extensions(self):
+        """One by one, so that what stops one does not stop the other: a compiler that does not suit nvcc, say."""
+        everything, compiler = self.extensions, self.compiler
+        for extension in everything:
+            extension.optional = True  # copying into the source tree then tolerates its absence
+            if extension.name not in self.reasons:
+                self.extensions, self.compiler = [extension], copy.copy(compiler)  # BuildExtension alters it
+                try:
+                    super().build_extensions()
+                except Exception as error:
+                    self.fail(extension, error)
+        self.extensions, self.compiler = everything, compiler
+
     def build_extension(self, ext):
-        ext.optional = True  # copying into the source tree then tolerates its absence
         try:
             super().build_extension(ext)
-        except Exception as error:
-            self.reasons[ext.name] = f"compilation failed ({describe(error)}; TORCHPROBE_BUILD=1 with pip install -v shows all)"
+        except Exception as error:  # which setuptools would pass over in silence, since it is optional
+            self.fail(ext, error)
+
+    def fail(self, ext, error):
+        self.reasons[ext.name] = f"compilation failed ({describe(error)}; TORCHPROBE_BUILD=1 with pip install -v shows all)"
 
     def drop(self, ext):
-        print(f"torchprobe: {DEVICES[ext.name]} kernels not built: {self.reasons[ext.name]}", file=sys.stderr)
         stale = self.target() / self.get_ext_filename(self.get_ext_fullname(ext.name))
         stale.unlink(missing_ok=True)  # never install the product of an earlier build
         self.extensions = [other for other in self.extensions if other is not ext]

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from importlib import metadata, resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import wheels
 from packaging.requirements import Requirement
 
 import torchprobe
-from torchprobe.ops import kernels
+from torchprobe.ops import _library, kernels, new_state
+from torchprobe.ops.observe import reference
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"PIL", "captum", "click", "jinja2", "matplotlib", "open_clip", "rich", "scipy", "timm", "torchvision"}
@@ -80,19 +83,55 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 def test_kernels_are_described_in_one_line_each() -> None:
     for status in kernels().values():
-        assert re.fullmatch(r"(loaded|not loaded|not built|disabled): .+", status)
+        assert re.fullmatch(r"(loaded|not used|not loaded|not built|disabled): .+", status)
+
+
+def test_import_and_kernels_leave_cuda_alone() -> None:
+    code = "import torch, torchprobe.ops; torchprobe.ops.kernels(); print(torch.cuda.is_initialized())"
+    assert run(code) == "False\n"
 
 
 def test_kernels_can_be_disabled() -> None:
     code = """
 import torch
 from torchprobe.ops import kernels, new_state, observe_
-print(kernels()["cpu"])
+print(kernels()["cpu"], kernels()["cuda"], sep="\\n")
 state = new_state(2)
 observe_(state, torch.tensor([[1.0, 2.0], [3.0, 5.0]]))
 assert state.count_nonzero() > 0
 """
-    assert run(code, TORCHPROBE_DISABLE_KERNELS="1").startswith("disabled: ")
+    for status in run(code, TORCHPROBE_DISABLE_KERNELS="1").splitlines():
+        assert status.startswith("disabled: ")
+
+
+@pytest.mark.parametrize(
+    ("obstacles", "status"),
+    [
+        ([None, None], "loaded: CUDA 13.0"),
+        ([None, "an old driver"], "loaded: CUDA 13.0; not used on cuda:1: an old driver"),
+        (["an old driver", "an old driver"], "not used: an old driver"),
+        (["no code", "an old driver"], "not used: no code; an old driver"),
+        ([], "not used: no driver"),
+    ],
+)
+def test_gpus_that_cannot_run_the_kernels_are_named(monkeypatch: pytest.MonkeyPatch, obstacles: list[str | None], status: str) -> None:
+    module = SimpleNamespace(unavailable=lambda index: obstacles[index] if obstacles else "no driver")
+    monkeypatch.setitem(_library._loaded, "cuda", module)
+    monkeypatch.setitem(_library._status, "cuda", "loaded: CUDA 13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(obstacles))
+    assert kernels()["cuda"] == status
+
+
+def test_the_fallback_is_the_reference_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_library._loaded, "cuda", SimpleNamespace(unavailable=lambda index: "an old driver"))
+    monkeypatch.setattr(_library, "_warned", set())
+    state, expected, x = new_state(5), new_state(5), torch.randn(20, 5)
+    with pytest.warns(UserWarning, match="takes the PyTorch reference instead of the CUDA kernel: an old driver"):
+        torch.ops.torchprobe.observe_reference_(state, x)
+    torch.ops.torchprobe.observe_reference_(state, x)  # any warning would be an error
+    for _ in range(2):
+        reference(expected, x)
+    assert torch.equal(state, expected)
 
 
 def test_kernels_were_built_if_a_build_was_demanded() -> None:
@@ -101,34 +140,78 @@ def test_kernels_were_built_if_a_build_was_demanded() -> None:
     assert kernels()["cpu"].startswith("loaded: ")
 
 
+# -- without a compiler ----------------------------------------------------------------------------------------------------
+
+NEITHER = {"CC": "/bin/false", "CXX": "/bin/false", "CUDA_HOME": "/nowhere"}
+with_cuda = pytest.mark.skipif(not torch.version.cuda, reason=f"torch {torch.__version__} is a build without CUDA")
+
+
+def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A wheel of a copy of the sources, made in ``folder``."""
+    wheels.copy_sources(folder)
+    (folder / "torchprobe" / "_C.abi3.so").touch()  # left by an earlier editable install; must not ship
+    (folder / "torchprobe" / "_C_cuda.abi3.so").touch()
+    return subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "bdist_wheel"],
+        cwd=folder, env={**wheels.environment(), **variables}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def old_nvcc(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The home of an nvcc that is too old for any PyTorch of today."""
+    nvcc = tmp_path_factory.mktemp("cuda") / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 8.0, V8.0.61\n")
+    nvcc.chmod(0o755)
+    return str(nvcc.parents[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
         ({"TORCHPROBE_BUILD": "0"}, "TORCHPROBE_BUILD=0"),
-        ({"CC": "/bin/false", "CXX": "/bin/false"}, "the build failed"),
-        ({"CXX": "no-such-compiler"}, "no-such-compiler was not found"),
+        (NEITHER, "failed"),
+        ({**NEITHER, "CXX": "no-such-compiler"}, "no-such-compiler was not found"),
     ],
 )
 @pytest.mark.skipif(sys.platform == "win32", reason="there the compiler is not chosen by CC and CXX")
 def test_without_a_compiler_the_wheel_is_pure(tmp_path: Path, environment: dict[str, str], reason: str) -> None:
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("torchprobe", "csrc"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
-    (tmp_path / "torchprobe" / "_C.abi3.so").touch()  # left by an earlier editable install; must not ship
-    inherited = {key: value for key, value in os.environ.items() if key != "TORCHPROBE_BUILD"}
-    result = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "bdist_wheel"],
-        cwd=tmp_path, env={**inherited, **environment}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    result = build(tmp_path, **environment)
     assert result.returncode == 0, result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("torchprobe: ")]
-    assert len(said) == 1
-    assert reason in said[0]
+    assert [line for line in said if reason in line] == [line for line in said if line.startswith("torchprobe: cpu ")]
     (wheel,) = (tmp_path / "dist").iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert reason in json.loads(archive.read("torchprobe/_build.json"))["cpu"]
+        reasons = json.loads(archive.read("torchprobe/_build.json"))
+        assert reasons.keys() == {"cpu", "cuda"}
+        assert reason in reasons["cpu"]
+        assert len(said) == len(set(reasons.values()))
         assert "torchprobe/py.typed" in archive.namelist()
         assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
+@pytest.mark.slow
+@with_cuda
+def test_an_nvcc_that_does_not_suit_torch_is_no_error(tmp_path: Path, old_nvcc: str) -> None:
+    result = build(tmp_path, **{**NEITHER, "CUDA_HOME": old_nvcc})
+    assert result.returncode == 0, result.stderr
+    assert f"torchprobe: cuda kernels not built: {old_nvcc}/bin/nvcc is of CUDA 8.0, but torch" in result.stderr
+
+
+@pytest.mark.slow
+@with_cuda
+def test_unless_kernels_are_demanded(tmp_path: Path, old_nvcc: str) -> None:
+    result = build(tmp_path, TORCHPROBE_BUILD="1", **{**NEITHER, "CUDA_HOME": old_nvcc})
+    assert result.returncode != 0
+    assert "TORCHPROBE_BUILD=1" in result.stderr
+    assert "is of CUDA 8.0" in result.stderr
+
+
+@pytest.mark.slow
+def test_cuda_is_not_demanded_where_there_is_no_compiler_for_it(tmp_path: Path) -> None:
+    result = build(tmp_path, TORCHPROBE_BUILD="1", **NEITHER)
+    assert "nvcc was not found" not in result.stderr
+    assert "TORCHPROBE_BUILD=1, but compilation failed" in result.stderr

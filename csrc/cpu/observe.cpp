@@ -1,13 +1,9 @@
-// torchprobe::observe_ on the CPU: checks, the plan of the work, threads, and the merge into the state. The schema is defined by
+// torchprobe::observe_ on the CPU: the plan of the work, threads, and the merge into the state. The schema is defined by
 // torchprobe/ops/observe.py, which also says what everything means:
 //
 //   observe_(Tensor(a!) state, Tensor x, int feature_dim=-1, float outlier_sigma=6.0, int every=1, Tensor? mask=None) -> ()
 
 #include "observe.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,30 +11,24 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <optional>
-#include <string>
 
-#include "layout.h"
+#include "arguments.h"
+#include "isa.h"
 
 namespace torchprobe::cpu {
 namespace {
 
 using torch::stable::Tensor;
 
-// The widest instruction set this processor has; TORCHPROBE_ISA=baseline|avx2|avx512 asks for less.
 const Kernels& choose_kernels() {
+  switch (choose_isa()) {
 #if defined(__x86_64__)
-  const char* asked = std::getenv("TORCHPROBE_ISA");
-  const std::string limit = asked ? asked : "avx512";
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                    __builtin_cpu_supports("bmi2");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && limit == "avx512") return kernels_avx512;
-  if (avx2 && limit != "baseline") return kernels_avx2;
+    case Isa::Avx512Popcount:
+    case Isa::Avx512: return kernels_avx512;
+    case Isa::Avx2: return kernels_avx2;
 #endif
-  return kernels_baseline;
+    default: return kernels_baseline;
+  }
 }
 
 const Kernels& kernels() {
@@ -76,42 +66,11 @@ std::mutex& lock_of(const void* state) {
   return locks[(reinterpret_cast<uintptr_t>(state) >> 6) % 64];
 }
 
-Dtype dtype_of(const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
-    case ScalarType::Double: return Dtype::Float64;
-    case ScalarType::Float: return Dtype::Float32;
-    case ScalarType::BFloat16: return Dtype::BFloat16;
-    case ScalarType::Half: return Dtype::Float16;
-    default: STD_TORCH_CHECK(false, "observe_ reads float64, float32, bfloat16 and float16");
-  }
-}
-
-Call describe(const Tensor& x, int64_t feature_dim, double outlier_sigma, const uint8_t* mask) {
-  Call call{};
-  call.x = x.const_data_ptr();
-  call.dtype = dtype_of(x);
-  call.features = x.size(feature_dim);
-  call.feature_stride = x.stride(feature_dim);
-  call.mask = mask;
-  call.outlier_sigma = outlier_sigma;
-  call.vectors = 1;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    const int64_t size = x.size(d), stride = x.stride(d);
-    if (d == feature_dim || size == 1) continue;
-    call.vectors *= size;
-    const int last = call.dims - 1;
-    if (call.dims && call.stride[last] == size * stride) {  // steps of the outer dimension continue the inner one
-      call.size[last] *= size;
-      call.stride[last] = stride;
-    } else {
-      call.size[call.dims] = size;
-      call.stride[call.dims++] = stride;
-    }
-  }
+Call cut(const torchprobe::Call& described) {
+  Call call{described};
   const int64_t bytes = call.dtype == Dtype::Float64 ? 8 : 4, row = call.dims ? call.size[call.dims - 1] : 1;
   const bool contiguous = call.feature_stride == 1 || call.features == 1;
-  call.side_by_side = !contiguous && !mask && call.dims && call.stride[call.dims - 1] == 1 && row >= 16;
+  call.side_by_side = !contiguous && !call.mask && call.dims && call.stride[call.dims - 1] == 1 && row >= 16;
   // As many vectors as stay in the second-level cache, beside what is fetched ahead.
   if (call.side_by_side) {
     const int64_t most = std::clamp<int64_t>((int64_t(512) << 10) / (call.features * bytes), 64, MAX_VECTORS), blocks = (row + most - 1) / most;
@@ -128,25 +87,7 @@ Call describe(const Tensor& x, int64_t feature_dim, double outlier_sigma, const 
 }
 
 void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma, int64_t every, std::optional<Tensor> mask) {
-  using torch::headeronly::ScalarType;
-  const int64_t dims = x.dim();
-  STD_TORCH_CHECK(feature_dim >= -dims && feature_dim < dims, "feature_dim is outside the tensor");
-  if (feature_dim < 0) feature_dim += dims;
-  const int64_t features = x.size(feature_dim);
-  STD_TORCH_CHECK(features > 0, "x has no features");
-  STD_TORCH_CHECK(every >= 1, "every must be at least 1");
-  STD_TORCH_CHECK(state.dim() == 1 && state.scalar_type() == ScalarType::Double && state.is_contiguous() && state.is_cpu() &&
-                      state.numel() == layout::size(features),
-                  "the state was not made for ", features, " features on the CPU");
-  const uint8_t* keep = nullptr;
-  if (mask) {
-    bool fits = mask->scalar_type() == ScalarType::Bool && mask->dim() == dims - 1 && mask->is_cpu();
-    for (int64_t d = 0; fits && d < dims - 1; ++d) fits = mask->size(d) == x.size(d + (d >= feature_dim));
-    STD_TORCH_CHECK(fits, "mask must be bool, of the shape of x without its features");
-    if (!mask->is_contiguous()) mask = torch::stable::contiguous(*mask);
-    keep = static_cast<const uint8_t*>(mask->const_data_ptr());
-  }
-  const Call call = describe(x, feature_dim, outlier_sigma, keep);
+  const Call call = cut(describe(state, x, feature_dim, outlier_sigma, every, mask));
 
   static thread_local Workspace partial_memory, scratch_memory;
   double* to = static_cast<double*>(state.mutable_data_ptr());
@@ -155,7 +96,7 @@ void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma,
   if (std::fmod(calls, double(every)) != 0 || call.vectors == 0) return;
 
   // The tiles are dealt out in chunks, each with a partial state of its own, merged in order: the same result for any number of threads.
-  const int64_t slots = layout::size(features);
+  const int64_t features = call.features, slots = layout::size(features);
   int64_t chunks = std::clamp<int64_t>(call.tiles / 4, 1, std::clamp<int64_t>(call.tiles / 16, 16, 64));
   chunks = std::min(chunks, std::max<int64_t>(2, (int64_t(8) << 20) / slots));
   if (chunks == 1) {

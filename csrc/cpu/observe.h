@@ -3,28 +3,18 @@
 
 #include <cstdint>
 
-namespace torchprobe::cpu {
+#include "call.h"
 
-enum class Dtype { Float64, Float32, BFloat16, Float16 };
+namespace torchprobe::cpu {
 
 constexpr int MAX_ROWS = 64;      // vectors in a tile of rows
 constexpr int MAX_VECTORS = 512;  // in any tile
-constexpr int MAX_DIMS = 64;      // PyTorch's own limit
 
-// One call, described once: a matrix of vectors × features, whose vectors are enumerated by the remaining dimensions of x.
-struct Call {
-  const void* x;
-  Dtype dtype;
-  int64_t features, feature_stride;
-  int64_t vectors;
-  int dims;  // of the positions, adjacent ones joined where memory allows; the last one runs fastest
-  int64_t size[MAX_DIMS], stride[MAX_DIMS];
-  const uint8_t* mask;  // one byte a vector, 0 = left out; null = all are in
-  double outlier_sigma;
-  // The tiles are a function of the call alone, so that no result depends on the number of threads.
-  bool side_by_side;  // neighbouring vectors are contiguous, features are not: see observe_kernel.h
-  int64_t tiles, tile_vectors;
-  int64_t scratch_bytes, scratch_row;  // what a thread needs beside its partial state; elements from one packed row to the next
+// A call and its tiles, which are a function of it alone, so that no result depends on the number of threads.
+struct Call : torchprobe::Call {
+  bool side_by_side{};  // neighbouring vectors are contiguous, features are not: see observe_kernel.h
+  int64_t tiles{}, tile_vectors{};
+  int64_t scratch_bytes{}, scratch_row{};  // what a thread needs beside its partial state; elements from one packed row to the next
 };
 
 // One set of kernels. `partial` is a state (layout.h); slot CALLS is not touched.

@@ -3,13 +3,13 @@
 
 #include <Python.h>
 
-#include "cpu/observe.h"
+#include "observe.h"
 
-static PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(torchprobe::cpu::instruction_set()); }
+static PyObject* describe(PyObject*, PyObject*) { return PyUnicode_FromString(torchprobe::cpu::instruction_set()); }
 
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
-      {"instruction_set", instruction_set, METH_NOARGS, "Name of the instruction set that the CPU kernels use on this machine."},
+      {"describe", describe, METH_NOARGS, "Name of the instruction set that the CPU kernels use on this machine."},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Native kernels of torchprobe.", -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);

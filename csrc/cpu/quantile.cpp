@@ -1,0 +1,208 @@
+// torchprobe::keep_largest_ on the CPU: the largest values of every feature, in one read of x. The schema is defined by
+// torchprobe/ops/quantile.py, which also says what everything means:
+//
+//   keep_largest_(Tensor(a!) values, Tensor(b!) counts, Tensor(c!) bound, Tensor x, int feature_dim, int capacity) -> ()
+//
+// Nearly every value lies below its feature's bound, so the work is one comparison a value; the compiler vectorises it for any processor.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+namespace torchprobe::cpu {
+namespace {
+
+#include "simd.h"
+
+using torch::stable::Tensor;
+
+constexpr int BLOCK = 16;  // values that are compared at once; QUANTILE_BLOCK of the schema's file
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+// The buffer of one feature. Behind the first `fill` values everything is −inf.
+struct Buffer {
+  float* values;
+  int64_t slots, capacity;
+  int64_t &fill, &nans, &ties;
+  float& bound;
+
+  // Room for a block more. What is dropped is not above the bound, now or ever.
+  void make_room() {
+    if (slots - fill >= BLOCK) return;
+    std::nth_element(values, values + capacity - 1, values + fill, std::greater<float>());
+    const float next = values[capacity - 1];
+    if (next != bound) ties = 0;
+    ties += std::count(values + capacity, values + fill, next);
+    std::fill(values + capacity, values + fill, LOWEST);
+    fill = capacity;
+    bound = next;
+  }
+  void add(const float* block) {
+    make_room();
+    for (int i = 0; i < BLOCK; ++i) {  // without a branch: written always, kept if it counts
+      values[fill] = block[i];
+      fill += block[i] > bound;
+      ties += block[i] == bound;
+      nans += block[i] != block[i];
+    }
+    if (fill < slots) values[fill] = LOWEST;
+  }
+  void add(float value) {
+    make_room();
+    if (value > bound) values[fill++] = value;
+    ties += value == bound;
+    nans += value != value;
+  }
+};
+
+struct State {
+  float* values;
+  int64_t *fill, *nans, *ties;
+  float* bound;
+  int64_t slots, capacity;
+
+  Buffer buffer(int64_t feature) const {
+    return {values + feature * slots, slots, capacity, fill[feature], nans[feature], ties[feature], bound[feature]};
+  }
+};
+
+TORCHPROBE_INLINE float narrow(float x) { return x; }
+TORCHPROBE_INLINE float narrow(double x) { return float(x); }
+
+template <class S>
+TORCHPROBE_INLINE void load_block(const S* x, int64_t stride, int64_t count, float* block) {
+  if (stride == 1 && count == BLOCK) {
+    for (int i = 0; i < BLOCK; ++i) block[i] = narrow(widen(x[i]));
+  } else {
+    for (int i = 0; i < BLOCK; ++i) block[i] = i < count ? narrow(widen(x[i * stride])) : LOWEST;
+  }
+}
+
+// A run of positions of one feature.
+template <class S>
+void add_run(const Buffer& of, const S* x, int64_t count, int64_t stride) {
+  Buffer buffer = of;
+  float block[BLOCK];
+  for (int64_t i = 0; i < count; i += BLOCK) {
+    load_block(x + i * stride, stride, std::min<int64_t>(BLOCK, count - i), block);
+    const float bound = buffer.bound;
+    int reached = 0, above = 0, equal = 0;
+    for (int j = 0; j < BLOCK; ++j) reached |= !(block[j] < bound);  // nan too
+    if (!reached) continue;
+    for (int j = 0; j < BLOCK; ++j) {
+      above |= !(block[j] <= bound);
+      equal += block[j] == bound;
+    }
+    if (above) {
+      buffer.add(block);
+    } else {
+      buffer.ties += equal;
+    }
+  }
+}
+
+// One position of features [begin, end), which lie side by side.
+template <class S>
+void add_position(const State& state, const S* x, int64_t begin, int64_t end) {
+  float block[BLOCK];
+  for (int64_t f = begin; f < end; f += BLOCK) {
+    const int64_t count = std::min<int64_t>(BLOCK, end - f);
+    load_block(x + f, 1, count, block);
+    if (count == BLOCK) {
+      int reached = 0;
+      for (int j = 0; j < BLOCK; ++j) reached |= !(block[j] < state.bound[f + j]);  // nan too
+      if (!reached) continue;
+    }
+    for (int j = 0; j < count; ++j)
+      if (!(block[j] < state.bound[f + j])) state.buffer(f + j).add(block[j]);
+  }
+}
+
+// x as features × positions; the positions are enumerated by `dims` dimensions, adjacent ones joined, the last one fastest.
+struct View {
+  static constexpr int MAX_DIMS = 64;  // PyTorch's own limit
+  int64_t features, feature_stride, positions = 1;
+  int dims = 0;
+  int64_t size[MAX_DIMS], stride[MAX_DIMS];
+
+  View(const Tensor& x, int64_t feature_dim) : features(x.size(feature_dim)), feature_stride(x.stride(feature_dim)) {
+    for (int64_t d = 0; d < x.dim(); ++d) {
+      if (d == feature_dim || x.size(d) == 1) continue;
+      positions *= x.size(d);
+      if (dims && stride[dims - 1] == x.size(d) * x.stride(d)) {  // steps of the outer dimension continue the inner one
+        size[dims - 1] *= x.size(d);
+        stride[dims - 1] = x.stride(d);
+      } else {
+        size[dims] = x.size(d);
+        stride[dims++] = x.stride(d);
+      }
+    }
+    if (!dims) size[0] = 1, stride[0] = 1, dims = 1;
+  }
+};
+
+template <class S>
+void keep_largest(const State& state, const View& view, const S* x) {
+  const int last = view.dims - 1;
+  const int64_t run = view.size[last], step = view.stride[last], runs = view.positions / run;
+  const bool side_by_side = view.feature_stride == 1 && step != 1;
+  const int64_t grain = std::max<int64_t>(BLOCK, (1 << 15) / view.positions);
+  torch::stable::parallel_for(0, view.features, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < runs; ++r) {
+      const S* at = x;
+      for (int64_t d = last - 1, rest = r; d >= 0; rest /= view.size[d--]) at += rest % view.size[d] * view.stride[d];
+      if (side_by_side) {
+        for (int64_t i = 0; i < run; ++i) add_position(state, at + i * step, begin, end);
+      } else {
+        for (int64_t f = begin; f < end; ++f) add_run(state.buffer(f), at + f * view.feature_stride, run, step);
+      }
+    }
+  });
+}
+
+void keep_largest_(Tensor values, Tensor counts, Tensor bound, Tensor x, int64_t feature_dim, int64_t capacity) {
+  using torch::headeronly::ScalarType;
+  if (feature_dim < 0) feature_dim += x.dim();
+  STD_TORCH_CHECK(feature_dim >= 0 && feature_dim < x.dim(), "feature_dim is outside the tensor");
+  const int64_t features = x.size(feature_dim);
+  STD_TORCH_CHECK(values.dim() == 2 && values.size(0) == features && values.scalar_type() == ScalarType::Float && values.is_contiguous() &&
+                      counts.dim() == 2 && counts.size(0) == 3 && counts.size(1) == features && counts.scalar_type() == ScalarType::Long &&
+                      counts.is_contiguous() && bound.dim() == 1 && bound.size(0) == features &&
+                      bound.scalar_type() == ScalarType::Float && bound.is_contiguous() && values.is_cpu() && counts.is_cpu() &&
+                      bound.is_cpu(),
+                  "the buffers were not made for ", features, " features on the CPU");
+  if (x.numel() == 0) return;
+  const View view(x, feature_dim);
+  int64_t* fill = static_cast<int64_t*>(counts.mutable_data_ptr());
+  const State state{static_cast<float*>(values.mutable_data_ptr()),
+                    fill,
+                    fill + features,
+                    fill + 2 * features,
+                    static_cast<float*>(bound.mutable_data_ptr()),
+                    values.size(1),
+                    capacity};
+  const auto [least, most] = std::minmax_element(fill, fill + features);
+  STD_TORCH_CHECK(*least >= 0 && *most <= state.slots && capacity >= 1, "the buffers are damaged");
+  STD_TORCH_CHECK(state.slots >= capacity + BLOCK || *most + view.positions + BLOCK <= state.slots, "the buffers have no room for ",
+                  view.positions, " positions more");
+  switch (x.scalar_type()) {
+    case ScalarType::Double: return keep_largest(state, view, static_cast<const double*>(x.const_data_ptr()));
+    case ScalarType::Float: return keep_largest(state, view, static_cast<const float*>(x.const_data_ptr()));
+    case ScalarType::BFloat16: return keep_largest(state, view, static_cast<const BFloat16*>(x.const_data_ptr()));
+    case ScalarType::Half: return keep_largest(state, view, static_cast<const Float16*>(x.const_data_ptr()));
+    default: STD_TORCH_CHECK(false, "keep_largest_ reads float64, float32, bfloat16 and float16");
+  }
+}
+
+}  // namespace
+}  // namespace torchprobe::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(torchprobe, CPU, m) { m.impl("keep_largest_", TORCH_BOX(&torchprobe::cpu::keep_largest_)); }

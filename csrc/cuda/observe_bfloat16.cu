@@ -1,0 +1,3 @@
+#include "kernels.cuh"
+
+template struct torchprobe::cuda::Kernels<torchprobe::cuda::BFloat16>;

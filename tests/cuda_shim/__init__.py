@@ -1,0 +1,88 @@
+"""The CUDA kernels on the host: csrc/cuda compiled against ``cuda_runtime.h`` of this folder, which plays the execution model.
+
+What this proves and what only a GPU can show is said in docs/kernel.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+ACCESS = ("vector", "scalar", "staged")
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or ``None``."""
+    name = shlex.split(os.environ.get("CXX") or "c++")[0]
+    return shutil.which(name)
+
+
+def sources(csrc: Path = CSRC) -> str:
+    """Everything the library is made of, in one string."""
+    files = [*HERE.glob("*.cpp"), *HERE.glob("*.h"), *csrc.glob("*.h"), *(csrc / "cuda").glob("*")]
+    return "".join(path.read_text() for path in sorted(files) if path.suffix in {".cpp", ".h", ".cu", ".cuh"})
+
+
+def build(csrc: Path = CSRC) -> Any:
+    """Compiles ``csrc`` and returns its operators; the same sources are compiled once."""
+    return _build(csrc, hashlib.sha256((sources(csrc) + torch.__version__).encode()).hexdigest()[:16])
+
+
+@functools.cache
+def _build(csrc: Path, key: str) -> Any:
+    folder = Path(tempfile.gettempdir()) / f"torchprobe-cuda-shim-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    library = folder / f"{key}.so"
+    if not library.exists():
+        include, lib = Path(torch.__file__).parent / "include", Path(torch.__file__).parent / "lib"
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as made:
+            command = [
+                str(compiler()), "-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+                f"-DSHIM=shim_{key}", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+                *(f"-I{path}" for path in (HERE, csrc, csrc / "cuda")), "-isystem", str(include),
+                str(HERE / "shim.cpp"), "-o", made.name, f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10",
+            ]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr
+            Path(made.name).replace(library)
+    torch.ops.load_library(str(library))
+    return getattr(torch.ops, f"shim_{key}")
+
+
+def observe(
+    state: Tensor,
+    x: Tensor,
+    feature_dim: int = -1,
+    outlier_sigma: float = 6.0,
+    every: int = 1,
+    mask: Tensor | None = None,
+    *,
+    multiprocessors: int = 3,
+    shared_bytes: int = 227 << 10,
+    order: int = 2,
+    csrc: Path = CSRC,
+) -> None:
+    """As ``observe_``, on a device of a few multiprocessors. ``order`` 0 runs threads and blocks by number, 1 backwards, n at random."""
+    build(csrc).observe_(state, x, feature_dim, outlier_sigma, every, mask, multiprocessors, shared_bytes, order)
+
+
+def plan(x: Tensor, feature_dim: int = -1, multiprocessors: int = 3, shared_bytes: int = 227 << 10) -> dict[str, Any]:
+    """How the launches cut up a call."""
+    from torchprobe.ops import new_state
+
+    out = torch.zeros(7, dtype=torch.int64)
+    build().plan(new_state(x.shape[feature_dim]), x, feature_dim, multiprocessors, shared_bytes, out)
+    values = dict(zip(("access", "wide", "groups", "rounds", "stages", "tiles", "slabs"), out.tolist(), strict=True))
+    return {**values, "access": ACCESS[values["access"]]}

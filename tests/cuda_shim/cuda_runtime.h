@@ -1,0 +1,286 @@
+// CUDA's execution model on the host: grids, blocks, warps, shared memory, barriers, shuffles, votes and asynchronous copies, as far as
+// csrc/cuda needs them. A thread of the device is a fibre; blocks run one after the other. What the hardware leaves open is left open here,
+// too: the order of blocks and, between two meeting points, of the threads of a block is a function of `order`. Where the hardware gives
+// nothing away for free, neither is it here: shared memory starts out as garbage, an asynchronous copy happens when it is waited for, and a
+// barrier or shuffle that not all threads reach is an error.
+//
+// This one header stands in for cuda_runtime.h, cuda_runtime_api.h, cuda_fp16.h and cuda_pipeline.h.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace shim {
+
+constexpr int WARP = 32;
+constexpr size_t SHARED_LIMIT = 256 << 10, STACK = 256 << 10;
+constexpr unsigned char POISON = 0x41;  // a finite number in every format: what the kernels know how to mend would hide it
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+enum class Wait { Nothing, Barrier, Warp, End };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+struct Fibre {
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  ucontext_t start;
+  jmp_buf at;
+  bool started = false;
+  Wait wait = Wait::Nothing;
+  const char* what = "";               // the kind of meeting point it waits at
+  std::vector<std::vector<Copy>> copies;  // committed groups that were not waited for
+  std::vector<Copy> open;
+};
+
+struct Machine {
+  std::vector<Fibre> fibres;
+  std::function<void()> body;
+  jmp_buf scheduler;
+  int current = -1, threads = 0;
+  bool any = false, any_result = false;
+  struct Lane {
+    unsigned char value[2][16];
+    int phase = 0;
+  };
+  std::vector<Lane> lanes;
+  std::mt19937 random;
+  unsigned order = 0;
+  std::string error;
+
+  std::vector<int> permutation(int n) {
+    std::vector<int> p(n);
+    for (int i = 0; i < n; ++i) p[i] = order == 1 ? n - 1 - i : i;
+    if (order > 1) std::shuffle(p.begin(), p.end(), random);
+    return p;
+  }
+  void run_block(unsigned block, size_t shared_bytes);
+  void pause(Wait wait, const char* what) {
+    Fibre& mine = fibres[current];
+    mine.wait = wait, mine.what = what;
+    if (_setjmp(mine.at) == 0) _longjmp(scheduler, 1);
+  }
+  [[noreturn]] static void enter();
+  // All of these wait at one and the same kind of meeting point.
+  bool meet(int begin, int end, Wait wait) {
+    for (int t = begin; t < end; ++t) {
+      if (fibres[t].wait != wait) return false;
+      if (std::strcmp(fibres[t].what, fibres[begin].what)) throw Error(std::string(fibres[begin].what) + " meets " + fibres[t].what);
+    }
+    return true;
+  }
+};
+inline Machine machine;
+
+}  // namespace shim
+
+inline dim3 threadIdx(0, 0, 0), blockIdx(0, 0, 0), blockDim, gridDim;
+
+namespace torchprobe::cuda {
+alignas(16) inline unsigned char shared_memory[shim::SHARED_LIMIT];  // what the kernels declare as extern __shared__
+}
+
+namespace shim {
+
+inline void Machine::enter() {
+  machine.body();
+  machine.pause(Wait::End, "the end");
+  std::abort();
+}
+
+inline void Machine::run_block(unsigned block, size_t shared_bytes) {
+  unsigned char* const memory = torchprobe::cuda::shared_memory;
+  std::memset(memory, POISON, SHARED_LIMIT);
+  blockIdx = dim3(block, 0, 0);
+  if (int(fibres.size()) < threads) fibres.resize(threads);
+  lanes.assign(threads, {});
+  for (int t = 0; t < threads; ++t) {
+    fibres[t].started = false, fibres[t].wait = Wait::Nothing;
+    fibres[t].copies.clear(), fibres[t].open.clear();
+  }
+  for (;;) {
+    bool ran = false;
+    for (int t : permutation(threads)) {
+      // A thread goes on until it has to meet others; a warp that has met goes on at once.
+      while (fibres[t].wait == Wait::Nothing) {
+        ran = true;
+        current = t;
+        threadIdx = dim3(unsigned(t), 0, 0);
+        if (_setjmp(scheduler) == 0) {
+          if (fibres[t].started) _longjmp(fibres[t].at, 1);
+          fibres[t].started = true;
+          getcontext(&fibres[t].start);
+          fibres[t].start.uc_stack.ss_sp = fibres[t].stack.get();
+          fibres[t].start.uc_stack.ss_size = STACK;
+          fibres[t].start.uc_link = nullptr;
+          makecontext(&fibres[t].start, reinterpret_cast<void (*)()>(&Machine::enter), 0);
+          setcontext(&fibres[t].start);
+        }
+        const int warp = t / WARP * WARP;
+        if (fibres[t].wait == Wait::Warp && meet(warp, warp + WARP, Wait::Warp))
+          for (int u = warp; u < warp + WARP; ++u) fibres[u].wait = Wait::Nothing;
+      }
+    }
+    if (meet(0, threads, Wait::End)) break;
+    if (meet(0, threads, Wait::Barrier)) {
+      any_result = any, any = false;
+      for (int t = 0; t < threads; ++t) fibres[t].wait = Wait::Nothing;
+    } else if (!ran) {
+      throw Error("some threads wait at " + std::string(fibres[0].what) + " for others that never come");
+    }
+  }
+  for (size_t i = shared_bytes; i < SHARED_LIMIT; ++i)
+    if (memory[i] != POISON) throw Error("a block wrote beyond its " + std::to_string(shared_bytes) + " bytes of shared memory");
+}
+
+// Every lane gives a value and gets another lane's.
+template <class T>
+T exchange(T value, int from, const char* what) {
+  static_assert(sizeof(T) <= 16);
+  const int t = machine.current, warp = t / WARP * WARP;
+  Machine::Lane& mine = machine.lanes[t];
+  const int phase = mine.phase;
+  mine.phase ^= 1;
+  std::memcpy(mine.value[phase], &value, sizeof value);
+  machine.pause(Wait::Warp, what);
+  std::memcpy(&value, machine.lanes[warp + from].value[phase], sizeof value);
+  return value;
+}
+
+inline void require_all(unsigned mask) {
+  if (mask != 0xffffffffu) throw Error("the shim knows whole warps only");
+}
+
+}  // namespace shim
+
+// ---- what kernels call -------------------------------------------------------------------------------------------------------------------
+
+inline void __syncthreads() { shim::machine.pause(shim::Wait::Barrier, "__syncthreads"); }
+inline int __syncthreads_or(int predicate) {
+  shim::machine.any |= predicate != 0;
+  shim::machine.pause(shim::Wait::Barrier, "__syncthreads_or");
+  return shim::machine.any_result;
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  shim::require_all(mask);
+  return shim::exchange(value, shim::machine.current % shim::WARP ^ lanes, "__shfl_xor_sync");
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  shim::require_all(mask);
+  int all = predicate != 0;
+  for (int m = 1; m < shim::WARP; m *= 2) all &= shim::exchange(all, shim::machine.current % shim::WARP ^ m, "__all_sync");
+  return all;
+}
+inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
+  const uint32_t before = *to;
+  *to += value;
+  return before;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) shim::machine.error = "an asynchronous copy is not aligned";
+  shim::machine.fibres[shim::machine.current].open.push_back({to, from, bytes});
+}
+inline void __pipeline_commit() {
+  shim::Fibre& mine = shim::machine.fibres[shim::machine.current];
+  mine.copies.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+inline void __pipeline_wait_prior(size_t later) {
+  auto& copies = shim::machine.fibres[shim::machine.current].copies;
+  while (copies.size() > later) {
+    for (const shim::Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    copies.erase(copies.begin());
+  }
+}
+
+template <class To, class From>
+To shim_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+inline float __uint_as_float(uint32_t x) { return shim_bits<float>(x); }
+inline uint32_t __float_as_uint(float x) { return shim_bits<uint32_t>(x); }
+inline double __longlong_as_double(int64_t x) { return shim_bits<double>(x); }
+inline int64_t __double_as_longlong(double x) { return shim_bits<int64_t>(x); }
+
+struct __half {
+  uint16_t bits;
+};
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline float __half2float(__half h) {
+  const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31, mantissa = h.bits & 1023u;
+  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
+  if (exponent) return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
+  const float small = std::ldexp(float(mantissa), -24);
+  return sign ? -small : small;
+}
+
+using std::fma;
+using std::fmaxf;
+using std::fminf;
+
+// ---- what the host calls -----------------------------------------------------------------------------------------------------------------
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+
+namespace torchprobe::cuda {
+struct Plan;
+}
+namespace shim {
+// Every kernel takes one Plan.
+template <class Argument>
+cudaError_t launch(void (*kernel)(const Argument), dim3 grid, dim3 block, const Argument& argument, size_t shared_bytes) {
+  if (block.x % WARP || shared_bytes > SHARED_LIMIT) throw Error("a launch that the shim cannot do");
+  gridDim = grid, blockDim = block;
+  machine.threads = int(block.x);
+  machine.body = [&] { kernel(argument); };
+  machine.error.clear();
+  for (int b : machine.permutation(int(grid.x))) machine.run_block(unsigned(b), shared_bytes);
+  if (!machine.error.empty()) throw Error(machine.error);
+  return cudaSuccess;
+}
+}  // namespace shim
