@@ -7,5 +7,5 @@
 ``model``       every block of a ViT-B/32 recorded, against its ``observe_`` calls on their own
 ==============  =====================================================================================
 
-``docs/performance.md`` says how it is measured and what came out.
+``docs/performance.md`` says how it is measured and what came out. For a GPU there is :mod:`benchmarks.gpu`.
 """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from benchmarks.report import Section
 
-SECTIONS = ("read", "rivals", "hook", "model")
+SECTIONS = ("read", "rivals", "hook", "model", "dissection")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +53,7 @@ def main(only: tuple[str, ...], quick: bool, device: str, path: Path | None, def
 
 
 def _run(name: str, device: torch.device, quick: bool) -> Section:
-    from benchmarks import hook, model, read_once, rivals
+    from benchmarks import dissection, hook, model, read_once, rivals
 
     if name == "read":
         return read_once.run(device, 5 if quick else 60)
@@ -61,6 +61,8 @@ def _run(name: str, device: torch.device, quick: bool) -> Section:
         return rivals.run(device, 3, dtypes=("float32",)) if quick else rivals.run(device, 40)
     if name == "hook":
         return hook.run(device, 1 if quick else 10)
+    if name == "dissection":
+        return dissection.run(device, 1, units=256, images=8, quick=True) if quick else dissection.run(device, 30)
     return model.run(device, 4, batch=2) if quick else model.run(device, 80)
 
 

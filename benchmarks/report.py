@@ -59,6 +59,7 @@ class Row:
     gigabytes_per_second: float | None = None
     computes: str = ""
     target: Target | None = None
+    extrapolated: str = ""  # to a whole data set
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,14 @@ def table(section: Section, width: int = 160) -> Table:
         section.ratio: lambda row: _digits(row.ratio),
         "of minima": lambda row: _digits(row.ratio_of_minima),
         "page faults": lambda row: f"{row.timing.page_faults:,.0f}" if section.page_faults else "",
+        "all of Broden": lambda row: row.extrapolated,
         "target": lambda row: str(row.target or ""),
         "measured": lambda row: _digits(row.target and row.target.measured),
         "": lambda row: verdict(row),
     }
     left_out = {"quartiles", "min", "of minima", "page faults"} if width < 140 else set()
     shown = {head: cell for head, cell in columns.items() if head not in left_out and any(cell(row) for row in section.rows)}
-    out = plain_table(*shown, right=shown.keys() - {"input", "contestant", "computes", "target", ""})
+    out = plain_table(*shown, right=shown.keys() - {"input", "contestant", "computes", "all of Broden", "target", ""})
     out.title, out.title_justify = text(section.title, "bold"), "left"
     out.caption, out.caption_justify = text(" ".join(filter(None, (section.note, _disturbance(section.rows))))), "left"
     for i, row in enumerate(section.rows):
@@ -161,6 +163,7 @@ def _plain(row: Row) -> dict[str, Any]:
         "input": row.case,
         "contestant": row.contestant,
         "computes": row.computes,
+        "extrapolated": row.extrapolated,
         "rounds": len(timing.seconds),
         "median": timing.median,
         "quartiles": timing.quartiles,

@@ -48,7 +48,7 @@ def run(capsys, monkeypatch):
 # -- help and wrong usage ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["scan"], ["layers"], ["doctor"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["scan"], ["layers"], ["dissect"], ["doctor"], ["demo"]])
 def test_help_documents_the_exit_codes(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0
@@ -69,6 +69,11 @@ def test_version(run):
         ["scan", MODEL, "--images", ".", "--device", "nonsense"],
         ["scan", MODEL, "--images", ".", "--random-init", "--checkpoint", "a.pt"],
         ["layers"],
+        ["dissect", MODEL, "--layers", "visual.blocks.*"],
+        ["dissect", "--layers", "visual.blocks.*", "--broden", "."],
+        ["dissect", MODEL, "--broden", "."],
+        ["dissect", MODEL, "--layers", "a", "--broden", ".", "--score", "auc"],
+        ["dissect", MODEL, "--layers", "a", "--broden", ".", "--random-init", "--checkpoint", "a.pt"],
     ],
 )
 def test_wrong_usage_exits_with_2(run, arguments):
@@ -225,6 +230,125 @@ def test_an_interruption_before_anything_was_seen(run, photos, tmp_path, monkeyp
     assert code == 130
     assert "nothing was written" in err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# -- dissect -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broden(tmp_path):
+    from broden_sets import write_trap_set
+
+    write_trap_set(tmp_path / "broden", images=24)
+    return tmp_path / "broden"
+
+
+def dissecting(broden, out, *more):
+    options = ["--layers", "visual.blocks.0", "--layers", "visual.blocks.1", "--broden", broden, "--out", out, "--device", "cpu"]
+    return ["dissect", MODEL, "--random-init", *options, "--batch-size", 4, "--pictures", 2, *more]
+
+
+def test_dissect_prints_and_writes(run, broden, tmp_path):
+    assert run(*dissecting(broden, tmp_path / "null", "--shuffle-labels", 1, "--json"))[0] == 0
+    code, out, err = run(*dissecting(broden, tmp_path / "out", "--null", tmp_path / "null"))
+    assert code == 0
+    assert err == ""
+    for phrase in ("visual.blocks.0, 64 units", "  null", "detectors", "paper's rule", "encoded"):
+        assert phrase in out, phrase
+    assert out.strip().endswith(str(tmp_path / "out" / "visual.blocks.1.html"))
+    kinds = ("visual.blocks.0.csv", "visual.blocks.0-ap.csv", "visual.blocks.0.safetensors", "visual.blocks.0.html", "summary.json")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {name.replace("0", n) for name in kinds for n in "01"}
+    page = (tmp_path / "out" / "visual.blocks.0.html").read_text(encoding="utf-8")
+    assert "random weights" in page
+    assert "<img" not in page
+    code, _, err = run(*dissecting(broden, tmp_path / "out", "--resume"))
+    assert code == 1
+    assert "nothing to resume" in err
+    code, _, err = run(*dissecting(broden, tmp_path / "out", "--null", broden))
+    assert code == 1
+    assert "holds no finished dissection" in err
+
+
+def test_dissect_as_json_by_average_precision(run, broden, tmp_path):
+    arguments = ["dissect", MODEL, "--random-init", "--layers", "visual.blocks.1", "--broden", broden, "--out", tmp_path / "out"]
+    code, out, _ = run(*arguments, "--score", "ap", "--limit", 9, "--category", "object", "--rotate", "--pictures", 0, "--json")
+    assert code == 0
+    (layer,) = json.loads(out)["layers"]
+    assert layer["images"] == 9
+    assert "detectors" not in layer
+    assert layer["metadata"]["score"] == ["ap"]
+    assert layer["metadata"]["basis"]
+    assert not (tmp_path / "out" / "visual.blocks.1.csv").exists()
+
+
+def test_an_interrupted_dissection_goes_on(run, broden, tmp_path, monkeypatch):
+    assert run(*dissecting(broden, tmp_path / "whole"))[0] == 0
+    with monkeypatch.context() as patch:
+        forward, calls = Encoder.forward, []
+
+        def interrupted(self, images):
+            calls.append(len(images))
+            if len(calls) == 10:  # after the calibration, amid a pass
+                raise KeyboardInterrupt
+            return forward(self, images)
+
+        patch.setattr(Encoder, "forward", interrupted)
+        code, out, err = run(*dissecting(broden, tmp_path / "out"))
+    assert code == 130
+    assert out == ""
+    assert "--resume" in err
+    code, _, err = run(*dissecting(broden, tmp_path / "out"))
+    assert code == 1
+    assert "resume" in err
+    assert run(*dissecting(broden, tmp_path / "out", "--resume"))[0] == 0
+    for name in ("visual.blocks.0.csv", "visual.blocks.1-ap.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_check_lists_every_problem(run, broden):
+    assert run("dissect", "--check", "--broden", broden)[0] == 0
+    pictures = sorted((broden / "images").rglob("*.jpg"))[:2]
+    pictures[0].unlink()
+    pictures[1].write_bytes(pictures[1].read_bytes()[:50])
+    code, out, _ = run("dissect", "--check", "--broden", broden)
+    assert code == 3
+    assert all(path.name in out for path in pictures)
+    assert out.strip().splitlines()[-1].startswith("2 problems")
+    code, out, _ = run("dissect", "--check", "--broden", broden, "--json")
+    assert code == 3
+    assert len(json.loads(out)) == 2
+
+
+def test_a_log_shows_how_far_a_dissection_is(capsys):
+    from torchprobe.cli.tools import stage_bar
+    from torchprobe.dissection import Progress
+
+    with stage_bar(every=0) as tell:
+        tell(Progress("overlap", 500, 63305, 10.0, 3725.4))
+    with stage_bar(quiet=True, every=0) as tell:
+        tell(Progress("overlap", 501, 63305, 10.0, None))
+    assert capsys.readouterr().err == "overlap: 500 of 63,305 images, about 1:02:05 left\n"
+
+
+def test_batch_norms_are_recalibrated(broden):
+    import torch
+    from torch import nn
+
+    from torchprobe.datasets import Broden
+    from torchprobe.studies.dissect_pages import recalibrate
+
+    def preprocess(image):
+        return torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32)).permute(2, 0, 1)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten())
+    data = Broden(broden)
+    encoder = Encoder(net, features=256, preprocess=preprocess)
+    recalibrate(encoder, data, batch_size=len(data))
+    maps = net[0](torch.stack([preprocess(data.image(i)) for i in range(len(data))]))
+    torch.testing.assert_close(net[1].running_mean, maps.mean((0, 2, 3)))
+    assert net[1].momentum == 0.1
+    assert encoder.training
 
 
 # -- doctor --------------------------------------------------------------------------------------------------------------

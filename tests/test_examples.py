@@ -32,3 +32,14 @@ def test_train_with_kurtosis_resumes_as_if_never_interrupted(monkeypatch, tmp_pa
     for layer in whole.layers:
         np.testing.assert_array_equal(whole[layer].kurtosis, parts[layer].kurtosis)
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_dissect_writes_a_page(monkeypatch, tmp_path, capsys):
+    for package in ("PIL", "jinja2", "matplotlib"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    run(monkeypatch, "dissect.py", "--images", 40, "--epochs", 1, "--output", tmp_path)
+    printed = capsys.readouterr().out
+    assert "labels shuffled" in printed
+    assert printed.strip().endswith(str(tmp_path / "index.html"))
+    assert "shapes/" in (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert len((tmp_path / "units.csv").read_text().splitlines()) == 33

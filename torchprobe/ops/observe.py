@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from torchprobe.ops import layout
+from torchprobe.ops._library import warn_unavailable
 
 SCHEMA = "observe_(Tensor(a!) state, Tensor x, int feature_dim=-1, float outlier_sigma=6.0, int every=1, Tensor? mask=None) -> ()"
+FALLBACK = SCHEMA.replace("observe_", "observe_reference_")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1 << 20  # elements the reference widens to float64 at a time
 _updating = threading.Lock()  # threads may share a state
@@ -133,6 +135,19 @@ def reference(
         state[layout.CALLS] = calls + 1
 
 
+def _fallback(
+    state: Tensor,
+    x: Tensor,
+    feature_dim: int = -1,
+    outlier_sigma: float = 6.0,
+    every: int = 1,
+    mask: Tensor | None = None,
+) -> None:
+    """What a native kernel calls that finds that it cannot run on this device."""
+    warn_unavailable(x.get_device())
+    reference(state, x, feature_dim, outlier_sigma, every, mask)
+
+
 def _observe_block(x: Tensor, keep: Tensor, outlier_sigma: float) -> Tensor:
     """The state of one block of vectors, shape (n, features), n ≥ 1; ``keep`` says which of them exist."""
     features = x.shape[1]
@@ -233,9 +248,10 @@ def _vmap(*_: object) -> None:
 
 def register(library: torch.library.Library) -> None:
     """Defines the operator with everything that is not a native kernel."""
-    library.define(SCHEMA)
-    library.impl("observe_", reference, "CompositeExplicitAutograd")
-    # Nothing here is differentiable: skip the autograd machinery, which would only cost time.
-    library.impl("observe_", torch.library.fallthrough_kernel, "Autograd")
+    for schema, name, kernel in ((SCHEMA, "observe_", reference), (FALLBACK, "observe_reference_", _fallback)):
+        library.define(schema)
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        # Nothing here is differentiable: skip the autograd machinery, which would only cost time.
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake("torchprobe::observe_", _fake, lib=library)
     torch.library.register_vmap("torchprobe::observe_", _vmap, lib=library)

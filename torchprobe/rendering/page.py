@@ -85,8 +85,12 @@ WIDE, NARROW = 9.0, 4.6
 """Widths of the figures in inches, for a page that is wide and for one as narrow as a telephone."""
 
 
-def render(page: Page) -> str:
+def render(page: Page, template: str = "page.html.jinja") -> str:
     """The page as HTML.
+
+    Args:
+        page: what it says.
+        template: of this package, for pages that have more than sections.
 
     No resource is loaded from anywhere: style, script and figures are inline, and a content security policy in the
     head forbids all else. Every text is escaped by jinja2; the figures' by :func:`torchprobe.rendering.plots.svg`.
@@ -121,7 +125,7 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.globals.update(figure=figure, heads=heads, cell=cell, shown=shown, sort_key=sort_key, wide=WIDE, narrow=NARROW)
-    return environment.get_template("page.html.jinja").render(page=page)
+    return environment.get_template(template).render(page=page)
 
 
 def require() -> None:
@@ -135,9 +139,9 @@ def require() -> None:
         raise ModuleNotFoundError(f"a page needs {' and '.join(missing)}: pip install 'torchprobe[report]'")
 
 
-def write(page: Page, path: str | os.PathLike[str]) -> Path:
+def write(page: Page, path: str | os.PathLike[str], template: str = "page.html.jinja") -> Path:
     """Writes :func:`render` of ``page`` to ``path``, at once, and returns the path."""
-    text = render(page)
+    text = render(page, template)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)

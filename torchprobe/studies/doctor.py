@@ -15,8 +15,9 @@ PACKAGES = ["torch", "numpy", "einops", "safetensors", "rich", "torchvision", "t
 def examine() -> dict[str, Any]:
     """``versions`` (None: not installed), ``machine``, ``kernels`` (device → "loaded: …" or why not), ``checks`` and ``passed``.
 
-    The checks are those of :func:`torchprobe.ops.selfcheck.run`, on the CPU and on CUDA if there is any; each has ``name``,
-    ``passed``, ``error``, ``tolerance`` and ``detail``.
+    The checks are those of :func:`torchprobe.ops.selfcheck.run`, on the CPU and on every CUDA device; each has ``name``, ``passed``,
+    ``error``, ``tolerance`` and ``detail``. Where a device cannot run the CUDA kernels, ``kernels`` says so, and what is checked there is
+    the PyTorch reference.
 
     >>> examine()["passed"]
     True
@@ -24,12 +25,8 @@ def examine() -> dict[str, Any]:
     import torchprobe
     from torchprobe.ops import kernels, selfcheck
 
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    checks = [
-        {**asdict(check), "name": f"{device}: {check.name}"}
-        for device in ["cpu", *(["cuda"] if cuda else [])]
-        for check in selfcheck.run(device)
-    ]
+    cuda = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    checks = [{**asdict(check), "name": f"{device}: {check.name}"} for device in ["cpu", *cuda] for check in selfcheck.run(device)]
     return {
         "versions": {
             "torchprobe": torchprobe.__version__,
@@ -40,7 +37,8 @@ def examine() -> dict[str, Any]:
             "platform": platform.platform(),
             "instruction set": torch.backends.cpu.get_cpu_capability(),
             "threads": str(torch.get_num_threads()),
-            "CUDA devices": ", ".join(cuda) or "none",
+            "CUDA of torch": torch.version.cuda or "none",
+            "CUDA devices": ", ".join(cuda.values()) or "none",
         },
         "kernels": kernels(),
         "checks": checks,

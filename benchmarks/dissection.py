@@ -1,0 +1,176 @@
+"""Dissection: thresholds, overlap and average precision, per image, beside the usual ways of computing them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.report import Row, Section, Target, versus
+from benchmarks.synthetic_broden import GRID, IMAGES, LABELS, SyntheticBroden, smooth_maps
+from benchmarks.timing import Timing, race
+from torchprobe.dissection import LabelBatch, Overlap, average_precision, concept_matrix
+from torchprobe.ops.average_precision import reference
+from torchprobe.statistics import Quantile
+
+QUANTILE = 0.005
+_HOUR = 3600
+
+
+def run(device: torch.device, seconds: float, units: int = 2048, size: int = 7, images: int = 32, quick: bool = False) -> Section:
+    """A layer of ``units`` × ``size`` × ``size``; figures are per image, with what that comes to for all of Broden."""
+    maps = smooth_maps(images, units, size).to(device)
+    thresholds = maps.movedim(1, 0).flatten(1).quantile(1 - QUANTILE, dim=1)
+    broden = SyntheticBroden(images)
+    rows = [
+        *_rows(f"thresholds, {units} × {size} × {size}", _quantiles(maps), images, seconds, device, 0.5, None),
+        *_rows(
+            f"overlap, {units} × {size} × {size} on {GRID} × {GRID}", _overlaps(maps, thresholds, broden), images, seconds, device, 0.3, 0.8
+        ),
+        *(average_precisions(device, seconds, 2000, 8) if quick else average_precisions(device, seconds)),
+    ]
+    note = (
+        f"per image; all of Broden has {IMAGES:,}. Average precision: 2,048 units and {LABELS:,} concepts, extrapolated from fewer, per "
+        "image too."
+    )
+    return Section("dissection", "dissection", rows, note)
+
+
+def _rows(
+    case: str,
+    contestants: dict[str, tuple[int, Callable[[], object]]],
+    images: int,
+    seconds: float,
+    device: torch.device,
+    bound: float,
+    limit: float | None,
+) -> list[Row]:
+    """``contestants``: how many images each call is of, and the call. The first is ours."""
+    times = race({name: call for name, (_, call) in contestants.items()}, seconds, device)
+    per = {name: times[name].per(count) for name, (count, _) in contestants.items()}
+    ours, *others = per
+    target = Target("ms", per[ours].median * 1e3, bound, limit)
+    return [
+        Row(case, ours, per[ours], extrapolated=_broden(per[ours]), target=target, **versus(per[ours], per[ours])),
+        *(Row(case, name, per[name], extrapolated=_broden(per[name]), **versus(per[name], per[ours])) for name in others),
+    ]
+
+
+def _broden(timing: Timing) -> str:
+    whole = timing.median * IMAGES
+    return f"{whole / _HOUR:.1f} h" if whole > _HOUR else f"{whole:.0f} s"
+
+
+# -- thresholds ------------------------------------------------------------------------------------------------------------
+
+
+def _quantiles(maps: Tensor) -> dict[str, tuple[int, Callable[[], object]]]:
+    images, units = maps.shape[:2]
+    ours = Quantile(units, QUANTILE, maps.device)
+    for _ in range(20):
+        ours.update(maps, 1)  # in the steady state, where most values are below what is kept
+    kept = [torch.zeros(units, 512, device=maps.device)]
+    return {
+        "torchprobe Quantile": (images, lambda: ours.update(maps, 1)),
+        "torch: topk of kept and new": (images, partial(_topk, kept, maps)),
+        "loop over units, np.partition": (images, partial(_partition, maps.cpu().numpy())),
+    }
+
+
+def _topk(kept: list[Tensor], maps: Tensor) -> None:
+    both = torch.cat([kept[0], maps.movedim(1, 0).flatten(1)], 1)
+    kept[0] = both.topk(kept[0].shape[1], 1).values
+
+
+def _partition(maps: np.ndarray) -> list[float]:
+    """Of this batch alone: what it takes to look at every value once."""
+    level = int((1 - QUANTILE) * maps[:, 0].size)
+    return [float(np.partition(maps[:, unit].ravel(), level)[level]) for unit in range(maps.shape[1])]
+
+
+# -- overlap ---------------------------------------------------------------------------------------------------------------
+
+
+def _overlaps(maps: Tensor, thresholds: Tensor, broden: SyntheticBroden) -> dict[str, tuple[int, Callable[[], object]]]:
+    images = len(maps)
+    labels = [broden.image_labels(i) for i in range(images)]
+    packed = LabelBatch.pack(labels, [(GRID, GRID)] * images)
+    ours = Overlap(thresholds, broden.primary, len(broden.categories))
+    few = 2
+    return {
+        "torchprobe Overlap": (images, lambda: ours.update(maps, packed)),
+        "torch: interpolate active units, matmul": (images, partial(_interpolate, maps, thresholds, labels)),
+        "loops over units and labels": (few, partial(_loops, maps[:few].cpu(), thresholds.cpu(), labels[:few])),
+    }
+
+
+def _interpolate(maps: Tensor, thresholds: Tensor, labels: list[list[tuple[str, Tensor]]]) -> Tensor:
+    total = torch.zeros(maps.shape[1], LABELS + 1, device=maps.device)
+    for image, found in zip(maps, labels, strict=True):
+        active = (image.flatten(1).amax(1) > thresholds).nonzero()[:, 0]
+        up = torch.nn.functional.interpolate(image[active][None], (GRID, GRID), mode="bilinear", align_corners=False)[0]
+        mask = (up > thresholds[active, None, None]).flatten(1).float()
+        planes = torch.cat([planes.flatten(1) for _, planes in found if planes.dim() == 3]).to(maps.device)
+        numbers = planes.unique()
+        shown = (planes[:, None] == numbers[:, None]).any(0).float()
+        total[active[:, None], numbers.long()] += mask @ shown.T
+    return total
+
+
+def _loops(maps: Tensor, thresholds: Tensor, labels: list[list[tuple[str, Tensor]]]) -> dict[tuple[int, int], int]:
+    """Unit by unit and label by label, with Pillow's bilinear resize, as the early tools do it."""
+    from PIL import Image
+
+    total: dict[tuple[int, int], int] = {}
+    for image, found in zip(maps.numpy(), labels, strict=True):
+        planes = [plane.numpy() for _, planes in found if planes.dim() == 3 for plane in planes]
+        for unit in range(len(image)):
+            if image[unit].max() <= thresholds[unit]:
+                continue
+            up = np.asarray(Image.fromarray(image[unit]).resize((GRID, GRID), Image.Resampling.BILINEAR))
+            mask = up > float(thresholds[unit])
+            for plane in planes:
+                for number, count in zip(*np.unique(plane[mask], return_counts=True), strict=True):
+                    total[unit, int(number)] = total.get((unit, int(number)), 0) + int(count)
+    return total
+
+
+# -- average precision -----------------------------------------------------------------------------------------------------
+
+
+def average_precisions(device: torch.device, seconds: float, images: int = IMAGES, units: int = 32) -> list[Row]:
+    """Each contestant takes as many units and concepts as it can in reasonable time; the figures are for 2048 × 1,197, per image."""
+    broden = SyntheticBroden(images)
+    presence = broden.presence()
+    crow, col = presence.crow.to(device), presence.number.long().to(device)
+    matrix = concept_matrix(crow, col, LABELS + 1)
+    scores = torch.rand(units, images, generator=torch.Generator().manual_seed(0)).to(device)
+    contestants: dict[str, tuple[float, Callable[[], object]]] = {
+        "torchprobe average_precision": (units / 2048, lambda: average_precision(scores, matrix)),
+        "torch: the reference": (4 / 2048, lambda: reference(scores[:4], crow, col, LABELS + 1)),
+    }
+    try:
+        from sklearn.metrics import average_precision_score
+    except ImportError:
+        pass
+    else:
+        shown = np.zeros(images, bool)
+        shown[::50] = True
+        one = scores[0].cpu().numpy()
+        contestants["sklearn, pair by pair"] = (1 / (2048 * LABELS), lambda: average_precision_score(shown, one))
+    times = race({name: call for name, (_, call) in contestants.items()}, seconds, device)
+    per = {name: _scaled(times[name], 1 / share / images) for name, (share, _) in contestants.items()}
+    ours = per["torchprobe average_precision"]
+    target = Target("ms", ours.median * 1e3, 3e3 / images, 6e3 / images) if images == IMAGES else None
+    case = f"average precision, {images:,} images"
+    return [
+        Row(case, name, timing, extrapolated=_broden(timing), target=target if timing is ours else None, **versus(timing, ours))
+        for name, timing in per.items()
+    ]
+
+
+def _scaled(timing: Timing, factor: float) -> Timing:
+    return Timing(tuple(s * factor for s in timing.seconds), timing.page_faults, timing.disturbed)

@@ -1,0 +1,102 @@
+"""Broden's size and statistics without its pictures: labels and maps are generated, nothing is read."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.datasets.broden import Broden, Label, Presence, Row
+from torchprobe.datasets.broden.presence import image_areas
+
+IMAGES, LABELS, GRID = 63_305, 1_197, 112
+CATEGORIES = {"color": 11, "object": 500, "part": 150, "material": 32, "texture": 47, "scene": 457}
+_TEMPLATES = 512
+
+
+def image_labels(generator: torch.Generator) -> list[tuple[str, Tensor]]:
+    """About 15 labels in coherent regions: a plane of colours, one of objects, often one or two of parts, and a scene."""
+
+    def plane(category: str, labels: int, cell: int) -> Tensor:
+        # Frequent labels are much more frequent than rare ones, as in Broden.
+        chosen = _FIRST[category] + (CATEGORIES[category] * torch.rand(labels, generator=generator) ** 3).int()
+        coarse = chosen[torch.randint(labels, (-(-GRID // cell), -(-GRID // cell)), generator=generator)]
+        return coarse.repeat_interleave(cell, 0).repeat_interleave(cell, 1)[:GRID, :GRID]
+
+    found = [("color", plane("color", 9, 7)[None]), ("object", plane("object", 10, 14)[None])]
+    if float(torch.rand((), generator=generator)) < 0.35:
+        found.append(("part", torch.stack([plane("part", 3, 16) for _ in range(int(torch.randint(1, 3, (), generator=generator)))])))
+    found.append(("scene", _FIRST["scene"] + torch.randint(CATEGORIES["scene"], (1,), generator=generator, dtype=torch.int32)))
+    return found
+
+
+_FIRST = {name: 1 + sum(list(CATEGORIES.values())[:i]) for i, name in enumerate(CATEGORIES)}
+
+
+class SyntheticBroden(Broden):
+    """``images`` rows with the labels of 512 pictures in turn, the last label moved on so that rows differ. The "picture" is its number."""
+
+    def __init__(self, images: int = IMAGES, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.root = Path(tempfile.mkdtemp(prefix="torchprobe-"))
+        (self.root / "index.csv").write_text(f"synthetic {images} {seed}\n")
+        self.split, self.transform, self._presence = None, None, None
+        self.categories = tuple(CATEGORIES)
+        names = [(name, first + i) for name, first in _FIRST.items() for i in range(CATEGORIES[name])]
+        self.labels = tuple(Label(number, f"{name} {number}", name, (name,), 10, 1.0) for name, number in names)
+        self.label_size = LABELS + 1
+        self.primary = torch.tensor([5, *(list(CATEGORIES).index(label.category) for label in self.labels)])
+        self.rows = [Row(i + 2, f"{i}.jpg", "train", 2 * GRID, 2 * GRID, GRID, GRID, ()) for i in range(images)]
+        self._templates = [image_labels(generator) for _ in range(_TEMPLATES)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int) -> Any:
+        return index
+
+    def image_labels(self, index: int) -> list[tuple[str, Tensor]]:
+        *planes, (_, scene) = self._templates[index * 7919 % _TEMPLATES]
+        moved = (scene - _FIRST["scene"] + index) % CATEGORIES["scene"] + _FIRST["scene"]
+        return [*planes, ("scene", moved)]
+
+    def presence(self, *args: Any, **kwargs: Any) -> Presence:
+        """From the areas of the templates, without decoding anything."""
+        if self._presence is None:
+            areas = [image_areas(planes[:-1], self.label_size) for planes in self._templates]
+            numbers, shares, counts = [], [], [0]
+            for index in range(len(self)):
+                number, share = areas[index * 7919 % _TEMPLATES]
+                numbers += [number, self.image_labels(index)[-1][1]]
+                shares += [share, torch.ones(1)]
+                counts.append(len(number) + 1)
+            self._presence = Presence(torch.tensor(counts).cumsum(0), torch.cat(numbers), torch.cat(shares))
+        return self._presence
+
+
+class GeneratedMaps(nn.Module):
+    """In place of a network: numbers of pictures (N, 1, 1, 1) → maps (N, units, h, w), rectified, of which each is another."""
+
+    def __init__(self, units: int = 2048, size: int = 7, bank: int = 64) -> None:
+        super().__init__()
+        self.maps = nn.Identity()
+        self.register_buffer("bank", smooth_maps(bank, units, size))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        index = numbers.flatten().long()
+        scale = 1 + ((index * 2654435761) % 65537) / 65537
+        return self.maps(self.bank[index % len(self.bank)] * scale[:, None, None, None])
+
+
+def smooth_maps(images: int, units: int, size: int, seed: int = 0) -> Tensor:
+    """Rectified maps whose neighbours are alike, as those of a last convolution."""
+    noise = torch.randn(images, units, size, size, generator=torch.Generator().manual_seed(seed))
+    return (nn.functional.avg_pool2d(noise, 3, 1, 1) * 3 - 1).relu_()
+
+
+def number(index: int) -> Tensor:
+    """What stands in place of preprocessing."""
+    return torch.tensor([[[float(index)]]])

@@ -1,0 +1,100 @@
+"""Dissections on disk, from anywhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from torchprobe.datasets.broden import Label
+from torchprobe.dissection import Dissection
+from torchprobe.dissection.average_precision import Support
+from torchprobe.dissection.overlap import Counts
+from torchprobe.dissection.ranking import Ranking
+
+
+def small() -> Dissection:
+    labels = (Label(3, "sky", "object", ("object",), 5, 1.5, ("heaven",)), Label(300, "<img src=x>", "scene", ("scene",), 2, 2.0))
+    dissection = Dissection(
+        "block.1", labels, ("object", "scene"), torch.tensor([0, 1]), 2, torch.tensor([4, 7, 9]), metadata={"mode": "default"}
+    )
+    dissection.thresholds = torch.tensor([0.5, torch.nan])
+    dissection.counts = Counts(torch.tensor([[1, 0], [2, 3]]), torch.tensor([[4, 4], [5, 5]]), torch.tensor([6, 7]))
+    dissection.average_precision = torch.tensor([[0.5, torch.nan], [1.0, 0.25]], dtype=torch.float64)
+    dissection.p_values = torch.tensor([[0.5, torch.nan], [0.01, 0.9]], dtype=torch.float64)
+    dissection.support = Support(torch.tensor([3, 3]), torch.tensor([1, 0]))
+    dissection.top = torch.tensor([[9, 4], [7, -1]]), torch.tensor([[2.0, 1.0], [3.0, -torch.inf]])
+    dissection.scores = torch.arange(6.0).view(2, 3)
+    dissection.ranking = Ranking(torch.tensor([0, 1, 1, 1]), torch.tensor([0]), torch.ones(3, 2, dtype=torch.bool), dissection.category)
+    return dissection
+
+
+def test_round_trip(tmp_path):
+    small().save(tmp_path / "a.safetensors")
+    assert Dissection.load(tmp_path / "a.safetensors") == small()
+    bare = Dissection("", (), (), torch.zeros(0, dtype=torch.int64), 1, torch.tensor([0]))
+    bare.save(tmp_path / "b.safetensors")
+    assert Dissection.load(tmp_path / "b.safetensors") == bare
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_units_without_any_label():
+    dissection = small()
+    dissection.counts = Counts(torch.zeros(2, 2, dtype=torch.int64), *dissection.counts[1:])
+    assert [(row.unit, row.label, row.index, row.score) for row in dissection.best()] == [(0, "", -1, 0.0), (1, "", -1, 0.0)]
+
+
+def change(path, tensors=None, values=None, metadata=None):
+    """Writes the file anew with something else in it."""
+    with safe_open(path, "pt") as file:
+        found = {key: file.get_tensor(key) for key in list(file.keys())}
+        about = file.metadata()
+    inside = json.loads(about["values"])
+    found.update(tensors or {})
+    inside.update(values or {})
+    found = {key: value for key, value in found.items() if value is not None}
+    save_file(found, path, {**about, "values": json.dumps(inside), **(metadata or {})})
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"metadata": {"kind": "other"}}, "kind 'other'"),
+        ({"metadata": {"values": "{"}}, "not JSON"),
+        ({"metadata": {"values": "[]"}}, "expected a JSON object"),
+        ({"values": {"labels": [{"number": 1}]}}, "each label has"),
+        ({"values": {"categories": [1, 2]}}, "names are text"),
+        ({"values": {"units": 0}}, "at least one unit"),
+        ({"values": {"units": 3}}, "expected the shape"),
+        ({"values": {"layer": 3}}, "expected str, got int"),
+        ({"tensors": {"category": torch.tensor([0, 2])}}, "numbers from 0 to 1"),
+        ({"tensors": {"thresholds": torch.zeros(2, dtype=torch.float64)}}, "expected torch.float32"),
+        ({"tensors": {"counts/truth": torch.tensor([-1, 2])}}, "negative counts"),
+        ({"tensors": {"counts/activation": None}}, "'counts/activation': missing"),
+        ({"tensors": {"average_precision": torch.full((2, 2), 1.5, dtype=torch.float64)}}, "numbers from 0 to 1"),
+        ({"tensors": {"p_values": None}}, "'p_values': missing"),
+        ({"tensors": {"ranking/crow": torch.tensor([0, 2, 1, 1])}}, "no rows of a matrix"),
+        ({"tensors": {"ranking/column": torch.tensor([2])}}, "no rows of a matrix"),
+        ({"values": {"ranking": {"sign": "?"}}}, "unknown sign"),
+    ],
+)
+def test_files_that_cannot_be_believed(tmp_path, what, message):
+    path = tmp_path / "a.safetensors"
+    small().save(path)
+    change(path, **what)
+    with pytest.raises(ValueError, match=message) as error:
+        Dissection.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        Dissection.load(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Dissection.load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        small().save(tmp_path / "none" / "a.safetensors")

@@ -1,0 +1,90 @@
+"""The published results of the original Network Dissection: same arithmetic, same labels, same counts.
+
+The files are its ``<layer>-result.csv``; TORCHPROBE_GOLDEN names the folder that holds ``netdissect/`` with them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from torchprobe.dissection import Counts, best_labels, unique_detectors
+
+FOLDER = os.environ.get("TORCHPROBE_GOLDEN", "")
+pytestmark = pytest.mark.skipif(not FOLDER, reason="TORCHPROBE_GOLDEN does not name the folder of the published results")
+
+# file → name in the published table; paper's rule: unique, detectors; report's rule: concepts
+FILES = {
+    "caffe_reference_imagenet.csv": ("caffe_reference_imagenet", 61, 97, 50),
+    "caffe_reference_places365.csv": ("caffe_reference_places365", 91, 118, 72),
+    "ResNet-152-model_imagenet.csv": ("resnet-152-torch-imagenet", 242, 1325, 197),
+}
+
+
+@pytest.fixture(params=FILES)
+def golden(request):
+    """Rows of a file; its categories; counts (units, labels), of which a file has the best label of each unit and category only."""
+    with open(Path(FOLDER, "netdissect", request.param), newline="") as file:
+        rows = list(csv.DictReader(file))
+    categories = [column.removesuffix("-iou") for column in rows[0] if column.endswith("-iou")]
+    names = sorted({(c, row[f"{categories[c]}-label"]) for row in rows for c in range(len(categories))})
+    number = {key: i + 1 for i, key in enumerate(names)}
+    shape = (len(rows), len(names) + 1)
+    counts = Counts(*(torch.zeros(size, dtype=torch.int64) for size in (shape, shape, shape[1:])))
+    for unit, row in enumerate(rows):
+        for c, name in enumerate(categories):
+            label = number[c, row[f"{name}-label"]]
+            counts.intersection[unit, label] = int(row[f"{name}-intersect"])
+            counts.activation[unit, label] = int(float(row[f"{name}-activation"]))
+            counts.truth[label] = int(row[f"{name}-truth"])
+    category = torch.tensor([-1, *(c for c, _ in names)])
+    return request.param, rows, categories, names, category, counts
+
+
+def test_every_iou_recomputed(golden):
+    _, rows, categories, names, _, counts = golden
+    iou = counts.iou()
+    number = {key: i + 1 for i, key in enumerate(names)}
+    for c, name in enumerate(categories):
+        labels = [number[c, row[f"{name}-label"]] for row in rows]
+        published = np.array([float(row[f"{name}-iou"]) for row in rows])
+        np.testing.assert_allclose(iou[torch.arange(len(rows)), labels].numpy(), published, rtol=1e-12, atol=1e-12)
+
+
+def test_the_same_best_labels_and_order(golden):
+    _, rows, categories, names, category, counts = golden
+    iou = counts.iou()
+    best = best_labels(iou, category, len(categories))
+    for c, name in enumerate(categories):
+        for row, label, value in zip(rows, best.label[:, c].tolist(), best.iou[:, c].tolist(), strict=True):
+            if value > 0:  # where all are 0 the original says the first label, or the unlabelled
+                assert names[label - 1] == (c, row[f"{name}-label"])
+    overall = best.iou.max(1)
+    for row, c, score in zip(rows, overall.indices.tolist(), overall.values.tolist(), strict=True):
+        assert (row["category"], float(row["score"])) == (categories[c], pytest.approx(score, rel=1e-12))
+        assert row["label"] == row[f"{categories[c]}-label"]
+    assert (overall.values[:-1] >= overall.values[1:] - 1e-15).all()  # the files are sorted by score
+
+
+def test_unique_detectors(golden):
+    file, _, categories, _, category, counts = golden
+    _, unique, detectors, concepts = FILES[file]
+    paper = unique_detectors(counts.iou(), category, categories, "paper")
+    report = unique_detectors(counts.iou(), category, categories, "report")
+    assert (paper.unique, paper.detectors) == (unique, detectors)
+    assert (report.unique, report.detectors) == (concepts, detectors)
+
+
+def test_published_table_by_category(golden):
+    file, _, categories, _, category, counts = golden
+    table = json.loads(Path(FOLDER, "unique_detectors.json").read_text())
+    row = next(row for row in table["rows"] if row["network"] == FILES[file][0])
+    got = unique_detectors(counts.iou(), category, categories, "paper")
+    published = dict(zip(table["columns"], zip(row["unique"], row["detectors"], strict=True), strict=True))
+    assert {"all": (got.unique, got.detectors), **got.by_category} == published

@@ -1,0 +1,198 @@
+"""Overlap: the counts against brute force, exactly, whatever the maps, the labels and the machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dissection_oracle as oracle
+import numpy as np
+import pytest
+import torch
+from dissection_sets import CATEGORIES, category, image, pack
+
+from torchprobe.dissection import Counts, LabelBatch, Overlap, as_maps
+from torchprobe.ops import kernels
+from torchprobe.ops.overlap import reference, upsample
+
+native = pytest.mark.skipif(not kernels()["cpu"].startswith("loaded"), reason=f"no native kernel: {kernels()['cpu']}")
+MODES = ("default", "netdissect", "global")
+
+
+@pytest.fixture(params=["operator", "reference"])
+def overlap_class(request, monkeypatch):
+    """Both ways to the counts: what the dispatcher has for this device, and plain PyTorch."""
+
+    def through_reference(intersection, activation, truth, maps, *arguments, **options):
+        widened = maps.float() if maps.is_floating_point() else maps
+        reference(intersection, activation, truth, widened, *arguments, **options)
+
+    if request.param == "reference":
+        monkeypatch.setattr("torchprobe.dissection.overlap.overlap_tally_", through_reference)
+    return Overlap
+
+
+def thresholds_of(maps, q):
+    values = np.sort(np.nan_to_num(maps.astype(np.float32)).transpose(1, 0, 2, 3).reshape(maps.shape[1], -1))
+    return values[:, min(int(q * values.shape[1]), values.shape[1] - 1)]
+
+
+def assert_exact(overlap_class, maps, thresholds, images, mode, given=(0, 0)):
+    primary = category()
+    overlap = overlap_class(torch.from_numpy(thresholds), torch.from_numpy(primary), CATEGORIES, mode)
+    overlap.update(torch.from_numpy(maps), pack(images), given)
+    primary[0] = -1
+    want = oracle.overlap(maps, thresholds, images, primary, CATEGORIES, mode, given)
+    got = overlap.counts()
+    for name, a, b in zip(Counts._fields, got, want, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b, err_msg=f"{name}, {mode}")
+    np.testing.assert_allclose(got.iou().numpy(), oracle.iou(*want), rtol=1e-15)
+    return got
+
+
+MAPS = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "relu": lambda rng, shape: np.maximum(rng.standard_normal(shape), 0),
+    "large offset": lambda rng, shape: rng.standard_normal(shape) + 1000,
+    "ties": lambda rng, shape: rng.integers(0, 3, shape),
+    "plateaus": lambda rng, shape: np.repeat(rng.standard_normal(shape), 3, -1)[..., : shape[-1]],
+    "constant": lambda rng, shape: np.full(shape, 0.1),
+    "tiny": lambda rng, shape: rng.standard_normal(shape) * 1e-42,
+    "huge": lambda rng, shape: rng.standard_normal(shape) * 2e38,
+    "nan and inf": lambda rng, shape: rng.choice([np.nan, np.inf, -np.inf, *rng.standard_normal(30)], shape),
+    "one peak": lambda rng, shape: (np.arange(np.prod(shape)) % 997 == 0).reshape(shape) * 5.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_brute_force(overlap_class, name, mode):
+    rng = np.random.default_rng(len(name))
+    images = [image(rng, 32, 32, 3, 2), image(rng, 32, 32, 0, 1), image(rng, 32, 32, 2, 0), image(rng, 32, 32, 1, 3)]
+    maps = MAPS[name](rng, (4, 9, 8, 8)).astype(np.float32)
+    for q in (0.5, 0.95):
+        assert_exact(overlap_class, maps, thresholds_of(maps, q), images, mode, (64, 64))
+
+
+GRIDS = [(7, 7, 112, 112), (13, 13, 113, 113), (1, 1, 9, 9), (1, 6, 5, 40), (6, 1, 40, 5), (14, 9, 17, 31), (17, 40, 5, 23), (20, 20, 8, 8),
+         (3, 33, 12, 70), (5, 5, 1, 1), (16, 17, 16, 17), (2, 3, 100, 16)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("h", "w", "rows", "columns"), GRIDS)
+def test_brute_force_on_every_grid(overlap_class, h, w, rows, columns):
+    rng = np.random.default_rng(h * w)
+    maps = rng.standard_normal((2, 5, h, w)).astype(np.float32)
+    images = [image(rng, rows, columns, 2, 1), image(rng, columns, rows, 1, 1)]
+    assert_exact(overlap_class, maps, thresholds_of(maps, 0.8), images, "default")
+
+
+@pytest.mark.parametrize(("n", "given", "size"), [(7, 224, 112), (13, 227, 113), (6, 227, 113), (12, 384, 192), (5, 64, 64), (1, 64, 32)])
+def test_brute_force_on_the_grid_of_the_original(overlap_class, n, given, size):
+    rng = np.random.default_rng(n)
+    maps = rng.standard_normal((1, 4, n, n)).astype(np.float32)
+    assert_exact(overlap_class, maps, thresholds_of(maps, 0.9), [image(rng, size, size, 2, 1)], "netdissect", (given, given))
+
+
+@native
+@pytest.mark.parametrize(("isa", "name"), [("avx512", "AVX-512"), ("avx2", "AVX2"), ("baseline", "baseline")])
+def test_every_instruction_set(isa, name):
+    environment = {**os.environ, "TORCHPROBE_ISA": isa}
+    said = subprocess.run(
+        [sys.executable, "-c", "from torchprobe.ops import kernels; print(kernels()['cpu'])"],
+        env=environment, capture_output=True, text=True, check=True, timeout=300,
+    ).stdout  # fmt: skip
+    if name not in said:
+        pytest.skip(f"this processor has no {name}: {said}")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "brute_force and operator and not netdissect and not global",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+
+
+def test_a_plateau_never_exceeds_itself(overlap_class):
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(2000, generator=generator) * torch.logspace(-20, 20, 2000)
+    maps = value[None, :, None, None].expand(1, -1, 7, 7)
+    overlap = overlap_class(value, torch.tensor([-1, 0]), 1)
+    overlap.update(maps, LabelBatch.pack([[("c", torch.ones(50, 31))]], [(50, 31)]))
+    assert overlap.activation.sum() == 0
+    below = overlap_class(torch.nextafter(value, torch.tensor(-torch.inf)), torch.tensor([-1, 0]), 1)
+    below.update(maps, LabelBatch.pack([[("c", torch.ones(50, 31))]], [(50, 31)]))
+    assert (below.intersection[:, 1] == 50 * 31).all()
+
+
+def test_nothing_exceeds_the_largest_value_of_its_map():
+    for scale in (1e-40, 1e-3, 1.0, 1e30):
+        maps = (torch.randn(300, 5, 6) * scale + torch.randn(300, 1, 1) * 1000 * scale).float()
+        up = upsample(maps, 67, 131)
+        assert (up.amax((1, 2)) <= maps.amax((1, 2))).all() and (up.amin((1, 2)) >= maps.amin((1, 2)) - maps.abs().amax() * 2e-7).all()
+
+
+def test_close_to_upsampling_in_float64():
+    maps = torch.relu(torch.randn(1, 200, 7, 7))
+    thresholds = maps.flatten(2)[0].quantile(0.95, 1)
+    exact = (
+        torch.nn.functional.interpolate(maps.double(), (112, 112), mode="bilinear", align_corners=False)[0]
+        > thresholds[:, None, None].double()
+    )
+    ours = upsample(maps, 112, 112)[0] > thresholds[:, None, None]
+    assert (exact != ours).sum() < 1e-4 * exact.sum()
+
+
+def test_the_grid_of_the_original_is_its_spline():
+    interpolate = pytest.importorskip("scipy.interpolate")
+    maps = torch.randn(3, 7, 7)
+    centres = np.arange(7) * 16 + 8
+    for map_, ours in zip(maps, upsample(maps, 112, 112, "anchored", 224, 224), strict=True):
+        spline = interpolate.RectBivariateSpline(centres, centres, map_.numpy().astype(np.float64), kx=1, ky=1)
+        np.testing.assert_allclose(ours.numpy(), spline(np.arange(112), np.arange(112)), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_types_are_widened_and_strides_do_not_matter(overlap_class, dtype):
+    rng = np.random.default_rng(0)
+    images = [image(rng, 20, 24, 2, 1), image(rng, 11, 13, 1, 0)]
+    tokens = torch.randn(2, 1 + 12, 6).to(dtype)
+    maps = as_maps(tokens, (3, 4))
+    want = assert_exact(overlap_class, maps.float().contiguous().numpy(), thresholds := np.full(6, 0.7, np.float32), images, "default")
+    for view in (maps, maps.contiguous(memory_format=torch.channels_last), torch.stack([maps, maps], -1)[..., 1]):
+        overlap = overlap_class(torch.from_numpy(thresholds), torch.from_numpy(category()), CATEGORIES)
+        overlap.update(view, pack(images))
+        assert all(torch.equal(a, b) for a, b in zip(overlap.counts(), want, strict=True))
+
+
+def test_what_is_given_twice_counts_twice_in_the_original():
+    """A label in two planes at one pixel, a whole-image label that a plane has too, one listed twice: counted once, or each time."""
+    plane = torch.tensor([[1, 1, 0, 0]], dtype=torch.int32)
+    labels = LabelBatch.pack([[("object", plane), ("part", plane), ("scene", [1, 2, 2, 0])]], [(1, 4)])
+    maps = torch.tensor([[[[1.0, 1.0, 0.0, 0.0]]]])
+    once = Overlap(torch.tensor([0.5]), torch.tensor([-1, 0, 1]), 2)
+    once.update(maps, labels)
+    assert once.truth.tolist() == [0, 4, 4] and once.intersection.tolist() == [[0, 2, 2]] and once.activation.tolist() == [[2, 2, 2]]
+    often = Overlap(torch.tensor([0.5]), torch.tensor([-1, 0, 1]), 2, "netdissect")
+    often.update(maps, labels, (4, 4))
+    assert often.truth.tolist() == [0, 8, 8] and often.intersection.tolist() == [[0, 6, 4]] and often.activation.tolist() == [[2, 2, 2]]
+
+
+def test_activation_counts_in_images_of_the_category():
+    first = [("object", torch.tensor([[1, 0]], dtype=torch.int32))]
+    labels = LabelBatch.pack([first, [("scene", [2])], [("scene", [0])]], [(1, 2)] * 3)
+    maps = torch.ones(3, 1, 1, 1)
+    counts = {}
+    for mode in ("default", "global"):
+        overlap = Overlap(torch.tensor([0.0]), torch.tensor([1, 0, 1, -1]), 2, mode)
+        overlap.update(maps, labels)
+        counts[mode] = overlap.counts().activation.tolist()
+    assert counts == {"default": [[0, 2, 2, 0]], "global": [[6, 6, 6, 6]]}

@@ -1,0 +1,5 @@
+"""``python -m torchprobe.cli``."""
+
+from torchprobe.cli import main
+
+main()

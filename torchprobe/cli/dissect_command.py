@@ -1,0 +1,164 @@
+"""``torchprobe dissect``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from torchprobe.cli.tools import (
+    CHECK_FAILED,
+    EXIT_CODES,
+    INTERRUPTED,
+    MODEL,
+    console,
+    device_named,
+    print_files,
+    print_json,
+    progress_bar,
+    say,
+    stage_bar,
+    working,
+)
+from torchprobe.rendering.tables import printable
+
+if TYPE_CHECKING:
+    from torchprobe.datasets import Broden
+
+HELP = (
+    "What do the units of MODEL detect? Matches every unit of some layers with every concept of a labelled set in the format of Broden: by "
+    "the overlap of its activated region with the concept's (iou), and by how well it ranks the images that show the concept (ap). Writes "
+    f"tables, results and a page for each layer; goes on after an interruption with --resume.\n\n{MODEL} Left out with --check."
+)
+
+
+class Scores(click.ParamType):  # type: ignore[type-arg]
+    """ "iou", "ap" or both, with a comma."""
+
+    name = "SCORES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        found = value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(","))
+        if not found or set(found) - {"iou", "ap"}:
+            self.fail(f"{value!r} is not iou, ap or iou,ap", param, ctx)
+        return found
+
+
+@click.command(epilog=EXIT_CODES, help=HELP)
+@click.argument("model", required=False)
+@click.option("--layers", multiple=True, metavar="PATTERN", help="Names or globs of layers; may be repeated. See torchprobe layers.")
+@click.option("--broden", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder in the format of Broden.")
+@click.option("--out", type=click.Path(path_type=Path), default="torchprobe-dissection", show_default=True, metavar="DIR")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run in --out.")
+@click.option("--score", type=Scores(), default="iou,ap", show_default=True, help="iou needs layers with positions.")
+@click.option("--check", is_flag=True, help="List every problem of the folder, and do no more.")
+@click.option("--split", type=click.Choice(["train", "val"]), help="Only this part of the images.")
+@click.option("--category", "categories", multiple=True, metavar="NAME", help="Only these categories; may be repeated.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images; their order is random.")
+@click.option("--mode", type=click.Choice(["default", "netdissect", "global"]), default="default", show_default=True)
+@click.option(
+    "--quantile",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of activations above the threshold.  [default: 0.005]",
+)
+@click.option("--sign", type=click.Choice(["positive", "negative", "both"]), default="positive", show_default=True, help="Of ap.")
+@click.option("--negatives", type=click.Choice(["category", "all"]), default="category", show_default=True, help="Of ap.")
+@click.option("--rotate", is_flag=True, help="Dissect a random rotation of each layer (--seed): the control for its axes.")
+@click.option("--shuffle-labels", type=int, metavar="SEED", help="Give the images each other's labels: the null.")
+@click.option("--null", "nulls", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="An earlier --out to compare with.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights: .safetensors, .pt, .pth, .ckpt.")
+@click.option("--random-init", is_flag=True, help="Random weights from --seed, batch norms calibrated on the images: a null.")
+@click.option("--pictures", type=click.IntRange(min=0), default=5, show_default=True, help="Top images of each unit on the page.")
+@click.option("--evidence", type=click.IntRange(min=0), default=0, show_default=True, help="Units with integrated gradients on the page.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto takes an accelerator if there is one.")
+@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Threads that decode images.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of --random-init and --rotate.")
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output, nothing else.")
+def dissect(model: str | None, layers: tuple[str, ...], folder: Path, check: bool, as_json: bool, **options: Any) -> None:
+    if check:
+        return _check(folder, options["workers"], as_json)
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'. Only --check does without.")
+    if not layers:
+        raise click.UsageError("--layers is missing; torchprobe layers MODEL lists what there is")
+    if options["checkpoint"] and options["random_init"]:
+        raise click.UsageError("--checkpoint and --random-init exclude each other")
+    _dissect(model, layers, folder, as_json, **options)
+
+
+def _check(folder: Path, workers: int, as_json: bool) -> None:
+    from torchprobe.datasets import validate
+
+    with progress_bar("checking") as progress:
+        findings = validate(folder, workers, progress)
+    if as_json:
+        print_json([{"file": f.file, "row": f.row, "what": f.what, "fix": f.fix} for f in findings])
+    else:
+        for finding in findings:
+            click.echo(printable(finding))
+        count = f"{len(findings)} problem{'' if len(findings) == 1 else 's'}" if findings else "No problem"
+        click.echo(f"{count} in {printable(folder)}.")
+    if findings:
+        raise click.exceptions.Exit(CHECK_FAILED)
+
+
+def _dissect(
+    model: str,
+    layers: tuple[str, ...],
+    folder: Path,
+    as_json: bool,
+    *,
+    out: Path,
+    split: str | None,
+    categories: tuple[str, ...],
+    limit: int | None,
+    rotate: bool,
+    nulls: tuple[Path, ...],
+    checkpoint: Path | None,
+    random_init: bool,
+    pictures: int,
+    evidence: int,
+    device: str,
+    seed: int,
+    **options: Any,
+) -> None:
+    import torch
+
+    from torchprobe.datasets import Broden
+    from torchprobe.encoders import load_encoder
+    from torchprobe.rendering import page
+    from torchprobe.studies.dissect import dissect_folder, summary
+    from torchprobe.studies.dissect_pages import earlier, recalibrate, write_pages
+    from torchprobe.studies.dissect_text import print_dissections
+    from torchprobe.studies.ranks import torchrun
+
+    page.require()
+    broden: Broden = Broden(folder, split, categories or None)
+    against = earlier(nulls)
+    with torchrun() as (rank, local):
+        place = device_named(f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device)
+        torch.manual_seed(seed)
+        with working("loading the model"):
+            encoder = load_encoder(model, checkpoint, pretrained=not random_init).to(place)
+            if random_init:
+                recalibrate(encoder, broden, options["batch_size"])
+        options["images"] = None if limit is None else range(min(limit, len(broden)))
+        options["basis"] = "rotation" if rotate else None
+        try:
+            with stage_bar(quiet=rank > 0) as progress:
+                results = dissect_folder(encoder, broden, layers, out, seed=seed, progress=progress, **options)
+        except KeyboardInterrupt:
+            say(f"Interrupted. The same command with --resume goes on from what is in {os.fspath(out)}.")
+            raise click.exceptions.Exit(INTERRUPTED) from None
+        if rank > 0:
+            return
+        with progress_bar("pages") as told:
+            files = write_pages(out, results, broden, encoder, against, pictures, evidence, rotate, told)
+    if as_json:
+        print_json({"layers": [summary(result) for result in results.values()], "files": {kind: str(path) for kind, path in files.items()}})
+    else:
+        print_dissections(results, against, console())
+        print_files(files)

@@ -1,0 +1,230 @@
+"""The tables of a Broden folder: categories, labels and rows, each problem reported with its line."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torchprobe.datasets.broden.files import MAX_BYTES, MAX_LABEL, size_problem, unsafe
+
+ROW_COLUMNS = ("image", "split", "ih", "iw", "sh", "sw")
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem of a Broden folder.
+
+    ``row`` is the line of the CSV file concerned (the header is line 1) – of index.csv where ``file`` is a picture –, ``file`` the file
+    relative to the folder, ``what`` the problem, ``fix`` what to do about it.
+    """
+
+    row: int | None
+    file: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        line = "" if self.row is None else f" line {self.row}" if self.file.endswith(".csv") else f" (index.csv line {self.row})"
+        return f"{self.file}{line}: {self.what}; {self.fix}"
+
+
+Report = Callable[[Finding], None]
+"""What is done with a problem: the validator collects it, the reader raises. After a report the line is left out."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """A concept. ``number`` is what the label maps hold; ``category`` the primary one, ``categories`` all it stands in; ``frequency``
+    the images that have it (summed over categories), ``coverage`` its area in units of whole images."""
+
+    number: int
+    name: str
+    category: str
+    categories: tuple[str, ...]
+    frequency: int
+    coverage: float
+    synonyms: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The name for people: without the suffix of colours and scenes, with spaces.
+
+        >>> Label(12, "wheat_field-s", "scene", ("scene",), 10, 10.0).title
+        'wheat field'
+        """
+        suffix = {"color": "-c", "scene": "-s"}.get(self.category)
+        return (self.name.removesuffix(suffix) if suffix else self.name).replace("_", " ")
+
+
+class Row(NamedTuple):
+    """One line of index.csv: ``entries`` holds, per category, what its column lists – file names beneath images/ (str), whole-image labels
+    (int) –, without the literal 0, which means unlabelled."""
+
+    line: int
+    image: str
+    split: str
+    height: int
+    width: int
+    label_height: int
+    label_width: int
+    entries: tuple[tuple[str | int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """``categories``: the chosen ones, in the order of category.csv; ``labels``: all of label.csv by ascending number; ``coverage``: what
+    the c_*.csv of the chosen categories say, by (category, number)."""
+
+    categories: tuple[str, ...]
+    labels: tuple[Label, ...]
+    coverage: dict[tuple[str, int], float]
+
+
+def read_tables(root: Path, report: Report, categories: Sequence[str] | None = None) -> Tables:
+    """category.csv, label.csv and the c_*.csv of ``categories`` (None for all).
+
+    The primary category of a label is, of the chosen categories, the one it covers most of; of equals the last, as in the original.
+    """
+    names = [values[0] for _, values in _lines(root, "category.csv", ("name",), report)]
+    chosen = [name for name in dict.fromkeys(names) if categories is None or name in categories]
+    for name in {name for name in names if names.count(name) > 1}:
+        report(Finding(None, "category.csv", f"category {name!r} is listed more than once", "keep one line of it"))
+
+    coverage: dict[tuple[str, int], float] = {}
+    for category in list(chosen):
+        if unsafe(category) or "/" in category or category in ROW_COLUMNS:
+            report(Finding(None, "category.csv", f"{category!r} cannot be the name of a category", "use letters, digits and _"))
+            chosen.remove(category)
+            continue
+        file = f"c_{category}.csv"
+        for line, (number, covered) in _lines(root, file, ("number", "coverage"), report):
+            found, share = _label_number(number), _number(covered)
+            if not found or share is None:
+                report(Finding(line, file, f"number {number!r}, coverage {covered!r}", f"a number from 1 to {MAX_LABEL} and a share ≥ 0"))
+            else:
+                coverage[category, found] = share
+
+    labels: dict[int, Label] = {}
+    columns = ("number", "name", "frequency", "coverage", "syns")
+    for line, (number, name, frequency, covered, synonyms) in _lines(root, "label.csv", columns, report):
+        found, share, count = _label_number(number), _number(covered), _number(frequency)
+        if not found or share is None or count is None or not name:
+            what = f"number {number!r}, name {name!r}, frequency {frequency!r}, coverage {covered!r}"
+            report(Finding(line, "label.csv", what, f"a number from 1 to {MAX_LABEL}, a name, and a frequency and coverage ≥ 0"))
+            continue
+        if found in labels:
+            report(Finding(line, "label.csv", f"label {found} is listed more than once", "give every label a number of its own"))
+            continue
+        own = [category for category in chosen if (category, found) in coverage]
+        # What is in none of the categories counts as of the last, as in the original.
+        _, primary = max(((coverage.get((category, found), 0.0), at) for at, category in enumerate(chosen)), default=(0.0, -1))
+        category = chosen[primary] if chosen else ""
+        labels[found] = Label(found, name, category, tuple(own), int(count), share, tuple(s for s in synonyms.split(";") if s))
+    return Tables(tuple(chosen), tuple(labels[number] for number in sorted(labels)), coverage)
+
+
+def read_rows(root: Path, report: Report, categories: Sequence[str], known: Callable[[int], bool]) -> Iterator[Row]:
+    """The lines of index.csv that are in order, those without data included; ``known`` says which label numbers there are."""
+    columns = (*ROW_COLUMNS, *categories)
+    cells_seen: dict[str, _Entries] = {}  # numbers and sizes repeat; file names do not
+    sizes_seen: dict[tuple[str, ...], _Sizes] = {}
+    for line, (image, split, ih, iw, sh, sw, *cells) in _lines(root, "index.csv", columns, report, len(ROW_COLUMNS)):
+        texts = (ih, iw, sh, sw)
+        if (sizes := sizes_seen.get(texts)) is None:
+            sizes = sizes_seen[texts] = _sizes(texts)
+        problems = list(sizes[1])
+        if split not in SPLITS:
+            problems.append((f"split {split!r}", "it must be train or val"))
+        if unsafe(image):
+            problems.append((f"image {image!r} leaves the folder images/", "paths are relative to images/, with / and without .."))
+        entries = []
+        for category, cell in zip(categories, cells, strict=True):
+            if (found := cells_seen.get(cell)) is None:
+                found = _entries(cell, known)
+                if ".png" not in cell:
+                    cells_seen[cell] = found
+            entries.append(found[0])
+            if found[1]:
+                problems += [(f"{what} in column {category}", fix) for what, fix in found[1]]
+        for what, fix in problems:
+            report(Finding(line, "index.csv", what, fix))
+        if not problems:
+            yield Row(line, image, split, *sizes[0], tuple(entries))
+
+
+_Problems = list[tuple[str, str]]  # what, fix
+_Sizes = tuple[tuple[int, int, int, int], _Problems]
+_Entries = tuple[tuple[str | int, ...], _Problems]
+
+
+def _sizes(texts: tuple[str, str, str, str]) -> _Sizes:
+    """ih, iw, sh, sw as numbers."""
+    ih, iw, sh, sw = (int(text) if text.isascii() and text.isdigit() and len(text) < 9 else -1 for text in texts)
+    if min(ih, iw, sh, sw) < 0:
+        return (ih, iw, sh, sw), [(f"ih, iw, sh, sw = {', '.join(map(repr, texts))}", "write the four sizes as whole numbers")]
+    problems = [size_problem(ih, iw), size_problem(sh, sw)]
+    return (ih, iw, sh, sw), [(problem, "no picture should be of that size") for problem in problems if problem]
+
+
+def _entries(cell: str, known: Callable[[int], bool]) -> _Entries:
+    """The cell of a category."""
+    entries: list[str | int] = []
+    problems: _Problems = []
+    for entry in cell.split(";"):
+        if entry.isdigit():
+            number = _label_number(entry)
+            if number is None or (number and not known(number)):
+                problems.append((f"label {entry[:20]} is not in label.csv", "add it there, or write 0 for unlabelled"))
+            elif number:
+                entries.append(number)
+        elif entry and not entry.lower().endswith(".png"):
+            problems.append((f"entry {entry[:100]!r}", "it must be a label number or the path of a PNG"))
+        elif entry and unsafe(entry):
+            problems.append((f"path {entry!r} leaves the folder images/", "paths are relative to images/, with / and without .."))
+        elif entry:
+            entries.append(entry)
+    return tuple(entries), problems
+
+
+def _lines(root: Path, file: str, columns: Sequence[str], report: Report, needed: int | None = None) -> Iterator[tuple[int, list[str]]]:
+    """(line, the values of ``columns``) of every line of a CSV file; an absent column is reported, and
+    empty unless it is one of the first ``needed`` (default: all)."""
+    path = root / file
+    try:
+        if os.path.getsize(path) > MAX_BYTES:
+            report(Finding(None, file, f"the table is larger than {MAX_BYTES >> 20} MiB", "this is no Broden table"))
+            return
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            reader = csv.reader(stream)
+            header = next(reader, [])
+            if missing := [name for name in columns if name not in header and name != "syns"]:
+                report(Finding(1, file, f"no column {', '.join(missing)}", f"expected {','.join(columns)}"))
+                if not set(missing).isdisjoint(columns[:needed]):
+                    return
+            at = [header.index(name) if name in header else -1 for name in columns]
+            for values in reader:
+                if len(values) == len(header):
+                    yield reader.line_num, [values[i] if i >= 0 else "" for i in at]
+                elif values:
+                    report(Finding(reader.line_num, file, f"{len(values)} fields", f"the header has {len(header)}"))
+    except FileNotFoundError:
+        report(Finding(None, file, "the file is missing", "take it from the release, or write the set with BrodenWriter"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        report(Finding(None, file, f"the table cannot be read ({type(error).__name__}: {error})", "it must be CSV in UTF-8"))
+
+
+def _label_number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 9 and int(text) <= MAX_LABEL else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value < float("inf") else None

@@ -1,0 +1,117 @@
+"""Which concepts each picture shows: a sparse matrix of images × labels, with areas."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchprobe.rendering.files import replacing
+
+
+@dataclass(frozen=True)
+class Presence:
+    """Labels of each image in compressed sparse rows.
+
+    ``crow`` int64 (images + 1,): image i has the entries crow[i] … crow[i + 1]; ``number`` int32 (entries,): labels, ascending within an
+    image; ``area`` float32 (entries,): the share of the image in which any of its label maps has the label, 1 for whole-image labels.
+    """
+
+    crow: Tensor
+    number: Tensor
+    area: Tensor
+
+    def __len__(self) -> int:
+        return len(self.crow) - 1
+
+    def images(self, number: int, minimum_area: float = 0.0) -> list[int]:
+        """The images that show a label over at least ``minimum_area``, ascending."""
+        entries = ((self.number == number) & (self.area >= minimum_area)).nonzero().flatten()
+        return (torch.searchsorted(self.crow, entries, right=True) - 1).tolist()
+
+    def save(self, path: str | os.PathLike[str], key: bytes = b"") -> None:
+        """Writes a safetensors file; ``key`` is what it was made from."""
+        from safetensors.torch import save_file
+
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_file({"crow": self.crow, "number": self.number, "area": self.area}, temporary, {"made_from": _digest(key)})
+
+
+def load_presence(path: str | os.PathLike[str], key: bytes = b"") -> Presence | None:
+    """What :meth:`Presence.save` wrote, or None if it is not there, was made from something else or is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.exists(path):
+        return None
+    try:
+        with safe_open(str(path), "pt") as file:
+            if (file.metadata() or {}).get("made_from") != _digest(key):
+                return None
+            return Presence(*(file.get_tensor(name) for name in ("crow", "number", "area")))
+    except (OSError, SafetensorError):
+        return None
+
+
+def scan_presence(
+    labels: Callable[[int], list[tuple[str, Tensor]]],
+    images: int,
+    label_size: int,
+    workers: int = 2,
+    progress: Callable[[int, int], object] | None = None,
+) -> Presence:
+    """Reads the labels of every image, in threads: decoding releases the interpreter."""
+    counts, numbers, areas = [0], [], []
+    with ThreadPoolExecutor(workers, thread_name_prefix="torchprobe-labels") as threads:
+        for done, (number, area) in enumerate(_in_order(threads, lambda i: image_areas(labels(i), label_size), images), 1):
+            counts.append(len(number))
+            numbers.append(number)
+            areas.append(area)
+            if progress is not None:
+                progress(done, images)
+    empty = torch.empty(0)
+    return Presence(torch.tensor(counts).cumsum(0), torch.cat([empty.int(), *numbers]), torch.cat([empty, *areas]))
+
+
+def image_areas(labels: list[tuple[str, Tensor]], label_size: int) -> tuple[Tensor, Tensor]:
+    """The numbers of one image, ascending, and the share of it that each covers: a pixel counts once, however many maps have the label."""
+    share = np.zeros(label_size, np.float32)
+    maps = [planes.numpy() for _, planes in labels if planes.dim() == 3]
+    if maps:
+        planes = np.concatenate(maps)
+        share += pixel_counts(planes, label_size) / planes[0].size
+    for _, numbers in labels:
+        if numbers.dim() == 1:
+            share[numbers.numpy()] = 1
+    share[0] = 0
+    found = share.nonzero()[0]
+    return torch.from_numpy(found.astype(np.int32)), torch.from_numpy(share[found])
+
+
+def pixel_counts(planes: np.ndarray[Any, Any], label_size: int) -> np.ndarray[Any, Any]:
+    """Pixels of each number in any of the planes (k, h, w); what 0 gets means nothing."""
+    planes = planes.copy()
+    for k in range(1, len(planes)):
+        for earlier in planes[:k]:
+            planes[k][planes[k] == earlier] = 0  # counted there
+    return np.bincount(planes.ravel(), minlength=label_size)
+
+
+def _in_order(
+    threads: ThreadPoolExecutor, work: Callable[[int], tuple[Tensor, Tensor]], count: int, block: int = 256
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The results of ``work`` in order, with no more than a block of them waiting."""
+    for start in range(0, count, block):
+        yield from threads.map(work, range(start, min(start + block, count)))
+
+
+def _digest(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()

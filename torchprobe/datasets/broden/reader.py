@@ -1,0 +1,246 @@
+"""The Broden data set: pictures with the concepts in them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from torchprobe.datasets.broden.files import FileError, locate, read_image, read_labels
+from torchprobe.datasets.broden.index import SPLITS, Finding, Label, Row, read_rows, read_tables
+from torchprobe.datasets.broden.presence import Presence, load_presence, scan_presence
+from torchprobe.datasets.images import DatasetError
+
+if TYPE_CHECKING:
+    from captum.concept import Concept
+    from PIL.Image import Image
+
+ImageLabels = list[tuple[str, Tensor]]
+"""What one picture shows: (category, labels). Labels are int32: label maps (planes, sh, sw), 0 = unlabelled, or the numbers (n,) of
+whole-image labels. A category may come with both."""
+
+
+class Sample(NamedTuple):
+    """A picture – PIL in RGB, or what ``transform`` made of it – and its labels."""
+
+    image: Any
+    labels: ImageLabels
+
+
+class Broden(Dataset[Sample]):
+    """A folder in the format of the Broden data set (Bau et al., Network Dissection, CVPR 2017), any of its sizes, or of
+    :class:`BrodenWriter`.
+
+    Args:
+        root: the folder that holds index.csv, label.csv, category.csv, c_*.csv and images/.
+        split: ``"train"``, ``"val"`` or None for both.
+        categories: read only these, in the order of category.csv; None for all.
+        transform: what is done to each picture (PIL, RGB).
+
+    Rows without data in the chosen categories are left out, as in the original; ``rows[i].line`` is the line of index.csv. A literal 0 in
+    the index means unlabelled. Nothing is resized: every label map has the size that its row states.
+
+    Attributes: ``rows`` (list of :class:`Row`), ``categories`` (names), ``labels`` (those of the categories, :class:`Label` by ascending
+    number), ``label_size`` (largest number of label.csv + 1), ``primary`` (int64, (label_size,): number → index into ``categories`` of the
+    category that the label covers most of; of equals, and for 0, the last, as in the original).
+
+    Raises:
+        DatasetError: the folder or one of its tables cannot be used; the message names file, line and remedy. :func:`validate` lists
+            every problem instead of the first.
+        ValueError: no such split or category.
+
+    >>> import tempfile, numpy as np
+    >>> from torchprobe.datasets import Broden, BrodenWriter
+    >>> folder = tempfile.mkdtemp()
+    >>> with BrodenWriter(folder, {"object": ["sky", "sea"], "scene": ["beach-s"]}, size=32) as writer:
+    ...     writer.add("mine/1", np.zeros((32, 32, 3), np.uint8), {"object": np.eye(16, dtype=int), "scene": "beach-s"})
+    >>> broden = Broden(folder)
+    >>> sample = broden[0]
+    >>> sample.image.size, [(category, tuple(labels.shape)) for category, labels in sample.labels]
+    ((32, 32), [('scene', (1,)), ('object', (1, 16, 16))])
+    >>> broden.concept_images("sky")
+    [0]
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str | None = None,
+        categories: Sequence[str] | None = None,
+        transform: Callable[[Image], Any] | None = None,
+    ) -> None:
+        self.root = Path(root)
+        self.split = split
+        self.transform = transform
+        if split is not None and split not in SPLITS:
+            raise ValueError(f"split must be 'train', 'val' or None, got {split!r}")
+        if isinstance(categories, str):
+            raise ValueError(f"categories must be a list of names, got the text {categories!r}")
+        _check_root(self.root)
+        tables = read_tables(self.root, self._refuse, categories)
+        if unknown := [name for name in categories or () if name not in tables.categories]:
+            there = read_tables(self.root, self._refuse).categories
+            raise ValueError(f"no category {', '.join(map(repr, unknown))} in {self.root}; there are {', '.join(there)}")
+        self.categories = tables.categories
+        self.labels = tuple(label for label in tables.labels if label.categories or categories is None)
+        self.label_size = 1 + max((label.number for label in tables.labels), default=0)
+        self._by_number = {label.number: label for label in tables.labels}
+        self._known = known_labels(tables.labels)
+        self.primary = torch.full((self.label_size,), len(self.categories) - 1)
+        for label in self.labels:
+            self.primary[label.number] = self.categories.index(label.category)
+        rows = read_rows(self.root, self._refuse, self.categories, self._by_number.__contains__)
+        self.rows = [row for row in rows if any(row.entries) and split in (None, row.split)]
+        self._images = str(self.root / "images")
+        self._presence: Presence | None = None
+
+    # -- one row ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        image: Any = self.image(index)
+        return Sample(image if self.transform is None else self.transform(image), self.image_labels(index))
+
+    def image(self, index: int) -> Image:
+        """The picture of a row, RGB, without ``transform``.
+
+        Raises:
+            DatasetError: it cannot be decoded, is too large, or lies outside the folder; the message names the row.
+        """
+        row = self.rows[index]
+        try:
+            return read_image(locate(self._images, row.image))
+        except FileError as error:
+            raise self._unusable(row, row.image, error) from None
+
+    def image_labels(self, index: int) -> ImageLabels:
+        """The labels of a row, see :data:`ImageLabels`, in the order of ``categories`` and of the index.
+
+        Raises:
+            DatasetError: a label map is missing, damaged, of another size than its row says, or holds a number that label.csv does not.
+        """
+        row = self.rows[index]
+        found: ImageLabels = []
+        for category, entries in zip(self.categories, row.entries, strict=True):
+            planes = [self._plane(row, entry) for entry in entries if isinstance(entry, str)]
+            if planes:
+                found.append((category, torch.stack(planes)))
+            if numbers := [entry for entry in entries if isinstance(entry, int)]:
+                found.append((category, torch.tensor(numbers, dtype=torch.int32)))
+        return found
+
+    def _plane(self, row: Row, name: str) -> Tensor:
+        try:
+            plane = read_labels(locate(self._images, name), row.label_height, row.label_width)
+            if unknown := unknown_labels(plane, self._known):
+                raise FileError(f"label {unknown[0]} is not in label.csv")
+            return plane
+        except FileError as error:
+            raise self._unusable(row, name, error) from None
+
+    # -- labels ----------------------------------------------------------------------------------------------------
+
+    def label(self, name: str | int) -> Label:
+        """The label of a name, a :attr:`Label.title` or a number.
+
+        Raises:
+            KeyError: there is none, or several of that title; the message suggests.
+        """
+        if isinstance(name, int):
+            if name in self._by_number:
+                return self._by_number[name]
+            raise KeyError(f"no label {name}; numbers go from 1 to {self.label_size - 1}")
+        matches = [label for label in self.labels if label.name == name] or [label for label in self.labels if label.title == name]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise KeyError(f"{name!r} may be {' or '.join(f'{label.number} ({label.name})' for label in matches)}: give the number")
+        near = difflib.get_close_matches(name, [label.name for label in self.labels])
+        raise KeyError(f"no label {name!r}{'; did you mean ' + ', '.join(map(repr, near)) + '?' if near else ''}")
+
+    def concept_images(self, name: str | int, minimum_area: float = 0.0) -> list[int]:
+        """Indices of the rows that show a concept, ascending.
+
+        Args:
+            name: see :meth:`label`.
+            minimum_area: the share of the picture that it must cover; whole-image labels cover all of it.
+
+        Concepts with label maps need :meth:`presence`, which is made at the first call.
+        """
+        label = self.label(name)
+        columns = [self.categories.index(category) for category in label.categories]
+        if not any(isinstance(entry, str) for row in self.rows for column in columns for entry in row.entries[column]):
+            return [i for i, row in enumerate(self.rows) if any(label.number in row.entries[column] for column in columns)]
+        return self.presence().images(label.number, minimum_area)
+
+    def presence(
+        self, cache: str | os.PathLike[str] | None = None, workers: int = 2, progress: Callable[[int, int], object] | None = None
+    ) -> Presence:
+        """Which labels each row shows and how much of it they cover; decodes every label map once (one or two minutes for all of Broden).
+
+        Args:
+            cache: a file to keep it in. It is read if it was made from the same index and categories, else written.
+            workers: threads that decode.
+            progress: called with (rows done, rows in all).
+        """
+        if self._presence is None:
+            key = (self.root / "index.csv").read_bytes() + repr((self.split, self.categories)).encode()
+            self._presence = load_presence(cache, key) if cache is not None else None
+            if self._presence is None:
+                self._presence = scan_presence(self.image_labels, len(self), self.label_size, workers, progress)
+                if cache is not None:
+                    self._presence.save(cache, key)
+        return self._presence
+
+    def captum_concept(self, name: str | int, batch_size: int = 32, limit: int | None = None, minimum_area: float = 0.0) -> Concept:
+        """The pictures of a concept as a ``captum.concept.Concept``, for TCAV; see :func:`torchprobe.datasets.broden.captum.concept`."""
+        from torchprobe.datasets.broden.captum import concept
+
+        return concept(self, name, batch_size, limit, minimum_area)
+
+    # -- errors and display ----------------------------------------------------------------------------------------
+
+    def _refuse(self, finding: Finding) -> NoReturn:
+        raise DatasetError(f"{self.root}: {finding}. validate({str(self.root)!r}) lists every problem")
+
+    def _unusable(self, row: Row, name: str, error: FileError) -> DatasetError:
+        return DatasetError(f"{self.root}: index.csv line {row.line}: images/{name}: {error}")
+
+    def __repr__(self) -> str:
+        split = f", split {self.split}" if self.split else ""
+        return f"Broden({len(self)} images, {len(self.labels)} labels in {', '.join(self.categories)}{split}, {str(self.root)!r})"
+
+
+def known_labels(labels: Sequence[Label]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """By number, whether there is such a label; 0, the unlabelled, is."""
+    known = np.zeros(1 + max((label.number for label in labels), default=0), bool)
+    known[[0, *(label.number for label in labels)]] = True
+    return known
+
+
+def unknown_labels(plane: Tensor, known: np.ndarray[Any, np.dtype[np.bool_]]) -> list[int]:
+    """The numbers of a label map that ``known`` (by number) does not have, ascending."""
+    numbers = plane.numpy()
+    if numbers.max(initial=0) < len(known) and known[numbers].all():
+        return []
+    found = np.unique(numbers)
+    return [int(number) for number in found if number >= len(known) or not known[number]]
+
+
+def _check_root(root: Path) -> None:
+    """A folder with an index, or an error that says where one may be."""
+    if not root.is_dir():
+        raise DatasetError(f"{root} is {'a file' if root.exists() else 'not there'}; expected a Broden folder with index.csv")
+    if not (root / "index.csv").is_file():
+        inside = sorted(child.name for child in root.iterdir() if (child / "index.csv").is_file())
+        hint = f"; did you mean {root / inside[0]}?" if inside else ", label.csv, category.csv, c_*.csv and images/"
+        raise DatasetError(f"{root} holds no index.csv; expected a Broden folder with index.csv{hint}")

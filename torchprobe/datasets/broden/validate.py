@@ -1,0 +1,133 @@
+"""Checks a Broden folder and lists every problem."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchprobe.datasets.broden.files import FileError, locate, read_image, read_labels
+from torchprobe.datasets.broden.index import Finding, Row, Tables, read_rows, read_tables
+from torchprobe.datasets.broden.reader import known_labels, unknown_labels
+
+
+def validate(root: str | os.PathLike[str], workers: int = 2, progress: Callable[[int, int], object] | None = None) -> list[Finding]:
+    """Every problem of a Broden folder: tables first, then rows, then pictures in the order of the index. Empty when all is well.
+
+    Reported: missing, unreadable or inconsistent tables; rows that are no rows; names that leave the folder; absurd sizes; pictures that
+    are missing, truncated or undecodable; label maps with another size than their row says or with blue; labels that label.csv does not
+    have or that the table of their category does not list; pictures that two rows name.
+
+    Args:
+        root: the folder, see :class:`~torchprobe.datasets.Broden`.
+        workers: threads that decode.
+        progress: called with (rows done, rows in all).
+
+    >>> import tempfile
+    >>> for finding in validate(tempfile.mkdtemp())[:2]:
+    ...     print(finding)
+    category.csv: the file is missing; take it from the release, or write the set with BrodenWriter
+    label.csv: the file is missing; take it from the release, or write the set with BrodenWriter
+    """
+    root = Path(root)
+    findings: list[Finding] = []
+    tables = read_tables(root, findings.append)
+    findings += _table_problems(root, tables)
+    known = known_labels(tables.labels)
+    numbers = {label.number for label in tables.labels}
+    rows = list(read_rows(root, findings.append, tables.categories, numbers.__contains__))
+    findings += _repeated(rows)
+    listed = [_listed(tables, category, len(known)) for category in tables.categories]
+    check = functools.partial(_row_problems, root, tables.categories, known, listed)
+    with ThreadPoolExecutor(workers, thread_name_prefix="torchprobe-check") as threads:
+        for start in range(0, len(rows), 256):  # few enough to wait for one another
+            for done, found in enumerate(threads.map(check, rows[start : start + 256]), start + 1):
+                findings += found
+                if progress is not None:
+                    progress(done, len(rows))
+    return findings
+
+
+def _table_problems(root: Path, tables: Tables) -> list[Finding]:
+    """Tables that contradict each other."""
+    findings = []
+    if not (root / "images").is_dir():
+        findings.append(Finding(None, "images", "the folder is missing", "it holds the pictures and label maps that index.csv names"))
+    numbers = {label.number for label in tables.labels}
+    for category in tables.categories:
+        if unlisted := sorted({number for name, number in tables.coverage if name == category} - numbers):
+            what = f"{_some(unlisted)} not in label.csv"
+            findings.append(Finding(None, f"c_{category}.csv", what, "add a line for each to label.csv"))
+    if lost := [label.number for label in tables.labels if not label.categories]:
+        findings.append(Finding(None, "label.csv", f"{_some(lost)} in the c_*.csv of no category", "list each in its category"))
+    first: dict[str, int] = {}
+    for label in tables.labels:
+        if first.setdefault(label.name, label.number) != label.number:
+            what = f"labels {first[label.name]} and {label.number} are both called {label.name!r}"
+            findings.append(Finding(None, "label.csv", what, "give every label a name of its own"))
+    return findings
+
+
+def _repeated(rows: Sequence[Row]) -> list[Finding]:
+    """Pictures that two rows name."""
+    first: dict[str, int] = {}
+    lines = [(row, first.setdefault(row.image, row.line)) for row in rows]
+    return [
+        Finding(row.line, "index.csv", f"{row.image} stands in line {line} already", "list every picture once")
+        for row, line in lines
+        if line != row.line
+    ]
+
+
+def _row_problems(
+    root: Path, categories: Sequence[str], known: np.ndarray[Any, Any], listed: Sequence[np.ndarray[Any, Any]], row: Row
+) -> list[Finding]:
+    """What is wrong with the files of a row, and with its labels."""
+    images = str(root / "images")
+    findings = []
+
+    def found(name: str, what: str, fix: str) -> None:
+        findings.append(Finding(row.line, f"images/{name}", what, fix))
+
+    try:
+        width, height = read_image(locate(images, row.image)).size
+        if (height, width) != (row.height, row.width):
+            what = f"the picture is {height} × {width} pixels, its row says ih × iw = {row.height} × {row.width}"
+            found(row.image, what, "correct the row")
+    except FileError as error:
+        found(row.image, str(error), "replace the file, or leave out the row")
+    for category, entries, own in zip(categories, row.entries, listed, strict=True):
+        for entry in entries:
+            if isinstance(entry, int):
+                if not own[entry]:
+                    what = f"label {entry} in column {category}, but c_{category}.csv does not list it"
+                    findings.append(Finding(row.line, "index.csv", what, "list it there"))
+                continue
+            try:
+                plane = read_labels(locate(images, entry), row.label_height, row.label_width)
+            except FileError as error:
+                found(entry, str(error), "replace the file, or take it out of the row")
+                continue
+            if unknown := unknown_labels(plane, known):
+                found(entry, f"{_some(unknown)} not in label.csv", "add them there, or correct the label map (red + 256 · green)")
+            elif strays := unknown_labels(plane, own):
+                found(entry, f"{_some(strays)} not in c_{category}.csv", "list them there")
+    return findings
+
+
+def _listed(tables: Tables, category: str, size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """By number, whether a category lists the label."""
+    listed = np.zeros(size, bool)
+    listed[[0, *(number for name, number in tables.coverage if name == category and number < size)]] = True
+    return listed
+
+
+def _some(numbers: Sequence[int]) -> str:
+    """The first few of many labels."""
+    shown = ", ".join(map(str, numbers[:5]))
+    return f"label{'s' if len(numbers) > 1 else ''} {shown}{f' and {len(numbers) - 5} more' if len(numbers) > 5 else ''}"

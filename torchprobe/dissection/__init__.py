@@ -1,0 +1,56 @@
+"""Units against concepts: what a layer's units detect, and what of it is beyond chance.
+
+==========================  ====================================================================
+:func:`dissect`             a model, some layers and Broden: a :class:`Dissection` for each layer
+:class:`Dissection`         what the units of a layer detect; saved, merged, summed up
+:func:`singular_vectors`    directions of a head; :func:`random_rotation` is their control
+:class:`Overlap`            counts of pixels over a data set; mergeable; their :class:`Counts`
+:class:`LabelBatch`         the labels of a batch of images
+:func:`as_maps`             an activation as maps with positions
+:func:`average_precision`   how well each unit ranks the images of each concept
+:func:`support`             among how many images, and how many of them show it; prevalence
+:func:`pool`                a map as one score
+:func:`concept_matrix`      which image shows which concept
+:func:`p_values`            what chance gives; :func:`permutation_test` where scores have ties
+:func:`correct`             p-values corrected for being many
+:func:`unique_detectors`    detectors and their concepts, as the original counts them
+:func:`encoded`             pairs of unit and concept beyond threshold and chance
+==========================  ====================================================================
+"""
+
+from torchprobe.dissection.average_precision import average_precision, concept_matrix, gain, pool, support
+from torchprobe.dissection.bases import random_rotation, singular_vectors
+from torchprobe.dissection.dissect import dissect
+from torchprobe.dissection.dissection import Dissection, UnitConcept
+from torchprobe.dissection.labels import LabelBatch
+from torchprobe.dissection.maps import as_maps
+from torchprobe.dissection.nulls import correct, p_values, permutation_test
+from torchprobe.dissection.overlap import Counts, Overlap
+from torchprobe.dissection.progress import Progress
+from torchprobe.dissection.summaries import best_labels, encoded, polysemanticity, unique_concepts, unique_detectors
+
+__all__ = [
+    "dissect",
+    "Dissection",
+    "UnitConcept",
+    "Progress",
+    "singular_vectors",
+    "random_rotation",
+    "Overlap",
+    "Counts",
+    "LabelBatch",
+    "as_maps",
+    "average_precision",
+    "support",
+    "pool",
+    "gain",
+    "concept_matrix",
+    "p_values",
+    "permutation_test",
+    "correct",
+    "best_labels",
+    "unique_detectors",
+    "encoded",
+    "unique_concepts",
+    "polysemanticity",
+]

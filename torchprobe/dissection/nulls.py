@@ -1,0 +1,298 @@
+"""What chance gives: p-values of average precision, and their correction for many units and concepts.
+
+Without ties the average precision of a unit that knows nothing of a concept depends on two numbers only, the images N and the positives
+P: it is that of a random ranking. So one table serves every unit and every concept of that P, and is kept.
+
+A p-value is the smaller of two that are both valid:
+
+* the Monte Carlo one, (1 + draws at least as good) / (1 + draws), from the table; it cannot be less than 1 / (1 + draws);
+* an upper bound without simulation, for the far tail that a correction over millions of pairs asks for. Among the first m images of a
+  random ranking there are j or more positives with probability at most exp(−m · KL(j/m ‖ P/N)) (Hoeffding 1963, theorems 1 and 4). Let each
+  of K values of j keep its bound, all of them with probability 1 − δ: that limits the precision at each positive, and so the average
+  precision.
+
+Both fall as AP grows, so whichever is smaller, {p ≤ α} is a set {AP ≥ a} that one of them allows: the smaller is valid too.
+
+With ties – a ReLU that is zero on half of the images – AP of a random unit is closer to prevalence than the table says. There the table
+errs to the safe side in the tail; :func:`permutation_test` is exact.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchprobe.dissection.average_precision import Support, average_precision, concept_matrix, rows_of, support
+from torchprobe.ops import average_precision as _operator
+
+_DRAWS = (10_000, 100_000)  # fewest and most
+_EFFORT = 2 * 10**9  # images and positives ranked in all, which decides between them
+_BATCH = 1 << 24  # scores drawn at a time
+_LEVELS = 1024  # of a table, twice: the best draws one by one, and all of them evenly
+_LOG_DELTA = -np.concatenate([np.linspace(0, 40, 81), np.geomspace(41, 700, 60)])  # of the bound
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class NullTable:
+    """The average precision of random rankings of ``images`` of which ``positives`` show the concept.
+
+    ``value`` ascending, ``count``: how many of ``draws`` reach it. ``critical`` ascending: what AP reaches with probability at most
+    exp(``log_p``).
+    """
+
+    images: int
+    positives: int
+    draws: int
+    value: Array
+    count: Array
+    critical: Array
+    log_p: Array
+
+    def p_value(self, ap: Array) -> Array:
+        """Probability that a random ranking does at least as well; an upper bound in the far tail. Nan for nan."""
+        simulated = (1 + np.interp(ap, self.value, self.count, left=self.draws, right=0)) / (1 + self.draws)
+        reached = np.searchsorted(self.critical, ap, side="right")  # the rarest of the levels that AP reaches
+        return np.where(np.isnan(ap), np.nan, np.minimum(simulated, np.exp(self.log_p)[reached - 1]))
+
+
+def null_tables(pairs: Iterable[tuple[int, int]], draws: int | None = None, seed: int = 0) -> dict[tuple[int, int], NullTable]:
+    """One table for each (images, positives). What was asked for before in this process is kept, so further layers cost nothing.
+
+    Args:
+        pairs: (N, P), 1 ≤ P ≤ N.
+        draws: random rankings for each. By default 10,000 to 100,000, the fewer the more work they are: all of Broden takes 10,000, and
+            about a quarter of a minute.
+        seed: of the rankings.
+
+    Raises:
+        ValueError: P outside 1 … N.
+
+    >>> table = null_tables([(1000, 10)], draws=1000)[1000, 10]
+    >>> table.p_value(np.array([0.01, 0.9])).round(3)
+    array([0.751, 0.   ])
+    """
+    wanted = tuple(sorted(set(pairs)))
+    if wrong := [pair for pair in wanted if not 1 <= pair[1] <= pair[0]]:
+        raise ValueError(f"of {wrong[0][0]} images {wrong[0][1]} cannot be positive")
+    if not wanted:
+        return {}
+    work = max(n for n, _ in wanted) + sum(p for _, p in wanted)
+    with _making:
+        # Kept as a whole: tables made together share their rankings, and none may depend on what was asked for before.
+        return dict(_make_tables(wanted, draws or int(np.clip(_EFFORT // work, *_DRAWS)), seed))
+
+
+_making = threading.Lock()
+
+
+@functools.lru_cache(maxsize=4)
+def _make_tables(pairs: tuple[tuple[int, int], ...], draws: int, seed: int) -> dict[tuple[int, int], NullTable]:
+    return {pair: _table(*pair, values) for pair, values in zip(pairs, _simulate(pairs, draws, seed), strict=True)}
+
+
+def _simulate(pairs: tuple[tuple[int, int], ...], draws: int, seed: int) -> Array:
+    """AP of random rankings, (len(pairs), draws): the operator itself, on random scores and fixed positives.
+
+    The largest N is ranked, and fewer images are the first of them: in a random ranking they are ranked at random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = sorted({n for n, _ in pairs})
+    image = torch.cat([torch.randperm(n, generator=generator)[:p] for n, p in pairs])
+    concept = torch.arange(len(pairs)).repeat_interleave(torch.tensor([p for _, p in pairs]))
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(image, minlength=sizes[-1]).cumsum(0)])
+    col = concept[image.argsort(stable=True)]
+    eligible = None if len(sizes) == 1 else torch.arange(sizes[-1])[:, None] < torch.tensor(sizes)
+    group = None if len(sizes) == 1 else torch.tensor([sizes.index(n) for n, _ in pairs])
+    result = torch.empty(len(pairs), draws, dtype=torch.float64)
+    step = max(1, _BATCH // sizes[-1])
+    for start in range(0, draws, step):
+        units = min(step, draws - start)
+        # The bits of all positive floats are as many different scores: with ties it would be no random ranking.
+        scores = torch.randint(0, 0x7F800000, (units, sizes[-1]), dtype=torch.int32, generator=generator).view(torch.float32)
+        result[:, start : start + units] = _operator(scores, crow, col, len(pairs), eligible, group).T
+    return result.numpy()
+
+
+def _table(images: int, positives: int, values: Array) -> NullTable:
+    draws = len(values)
+    rising = np.sort(values)
+    kept = np.unique(np.concatenate([np.linspace(0, draws - 1, _LEVELS).astype(int), np.arange(max(0, draws - _LEVELS), draws)]))
+    value = np.unique(rising[kept])
+    count = draws - np.searchsorted(rising, value, side="left").astype(np.float64)
+    critical = np.append(-np.inf, critical_values(images, positives, _LOG_DELTA))  # whatever AP is, p is at most 1
+    reachable = critical <= 1
+    return NullTable(images, positives, draws, value, count, critical[reachable], np.append(0, _LOG_DELTA)[reachable])
+
+
+def critical_values(images: int, positives: int, log_p: Array) -> Array:
+    """AP that a random ranking reaches with probability at most exp(log_p), by Hoeffding's bound; above 1 where it says nothing.
+
+    >>> critical_values(63_305, 100, np.log([1e-8])).round(3)
+    array([0.052])
+    """
+    share = positives / images
+    if positives == images:
+        return np.full(len(log_p), np.inf)
+    # The positives whose rank is watched: all of the first, then every so many, up to the last.
+    j = np.unique(np.concatenate([np.arange(1, 33), np.geomspace(32, max(positives, 32), 256).astype(int)]))
+    j = j[j <= positives].astype(np.float64)
+    # Precision y at the j-th positive has j / y images before it: the exponent is j · KL(y ‖ share) / y, which grows with y.
+    y = share + (1 - share) * np.linspace(0, 1, 4097)[1:] ** 2
+    y[-1] = 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        divergence = y * np.log(y / share) + np.where(y < 1, (1 - y) * np.log((1 - y) / (1 - share)), 0)
+    rate = divergence / y
+    at = np.searchsorted(rate, (np.log(len(j)) - log_p[:, None]) / j)
+    precision = y[np.minimum(at, len(y) - 1)]
+    # Up to the next one watched each positive comes at least one rank after the other, and precision is then greatest at the last of them.
+    last = np.append(j[1:], positives + 1) - 1
+    greatest = last / (j / precision + last - j)
+    ap = (greatest * (last - j + 1)).sum(1) / positives
+    return np.where(ap < 1 - 1e-12, ap, np.inf)
+
+
+def p_values(ap: Tensor, concepts: Support, draws: int | None = None, seed: int = 0) -> Tensor:
+    """Probability that a unit which knows nothing does at least as well, one-sided, for each pair.
+
+    Args:
+        ap: (…, concepts), from :func:`torchprobe.dissection.average_precision`. For ``sign="both"`` the p-value is that of one sign: the
+            other is one more chance, to be corrected for (``signs=2`` of :func:`correct`).
+        concepts: from :func:`torchprobe.dissection.support` with the same arguments.
+        draws, seed: see :func:`null_tables`.
+
+    Returns:
+        float64, the shape of ``ap``; nan where AP is nan. 1 for a concept that all images show.
+
+    >>> ap, concepts = torch.tensor([[0.011, 0.95]]), Support(torch.tensor([1000, 1000]), torch.tensor([10, 10]))
+    >>> p = p_values(ap, concepts, draws=1000)
+    >>> bool(p[0, 0] > 0.1), bool(p[0, 1] < 1e-12)
+    (True, True)
+    """
+    values = ap.detach().cpu().double().numpy()
+    result = np.full(values.shape, np.nan)
+    images, positives = concepts.images.tolist(), concepts.positives.tolist()
+    if values.shape[-1:] != (len(positives),):
+        raise ValueError(f"AP of shape {tuple(ap.shape)} does not go with {len(positives)} concepts")
+    some = [c for c in range(len(images)) if 0 < positives[c] < images[c]]
+    tables = null_tables([(images[c], positives[c]) for c in some], draws, seed)
+    for c in some:
+        result[..., c] = tables[images[c], positives[c]].p_value(values[..., c])
+    always = [c for c in range(len(images)) if 0 < positives[c] == images[c]]
+    result[..., always] = np.where(np.isnan(values[..., always]), np.nan, 1.0)
+    return torch.from_numpy(result).to(ap.device)
+
+
+def correct(p: Tensor, method: str = "holm", signs: int = 1) -> Tensor:
+    """p-values corrected for being many: of all units, signs and concepts that were looked at.
+
+    Args:
+        p: any shape; nan are no tests and stay nan.
+        method: "holm" (Holm 1979): the probability that any unit is said to encode a concept by chance stays below α, however the tests
+            depend on each other. "bh" (Benjamini & Hochberg 1995): of the pairs reported, a share of at most α by chance.
+        signs: 2 where each p is that of the better of two signs.
+
+    >>> correct(torch.tensor([0.01, 0.04, float("nan"), 0.03]))
+    tensor([0.0300, 0.0600,    nan, 0.0600])
+    >>> correct(torch.tensor([0.01, 0.04, float("nan"), 0.03]), "bh")
+    tensor([0.0300, 0.0400,    nan, 0.0400])
+    """
+    if method not in ("holm", "bh"):
+        raise ValueError(f'method must be "holm" or "bh", got {method!r}')
+    flat = p.flatten()
+    tested = (~flat.isnan()).nonzero().squeeze(1)
+    rising, order = flat[tested].sort()
+    n, tests = len(rising), signs * len(rising)
+    if n == 0:
+        return p.clone()
+    rank = torch.arange(n, device=p.device, dtype=rising.dtype)
+    if method == "holm":
+        adjusted = ((tests - rank) * rising).cummax(0).values
+    else:
+        adjusted = (tests / (rank + 1) * rising).flip(0).cummin(0).values.flip(0)
+    result = torch.full_like(flat, torch.nan)
+    result[tested[order]] = adjusted.clamp(max=1)
+    return result.view_as(p)
+
+
+class Permutation(NamedTuple):
+    """``p``: of each pair on its own; ``adjusted``: for all pairs together; ``ap``: as observed. All (units, concepts), float64."""
+
+    p: Tensor
+    adjusted: Tensor
+    ap: Tensor
+
+
+def permutation_test(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    permutations: int = 99,
+    seed: int = 0,
+    sign: str = "positive",
+    negatives: str = "all",
+    category: Tensor | None = None,
+    annotated: Tensor | None = None,
+) -> Permutation:
+    """The null without assumptions: the rows of labels, with their annotations, are dealt out to the images anew, all concepts together.
+
+    Ties of the scores and the dependence among concepts stay as they are. For all pairs together the smallest p-value of each permutation
+    is compared (single-step minP; Westfall & Young 1993), in which the tables of :func:`null_tables` are only the common scale. Every
+    permutation costs as much as :func:`torchprobe.dissection.average_precision`, and no p-value is below 1 / (1 + permutations).
+
+    Args:
+        scores, labels, sign, negatives, category, annotated: as for :func:`torchprobe.dissection.average_precision`.
+        permutations: how many.
+        seed: of the permutations.
+
+    >>> scores, labels = torch.arange(40.0)[None], (torch.arange(40) > 30)[:, None]
+    >>> permutation_test(scores, labels, permutations=19).adjusted
+    tensor([[0.0500]], dtype=torch.float64)
+    """
+    if permutations < 1:
+        raise ValueError(f"there must be at least one permutation, got {permutations}")
+    concepts = support(labels, negatives=negatives, category=category, annotated=annotated)
+    if negatives == "category" and annotated is None and category is not None:
+        annotated = _annotated(labels, category)
+    generator = torch.Generator().manual_seed(seed)
+    ap = average_precision(scores, labels, sign=sign, negatives=negatives, category=category, annotated=annotated)
+    common = p_values(ap, concepts)
+    reached, smaller = torch.ones_like(ap), torch.ones_like(ap)
+    crow, col, columns = rows_of(labels)
+    for _ in range(permutations):
+        order = torch.randperm(len(crow) - 1, generator=generator).to(col.device)
+        shuffled = None if annotated is None else annotated[order.to(annotated.device)]
+        drawn = average_precision(
+            scores, _rows(crow, col, columns, order), sign=sign, negatives=negatives, category=category, annotated=shuffled
+        )
+        reached += drawn >= ap - 1e-12
+        least = p_values(drawn, concepts).nan_to_num(nan=1).amin()
+        smaller += common >= least
+    p, adjusted = ((count / (1 + permutations)).where(~ap.isnan(), torch.nan) for count in (reached, smaller))
+    return Permutation(p, adjusted, ap)
+
+
+def _annotated(labels: Tensor, category: Tensor) -> Tensor:
+    """By image and category, whether the image shows some concept of it."""
+    crow, col, _ = rows_of(labels)
+    annotated = torch.zeros(labels.shape[0], max(int(category.amax()) + 1, 1), dtype=torch.bool, device=labels.device)
+    of = category.to(labels.device)[col]
+    image = torch.arange(labels.shape[0], device=labels.device).repeat_interleave(crow.diff())
+    annotated[image[of >= 0], of[of >= 0]] = True
+    return annotated
+
+
+def _rows(crow: Tensor, col: Tensor, concepts: int, order: Tensor) -> Tensor:
+    """The label matrix with its rows in another order."""
+    lengths = crow.diff()[order]
+    begin = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    entry = torch.arange(len(col), device=col.device) + (crow[:-1][order] - begin[:-1]).repeat_interleave(lengths)
+    return concept_matrix(begin, col[entry], concepts)

@@ -1,0 +1,166 @@
+"""Intersection over union of units and labels: counts of pixels over a whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchprobe.dissection.labels import LabelBatch
+from torchprobe.ops.overlap import overlap_tally_
+
+MODES = ("default", "netdissect", "global")
+
+
+class Counts(NamedTuple):
+    """Pixels over a whole data set, int64, for U units and labels 0 … L − 1 (0 is the unlabelled, and always empty).
+
+    ``intersection`` (U, L): the unit is active and the label is there. ``activation`` (U, L): the unit is active, in the images that the
+    label is compared over. ``truth`` (L,): the label is there.
+    """
+
+    intersection: Tensor
+    activation: Tensor
+    truth: Tensor
+
+    def iou(self) -> Tensor:
+        """Intersection over union, float64 (U, L); 0 where there is neither activation nor label.
+
+        >>> Counts(torch.tensor([[2]]), torch.tensor([[4]]), torch.tensor([6])).iou()
+        tensor([[0.2500]], dtype=torch.float64)
+        """
+        union = self.activation + self.truth - self.intersection
+        return self.intersection.double() / union.clamp(min=1)
+
+
+class Overlap:
+    """Counts, over the images of a data set, how the activated region of each unit overlaps each label. Exact, and mergeable.
+
+    A unit is active where its map, brought to the label grid of an image, exceeds the unit's threshold; for the exact definition see
+    :func:`torchprobe.ops.overlap_tally_`. A label is compared with a unit's activation in those images that hold some label of its
+    category, since where a category is not annotated nothing is known of it. A label counts by its *primary* category, as in the original.
+
+    Args:
+        thresholds: (units,), the level that an active pixel exceeds; rounded to float32. Their device is where the maps must be.
+        category: int64 (labels,), the primary category of each label, 0 … categories − 1; negative for none. That of label 0 is ignored.
+        categories: how many there are.
+        mode: "default"; "netdissect", the grid of the original (Bau et al., Network Dissection, CVPR 2017), in which a label that several
+            planes give to one pixel counts several times; "global", in which activation is counted over all images, annotated or not.
+
+    The state: ``intersection`` (U, L), ``activation`` (U, categories + 1, whose last column counts all images), ``truth`` (L,), ``images``.
+
+    >>> overlap = Overlap(torch.tensor([0.5]), torch.tensor([-1, 0, 1]), categories=2)
+    >>> labels = LabelBatch.pack([[("object", torch.tensor([[1, 1], [0, 0]]))]], [(2, 2)])
+    >>> overlap.update(torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]]), labels)
+    >>> overlap.counts().iou()
+    tensor([[0.0000, 0.3333, 0.0000]], dtype=torch.float64)
+    """
+
+    def __init__(self, thresholds: Tensor, category: Tensor, categories: int, mode: str = "default") -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if thresholds.dim() != 1 or category.dim() != 1 or category.is_floating_point() or len(category) == 0:
+            shapes = f"{tuple(thresholds.shape)} and {category.dtype} {tuple(category.shape)}"
+            raise ValueError(f"thresholds must be (units,) and category integers (labels,), got {shapes}")
+        if int(category.amax()) >= categories:
+            raise ValueError(f"category holds {int(category.amax())}, but there are {categories} categories")
+        self.thresholds = thresholds.detach().to(torch.float32, copy=True)
+        self.category = category.detach().to("cpu", torch.int64, copy=True).clamp(min=-1)
+        self.category[0] = -1
+        self.categories = int(categories)
+        self.mode = mode
+        units, labels, device = len(thresholds), len(category), thresholds.device
+        self.intersection = torch.zeros(units, labels, dtype=torch.int64, device=device)
+        self.activation = torch.zeros(units, categories + 1, dtype=torch.int64, device=device)
+        self.truth = torch.zeros(labels, dtype=torch.int64, device=device)
+        self.images = 0
+
+    def update(self, maps: Tensor, labels: LabelBatch, input_size: tuple[int, int] | None = None) -> None:
+        """Adds a batch of images.
+
+        Args:
+            maps: (images, units, h, w), any floating point type.
+            labels: of the same images, in the same order.
+            input_size: height and width of the network's input; only "netdissect" asks for it.
+
+        Raises:
+            ValueError: something does not fit together. Nothing is added then.
+        """
+        anchored = self.mode == "netdissect"
+        if anchored and input_size is None:
+            raise ValueError('mode="netdissect" needs input_size, the height and width of the network\'s input')
+        height, width = input_size if anchored and input_size is not None else (0, 0)
+        overlap_tally_(
+            self.intersection, self.activation, self.truth, maps, self.thresholds, self.category, labels.planes, labels.sizes, labels.whole,
+            "anchored" if anchored else "half_pixel", height, width, per_plane=anchored,
+        )  # fmt: skip
+        self.images += maps.shape[0]
+
+    def counts(self) -> Counts:
+        """Everything so far, with the activation of each label restricted to the images that it is compared over."""
+        category = self.category.to(self.activation.device)
+        column = torch.full_like(category, self.categories) if self.mode == "global" else category.clamp(min=0)
+        known = torch.ones_like(category, dtype=torch.bool) if self.mode == "global" else category >= 0
+        return Counts(self.intersection.clone(), self.activation[:, column] * known, self.truth.clone())
+
+    def merge(self, other: Overlap) -> Overlap:
+        """Adds, in place, everything ``other`` saw; returns self. Order and partition of the images do not matter.
+
+        Raises:
+            TypeError: ``other`` is no :class:`Overlap`.
+            ValueError: other thresholds, labels or mode.
+        """
+        if not isinstance(other, Overlap):
+            raise TypeError(f"cannot merge Overlap with {type(other).__name__}")
+        self._require_same(other.state_dict())
+        for name in ("intersection", "activation", "truth"):
+            getattr(self, name).add_(getattr(other, name).to(self.truth.device))
+        self.images += other.images
+        return self
+
+    def reset(self) -> None:
+        """Forgets all images."""
+        for part in (self.intersection, self.activation, self.truth):
+            part.zero_()
+        self.images = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and what they were counted with, cloned."""
+        parts = ("intersection", "activation", "truth", "thresholds", "category")
+        return {name: getattr(self, name).clone() for name in parts} | {
+            "categories": self.categories,
+            "mode": self.mode,
+            "images": self.images,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: it was counted with other thresholds, labels or in another mode, or is incomplete. Nothing is changed then.
+        """
+        if missing := sorted(self.state_dict().keys() - state.keys()):
+            raise ValueError(f"the saved counts lack {', '.join(missing)}")
+        self._require_same(state)
+        for name in ("intersection", "activation", "truth"):
+            if state[name].shape != getattr(self, name).shape or state[name].dtype != torch.int64:
+                raise ValueError(f"{name} of the saved counts is {state[name].dtype} of shape {tuple(state[name].shape)}")
+        for name in ("intersection", "activation", "truth"):
+            getattr(self, name).copy_(state[name])
+        self.images = int(state["images"])
+
+    def _require_same(self, state: Mapping[str, Any]) -> None:
+        """Counts that differ in one of these cannot be added."""
+        for name in ("mode", "categories"):
+            if state[name] != getattr(self, name):
+                raise ValueError(f"the counts were made with {name}={state[name]!r}, these with {name}={getattr(self, name)!r}")
+        for name in ("thresholds", "category"):
+            mine, others = getattr(self, name), state[name].to(getattr(self, name).device)
+            if mine.shape != others.shape or not torch.equal(mine.nan_to_num(), others.nan_to_num()):
+                raise ValueError(f"the counts were made with other {name}: of shape {tuple(others.shape)}, here {tuple(mine.shape)}")
+
+    def __repr__(self) -> str:
+        units, labels = self.intersection.shape
+        return f"Overlap({units} units, {labels - 1} labels in {self.categories} categories, mode={self.mode!r}, {self.images} images)"

@@ -1,0 +1,64 @@
+"""The processes that share a dissection: all of ``torch.distributed``, or this one alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+
+
+class Ranks:
+    """``rank`` and ``size``, and what they tell each other, by way of the host. All of them call the same methods in the same order.
+
+    >>> with Ranks() as ranks:
+    ...     (ranks.rank, ranks.size, ranks.from_first("a"), list(ranks.to_first("b")))
+    (0, 1, 'a', [])
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+        self._group: Any = None
+
+    def __enter__(self) -> Ranks:
+        dist = torch.distributed
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # shares may take hours
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._group is not None and kind is None:
+            torch.distributed.destroy_process_group(self._group)
+        self._group = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all."""
+        if self._group is not None:
+            torch.distributed.barrier(self._group)
+
+    def from_first(self, value: Any) -> Any:
+        """What the first rank calls this with."""
+        if self._group is None:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, 0, group=self._group)
+        return box[0]
+
+    def to_first(self, value: Any) -> Iterator[Any]:
+        """On the first rank what the others call this with, one after the other, so that only one is in memory; nothing elsewhere."""
+        if self._group is None:
+            return
+        for sender in range(1, self.size):
+            if self.rank == sender:
+                torch.distributed.send_object_list([value], 0, group=self._group)
+            elif self.rank == 0:
+                box: list[Any] = [None]
+                torch.distributed.recv_object_list(box, sender, group=self._group)
+                yield box[0]

@@ -1,0 +1,87 @@
+"""Tensors and plain values in safetensors files, which hold no code; read as if they came from anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchprobe.rendering.files import replacing
+
+FORMAT = "1"
+
+
+def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Writes a file of some ``kind``; one of that name is replaced only when everything is on the disk.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not (folder := Path(path).resolve().parent).is_dir():
+        raise FileNotFoundError(f"cannot save to {os.fspath(path)!r}: there is no folder {str(folder)!r}")
+    metadata = {"format": FORMAT, "kind": kind, "values": json.dumps(values)}
+    on_disk = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(on_disk, temporary, metadata)
+
+
+class File:
+    """An open file of some ``kind``; every complaint names it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is something else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
+        self.path = os.fspath(path)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such file: {self.path}")
+        try:
+            opened: Any = safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path} is no safetensors file: {error}") from error
+        self._file = opened
+        metadata: dict[str, str] = self._file.metadata() or {}
+        if metadata.get("kind") != kind or metadata.get("format") != FORMAT:
+            found = f"kind {metadata.get('kind')!r}, format {metadata.get('format')!r}"
+            raise ValueError(f"{self.path} has {found}; expected {kind!r}, format {FORMAT!r}")
+        self.keys: tuple[str, ...] = tuple(self._file.keys())
+        try:
+            self.values: dict[str, Any] = json.loads(metadata.get("values", ""))
+        except (ValueError, RecursionError) as error:
+            raise self.error("values", f"the metadata is not JSON ({error})") from error
+        if not isinstance(self.values, dict):
+            raise self.error("values", "expected a JSON object")
+
+    def error(self, key: str, what: str) -> ValueError:
+        return ValueError(f"{self.path}, {key!r}: {what}")
+
+    def value(self, key: str, kind: type) -> Any:
+        """A plain value of that type."""
+        if not isinstance(value := self.values.get(key), kind):
+            raise self.error(key, f"expected {kind.__name__}, got {type(value).__name__}")
+        return value
+
+    def tensor(self, key: str, dtype: torch.dtype | None = None, shape: tuple[int | None, ...] | None = None) -> Tensor:
+        """A tensor; ``shape`` may leave sizes open with None. What the header says is checked before anything is read."""
+        if key not in self.keys:
+            raise self.error(key, "missing")
+        found = tuple(self._file.get_slice(key).get_shape())
+        if shape is not None and not _fits(found, shape):
+            raise self.error(key, f"expected the shape {shape}, got {found}")
+        tensor: Tensor = self._file.get_tensor(key)
+        if dtype is not None and tensor.dtype != dtype:
+            raise self.error(key, f"expected {dtype}, got {tensor.dtype}")
+        return tensor
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(found) == len(wanted) and all(want in (None, have) for have, want in zip(found, wanted, strict=True))

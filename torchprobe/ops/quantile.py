@@ -1,0 +1,113 @@
+"""``torchprobe::keep_largest_``: the largest values of every feature, in one read of an activation.
+
+Schema::
+
+    keep_largest_(Tensor(a!) values, Tensor(b!) counts, Tensor(c!) bound, Tensor x, int feature_dim, int capacity) -> ()
+
+The buffers belong to :class:`torchprobe.statistics.Quantile`; the native kernel lives in ``csrc/cpu/quantile.cpp``. Here are the schema,
+the fake kernel and the reference in plain PyTorch, which is also what runs on every device that has no kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchprobe.ops.observe import DTYPES
+
+SCHEMA = "keep_largest_(Tensor(a!) values, Tensor(b!) counts, Tensor(c!) bound, Tensor x, int feature_dim, int capacity) -> ()"
+BLOCK = 16
+"""Values that the kernel compares at once: the room that it needs behind the capacity."""
+
+
+def new_buffers(features: int, slots: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty ``values``, ``counts`` and ``bound`` for :func:`keep_largest_`."""
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    with torch.inference_mode(False):
+        values = torch.full((features, slots), -torch.inf, dtype=torch.float32, device=device)
+        bound = torch.full((features,), -torch.inf, dtype=torch.float32, device=device)
+        return values, torch.zeros(3, features, dtype=torch.int64, device=device), bound
+
+
+def keep_largest_(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_dim: int, capacity: int) -> None:
+    """Adds the values of ``x`` to the buffers of their features, in place; of more than ``capacity`` only the largest are sure to stay.
+
+    Args:
+        values: float32 (features, slots): what is kept, in no order, −inf behind the first ``counts[0]``. Either slots ≥ capacity + 16, or
+            there is room for every value of ``x`` and 16 more.
+        counts: int64 (3, features): the number of values kept; of nan seen; of values seen and not kept that equal ``bound`` (which
+            means nothing while that is −inf).
+        bound: float32 (features,): every value seen and not kept is at most this. −inf itself is never kept.
+        x: floating point (float64, float32, bfloat16, float16), any strides; float64 is rounded to float32, the others are exact.
+        feature_dim: the dimension that holds the features.
+        capacity: at least 1.
+
+    Raises:
+        ValueError: the tensors do not fit together; the message says how.
+
+    >>> import torch
+    >>> from torchprobe.ops.quantile import keep_largest_, new_buffers
+    >>> values, counts, bound = new_buffers(features=1, slots=2 + 16)
+    >>> keep_largest_(values, counts, bound, torch.arange(100.0).view(100, 1), feature_dim=-1, capacity=2)
+    >>> values.topk(2).values.tolist()
+    [[99.0, 98.0]]
+    """
+    try:
+        torch.ops.torchprobe.keep_largest_(values, counts, bound, x, feature_dim, capacity)
+    except (RuntimeError, TypeError, AttributeError):
+        check(values, counts, bound, x, feature_dim, capacity)  # the same refusal in words, if a bad argument was the cause
+        raise
+
+
+def check(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_dim: int, capacity: int) -> None:
+    """Raises ``ValueError`` that names what does not fit; silent when everything does."""
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+        raise ValueError(f"expected float64, float32, bfloat16 or float16, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    if not -x.dim() <= feature_dim < x.dim():
+        raise ValueError(f"feature_dim={feature_dim} is outside a tensor of shape {tuple(x.shape)}")
+    features = x.shape[feature_dim]
+    shapes = {"values": (values, torch.float32, 2), "counts": (counts, torch.int64, 2), "bound": (bound, torch.float32, 1)}
+    for name, (part, dtype, dims) in shapes.items():
+        if part.dtype != dtype or part.dim() != dims or not part.is_contiguous() or part.device != x.device:
+            raise ValueError(
+                f"{name} must be a contiguous {dims}-D {dtype} on {x.device}, got {part.dim()}-D {part.dtype} on {part.device}"
+            )
+    if not values.shape[0] == counts.shape[1] == bound.shape[0] == features or counts.shape[0] != 3:
+        raise ValueError(
+            f"the buffers were made for {values.shape[0]} features, x of shape {tuple(x.shape)} has {features} along {feature_dim}"
+        )
+    if capacity < 1:
+        raise ValueError(f"capacity must be at least 1, got {capacity}")
+
+
+def reference(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_dim: int, capacity: int) -> None:
+    """What :func:`keep_largest_` means, in plain PyTorch. Any device, no synchronisation."""
+    check(values, counts, bound, x, feature_dim, capacity)
+    if not x.numel():
+        return
+    rows = x.detach().movedim(feature_dim, 0).reshape(x.shape[feature_dim], -1).to(values.dtype)
+    nan = rows.isnan()
+    ties = counts[2] + (rows == bound[:, None]).sum(1)
+    pool = torch.cat([values, rows.masked_fill(nan | (rows <= bound[:, None]), -torch.inf)], 1)
+    kept = pool.topk(min(capacity, values.shape[1]), 1).values  # what has no room may be no more than the capacity
+    values.fill_(-torch.inf)
+    values[:, : kept.shape[1]] = kept
+    if kept.shape[1] == capacity:
+        raised = torch.maximum(bound, kept[:, -1])
+        dropped = (pool == raised[:, None]).sum(1) - (kept == raised[:, None]).sum(1)
+        ties = ties.where(raised == bound, 0) + dropped
+        bound.copy_(raised)
+    counts.copy_(torch.stack([(kept > -torch.inf).sum(1), counts[1] + nan.sum(1), ties.where(bound > -torch.inf, 0)]))
+
+
+def _fake(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_dim: int, capacity: int) -> None:
+    check(values, counts, bound, x, feature_dim, capacity)
+
+
+def register(library: torch.library.Library) -> None:
+    """Defines the operator with everything that is not a native kernel."""
+    library.define(SCHEMA)
+    library.impl("keep_largest_", reference, "CompositeExplicitAutograd")
+    # Nothing here is differentiable: skip the autograd machinery, which would only cost time.
+    library.impl("keep_largest_", torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake("torchprobe::keep_largest_", _fake, lib=library)

@@ -1,0 +1,101 @@
+"""The largest values of every feature, exactly or in a random sample of the positions."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from torchprobe.ops.quantile import BLOCK, keep_largest_, new_buffers
+
+
+class Tail:
+    """Keeps at least the ``capacity`` largest values of each feature among the positions that it is shown.
+
+    It is shown every position, or each with probability 2^-``thinning``, whatever it holds; so the k-th largest here is about the
+    k · 2^thinning-th largest of all. Memory grows with what is kept, to 4 · features · :func:`slots` bytes.
+    """
+
+    def __init__(self, features: int, capacity: int, thinning: int, device: torch.device | str | None) -> None:
+        self.capacity = capacity
+        self.thinning = thinning
+        self.offered = 0  # positions seen since the beginning: no feature has kept more
+        self.values, self.counts, self.bound = new_buffers(features, 0, device)
+
+    def add(self, x: Tensor, feature_dim: int, draw: Tensor) -> None:
+        """Shows it a tensor. Where all positions are seen, ``counts[1]`` counts the nan among them; a sample leaves them out.
+
+        Args:
+            draw: uniform in [0, 1), on the CPU, the shape of ``x`` without ``feature_dim``.
+        """
+        if self.thinning:
+            chosen = tuple(index.to(x.device) for index in (draw < 2.0**-self.thinning).nonzero(as_tuple=True))
+            x, feature_dim = x.movedim(feature_dim, -1)[chosen], -1
+            x = x.masked_fill(x.isnan(), -torch.inf)
+        positions = x.numel() // x.shape[feature_dim]
+        if positions:
+            self._reserve(positions)
+            keep_largest_(self.values, self.counts, self.bound, x, feature_dim, self.capacity)
+            self.offered += positions
+
+    def halve(self, generator: torch.Generator) -> None:
+        """Doubles the thinning: of the values in order every other one stays, from the first or the second, which is random."""
+        start = int(torch.randint(2, (), generator=generator))
+        kept = self.values.sort(1, descending=True).values[:, start::2]
+        self.values[:, : kept.shape[1]] = kept
+        self.values[:, kept.shape[1] :] = -torch.inf
+        self.counts[0] = (kept > -torch.inf).sum(1)
+        self.counts[2] //= 2
+        self.thinning += 1
+
+    def merge(self, other: Tail, generator: torch.Generator) -> None:
+        """Adds what ``other``, of the same capacity, was shown."""
+        if other.thinning < self.thinning:
+            other = copy.deepcopy(other)
+        while self.thinning < other.thinning:
+            self.halve(generator)
+        while other.thinning < self.thinning:
+            other.halve(generator)
+        # Both are complete only above the larger bound; what equals it may stay, so it is lowered by a step while they are joined.
+        theirs = other.bound.to(self.bound)
+        bound = torch.maximum(self.bound, theirs)
+        other_counts = other.counts.to(self.counts)
+        ties = self.counts[2].where(self.bound == bound, 0) + other_counts[2].where(theirs == bound, 0)
+        nans, offered = self.counts[1] + other_counts[1], self.offered + other.offered
+        parts = [self.values, other.values.to(self.values)]
+        self.values, self.counts, self.bound = new_buffers(len(bound), 0, bound.device)
+        self.bound.copy_(bound.nextafter(bound.new_tensor(-torch.inf)))
+        self.offered = 0
+        for part in parts:
+            if part.shape[1]:
+                self._reserve(part.shape[1])
+                keep_largest_(self.values, self.counts, self.bound, part, 0, self.capacity)
+                self.offered += part.shape[1]
+        self.counts[1], self.offered = nans, offered
+        self.counts[2] = self.counts[2].where(self.bound >= bound, 0) + ties.where(self.bound <= bound, 0)
+        self.bound.clamp_(min=bound)
+
+    def largest(self, rank: Tensor) -> tuple[Tensor, Tensor]:
+        """The value with ``rank`` values before it, per feature, and whether that is known; int64 (features,) → float32, bool."""
+        known = (rank < self.counts[0] + self.counts[2]) | (self.bound == -torch.inf)  # −inf itself is never kept
+        value = self.bound.clone()
+        for r in rank[rank < self.counts[0]].unique().tolist():
+            rows = ((rank == r) & (rank < self.counts[0])).nonzero().flatten()
+            for part in rows.split(256):  # each is copied
+                value[part] = self.values[part].kthvalue(self.values.shape[1] - r, 1).values
+        return value, known
+
+    def _reserve(self, positions: int) -> None:
+        """Room for so many more, or for all there will ever be."""
+        full = slots(self.capacity)
+        need = min(self.offered + positions + BLOCK, full)
+        if (have := self.values.shape[1]) < need:
+            values, _, _ = new_buffers(len(self.bound), min(max(need, 2 * have), full), self.bound.device)
+            values[:, :have] = self.values
+            self.values = values
+
+
+def slots(capacity: int) -> int:
+    """Values of a feature there is room for. What is over the capacity delays the next selection."""
+    return capacity + capacity // 4 + BLOCK

@@ -1,0 +1,222 @@
+"""The inputs that drive each feature most."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCORES = ("max", "mean")
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_BLOCK = 1 << 20  # elements that are widened to float64 at a time
+_updating = threading.Lock()  # threads may share a statistic
+
+
+class TopInputs:
+    """The ``k`` inputs with the largest score of each feature, with their ids.
+
+    Args:
+        features: the width of the layer.
+        k: inputs to keep for each feature.
+        device: where the state lies; it must be where the activations are. Default: PyTorch's default device.
+        score: how the map of one input becomes a number: the largest or the mean value over its positions, nan left out. The mean is
+            summed in float64 in an order that depends on the number of positions alone.
+
+    Of equal scores the smaller id comes first, so the result is the same for any order, partition and merging. An id seen twice counts
+    once, with its larger score.
+
+    ``scores`` is float64 (features, k), descending; ``ids`` int64 (features, k). Where fewer than k inputs had a score, the rest is −inf
+    and −1. ``inputs`` counts what was seen; ``unscored``, int64 (features,), the inputs whose map was nan all over.
+
+    >>> import torch
+    >>> from torchprobe.statistics import TopInputs
+    >>> top = TopInputs(features=2, k=2)
+    >>> top.update(torch.tensor([[0.0, 5.0], [3.0, 1.0], [2.0, 5.0]]), ids=[10, 11, 12])
+    >>> top.ids.tolist()
+    [[11, 12], [10, 12]]
+    """
+
+    def __init__(self, features: int, k: int = 20, device: torch.device | str | None = None, score: str = "max") -> None:
+        if features < 1 or k < 1:
+            raise ValueError(f"features and k must be at least 1, got {features} and {k}")
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        self.features, self.k, self.score = int(features), int(k), score
+        device = torch.device(device) if device is not None else torch.get_default_device()
+        with torch.inference_mode(False):
+            self._scores = torch.empty(self.features, self.k, dtype=torch.float64, device=device)
+            self._ids = torch.empty(self.features, self.k, dtype=torch.int64, device=device)
+            self._unscored = torch.empty(self.features, dtype=torch.int64, device=device)
+        self.reset()
+
+    # -- the verbs of a statistic ----------------------------------------------------------------------------------
+
+    def update(self, x: Tensor, feature_dim: int = -1, ids: Tensor | Sequence[int] | None = None) -> None:
+        """Adds inputs.
+
+        Args:
+            x: floating point; the first dimension is the inputs, ``feature_dim`` the features, the rest positions.
+            ids: int ≥ 0, one for each input. Default: their numbers in the order of the calls, which does for a single process only.
+
+        Raises:
+            ValueError: shapes or ids do not fit.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+            raise ValueError(f"expected a floating-point tensor (inputs, …), got {_shape(x)}")
+        if not -x.dim() < feature_dim < x.dim() or feature_dim == 0 or x.shape[feature_dim] != self.features:
+            raise ValueError(
+                f"expected {self.features} features along dimension {feature_dim}, not 0, got a tensor of shape {tuple(x.shape)}"
+            )
+        inputs = x.shape[0]
+        numbers = torch.arange(self.inputs, self.inputs + inputs) if ids is None else torch.as_tensor(ids)
+        if numbers.shape != (inputs,) or (inputs and (numbers.dtype not in _WHOLE or int(numbers.min()) < 0)):
+            raise ValueError(f"ids must be {inputs} whole numbers ≥ 0, one for each input, got {_shape(numbers)}")
+        if not inputs:
+            return
+        maps = x.detach().movedim(feature_dim, 1).flatten(2) if x.dim() > 2 else x.detach()[:, :, None]
+        scores = (_largest if self.score == "max" else _mean)(maps)
+        with _updating:
+            self.inputs += inputs
+            self._unscored += scores.isnan().sum(0)
+            ids_of = numbers.to(self._ids).expand(self.features, inputs)
+            self._take(scores.T.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), ids_of.where(~scores.T.isnan(), -1))
+
+    def merge(self, other: TopInputs) -> TopInputs:
+        """Adds, in place, everything ``other`` saw; returns self. ``other`` may lie on another device.
+
+        Raises:
+            TypeError: ``other`` is no :class:`TopInputs`.
+            ValueError: another width, k or score.
+        """
+        if not isinstance(other, TopInputs):
+            raise TypeError(f"cannot merge TopInputs with {type(other).__name__}")
+        for name in ("features", "k", "score"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"cannot merge TopInputs with {name} {getattr(self, name)} and {getattr(other, name)}")
+        with _updating:
+            self.inputs += other.inputs
+            self._unscored += other._unscored.to(self._unscored)
+            self._take(other._scores.to(self._scores), other._ids.to(self._ids))
+        return self
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.inputs = 0
+        self._scores.fill_(-torch.inf)
+        self._ids.fill_(-1)
+        self._unscored.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """``features``, ``k``, ``score``, ``inputs``, and the tensors ``scores``, ``ids`` and ``unscored``, cloned."""
+        numbers = {"features": self.features, "k": self.k, "score": self.score, "inputs": self.inputs}
+        return {**numbers, **{name: part.clone() for name, part in self._parts().items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: another width, k or score; a part missing, unknown or of the wrong shape. Nothing is changed then.
+        """
+        for name in ("features", "k", "score"):
+            if state.get(name) != getattr(self, name):
+                raise ValueError(f"the saved TopInputs have {name}={state.get(name)}, these have {name}={getattr(self, name)}")
+        if state.keys() != (expected := self.state_dict().keys()):
+            raise ValueError(
+                f"the saved TopInputs lack {sorted(expected - state.keys())} and have unknown {sorted(state.keys() - expected)}"
+            )
+        for name, part in self._parts().items():
+            if not isinstance(state[name], Tensor) or state[name].shape != part.shape or state[name].dtype != part.dtype:
+                raise ValueError(f"{name} of the saved TopInputs is {_shape(state[name])}, expected {_shape(part)}")
+        if not isinstance(state["inputs"], int) or state["inputs"] < 0:
+            raise ValueError(f"inputs of the saved TopInputs are {state['inputs']!r}")
+        self.inputs = state["inputs"]
+        for name, part in self._parts().items():
+            part.copy_(state[name])
+
+    # -- reads -----------------------------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> Tensor:
+        return self._scores.clone()
+
+    @property
+    def ids(self) -> Tensor:
+        return self._ids.clone()
+
+    @property
+    def unscored(self) -> Tensor:
+        return self._unscored.clone()
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {"scores": self._scores, "ids": self._ids, "unscored": self._unscored}
+
+    def _take(self, scores: Tensor, ids: Tensor) -> None:
+        """Candidates (features, n); −1 is no input."""
+        if scores.device.type == "cpu":  # most features keep what they have; elsewhere, asking would synchronise
+            rows = (scores.amax(1) >= self._scores[:, -1]).nonzero().flatten()
+        else:
+            rows = torch.arange(self.features, device=scores.device)
+        if len(rows):
+            best = ranked(torch.cat([self._scores[rows], scores[rows]], 1), torch.cat([self._ids[rows], ids[rows]], 1))
+            self._scores[rows], self._ids[rows] = (part[:, : self.k] for part in best)
+
+    def __repr__(self) -> str:
+        return f"TopInputs({self.features} features, the {self.k} of {self.inputs} inputs with the largest {self.score})"
+
+
+def ranked(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row by descending score, then ascending id, every id once; what is no input (−1) goes to the end as −inf.
+
+    >>> scores, ids = ranked(torch.tensor([[1.0, 2.0, 1.0, 3.0]]), torch.tensor([[4, 9, 2, 9]]))
+    >>> scores.tolist(), ids.tolist()
+    ([[3.0, 1.0, 1.0, -inf]], [[9, 2, 4, -1]])
+    """
+    scores, ids = _sorted(scores, ids, scores, descending=True)
+    scores, ids = _sorted(scores, ids, ids, descending=False)  # stable: of one id, the largest score comes first
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    ids = ids.masked_fill(repeated, -1)
+    scores = scores.masked_fill(ids < 0, -torch.inf)
+    scores, ids = _sorted(scores, ids, scores, descending=True)
+    # A real score may be −inf too; it comes before what is none.
+    none = ids < 0
+    return _sorted(scores, ids, none.int(), descending=False)
+
+
+def _sorted(scores: Tensor, ids: Tensor, key: Tensor, descending: bool) -> tuple[Tensor, Tensor]:
+    order = key.argsort(dim=1, descending=descending, stable=True)
+    return scores.gather(1, order), ids.gather(1, order)
+
+
+def _largest(maps: Tensor) -> Tensor:
+    """(inputs, features, positions) → (inputs, features), float64; nan where all is nan or nothing there."""
+    if not maps.shape[2]:
+        return maps.new_full(maps.shape[:2], torch.nan, dtype=torch.float64)
+    largest = maps.amax(2)  # nan if any is
+    if maps.device.type != "cpu" or largest.isnan().any():
+        largest = maps.masked_fill(maps.isnan(), -torch.inf).amax(2).where(~maps.isnan().all(2), torch.nan)
+    return largest.double()
+
+
+def _mean(maps: Tensor) -> Tensor:
+    """The same for the mean."""
+    inputs = max(1, _BLOCK // max(1, maps[:1].numel()))
+    return torch.cat([_mean_of_few(part) for part in maps.split(inputs)])
+
+
+def _mean_of_few(maps: Tensor) -> Tensor:
+    present = ~maps.isnan()
+    parts = maps.double().where(present, 0)
+    while parts.shape[2] > 1:  # halves onto each other: the same additions whatever the batch
+        half = parts.shape[2] // 2
+        parts = torch.cat([parts[..., :half] + parts[..., half : 2 * half], parts[..., 2 * half :]], 2)
+    return parts.sum(2) / present.sum(2)
+
+
+def _shape(x: Any) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

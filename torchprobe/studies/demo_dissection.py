@@ -1,0 +1,73 @@
+"""The dissection of a real network on real pictures, beside what chance gives: random weights, and shuffled labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchprobe.datasets import Broden
+from torchprobe.dissection import Dissection, dissect
+from torchprobe.encoders import Encoder
+from torchprobe.studies.demo import SEEDS, photos, trained, untrained
+from torchprobe.studies.demo_broden import demo_broden
+from torchprobe.studies.dissect import summary, write
+from torchprobe.studies.dissect_pages import write_pages
+
+LAYERS = ("visual.blocks.4", "visual.bn2")
+"""The middle of the network, 14 × 14 positions, and its last map, 7 × 7."""
+
+BATCH = 16
+SHUFFLED = "trained, labels shuffled"
+
+
+@dataclass
+class DemoDissection:
+    """The layers of the trained network, and those of the nulls by name.
+
+    ``encoder`` and ``broden`` are what they were made from.
+    """
+
+    results: dict[str, Dissection]
+    nulls: dict[str, dict[str, Dissection]]
+    encoder: Encoder
+    broden: Broden
+
+    def summary(self) -> dict[str, Any]:
+        """As plain numbers, see :func:`torchprobe.studies.dissect.summary`; ``nulls`` by name."""
+        nulls = {name: [summary(layer) for layer in layers.values()] for name, layers in self.nulls.items()}
+        return {"layers": [summary(layer) for layer in self.results.values()], "nulls": nulls}
+
+    def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
+        """Tables, results and a page for each layer; returns {layer: page}."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write(Path(folder), self.results)
+        return write_pages(folder, self.results, self.broden, self.encoder, self.nulls)
+
+
+def demo_dissection(folder: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> DemoDissection:
+    """Dissects EfficientNet-Lite0 as trained on ImageNet, with shuffled labels, and at three random initialisations.
+
+    Args:
+        folder: where the set of pictures goes, see :func:`torchprobe.studies.demo_broden.demo_broden`.
+        progress: told (dissections done, dissections in all).
+    """
+    pictures = photos()
+    broden = demo_broden(Path(folder) / "broden", pictures)
+    encoder, _ = trained()
+    total = 2 + len(SEEDS)
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    results = dissect(encoder, LAYERS, broden, batch_size=BATCH)
+    tell(1)
+    nulls = {SHUFFLED: dissect(encoder, LAYERS, broden, batch_size=BATCH, shuffle_labels=0, top=0)}
+    tell(2)
+    for done, seed in enumerate(SEEDS, 3):
+        nulls[f"random weights, seed {seed}"] = dissect(untrained(seed, pictures), LAYERS, broden, batch_size=BATCH, top=0)
+        tell(done)
+    return DemoDissection(results, nulls, encoder, broden)

@@ -1,0 +1,145 @@
+"""What do the units of an encoder detect? A folder in the format of Broden in, a folder with a table for every layer out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchprobe.datasets import Broden
+from torchprobe.dissection import Dissection, Progress, dissect
+from torchprobe.dissection.progress import Told
+from torchprobe.dissection.ranks import Ranks
+from torchprobe.dissection.walk import clear_checkpoint
+from torchprobe.rendering.files import replacing
+from torchprobe.studies.scan import dumps
+
+__all__ = ["Progress", "dissect_folder", "summary"]
+
+_CHECKPOINT = "checkpoint"
+
+
+def dissect_folder(
+    encoder: nn.Module,
+    broden: Broden | str | os.PathLike[str],
+    layers: str | Iterable[str],
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    progress: Told | None = None,
+    **options: Any,
+) -> dict[str, Dissection]:
+    """Dissects layers of an encoder and writes, for each layer, ``<layer>.safetensors`` (:meth:`Dissection.load`), ``<layer>.csv`` (IoU,
+    the original's columns), ``<layer>-ap.csv``, and one ``summary.json``.
+
+    While it runs, checkpoints lie in ``out/checkpoint``; they are deleted at the end. Under ``torchrun`` all ranks call this, with a folder
+    that all of them see; the first writes.
+
+    Args:
+        encoder: see :func:`torchprobe.dissection.dissect`.
+        broden: the data set, or its folder.
+        layers: names or globs.
+        out: a folder; made if it is not there.
+        resume: go on with an interrupted run in ``out``; where there is none, begin.
+        progress: is told a :class:`Progress` after every batch.
+        options: for :func:`torchprobe.dissection.dissect`.
+
+    Raises:
+        ValueError: ``out`` holds an unfinished run that is not to be resumed, or a finished one that is; and whatever :func:`dissect`
+            refuses.
+
+    >>> import tempfile, numpy as np, torch
+    >>> from torchprobe.datasets import BrodenWriter
+    >>> folder, out = tempfile.mkdtemp(), Path(tempfile.mkdtemp())
+    >>> with BrodenWriter(folder, {"object": ["sky", "sea"]}, size=32) as writer:
+    ...     for i in range(4):
+    ...         writer.add(f"mine/{i}", np.full((32, 32, 3), 50 * i, np.uint8), {"object": np.eye(16, dtype=int) + i % 2})
+    >>> def to_tensor(image):
+    ...     return torch.from_numpy(np.array(image)).movedim(2, 0) / 255
+    >>> _ = dissect_folder(nn.Sequential(nn.Conv2d(3, 8, 5, stride=4)), folder, "0", out, preprocess=to_tensor)
+    >>> sorted(path.name for path in out.iterdir())
+    ['0-ap.csv', '0.csv', '0.safetensors', 'summary.json']
+    """
+    broden = broden if isinstance(broden, Broden) else Broden(broden)
+    selected = layers if isinstance(layers, str) else list(layers)
+    folder = Path(out)
+    if resume and (folder / "summary.json").exists() and not (folder / _CHECKPOINT).exists():
+        raise ValueError(f"the dissection in {folder} is finished: there is nothing to resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    results = dissect(
+        encoder, selected, broden, checkpoint=folder / _CHECKPOINT, resume=resume, progress=progress, **options
+    )  # fmt: skip
+    with Ranks() as ranks:
+        if ranks.first:
+            write(folder, results)
+            clear_checkpoint(folder / _CHECKPOINT)
+        ranks.barrier()
+    return results
+
+
+def write(folder: Path, results: Mapping[str, Dissection]) -> dict[str, Path]:
+    """Writes the files of :func:`dissect_folder`; each replaces an older one at once. Returns the path of each layer's tables."""
+    names = file_names(results)
+    for layer, dissection in results.items():
+        if dissection.counts is not None:
+            dissection.to_csv(folder / f"{names[layer]}.csv")
+        if dissection.average_precision is not None:
+            dissection.to_csv(folder / f"{names[layer]}-ap.csv", score="ap")
+        dissection.save(folder / f"{names[layer]}.safetensors")
+    with replacing(folder / "summary.json") as temporary:
+        temporary.write_text(dumps({"layers": [{"file": names[name], **summary(d)} for name, d in results.items()]}), encoding="utf-8")
+    return {layer: folder / f"{names[layer]}.safetensors" for layer in results}
+
+
+def file_names(layers: Iterable[str]) -> dict[str, str]:
+    """Layer → a file name without suffix: safe on every system, and different for each layer.
+
+    >>> file_names(["", "visual.layer4", "a/b", "a:b"])
+    {'': 'output', 'visual.layer4': 'visual.layer4', 'a/b': 'a_b', 'a:b': 'a_b-2'}
+    """
+    names: dict[str, str] = {}
+    for layer in layers:
+        plain = re.sub(r"[^A-Za-z0-9._-]", "_", layer).strip(".")[:100] or "output"
+        count, name = 1, plain
+        while name.lower() in {other.lower() for other in names.values()} | {"summary"}:
+            count += 1
+            name = f"{plain}-{count}"
+        names[layer] = name
+    return names
+
+
+def summary(dissection: Dissection, thresholds: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)) -> dict[str, Any]:
+    """One layer as plain numbers: detectors by IoU in both ways of counting; concepts encoded, by average precision, at several thresholds.
+
+    ``polysemanticity``: concepts per unit, mean over all units; ``units``: those that encode some concept.
+    """
+    found: dict[str, Any] = {
+        "layer": dissection.layer,
+        "units": dissection.units,
+        "images": len(dissection.images),
+        "labels": len(dissection.labels),
+        "metadata": dissection.metadata,
+    }
+    if dissection.counts is not None:
+        found["detectors"] = {rule: dissection.unique_detectors(rule)._asdict() for rule in ("paper", "report")}
+        found["best"] = [asdict(row) for row in dissection.best("iou")[:20]]
+    if dissection.average_precision is not None:
+        found["concepts"] = []
+        for threshold in thresholds:
+            pairs = dissection.encoded(threshold)
+            per_unit = pairs.sum(1)
+            found["concepts"].append(
+                {
+                    "threshold": threshold,
+                    "unique": int(pairs.any(0).sum()),
+                    "units": int((per_unit > 0).sum()),
+                    "polysemanticity": float(per_unit.double().mean()),
+                }
+            )
+        found["best_by_gain"] = [asdict(row) for row in dissection.best("gain")[:20]]
+    return found
