@@ -2,21 +2,24 @@ PYTHON ?= python3
 VENV := .venv
 TORCH := $(VENV)/.torch
 READY := $(VENV)/.ready
+# The CUDA kernels for development: for the GPUs of this machine, or else for any one, to see that they compile. A wheel has them for all.
+GPUS = $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | tr '\n' ' '),9.0)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench lint format wheel clean distclean
+.PHONY: help demo test test-gpu bench bench-gpu lint format wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    a trained and an untrained network over real photos: table, plot, page"
+	@echo "make demo    a trained and untrained networks over real photos: tables, plot, pages"
 	@echo "make test    lint, types, import floors and the test suite"
 	@echo "make bench   speed beside x.sum(), eager, inductor and other packages"
+	@echo "make test-gpu, make bench-gpu   what only a GPU can tell; both need one"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  let ruff fix and format"
-	@echo "make wheel   build dist/*.whl"
+	@echo "make wheel   build dist/*.whl with the kernels for the CPU and for every CUDA architecture"
 	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
 
 demo: $(READY)
@@ -25,8 +28,14 @@ demo: $(READY)
 test: lint
 	python -m pytest -q --durations=10
 
+test-gpu: $(READY)
+	python tests/on_gpu.py
+
 bench: $(READY)
 	python -m benchmarks
+
+bench-gpu: $(READY)
+	python -m benchmarks.gpu
 
 lint: $(READY)
 	ruff check .
@@ -38,8 +47,11 @@ format: $(READY)
 	ruff check --fix .
 	ruff format .
 
+# What PyTorch brings is left out of the audit; the tag says which glibc the rest needs.
 wheel: $(READY)
-	python -m build --wheel --no-isolation
+	rm -rf build
+	TORCHPROBE_BUILD=1 python -m build --wheel --no-isolation --outdir build
+	auditwheel repair --exclude "libtorch*.so" --exclude libc10.so --wheel-dir dist build/*.whl
 
 $(TORCH):
 	@$(PYTHON) -c 'import sys; sys.exit("torchprobe needs Python 3.10 or newer: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
@@ -48,7 +60,7 @@ $(TORCH):
 	@touch $@
 
 $(READY): $(TORCH) $(SOURCES)
-	python -m pip install --no-build-isolation --editable ".[all,dev]"
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(strip $(GPUS))}" python -m pip install --no-build-isolation --editable ".[all,dev]"
 	@python -c "from torchprobe.ops import kernels; print(*(f'{device} kernels {status}' for device, status in kernels().items()), sep='\n')"
 	@touch $@
 
