@@ -1,4 +1,4 @@
-"""What the windows of a recording came to: one row of numbers for every step and layer."""
+"""What the windows of a recording came to: one row of numbers for every step and layer, and a histogram beside it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchprobe.statistics.moments import FIELDS
+from torchprobe.statistics.moments import BINS, FIELDS, bin_edges
 
 Step = int | float
 Array = npt.NDArray[np.float64]
+_WIDTH = len(FIELDS) + BINS  # what a window keeps of a layer: its fields, then its histogram
 
 
 class History:
     """Closed windows in the order of :meth:`~torchprobe.Recorder.snapshot`: ``history[field]`` is an array (steps, layers).
 
     ``steps`` and ``layers`` name the rows and columns, ``fields`` what can be asked for (see
-    :data:`torchprobe.statistics.moments.FIELDS`). Nan where a layer did not fire in a window. Numbers stay on the device
-    until they are asked for.
+    :data:`torchprobe.statistics.moments.FIELDS`). Nan where a layer did not fire in a window. ``histograms`` holds how the vector
+    kurtosis was distributed in each window. Numbers stay on the device until they are asked for.
 
     >>> import torch, torchprobe
     >>> model = torch.nn.Linear(4, 3)
@@ -39,11 +40,14 @@ class History:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self._layers: list[str] = []
-        self._values: Array = np.empty((0, 0, len(FIELDS)))
-        self._pending: list[list[tuple[list[str], Tensor]]] = []  # for every step: layers and their (layers, fields)
+        self._values: Array = np.empty((0, 0, _WIDTH))
+        self._pending: list[list[tuple[list[str], Tensor]]] = []  # for every step: layers and their (layers, _WIDTH)
 
     def append(self, step: Step, parts: Sequence[tuple[list[str], Tensor]]) -> None:
-        """Adds one window: for each group of layers their names and numbers, shape (layers, fields), still on the device."""
+        """Adds one window: for each group of layers their names and numbers, still on the device.
+
+        Numbers have the shape (layers, fields + bins): what :func:`torchprobe.recording.windows.summaries` gives with histograms.
+        """
         if isinstance(step, bool) or not isinstance(step, (int, float)) or not math.isfinite(step):
             raise TypeError(f"a step is a number, got {step!r}")
         self.steps.append(step)
@@ -57,9 +61,24 @@ class History:
 
     @property
     def values(self) -> Array:
-        """Everything, shape (steps, layers, fields), float64."""
+        """Everything but the histograms, shape (steps, layers, fields), float64."""
         self._fetch()
-        return self._values
+        return self._values[:, :, : len(FIELDS)]
+
+    @property
+    def histograms(self) -> Array:
+        """Vectors by their kurtosis, shape (steps, layers, bins), float64; the bins lie between ``bin_edges``, the last is open.
+
+        >>> History().histograms.shape, History().bin_edges[[0, 8, 16]].tolist()
+        ((0, 0, 144), [1.0, 2.0, 4.0])
+        """
+        self._fetch()
+        return self._values[:, :, len(FIELDS) :]
+
+    @property
+    def bin_edges(self) -> Array:
+        """Of ``histograms``, shape (bins + 1,): see :func:`torchprobe.statistics.moments.bin_edges`."""
+        return bin_edges().numpy()
 
     def __getitem__(self, field: str) -> Array:
         if field not in FIELDS:
@@ -87,7 +106,7 @@ class History:
 
     def copy(self) -> History:
         copy = History()
-        copy._set(self.steps, self.layers, self.values)
+        copy._set(self.steps, self.layers, self._all())
         return copy
 
     def extend(self, other: History) -> None:
@@ -102,17 +121,21 @@ class History:
                 f"both histories hold step {shared[0]}{' and others' if shared[1:] else ''}, and summaries of one step "
                 f"cannot be merged: merge the states instead, first.total.merge(second.total)"
             )
-        theirs = other.values
+        theirs = other._all()
         for i, step in enumerate(other.steps):
             self.append(step, [(list(other.layers), torch.from_numpy(theirs[i].copy()))])
 
     def state_dict(self) -> dict[str, Any]:
-        """``steps``, ``layers``, ``fields`` and ``values``, a tensor (steps, layers, fields)."""
+        """``steps``, ``layers``, ``fields``; the tensors ``values`` (steps, layers, fields), ``histograms`` (steps, layers, bins)."""
         values = torch.from_numpy(self.values.copy())
-        return {"steps": list(self.steps), "layers": list(self.layers), "fields": list(FIELDS), "values": values}
+        used = np.flatnonzero((self.histograms > 0).any((0, 1)))
+        histograms = torch.from_numpy(self.histograms[:, :, : used[-1] + 1 if used.size else 0].copy())
+        return {"steps": list(self.steps), "layers": list(self.layers), "fields": list(FIELDS), "values": values, "histograms": histograms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave; fields that this version does not know are left out, new ones are nan.
+
+        Histograms may be missing, as from an earlier version: they are nan then.
 
         Raises:
             ValueError: the parts do not fit together.
@@ -123,11 +146,24 @@ class History:
             raise ValueError(
                 f"the history holds values of shape {values.shape} for {len(steps)} steps, {len(layers)} layers and {len(fields)} fields"
             )
-        known = np.full((len(steps), len(layers), len(FIELDS)), math.nan)
+        histograms = state.get("histograms")
+        if histograms is not None:
+            histograms = np.asarray(histograms, dtype=np.float64)
+            if histograms.shape[:2] != values.shape[:2] or histograms.ndim != 3 or histograms.shape[2] > BINS:
+                raise ValueError(f"the history holds histograms of shape {histograms.shape} for values of shape {values.shape}")
+        known = np.full((len(steps), len(layers), _WIDTH), math.nan)
         for index, field in enumerate(fields):
             if field in FIELDS:
                 known[:, :, FIELDS.index(field)] = values[:, :, index]
+        if histograms is not None:
+            fired = ~np.isnan(known[:, :, :1])
+            known[:, :, len(FIELDS) :] = np.where(fired, np.pad(histograms, ((0, 0), (0, 0), (0, BINS - histograms.shape[2]))), math.nan)
         self._set(steps, layers, known)
+
+    def _all(self) -> Array:
+        """Fields and histograms, shape (steps, layers, fields + bins)."""
+        self._fetch()
+        return self._values
 
     def _set(self, steps: list[Step], layers: list[str], values: Array) -> None:
         self.steps, self._layers, self._values, self._pending = list(steps), list(layers), values.copy(), []
@@ -141,7 +177,7 @@ class History:
         for parts in self._pending:
             for names, _ in parts:
                 self._layers.extend(name for name in names if name not in self._layers)
-        grown = np.full((len(self.steps), len(self._layers), len(FIELDS)), math.nan)
+        grown = np.full((len(self.steps), len(self._layers), _WIDTH), math.nan)
         done, columns = self._values.shape[:2]
         grown[:done, :columns] = self._values
         for index, parts in enumerate(self._pending, start=done):

@@ -240,7 +240,7 @@ class Recorder(Recording):
         entries = self._entries()
         only_moments([entry.statistic for entry in entries])
         moments = [cast(Moments, entry.statistic) for entry in entries]
-        parts = windows.summaries(moments)
+        parts = windows.summaries(moments, True)
         self.history.append(step, [([entries[index].name for index in group], part) for group, part in parts])
         windows.close(self._slots())
 

@@ -1,8 +1,8 @@
 """Recordings in files: safetensors, which holds nothing but numbers and text.
 
 Tensors, all float64: ``"{layer}/{field}"`` for every field of :meth:`torchprobe.Moments.parts` of the running window,
-``"{layer}/closed/{field}"`` for the windows that are closed, ``"history"`` (steps, layers, fields). Metadata: ``format``
-= "1", and the JSON texts ``settings``, ``layers``, ``aliases``, ``history``.
+``"{layer}/closed/{field}"`` for the windows that are closed, ``"history"`` (steps, layers, fields), ``"history_histograms"``
+(steps, layers, bins used). Metadata: ``format`` = "1", and the JSON texts ``settings``, ``layers``, ``aliases``, ``history``.
 
 A file may come from anywhere. Everything in it is checked before it is believed, and what does not fit is a ``ValueError``
 that names the file and the key.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
 from torchprobe.statistics import Moments
+from torchprobe.statistics.moments import BINS
 
 FORMAT = "1"
 _MAX_LAYERS = 1 << 17
@@ -43,9 +44,9 @@ def save(recording: Recording, path: str | os.PathLike[str]) -> None:
         for key, part in _parts(entry):
             tensors[key] = part.detach().to("cpu", torch.float64, copy=True)
     history = recording.history.state_dict()
-    values = history.pop("values")
+    values, histograms = history.pop("values"), history.pop("histograms")
     if history["steps"]:
-        tensors["history"] = values
+        tensors["history"], tensors["history_histograms"] = values, histograms
     described = [
         {
             "name": entry.name,
@@ -202,4 +203,10 @@ def _history(file: _File, recording: Recording) -> None:
         raise file.error("history", "a layer occurs twice, or there is more than a run can hold")
     if steps:
         values = file.tensor("history", (len(steps), len(layers), len(names)))
-        recording.history.load_state_dict({"steps": steps, "layers": layers, "fields": names, "values": values})
+        saved = {"steps": steps, "layers": layers, "fields": names, "values": values}
+        if "history_histograms" in file.keys:
+            bins = file.file.get_slice("history_histograms").get_shape()[-1:]
+            if bins and bins[0] > BINS:
+                raise file.error("history_histograms", f"has {bins[0]} bins, at most {BINS} are known")
+            saved["histograms"] = file.tensor("history_histograms", (len(steps), len(layers), *bins))
+        recording.history.load_state_dict(saved)

@@ -15,7 +15,7 @@ from torchprobe.ops import layout
 from torchprobe.ops.observe import merge_states
 from torchprobe.recording.control import Slot
 from torchprobe.statistics import Moments, Statistic
-from torchprobe.statistics.moments import summarise
+from torchprobe.statistics.moments import histogram, summarise
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,14 +41,19 @@ def by_shape(statistics: Sequence[Statistic]) -> list[list[int]]:
 
 
 @_plainly
-def summaries(moments: Sequence[Moments]) -> list[tuple[list[int], Tensor]]:
-    """For every group of one shape: which they are, and their numbers, (n, fields); nan for those that saw nothing."""
+def summaries(moments: Sequence[Moments], histograms: bool = False) -> list[tuple[list[int], Tensor]]:
+    """For every group of one shape: which they are, and their numbers, (n, fields); nan for those that saw nothing.
+
+    With ``histograms`` those of the vector kurtosis follow the fields: (n, fields + bins).
+    """
     out = []
     for group in by_shape(moments):
         first = moments[group[0]]
         states = torch.stack([moments[index].state for index in group])
         seen = seen_anything(states)[:, None]
-        out.append((group, summarise(states, first.features, first.outlier_sigma).where(seen, math.nan)))
+        numbers = summarise(states, first.features, first.outlier_sigma)
+        numbers = torch.cat([numbers, histogram(states)], -1) if histograms else numbers
+        out.append((group, numbers.where(seen, math.nan)))
     return out
 
 

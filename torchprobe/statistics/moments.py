@@ -35,6 +35,10 @@ FIELDS = (
 OUTLIER_SHARE = 0.5
 """``outlier_features`` counts the features that are outliers in at least this share of the vectors (a choice of ours)."""
 
+BINS_PER_OCTAVE = 8
+BINS = layout.BINS // layout.BINS_PER_OCTAVE * BINS_PER_OCTAVE
+"""Of :func:`histogram`: an eighth of those that the state has, so that one may be kept for every window (a choice of ours)."""
+
 
 class Moments:
     """Mean, variance, skewness, kurtosis, extremes of each feature, and the kurtosis across the features of each vector.
@@ -301,6 +305,18 @@ def summarise(states: Tensor, features: int, outlier_sigma: float = 6.0) -> Tens
         "outlier_features": (frequency >= OUTLIER_SHARE).sum(-1).to(states.dtype).where(~frequency.isnan().any(-1), nan),
     }
     return torch.stack([fields[name] for name in FIELDS], -1)
+
+
+def histogram(states: Tensor) -> Tensor:
+    """Vectors by their kurtosis: states (L, slots) → (L, BINS), between :func:`bin_edges`. Without synchronisation."""
+    counts: Tensor = layout.histogram(states).unflatten(-1, (BINS, -1)).sum(-1)
+    return counts
+
+
+def bin_edges() -> Tensor:
+    """The edges of :func:`histogram`, float64, shape (BINS + 1,): octaves in equal steps. The last bin is open."""
+    octave, step = torch.arange(BINS + 1, dtype=torch.float64).div(BINS_PER_OCTAVE).floor(), torch.arange(BINS + 1) % BINS_PER_OCTAVE
+    return torch.exp2(octave) * (1 + step / BINS_PER_OCTAVE)
 
 
 def _seen(rows: Mapping[str, Tensor], name: str) -> Tensor:
