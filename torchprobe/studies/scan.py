@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchprobe.analysis.intervals import LEVEL, RESAMPLES, bootstrap_interval
+from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
 from torchprobe.datasets import DatasetError, Images
 from torchprobe.encoders import Encoder
 from torchprobe.recording import Recording, record
@@ -33,9 +35,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Told (files done, files in all) after every batch."""
-
-LEVEL = 0.95
-RESAMPLES = 2000
 
 DEFINITIONS = {
     "vector kurtosis": "κ(h) = mean((h − mean h)⁴) / mean((h − mean h)²)² over the features of one vector h (Pearson's, "
@@ -257,7 +256,7 @@ def scan(
                 if batch.names:
                     h = encoder(batch.pixels.to(device)).cpu().double()
                     kurtosis.append(vector_kurtosis(h))
-                    peak.append(h.abs().amax(-1) / h.abs().mean(-1))
+                    peak.append(peaks(h))
                     finite = h[h.isfinite().all(-1)]
                     extreme += torch.bincount(finite.abs().argmax(-1), minlength=encoder.features)
                 done += batch.files
@@ -281,40 +280,6 @@ def scan(
         partial=partial,
         settings={"batch_size": batch_size, "device": str(device), "seed": seed, "layers": selected},
     )
-
-
-def vector_kurtosis(h: Tensor) -> Tensor:
-    """Kurtosis across the features of each vector (Pearson's, population moments), nan where the variance is 0.
-
-    h (n, d) → (n,), float64.
-
-    >>> vector_kurtosis(torch.tensor([[0.0, 0.0, 0.0, 8.0]])).item()
-    2.3333333333333335
-    """
-    h = h.double()
-    h = h / h.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny)  # so that no fourth power under- or overflows
-    deviation = h - h.mean(-1, keepdim=True)
-    variance = deviation.square().mean(-1)
-    constant = (h == h[:, :1]).all(-1)
-    return (deviation.square().square().mean(-1) / variance.square()).where(~constant, math.nan)
-
-
-def bootstrap_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap of the mean of independent ``values``, nan left out; (nan, nan) for fewer than two.
-
-    >>> low, high = bootstrap_interval(np.arange(100.0))
-    >>> low < 49.5 < high
-    True
-    """
-    values = values[np.isfinite(values)]
-    n = values.size
-    if n < 2:
-        return math.nan, math.nan
-    generator = np.random.default_rng(seed)
-    at_once = max(1, 2_000_000 // n)
-    means = [values[generator.integers(n, size=(min(at_once, RESAMPLES - start), n))].mean(-1) for start in range(0, RESAMPLES, at_once)]
-    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def dumps(value: object) -> str:
