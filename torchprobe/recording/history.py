@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from torchprobe.recording.layers import canonical
 from torchprobe.statistics.moments import BINS, FIELDS, bin_edges
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Step = int | float
 Array = npt.NDArray[np.float64]
@@ -103,6 +108,33 @@ class History:
             for j, layer in enumerate(self.layers)
             if not math.isnan(values[i, j, 0])
         ]
+
+    def plot(self, field: str = "vector_kurtosis", *, width: float = 9.0) -> Figure:
+        """Layers × steps in shades of one colour (``pip install torchprobe[report]``); windows with nonfinite values are crossed.
+
+        Raises:
+            KeyError: no such field.
+        """
+        from torchprobe.rendering.history import history_map
+
+        return history_map(self[field], self.steps, self.layers, field.replace("_", " "), marked=self["nonfinite"] > 0, width=width)
+
+    def plot_layer(self, layer: str, *, width: float = 9.0) -> Figure:
+        """How the vector kurtosis of one layer is distributed in every window, with its mean and median.
+
+        Raises:
+            KeyError: the layer is in no window; the message names the nearest.
+        """
+        from torchprobe.rendering.history import layer_over_time
+
+        name = layer if layer in self.layers else canonical(layer)
+        if name not in self.layers:
+            near = difflib.get_close_matches(layer, self.layers, n=1)
+            raise KeyError(f"no layer {layer!r} in the history" + (f"; did you mean {near[0]!r}?" if near else ""))
+        column = self.layers.index(name)
+        mean, median = (self[f"vector_kurtosis{which}"][:, column] for which in ("", "_median"))
+        histograms = self.histograms[:, column]
+        return layer_over_time(histograms, self.bin_edges, self.steps, mean=mean, median=median, layer=name, width=width)
 
     def copy(self) -> History:
         copy = History()

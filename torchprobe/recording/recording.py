@@ -149,11 +149,31 @@ class Recording(Mapping[str, Moments]):
 
         return layer_table(self.rows())
 
-    def plot(self) -> Figure:
-        """The vector kurtosis over depth, as a matplotlib figure (``pip install torchprobe[report]``)."""
+    def plot(self, what: str = "depth") -> Figure:
+        """A picture, as a matplotlib figure (``pip install torchprobe[report]``); a notebook shows it.
+
+        Args:
+            what: "depth": the vector kurtosis over the layers, of the running window, or while that is empty of the last closed one;
+                the closed windows are a band behind it. "history": layers × steps, see :meth:`History.plot`;
+                for one layer over the steps see :meth:`History.plot_layer`.
+
+        Raises:
+            ValueError: no such picture.
+        """
+        if what == "history":
+            return self.history.plot()
+        if what != "depth":
+            raise ValueError(f'what must be "depth" or "history", got {what!r}; for one layer: history.plot_layer({what!r})')
         from torchprobe.rendering.plots import depth_profile
 
-        return depth_profile(self.rows())
+        rows, values = self.rows(), self.history["vector_kurtosis"]
+        windows = [
+            [{"layer": layer, "vector_kurtosis": value} for layer, value in zip(self.history.layers, v, strict=True)] for v in values
+        ]
+        if windows and not any(row["vectors"] > 0 for row in rows):
+            last = {row["layer"]: row for row in self.history.rows() if row["step"] == self.history.steps[-1]}
+            rows = [{**row, **last.get(row["layer"], {})} for row in rows]
+        return depth_profile(rows, band=windows if len(windows) > 1 else (), band_label="closed windows")
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__}({len(self)} layers, {len(self.history)} windows closed)"]

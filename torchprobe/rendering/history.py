@@ -1,0 +1,166 @@
+"""A run as a picture: every layer over all steps, and the distribution of one layer over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from torchprobe.rendering.heatmap import MOST, _colour_bar, _paint, _shades, heat_map
+from torchprobe.rendering.plots import INK, MUTED, SURFACE, WARM, _figure, _finite, _legend, _log_scale, _plain
+from torchprobe.rendering.tables import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FAINTEST = 1e-4
+"""The share of the vectors that gets the lightest shade of a distribution; what is rarer gets it too."""
+
+
+def history_map(
+    values: ArrayLike,
+    steps: Sequence[float],
+    layers: Sequence[str],
+    label: str = "vector kurtosis",
+    *,
+    marked: ArrayLike | None = None,
+    width: float = 9.0,
+) -> Figure:
+    """Every layer (rows, the first to run on top) over the steps (columns), in shades of one colour.
+
+    The scale is logarithmic where all values are positive. Hatched: the layer gave no value in that window.
+
+    Args:
+        values: shape (steps, layers), as ``Recording.history[field]`` gives them.
+        steps: what the windows are called, numbers.
+        layers: names.
+        label: what a value is.
+        marked: windows with nonfinite values, bool (steps, layers): a cross goes over them.
+        width: inches.
+
+    >>> figure = history_map([[3.0, 3.1], [3.0, 9.5]], steps=[0, 100], layers=["blocks.0", "blocks.1"])
+    >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    ['0', '1']
+    """
+    matrix = np.asarray(values, dtype=np.float64).reshape(len(steps), len(layers))
+    shown = _finite(matrix)
+    scale: Any = "log" if shown.size and shown.min() > 0 else "linear"
+    figure = heat_map(matrix.T, layers, steps, label, row_label="layer", column_label="step", scale=scale, width=width)
+    axes = figure.axes[0]
+    together = max(1, math.ceil(len(steps) / MOST))
+    _name_steps(axes, steps, width - 2, together)
+    if marked is not None and np.any(marked):
+        step, layer = np.nonzero(np.asarray(marked, dtype=bool).reshape(matrix.shape))
+        rows_together = max(1, math.ceil(len(layers) / MOST))
+        axes.plot(
+            step // together,
+            layer // rows_together,
+            linestyle="none",
+            marker="x",
+            markersize=5,
+            markeredgewidth=1.4,
+            color=WARM,
+            label="nonfinite values",
+        )
+        _legend(axes, width)
+    return figure
+
+
+def layer_over_time(
+    histograms: ArrayLike,
+    bin_edges: ArrayLike,
+    steps: Sequence[float],
+    *,
+    mean: ArrayLike | None = None,
+    median: ArrayLike | None = None,
+    layer: str = "",
+    width: float = 9.0,
+) -> Figure:
+    """How the vector kurtosis of one layer is distributed at every step: a column is the histogram of a window.
+
+    The shade is the share of the window's vectors in a bin, logarithmic, so that a few vectors far from the others are seen
+    beside them, as in fastai's "colorful dimension". Hatched: the layer did not run in that window. Of more than 300 windows neighbours are
+    added up.
+
+    Args:
+        histograms: vectors by their kurtosis, shape (steps, bins), as in ``Recording.history.histograms[:, layer]``.
+        bin_edges: shape (bins + 1,).
+        steps: what the windows are called, numbers.
+        mean, median: of each window, shape (steps,), drawn as lines.
+        layer: its name, for the axis.
+        width: inches.
+
+    >>> figure = layer_over_time([[8, 2, 0], [5, 4, 1]], [2, 4, 8, 16], steps=[0, 100], mean=[3.2, 5.0])
+    >>> figure.axes[0].get_yscale()
+    'log'
+    """
+    edges = np.asarray(bin_edges, dtype=np.float64)
+    counts = np.asarray(histograms, dtype=np.float64).reshape(len(steps), edges.size - 1)
+    lines = {"mean": (mean, "-", 1.8), "median": (median, (0, (4, 2)), 1.4)}
+    figure, (axes,) = _figure(width, 3.4)
+    axes.grid(False)
+    x = _paint_columns(axes, counts, edges)
+    x_lines = np.arange(len(steps))
+    for name, (line, style, thickness) in lines.items():
+        if line is not None:
+            numbers = np.asarray(line, dtype=np.float64)
+            # A rim in the colour of the page, since the line runs where the shades are darkest.
+            axes.plot(x_lines, numbers, color=SURFACE, linewidth=thickness + 1.8, alpha=0.8)
+            axes.plot(x_lines, numbers, color=WARM, linewidth=thickness, linestyle=style, marker="o" * (len(steps) == 1), label=name)
+    axes.axhline(3, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), label="Gaussian features, many of them")
+    filled = np.flatnonzero(np.nansum(counts, 0)) if counts.size else np.zeros(0, int)
+    ends = edges[[filled[0], filled[-1] + 1]] if filled.size else edges[:0]
+    _log_scale(axes, "y", np.concatenate([ends, [3.0], *(_finite(line) for line, _, _ in lines.values() if line is not None)]))
+    axes.set_xlim(x[0], x[-1])
+    _name_steps(axes, steps, width - 2)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"vector kurtosis, {f'layer {_ending(layer)}' if layer else 'output'}")
+    _legend(axes, width)
+    return figure
+
+
+def _paint_columns(axes: Axes, counts: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The histograms as columns with a colour bar; gives the edges of the columns, in windows."""
+    together = max(1, math.ceil(len(counts) / MOST))
+    starts = np.arange(0, len(counts), together)
+    x = np.append(starts, max(len(counts), 1)) - 0.5
+    summed = np.add.reduceat(np.nan_to_num(counts), starts, axis=0) if len(counts) else counts
+    vectors = summed.sum(1, keepdims=True)
+    share = np.divide(summed, vectors, out=np.zeros_like(summed), where=vectors > 0)
+    low = max(float(share[share > 0].min(initial=0.3)), FAINTEST) / 3  # so that what is rarest is still seen
+    shades = np.where(share > 0, _shades(share, low, 1.0, "log").clip(0), 0)
+    _paint(axes, np.where(vectors > 0, shades, -1).T, x, edges)
+    _colour_bar(axes, "share of the vectors", low, 1.0, "log")
+    return x
+
+
+def _ending(layer: str, most: int = 20) -> str:
+    """The last components of a name: as many as there is room for."""
+    text = printable(layer)
+    return _plain(text if len(text) <= most else f"…{text[-most:].partition('.')[2] or text[-most:]}")
+
+
+def _name_steps(axes: Axes, steps: Sequence[float], room: float, together: int = 1) -> None:
+    """Round numbers along the steps of ``room`` inches, where these go up; windows then stand at equal distances, whatever the steps.
+
+    ``together``: so many neighbours share one column.
+    """
+    numbers = np.asarray(steps, dtype=np.float64)
+    if numbers.size < 2 or not (np.diff(numbers) > 0).all():
+        every = max(1, math.ceil(len(numbers) * 0.6 / max(room, 0.5)))
+        axes.set_xticks(np.arange(len(numbers))[::every] // together, [f"{step:,g}" for step in numbers[::every]], rotation=0, ha="center")
+        return
+    low, high = float(numbers[0]), float(numbers[-1])
+    most = max(2, int(room / 0.7))
+    size = 10.0 ** math.floor(math.log10((high - low) / most))
+    whole = all(float(step).is_integer() for step in steps)
+    apart = next(size * times for times in (1, 2, 5, 10, 20) if (high - low) / (size * times) <= most and (size * times >= 1 or not whole))
+    ticks = np.arange(math.ceil(low / apart), math.floor(high / apart) + 1) * apart
+    columns = (np.interp(ticks, numbers, np.arange(numbers.size)) - (together - 1) / 2) / together
+    axes.set_xticks(columns, [f"{tick:,.12g}" for tick in ticks], rotation=0, ha="center")
+    axes.tick_params(axis="x", labelcolor=MUTED)
+    axes.xaxis.label.set_color(INK)
