@@ -1,0 +1,310 @@
+"""Standard models: how accurate they are under a distribution shift, given how accurate they are on ImageNet.
+
+A line through their accuracies, in logits, is what effective robustness is measured from: least squares over models trained
+on ImageNet without extra data and without an intervention for robustness (Taori et al. 2020, https://arxiv.org/abs/2007.00644).
+All accuracies are in per cent.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import functools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+X = Literal["full", "subset"]
+Floats = TypeVar("Floats", float, NDArray[np.float64])
+
+SHIFTS = ("imagenet_v2", "imagenet_r", "imagenet_sketch", "objectnet", "imagenet_a")
+"""The five shifts, under the names that every function and every column here uses."""
+
+MEAN = "mean"
+"""The name of the mean accuracy over the five shifts, where a shift may be named."""
+
+SUBSETS = {"imagenet_r": "imagenet_on_r_classes", "objectnet": "imagenet_on_objectnet_classes", "imagenet_a": "imagenet_on_a_classes"}
+"""Shift with a part of the classes → the name of the ImageNet accuracy on these classes. The other shifts have all of them."""
+
+POOR = 0.85
+"""Fits whose R² is below are noted in each row (a choice of ours)."""
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A line through standard models, both axes in logits: logit(p) = ln(p / (100 − p)).
+
+    Attributes:
+        shift: one of :data:`SHIFTS`, or ``"mean"``.
+        x: "full": ImageNet accuracy on all classes; "subset": on the classes that the shift has.
+        slope, intercept: of the line.
+        r2: share of the variance of the logits that it explains.
+        n: models it was fitted to.
+        lowest_x, highest_x: their lowest and highest ImageNet accuracy, per cent.
+        residual_std: standard deviation of the residuals, n − 2 degrees of freedom, logits.
+        x_mean, x_squares: mean of the logits of x, and Σ (logit x − mean)²; for :meth:`interval`.
+        source: which models these are.
+    """
+
+    shift: str
+    x: X
+    slope: float
+    intercept: float
+    r2: float
+    n: int
+    lowest_x: float
+    highest_x: float
+    residual_std: float
+    x_mean: float
+    x_squares: float
+    source: str
+
+    def predict(self, imagenet_accuracy: Floats) -> Floats:
+        """The accuracy under the shift of a standard model with this accuracy on ImageNet, per cent."""
+        return _accuracy(self.slope * _logit(imagenet_accuracy) + self.intercept)
+
+    def interval(self, imagenet_accuracy: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
+        """Where the accuracy of one more standard model is to be expected: a prediction interval, symmetric in logits.
+
+        ŷ ± t · s · √(1 + 1/n + (x − mean x)² / Σ (x − mean x)²), t with n − 2 degrees of freedom. Beyond the models that were
+        fitted it takes for granted that the line goes on.
+        """
+        x = _logit(imagenet_accuracy)
+        half = _student(self.n - 2, level) * self.residual_std * (1 + 1 / self.n + (x - self.x_mean) ** 2 / self.x_squares) ** 0.5
+        centre = self.slope * x + self.intercept
+        return _accuracy(centre - half), _accuracy(centre + half)
+
+    def extrapolates(self, imagenet_accuracy: float) -> bool:
+        """Whether the line was fitted to models that are all better, or all worse, on ImageNet."""
+        return not self.lowest_x <= imagenet_accuracy <= self.highest_x
+
+    @property
+    def poor(self) -> bool:
+        """Whether R² is below :data:`POOR`."""
+        return self.r2 < POOR
+
+
+_SOURCE = (
+    "standard models of the ImageNet testbed (Taori et al. 2020) with at least 55 % on the ImageNet validation set; models whose accuracy "
+    "under the shift is missing or 0 are left out"
+)
+
+FITS: Mapping[tuple[str, X], Fit] = {
+    (fit.shift, fit.x): fit
+    for fit in (
+        Fit(
+            "imagenet_v2", "full", 0.923228982, -0.497689869, 0.996045642, 85, 56.522, 84.726, 0.0186165255, 1.17086876, 8.50079876, _SOURCE
+        ),
+        Fit("imagenet_r", "full", 0.911591151, -1.59991562, 0.877173917, 80, 56.522, 84.726, 0.105344912, 1.19058346, 7.43903558, _SOURCE),
+        Fit(
+            "imagenet_sketch", "full", 1.07091454, -2.37007146, 0.869005537, 85, 56.522, 84.726, 0.13306408, 1.17086876, 8.50079876, _SOURCE
+        ),
+        Fit("objectnet", "full", 1.199268, -2.02425058, 0.941002087, 85, 56.522, 84.726, 0.0961014847, 1.17086876, 8.50079876, _SOURCE),
+        Fit("imagenet_a", "full", 3.05163871, -6.2916698, 0.772983461, 84, 56.522, 84.726, 0.532471724, 1.17100029, 8.50067523, _SOURCE),
+        Fit("mean", "full", 1.04390697, -1.89177587, 0.947717508, 80, 56.522, 84.726, 0.0757201566, 1.19058346, 7.43903558, _SOURCE),
+        Fit("imagenet_r", "subset", 0.636844062, -2.10771597, 0.889402039, 80, 76.91, 96.5, 0.099963585, 2.50159466, 15.4547876, _SOURCE),
+        Fit("objectnet", "subset", 0.980910798, -1.92828937, 0.952511215, 85, 56.608, 88.304, 0.086219858, 1.33368317, 12.8621244, _SOURCE),
+        Fit("imagenet_a", "subset", 1.99000481, -7.63247473, 0.827793199, 84, 76.15, 96.9, 0.463759641, 2.46947883, 21.4073572, _SOURCE),
+    )
+}
+"""(shift, x) → the fit to the standard models of the ImageNet testbed, 85 with at least 55 % on ImageNet.
+
+One rule for all, the class-subsampled fit of ImageNet-A included: a model whose accuracy under the shift is missing or 0, which
+has no logit, is left out (a choice of ours: clipping 0 to 0.01 % instead would let ResNet-50, against which ImageNet-A was
+filtered, draw the line down). The fit of ImageNet-A is poor; its authors use a line in two pieces."""
+
+
+class Baseline:
+    """Accuracies of standard models, to draw a line through of your own.
+
+    Args:
+        accuracies: name → accuracies in per cent, all of one length, nan where unknown: ``"imagenet"``, any of
+            :data:`SHIFTS`, and for ``x="subset"`` the names in :data:`SUBSETS`.
+        models: their names, for messages.
+        minimum: models with less on ImageNet are left out. The published fits have 55.
+        source: which models these are; told with every fit.
+
+    Raises:
+        ValueError: no ``"imagenet"``, no shift, different lengths, or a value that is no percentage.
+
+    >>> Baseline({"imagenet": [60, 70, 80], "imagenet_v2": [47, 58, 69]}).fit("imagenet_v2").n
+    3
+    """
+
+    def __init__(
+        self,
+        accuracies: Mapping[str, ArrayLike],
+        models: Sequence[str] | None = None,
+        *,
+        minimum: float = 0.0,
+        source: str = "a baseline of your own",
+    ) -> None:
+        self.accuracies = {name: np.asarray(values, dtype=np.float64) for name, values in accuracies.items()}
+        self.minimum = minimum
+        self.source = source
+        shapes = {name: values.shape for name, values in self.accuracies.items()}
+        if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+            raise ValueError(f"accuracies of a baseline have one value for each model, got the shapes {shapes}")
+        if "imagenet" not in shapes or not set(shapes) & set(SHIFTS):
+            raise ValueError(f"a baseline needs 'imagenet' and some of {', '.join(SHIFTS)}; it has {', '.join(shapes) or 'nothing'}")
+        count = len(self.accuracies["imagenet"])
+        self.models = tuple(models) if models is not None else tuple(f"model {i}" for i in range(count))
+        if len(self.models) != count:
+            raise ValueError(f"{count} models need as many names, got {len(self.models)}")
+        for name, values in self.accuracies.items():
+            for i in np.nonzero(~np.isnan(values) & ~((values >= 0) & (values <= 100)))[0]:
+                raise ValueError(f"{self.models[i]}, {name}: {values[i]:g} is no percentage; accuracies are 0 to 100")
+            if np.nanmax(values, initial=0.0) <= 1 and (values > 0).any():
+                raise ValueError(f"{name} is nowhere above 1: these look like fractions; accuracies are in per cent, so multiply by 100")
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike[str], *, minimum: float = 0.0) -> Baseline:
+        """Reads a table with the columns ``model``, ``imagenet``, some of :data:`SHIFTS`, and perhaps the names in :data:`SUBSETS`.
+
+        An empty cell is an accuracy that is not known. Other columns are left aside.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: a column is missing, a cell is no percentage (told with its line), or there are no rows.
+        """
+        known = ("imagenet", *SHIFTS, *SUBSETS.values())
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            try:
+                header = [name.strip() for name in reader.fieldnames or ()]
+                reader.fieldnames = header
+                if missing := [name for name in ("model", "imagenet") if name not in header]:
+                    raise ValueError(f"no column {' and no column '.join(missing)}; the first line has {', '.join(header) or 'nothing'}")
+                if twice := {name for name in header if header.count(name) > 1 and name in (*known, "model")}:
+                    raise ValueError(f"column {' and column '.join(sorted(twice))} twice")
+                rows = [(reader.line_num, row) for row in reader]
+                if more := [line for line, row in rows if None in row]:
+                    raise ValueError(f"line {more[0]} has more cells than the first line")
+                columns = [name for name in known if name in header]
+                accuracies = {name: [_percentage(row[name], name, line) for line, row in rows] for name in columns}
+                if not rows:
+                    raise ValueError("no models: there is nothing below the first line")
+                return cls(accuracies, [str(row["model"]) for _, row in rows], minimum=minimum, source=f"the models in {os.fspath(path)}")
+            except (csv.Error, ValueError) as error:
+                raise ValueError(f"{os.fspath(path)} is no baseline: {error}") from error
+
+    def fit(self, shift: str, x: X = "full") -> Fit:
+        """The line through the models, without those whose accuracy is missing, 0 or 100 on either axis, and those below ``minimum``.
+
+        ``shift="mean"``: through the mean accuracy of the models that have all five.
+
+        Raises:
+            ValueError: an unknown shift, accuracies that the baseline does not have, fewer than three models, or models that
+                are all equal on ImageNet.
+        """
+        check_names(shift, x)
+        across = self._column(imagenet_name(shift, x))
+        along = np.mean([self._column(name) for name in SHIFTS], 0) if shift == MEAN else self._column(shift)
+        usable = self.accuracies["imagenet"] >= self.minimum
+        for values in (across, along):
+            usable &= (values > 0) & (values < 100)  # nan is neither
+        x_logits, y_logits = _logit(across[usable]), _logit(along[usable])
+        n = int(usable.sum())
+        if n < 3 or np.ptp(x_logits) == 0:
+            reason = "a line needs three" if n < 3 else "they are all equal on ImageNet"
+            raise ValueError(f"{self.source}: {n} of {len(usable)} models can be used for {shift}; {reason}")
+        deviation = x_logits - x_logits.mean()
+        squares = float(deviation @ deviation)
+        slope = float(deviation @ y_logits) / squares
+        intercept = float(y_logits.mean() - slope * x_logits.mean())
+        residuals = y_logits - slope * x_logits - intercept
+        rest, total = float(residuals @ residuals), float(((y_logits - y_logits.mean()) ** 2).sum())
+        return Fit(
+            shift=shift,
+            x=x if shift in SUBSETS else "full",
+            slope=slope,
+            intercept=intercept,
+            r2=1 - rest / total if total > 0 else math.nan,
+            n=n,
+            lowest_x=float(across[usable].min()),
+            highest_x=float(across[usable].max()),
+            residual_std=math.sqrt(rest / (n - 2)),
+            x_mean=float(x_logits.mean()),
+            x_squares=squares,
+            source=self.source,
+        )
+
+    def _column(self, name: str) -> NDArray[np.float64]:
+        if name not in self.accuracies:
+            raise ValueError(f"{self.source}: no accuracies {name!r}; there are {', '.join(self.accuracies)}")
+        return self.accuracies[name]
+
+
+def published(shift: str, x: X = "full") -> Fit:
+    """The entry of :data:`FITS`.
+
+    Raises:
+        ValueError: an unknown shift, or ``"mean"`` with ``x="subset"``.
+    """
+    check_names(shift, x)
+    return FITS[shift, x if shift in SUBSETS else "full"]
+
+
+def imagenet_name(shift: str, x: X = "full") -> str:
+    """The name of the accuracy on ImageNet that goes with a shift."""
+    return SUBSETS.get(shift, "imagenet") if x == "subset" else "imagenet"
+
+
+def check_names(shift: str, x: str) -> None:
+    """Refuses a shift or a kind of x that does not exist."""
+    if shift not in (*SHIFTS, MEAN):
+        near = difflib.get_close_matches(shift, (*SHIFTS, MEAN), 1, 0.4)
+        raise ValueError(
+            f"unknown shift {shift!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join((*SHIFTS, MEAN))}")
+        )
+    if x not in get_args(X):
+        raise ValueError(f"x is 'full' or 'subset', got {x!r}")
+    if shift == MEAN and x == "subset":
+        raise ValueError("the mean of five shifts has no subset of the classes in common: take x='full', or mean_effective_robustness")
+
+
+def _percentage(cell: object, column: str, line: int) -> float:
+    if cell is None:
+        raise ValueError(f"line {line} has fewer cells than the first line")
+    text = str(cell).strip()
+    try:
+        value = float(text) if text else math.nan
+    except ValueError:
+        raise ValueError(f"line {line}, column {column}: {text!r} is no number") from None
+    if text and not 0 <= value <= 100:
+        raise ValueError(f"line {line}, column {column}: {text} is no percentage; accuracies are 0 to 100")
+    return value
+
+
+def _logit(accuracy: Floats) -> Floats:
+    logit: Floats = np.log(accuracy / (100 - accuracy))
+    return logit
+
+
+def _accuracy(logit: Floats) -> Floats:
+    accuracy: Floats = 50 * (1 + np.tanh(logit / 2))  # 100 / (1 + exp(−logit)) that does not overflow
+    return accuracy
+
+
+@functools.lru_cache
+def _student(freedom: int, level: float) -> float:
+    """t such that a Student variable lies within ±t with probability ``level`` (Abramowitz and Stegun 26.7.3 and 26.7.4, inverted)."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        cosine, sine = math.cos(angle), math.sin(angle)
+        odd = freedom % 2
+        term, total = (cosine if odd else 1.0), 0.0
+        for k in range(1 + odd, freedom, 2):
+            total += term
+            term *= cosine * cosine * k / (k + 1)
+        inside = (angle + sine * total) * 2 / math.pi if odd else sine * total
+        low, high = (angle, high) if inside < level else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
