@@ -7,32 +7,33 @@ It is invariant to scale and shift; the number of a model is the mean over its i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torchprobe.analysis.blocks import blocks, representations
 from torchprobe.analysis.intervals import LEVEL, bootstrap_interval
 from torchprobe.dissection.bases import random_rotation
 from torchprobe.rendering.reference import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 from torchprobe.statistics import Moments
 
+if TYPE_CHECKING:
+    from torchprobe.analysis.embeddings import Embeddings
+
 ROTATIONS = 20
 """Of the control. One alone misses the Gaussian value by more than 0.2 in 13 to 30 % of draws, because images share their mean."""
 
-_BLOCK = 1 << 20  # elements of h in work at a time; 8 MB in float64
 
-
-def vector_kurtosis(h: Tensor) -> Tensor:
+def vector_kurtosis(h: Tensor | Embeddings) -> Tensor:
     """Kurtosis across the features of each vector, as ``scipy.stats.kurtosis(h, axis=1, fisher=False, bias=True)``.
 
     Works block by block, so a memory-mapped ``h`` is never copied whole.
 
     Args:
-        h: (n, d), a real number type.
+        h: (n, d), a real number type; or embeddings.
 
     Returns:
         float64 (n,); nan where all features are equal or one is not finite.
@@ -43,10 +44,10 @@ def vector_kurtosis(h: Tensor) -> Tensor:
     >>> vector_kurtosis(torch.tensor([[0.0, 0.0, 0.0, 8.0]])).item()
     2.3333333333333335
     """
-    return torch.cat([_kurtosis(block) for block in _blocks(h)])
+    return torch.cat([_kurtosis(block) for block in blocks(representations(h))])
 
 
-def centred_kurtosis(h: Tensor) -> Tensor:
+def centred_kurtosis(h: Tensor | Embeddings) -> Tensor:
     """:func:`vector_kurtosis` of h without its mean over images: what is left when the features that are always large are taken out.
 
     The mean is over the vectors without nan or inf.
@@ -56,18 +57,19 @@ def centred_kurtosis(h: Tensor) -> Tensor:
     >>> bool(vector_kurtosis(h).mean() > 50), bool(centred_kurtosis(h).mean() < 4)
     (True, True)
     """
-    shift = total = torch.zeros(_width(h), dtype=torch.float64, device=h.device)
+    h = representations(h)
+    shift = total = torch.zeros(h.shape[1], dtype=torch.float64, device=h.device)
     count = 0
-    for block in _blocks(h):
+    for block in blocks(h):
         finite = block[block.isfinite().all(-1)]
         if not count and len(finite):
             shift = finite[0]  # so that vectors that are all the same leave exactly nothing
         total = total + (finite - shift).sum(0)
         count += len(finite)
-    return torch.cat([_kurtosis(block - shift - total / max(1, count)) for block in _blocks(h)])
+    return torch.cat([_kurtosis(block - shift - total / max(1, count)) for block in blocks(h)])
 
 
-def peaks(h: Tensor) -> Tensor:
+def peaks(h: Tensor | Embeddings) -> Tensor:
     """max|h_i| / mean|h_i| of each vector: how far the largest feature is above the average one.
 
     h (n, d) → float64 (n,), between 1 and d; nan for a vector of zeros, or with nan or inf.
@@ -76,7 +78,7 @@ def peaks(h: Tensor) -> Tensor:
     2.5
     """
     parts = []
-    for block in _blocks(h):
+    for block in blocks(representations(h)):
         size = block.abs()
         largest = size.amax(-1)
         parts.append(1 / (size / largest[:, None]).mean(-1))  # the sum of the largest values of the type would be inf
@@ -98,14 +100,14 @@ class RotationControl:
     values: Tensor
 
 
-def rotation_control(h: Tensor, rotations: int = ROTATIONS, seed: int = 0) -> RotationControl:
+def rotation_control(h: Tensor | Embeddings, rotations: int = ROTATIONS, seed: int = 0) -> RotationControl:
     """Is it the axes? The mean vector kurtosis when the features are mixed by a random rotation, several times over.
 
     A rotation keeps every length and angle and forgets only which directions were the axes; it is uniform (Haar), see
     :func:`torchprobe.dissection.random_rotation`. Outlier features owe their kurtosis to the axes, so it falls to the Gaussian value.
 
     Args:
-        h: (n, d), a real number type; vectors that are constant or not finite are left out.
+        h: (n, d), or embeddings; vectors that are constant or not finite are left out.
         rotations: how many.
         seed: rotation i is drawn with seed + i.
 
@@ -120,11 +122,13 @@ def rotation_control(h: Tensor, rotations: int = ROTATIONS, seed: int = 0) -> Ro
     """
     if rotations < 1:
         raise ValueError(f"rotations must be at least 1, got {rotations}")
+    h = representations(h)
+    d = h.shape[1]
     values = []
     for rotation in range(rotations):
-        m = Moments(_width(h), h.device)
-        turned = random_rotation(_width(h), seed + rotation).to(h.device)
-        for block in _blocks(h):
+        m = Moments(d, h.device)
+        turned = random_rotation(d, seed + rotation).to(h.device)
+        for block in blocks(h):
             # Constant vectors would not stay constant; scale means nothing to kurtosis, and at 1 nothing over- or underflows in float32.
             block = block[block.isfinite().all(-1) & (block != block[:, :1]).any(-1)]
             unit = block / block.abs().amax(-1, keepdim=True)
@@ -178,11 +182,11 @@ class KurtosisSummary:
         return {**vars(self), "interval": list(self.interval), "interval_level": LEVEL, "rotation": rotation}
 
 
-def summarise(h: Tensor, rotations: int = ROTATIONS, seed: int = 0) -> KurtosisSummary:
+def summarise(h: Tensor | Embeddings, rotations: int = ROTATIONS, seed: int = 0) -> KurtosisSummary:
     """The vector kurtosis of a representation with its controls.
 
     Args:
-        h: (n, d), one vector per image.
+        h: (n, d), one vector per image; or embeddings.
         rotations: of the rotation control.
         seed: of the bootstrap, and of the rotations.
 
@@ -193,9 +197,10 @@ def summarise(h: Tensor, rotations: int = ROTATIONS, seed: int = 0) -> KurtosisS
     >>> summary.interval[0] < summary.mean < summary.interval[1], abs(summary.mean - summary.gaussian) < 0.2
     (True, True)
     """
+    h = representations(h)
     kappa = vector_kurtosis(h).cpu().numpy()
     known = kappa[np.isfinite(kappa)]
-    invalid = sum(int((~block.isfinite().all(-1)).sum()) for block in _blocks(h))
+    invalid = sum(int((~block.isfinite().all(-1)).sum()) for block in blocks(h))
     d = h.shape[1]
     return KurtosisSummary(
         mean=float(known.mean()) if known.size else math.nan,
@@ -208,24 +213,12 @@ def summarise(h: Tensor, rotations: int = ROTATIONS, seed: int = 0) -> KurtosisS
         rotation=rotation_control(h, rotations, seed),
         centred=float(centred_kurtosis(h).nanmean()),
         peak=float(peaks(h).nanmean()),
-        nonnegative=bool(len(h)) and all(bool((block >= 0).all()) for block in _blocks(h)),
+        nonnegative=bool(len(h)) and all(bool((block >= 0).all()) for block in blocks(h)),
         features=d,
         vectors=known.size,
         constant_vectors=len(kappa) - known.size - invalid,
         invalid_vectors=invalid,
     )
-
-
-def _blocks(h: Tensor) -> Iterator[Tensor]:
-    """``h`` in float64, some rows at a time."""
-    for rows in h.detach().split(max(1, _BLOCK // _width(h))):
-        yield rows.double()
-
-
-def _width(h: Tensor) -> int:
-    if h.dim() != 2 or not h.shape[1] or h.is_complex():
-        raise ValueError(f"expected representations (n, d), one vector a row; got {h.dtype} of shape {tuple(h.shape)}")
-    return h.shape[1]
 
 
 def _kurtosis(block: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from torchprobe.analysis.intervals import LEVEL, RESAMPLES, bootstrap_interval
 from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
+from torchprobe.analysis.outliers import feature_rows
 from torchprobe.datasets import DatasetError, Images
 from torchprobe.encoders import Encoder
 from torchprobe.recording import Recording, record
@@ -27,7 +28,7 @@ from torchprobe.rendering.page import write as write_page
 from torchprobe.rendering.plots import depth_profile
 from torchprobe.rendering.plots import write as write_figure
 from torchprobe.rendering.reference import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
-from torchprobe.rendering.tables import LAYER_COLUMNS, Column, cell, write_csv
+from torchprobe.rendering.tables import LAYER_COLUMNS, cell, write_csv
 from torchprobe.statistics import Moments
 
 if TYPE_CHECKING:
@@ -49,16 +50,6 @@ DEFINITIONS = {
     "energy share": "Σ h_i² over images, as a share of the sum over all features.",
     "extreme share": "share of the images in which |h_i| is the largest of all features.",
 }
-
-FEATURE_COLUMNS = (
-    Column("feature", "feature", "index within the representation", "index"),
-    Column("outlier_share", "outlier share", "share of the vectors with |h_i − mean h| > 6 std of that vector", "share"),
-    Column("relative_size", "relative size", "mean |h_i| over images, divided by its average over features"),
-    Column("energy_share", "energy share", "Σ h_i² as a share of the sum over all features", "share"),
-    Column("extreme_share", "extreme share", "share of the images in which |h_i| is the largest of all", "share"),
-    Column("mean", "mean", "mean of h_i over images"),
-    Column("std", "std", "standard deviation of h_i over images"),
-)
 
 
 @dataclass
@@ -102,20 +93,8 @@ class Scan:
         return bootstrap_interval(self.kurtosis, seed=int(self.settings.get("seed", 0)))
 
     def features(self) -> list[dict[str, Any]]:
-        """One row per feature of the representation, in the order of :data:`FEATURE_COLUMNS`, most frequent outlier first."""
-        m = self.representation
-        energy = m.count * (m.variance + m.mean**2)
-        parts: dict[str, Tensor] = {
-            "outlier_share": m.outlier_frequency,
-            "relative_size": m.mean_abs / m.mean_abs.nanmean(),
-            "energy_share": energy / energy.nansum(),
-            "extreme_share": torch.from_numpy(self.extreme) / max(1, self.images),
-            "mean": m.mean,
-            "std": m.std,
-        }
-        columns = {key: part.cpu().tolist() for key, part in parts.items()}
-        rows = [{"feature": i} | {key: column[i] for key, column in columns.items()} for i in range(m.features)]
-        return sorted(rows, key=lambda row: [-_or_zero(row["outlier_share"]), -_or_zero(row["relative_size"])])
+        """One row per feature of the representation, most frequent outlier first; see :func:`torchprobe.analysis.outliers.feature_rows`."""
+        return feature_rows(self.representation, torch.from_numpy(self.extreme), self.images)
 
     def outliers(self) -> list[dict[str, Any]]:
         """The rows of :meth:`features` that are an outlier in at least one vector."""
@@ -297,7 +276,3 @@ def _plain(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _or_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else value

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from torchprobe.analysis.intervals import LEVEL
+from torchprobe.analysis.outliers import FEATURE_COLUMNS
 from torchprobe.rendering import plots
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
 from torchprobe.rendering.tables import LAYER_COLUMNS, Column, Row, number
-from torchprobe.studies.scan import DEFINITIONS, FEATURE_COLUMNS, Scan
+from torchprobe.studies.scan import DEFINITIONS, Scan
 
 SHOWN_FEATURES = 20
 NAMED_FEATURES = 6

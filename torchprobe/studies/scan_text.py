@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from torchprobe.analysis.outliers import FEATURE_COLUMNS
 from torchprobe.rendering.tables import layer_table, number, plain_table, shown, text
-from torchprobe.studies.scan import DEFINITIONS, FEATURE_COLUMNS, Scan
+from torchprobe.studies.scan import DEFINITIONS, Scan
 from torchprobe.studies.scan_page import layer_columns, outlier_sentence, relu_note
 
 SHOWN = 10

@@ -1,0 +1,342 @@
+"""Outlier features: the features that are far above the rest, by our rule and by the definitions of others under their names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.analysis.blocks import blocks, representations
+from torchprobe.rendering.tables import Column
+from torchprobe.statistics import Moments
+from torchprobe.statistics.moments import OUTLIER_SHARE
+
+if TYPE_CHECKING:
+    from torchprobe.analysis.embeddings import Embeddings
+
+SIGMA = 6.0
+"""Standard deviations of its vector that a feature must be away from the mean of the vector (a choice of ours)."""
+
+
+def feature_columns(sigma: float = SIGMA) -> tuple[Column, ...]:
+    """The columns of a table of features whose outliers are ``sigma`` standard deviations out."""
+    return (
+        Column("feature", "feature", "index within the representation", "index"),
+        Column("outlier_share", "outlier share", f"share of the vectors with |h_i − mean h| > {sigma:g} std of that vector", "share"),
+        Column("relative_size", "relative size", "mean |h_i| over images, divided by its average over features"),
+        Column("energy_share", "energy share", "Σ h_i² as a share of the sum over all features", "share"),
+        Column("extreme_share", "extreme share", "share of the images in which |h_i| is the largest of all", "share"),
+        Column("mean", "mean", "mean of h_i over images"),
+        Column("std", "std", "standard deviation of h_i over images"),
+    )
+
+
+FEATURE_COLUMNS = feature_columns()
+
+PEAK = Column("peak", "max|h_i| / mean|h|", "the largest |h_i| of any image, in units of the mean |h| of that image")
+
+
+@dataclass(frozen=True)
+class OutlierFeatures:
+    """The features that are outliers often enough, and what each feature is like.
+
+    Attributes:
+        indices: int64 (k,), the outlier features, most frequent first.
+        table: one row per feature, all d of them, most frequent outlier first; see ``columns``.
+        sigma: standard deviations that make an outlier.
+        frequency: share of the vectors from which a feature is an outlier feature.
+        vectors: how many were counted in.
+        constant_vectors: left out of ``outlier_share`` alone, because their variance is 0.
+        invalid_vectors: left out of everything because of nan or inf.
+    """
+
+    indices: Tensor
+    table: tuple[dict[str, Any], ...]
+    sigma: float
+    frequency: float
+    vectors: int
+    constant_vectors: int
+    invalid_vectors: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def features(self) -> int:
+        """How many features there are in all, d."""
+        return len(self.table)
+
+    @property
+    def energy_share(self) -> float:
+        """Σ h_i² over the outlier features, as a share of the sum over all features."""
+        return math.fsum(row["energy_share"] for row in self.table[: len(self)])
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What the table holds, with its help."""
+        return (*feature_columns(self.sigma), PEAK)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table as a list; its first ``len(indices)`` rows are the outlier features."""
+        return list(self.table)
+
+
+def outlier_features(h: Tensor | Embeddings, sigma: float = SIGMA, frequency: float = OUTLIER_SHARE) -> OutlierFeatures:
+    """The features that lie more than ``sigma`` standard deviations from the mean of their vector in ``frequency`` of the vectors.
+
+    The rule is a choice of ours, as are six and a half: it asks for what vector kurtosis measures, of each feature. Among d features none
+    can be more than (d − 1)/√d standard deviations away; where that is no more than ``sigma`` the shares are nan and no feature is chosen.
+
+    Args:
+        h: (n, d), or embeddings.
+        sigma: how far out.
+        frequency: how often, as a share of the vectors; 0 takes every feature that is an outlier once.
+
+    Raises:
+        ValueError: h is not (n, d), ``sigma`` not positive, or ``frequency`` outside [0, 1].
+
+    >>> h = torch.randn(200, 64)
+    >>> h[:, 5] = 40
+    >>> found = outlier_features(h)
+    >>> found.indices, found.rows()[0]["extreme_share"]
+    (tensor([5]), 1.0)
+    """
+    h = representations(h)
+    if not 0 <= frequency <= 1:
+        raise ValueError(f"frequency is a share of the vectors, in [0, 1], got {frequency}")
+    d = h.shape[1]
+    moments = Moments(d, h.device, outlier_sigma=sigma)
+    extreme = torch.zeros(d, dtype=torch.int64, device=h.device)
+    peak = torch.zeros(d, dtype=torch.float64, device=h.device)
+    invalid = 0
+    for block in blocks(h):
+        finite = block[block.isfinite().all(-1)]
+        invalid += len(block) - len(finite)
+        moments.update(finite)
+        size = finite.abs()
+        extreme += torch.bincount(size.argmax(-1), minlength=d)
+        relative = (size / size.mean(-1, keepdim=True)).nan_to_num(nan=0.0)  # a vector of zeros has no peak
+        if len(relative):
+            peak = torch.maximum(peak, relative.amax(0))
+    seen = len(h) - invalid
+    table = feature_rows(moments, extreme, seen)
+    for row in table:
+        row[PEAK.key] = float(peak[row["feature"]]) if seen else math.nan
+    chosen = [row["feature"] for row in table if row["outlier_share"] > 0 and row["outlier_share"] >= frequency]
+    return OutlierFeatures(
+        torch.tensor(chosen, dtype=torch.int64), tuple(table), float(sigma), float(frequency), seen, moments.constant_vectors, invalid
+    )
+
+
+def feature_rows(moments: Moments, extreme: Tensor, vectors: int) -> list[dict[str, Any]]:
+    """One row per feature, with the keys of :data:`FEATURE_COLUMNS`; most frequent outlier first, then the largest.
+
+    Args:
+        moments: of the representation.
+        extreme: int (d,), the vectors in which |h_i| is the largest of all.
+        vectors: how many there were.
+    """
+    energy = moments.count * (moments.variance + moments.mean**2)
+    parts = {
+        "outlier_share": moments.outlier_frequency,
+        "relative_size": moments.mean_abs / moments.mean_abs.nanmean(),
+        "energy_share": energy / energy.nansum(),
+        "extreme_share": extreme / max(1, vectors),
+        "mean": moments.mean,
+        "std": moments.std,
+    }
+    columns = {key: part.cpu().tolist() for key, part in parts.items()}
+    rows = [{"feature": i} | {key: column[i] for key, column in columns.items()} for i in range(moments.features)]
+    return sorted(rows, key=lambda row: [-_or_zero(row["outlier_share"]), -_or_zero(row["relative_size"])])
+
+
+class LLMInt8Outliers(NamedTuple):
+    """``indices`` int64 (k,) of the outlier features; ``layer_share`` and ``position_share`` float64 (d,) of every feature."""
+
+    indices: Tensor
+    layer_share: Tensor
+    position_share: Tensor
+
+
+def llm_int8_outliers(
+    layers: Sequence[Tensor], magnitude: float = 6.0, layer_share: float = 0.25, position_share: float = 0.06
+) -> LLMInt8Outliers:
+    """The outlier features of LLM.int8(): abs(x_i) ≥ 6 somewhere in 25 % of the layers and at 6 % of all positions, for the same i.
+
+    In absolute units, so it depends on the scale of the hidden states (Dettmers et al., NeurIPS 2022, arXiv 2208.07339).
+
+    Args:
+        layers: the hidden states of each layer, (positions, d), all of one width.
+        magnitude: from which a value counts.
+        layer_share: of the layers that must have such a value of the feature.
+        position_share: of the positions of all layers together.
+
+    Raises:
+        ValueError: no layer, or layers of different widths.
+
+    >>> quiet, loud = torch.zeros(10, 4), torch.zeros(10, 4)
+    >>> loud[:3, 2] = -7
+    >>> llm_int8_outliers([quiet, loud]).indices
+    tensor([2])
+    """
+    if not layers:
+        raise ValueError("there is no layer to look for outliers in")
+    states = [representations(layer) for layer in layers]
+    if len(widths := {layer.shape[1] for layer in states}) > 1:
+        raise ValueError(f"an outlier is the same feature in several layers, so they must have one width; got {sorted(widths)}")
+    counts = torch.stack([torch.stack([(block.abs() >= magnitude).sum(0) for block in blocks(layer)]).sum(0) for layer in states])
+    in_layers = (counts > 0).double().mean(0)
+    at_positions = counts.sum(0).double() / max(1, sum(map(len, states)))
+    return LLMInt8Outliers(((in_layers >= layer_share) & (at_positions >= position_share)).nonzero().flatten(), in_layers, at_positions)
+
+
+class MassiveActivations(NamedTuple):
+    """Where they are: ``vectors`` and ``features`` int64 (k,), in row order, and their ``values`` (k,), float64."""
+
+    vectors: Tensor
+    features: Tensor
+    values: Tensor
+
+
+def massive_activations(h: Tensor, magnitude: float = 100.0, ratio: float = 1000.0) -> MassiveActivations:
+    """The values above 100 in size that are at least 1000 times the median size of their vector (Sun et al., COLM 2024, arXiv 2402.17762).
+
+    Sun et al. say "hidden state" and "around 1,000"; that the median is over the features of one vector is a choice of ours, and so is
+    the median itself where d is even (the mean of the middle two). nan is no massive activation.
+
+    >>> h = torch.ones(2, 8)
+    >>> h[1, 3] = -2000
+    >>> massive_activations(h)
+    MassiveActivations(vectors=tensor([1]), features=tensor([3]), values=tensor([-2000.], dtype=torch.float64))
+    """
+    found: list[Tensor] = []
+    values: list[Tensor] = []
+    start = 0
+    for block in blocks(representations(h)):
+        size = block.abs()
+        middle = size.nanquantile(0.5, dim=-1, keepdim=True) if len(size) else size[:, :1]
+        massive = (size > magnitude) & (size >= ratio * middle)
+        at = massive.nonzero()
+        values.append(block[massive])
+        at[:, 0] += start
+        found.append(at)
+        start += len(block)
+    vectors, features = torch.cat(found).unbind(1)
+    return MassiveActivations(vectors, features, torch.cat(values))
+
+
+def registers(tokens: Tensor, norm: float = 150.0) -> Tensor:
+    """Which tokens are as long as registers: Euclidean norm above 150 (Darcet et al., ICLR 2024, arXiv 2309.16588).
+
+    An outlier among tokens, not among features. The threshold is that of DINOv2's ViT-g and depends on the model.
+
+    tokens (…, d) → bool (…); False for a token with nan.
+
+    >>> registers(torch.tensor([[100.0, 100.0], [200.0, 0.0]]))
+    tensor([False,  True])
+    """
+    if tokens.dim() < 1 or not tokens.shape[-1]:
+        raise ValueError(f"expected tokens (…, d), got a tensor of shape {tuple(tokens.shape)}")
+    length: Tensor = torch.linalg.vector_norm(tokens.detach(), dim=-1, dtype=torch.float64)
+    return length > norm
+
+
+def rms_kurtosis(h: Tensor | Embeddings) -> float:
+    """Kurtosis of the root mean squares of the features: mean_j(s_j²) / (mean_j s_j)² with s_j = mean_n h_nj² (He et al., NeurIPS 2024).
+
+    Between 1, when all features are of one size, and d, when one has everything ("Understanding and Minimising Outlier Features in
+    Transformer Training", arXiv 2405.19279). It compares features over all images, where vector kurtosis does so image by image.
+
+    Args:
+        h: (n, d), or embeddings; vectors with nan or inf are left out.
+
+    Returns:
+        nan when nothing is left, or all of it is 0.
+
+    >>> rms_kurtosis(torch.tensor([[1.0, -1.0], [-2.0, 2.0]])), rms_kurtosis(torch.tensor([[1.0, 0.0]]))
+    (1.0, 2.0)
+    """
+    h = representations(h)
+    scale = max(float(block[block.isfinite()].abs().max()) if bool(block.isfinite().any()) else 0.0 for block in blocks(h))
+    if not scale:
+        return math.nan
+    s = torch.zeros(h.shape[1], dtype=torch.float64, device=h.device)
+    for block in blocks(h):
+        s += (block[block.isfinite().all(-1)] / scale).square().sum(0)  # the number of vectors cancels
+    s /= s.amax()
+    return float(s.square().mean() / s.mean().square())
+
+
+@dataclass(frozen=True)
+class LayerNormOutliers:
+    """How often each feature is an outlier among the parameters of the LayerNorms.
+
+    Attributes:
+        indices: int64 (k,), the features beyond three standard deviations in γ in at least half of the LayerNorms, or so in β.
+        gain_share: float64 (d,), the share of the LayerNorms in which γ is.
+        bias_share: float64 (d,), the share of those with a bias in which β is; nan when none has one.
+        names: of the LayerNorms.
+    """
+
+    indices: Tensor
+    gain_share: Tensor
+    bias_share: Tensor
+    names: tuple[str, ...]
+
+
+def layer_norm_outliers(model: nn.Module, features: int | None = None, sigma: float = 3.0, share: float = 0.5) -> LayerNormOutliers:
+    """Outlier features by the weights alone: LayerNorm gains or biases beyond 3σ of their layer in at least half of the LayerNorms.
+
+    Kovaleva et al. ("BERT Busters", Findings of ACL 2021, arXiv 2105.06990) and Puccetti et al. (Findings of EMNLP 2022, arXiv 2205.11380).
+    Those are LayerNorms at the output of a layer; taking all of one width is a choice of ours.
+
+    Args:
+        model: any module; every ``nn.LayerNorm`` over one dimension in it counts, subclasses too.
+        features: their width; may be left out when there is only one.
+        sigma: standard deviations (population) from the mean of γ, or of β.
+        share: of the LayerNorms.
+
+    Raises:
+        ValueError: no LayerNorm with parameters, none of that width, or several widths to choose from.
+
+    >>> norms = nn.Sequential(nn.LayerNorm(32), nn.LayerNorm(32))
+    >>> for norm in norms:
+    ...     _ = norm.weight.data[7].fill_(9.0)
+    >>> layer_norm_outliers(norms).indices
+    tensor([7])
+    """
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) and module.elementwise_affine and len(module.normalized_shape) == 1
+    }
+    widths: dict[int, int] = {}
+    for module in norms.values():
+        widths[module.normalized_shape[0]] = widths.get(module.normalized_shape[0], 0) + 1
+    found = ", ".join(f"{count} of width {width}" for width, count in sorted(widths.items())) or "none"
+    if features is None and len(widths) == 1:
+        (features,) = widths
+    if features not in widths:
+        wanted = "features= must say which width" if features is None else f"none has width {features}"
+        raise ValueError(f"LayerNorms with parameters in this model: {found}; {wanted}")
+    chosen = {name: module for name, module in norms.items() if module.normalized_shape[0] == features}
+    gain = _beyond([module.weight for module in chosen.values()], features, sigma)
+    bias = _beyond([module.bias for module in chosen.values() if module.bias is not None], features, sigma)
+    return LayerNormOutliers(((gain >= share) | (bias >= share)).nonzero().flatten(), gain, bias, tuple(chosen))
+
+
+def _beyond(parameters: Sequence[Tensor], features: int, sigma: float) -> Tensor:
+    """The share of the vectors in which each element is more than ``sigma`` standard deviations from their mean."""
+    if not parameters:
+        return torch.full((features,), math.nan, dtype=torch.float64)
+    rows = torch.stack([parameter.detach().double().cpu() for parameter in parameters])
+    deviation = (rows - rows.mean(-1, keepdim=True)).abs()
+    return (deviation > sigma * rows.std(-1, correction=0, keepdim=True)).double().mean(0)
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
