@@ -44,39 +44,44 @@ class Images:
         """How a file is called in messages and tables."""
         return path.relative_to(self.root).as_posix() if self.root and path.is_relative_to(self.root) else str(path)
 
-    def batches(self, preprocess: Callable[[Image], Tensor], size: int, workers: int = 2) -> Iterator[Batch]:
+    def batches(
+        self, preprocess: Callable[[Image], Tensor], size: int, workers: int = 2, only: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
         """Batches of up to ``size`` files, decoded and preprocessed by threads, two batches ahead.
 
         Args:
             preprocess: PIL image in RGB → tensor (3, H, W), the same shape for all.
             size: files in a batch.
             workers: threads.
+            only: which of the batches, by number, in this order; None: all.
 
         Raises:
             ValueError: ``size`` or ``workers`` below 1.
+            DatasetError: ``preprocess`` gives tensors of different shapes.
         """
         if size < 1 or workers < 1:
             raise ValueError(f"size and workers must be at least 1, got {size} and {workers}")
-        groups = [self.paths[start : start + size] for start in range(0, len(self.paths), size)]
+        starts = [size * i for i in only] if only is not None else range(0, len(self.paths), size)
+        groups = [self.paths[start : start + size] for start in starts]
         with ThreadPoolExecutor(workers, thread_name_prefix="torchprobe-images") as threads:
             ahead: deque[list[Future[Tensor | str]]] = deque()
             try:
-                for index, group in enumerate(groups):
+                for index, (start, group) in enumerate(zip(starts, groups, strict=True)):
                     for later in groups[index + len(ahead) : index + 3]:
                         ahead.append([threads.submit(_load, path, preprocess) for path in later])
-                    yield self._collect(group, [future.result() for future in ahead.popleft()])
+                    yield self._collect(start, group, [future.result() for future in ahead.popleft()])
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)  # whoever stops early does not wait
 
-    def _collect(self, group: Sequence[Path], results: list[Tensor | str]) -> Batch:
+    def _collect(self, start: int, group: Sequence[Path], results: list[Tensor | str]) -> Batch:
         batch = Batch(files=len(group))
-        for path, result in zip(group, results, strict=True):
+        for index, (path, result) in enumerate(zip(group, results, strict=True), start):
             if isinstance(result, str):
                 batch.unreadable.append((self.name(path), result))
             else:
                 batch.names.append(self.name(path))
-        tensors = [result for result in results if isinstance(result, Tensor)]
-        batch.pixels = torch.stack(tensors) if tensors else torch.empty(0)
+                batch.indices.append(index)
+        batch.pixels = stack([result for result in results if isinstance(result, Tensor)], batch.names)
         return batch
 
 
@@ -84,13 +89,44 @@ class Images:
 class Batch:
     """A group of files: the pixels of those that could be read, and the others with the reason.
 
-    ``pixels`` has shape (len(names), 3, H, W); ``files`` = len(names) + len(unreadable).
+    ``pixels`` has shape (len(names), 3, H, W); ``indices`` are the positions of those in the set;
+    ``files`` = len(names) + len(unreadable).
     """
 
     files: int
     pixels: Tensor = field(default_factory=lambda: torch.empty(0))
     names: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+
+def stack(tensors: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+    """One tensor of all; ``torch.empty(0)`` of none.
+
+    Raises:
+        DatasetError: they differ in shape; names two that do.
+    """
+    for tensor, name in zip(tensors, names, strict=True):
+        if tensor.shape != tensors[0].shape:
+            shapes = f"{names[0]} becomes {tuple(tensors[0].shape)}, {name} {tuple(tensor.shape)}"
+            raise DatasetError(f"the preprocessing must give all images the same shape: {shapes}; resize and crop")
+    return torch.stack(list(tensors)) if tensors else torch.empty(0)
+
+
+def rgb(image: Image) -> Image:
+    """The image in RGB, transparent colours as they are underneath.
+
+    Raises:
+        ValueError: pixels of more than 8 bits, whose range is not known.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels of mode {image.mode} (more than 8 bits), whose range is not known")
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def reason(error: BaseException) -> str:
+    """An error in one short line."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 def image_folder(root: str | os.PathLike[str], limit: int | None = None, seed: int = 0) -> Images:
@@ -141,9 +177,6 @@ def _load(path: Path, preprocess: Callable[[Image], Tensor]) -> Tensor | str:
 
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                return f"pixels of mode {image.mode} (more than 8 bits), whose range is not known"
-            opaque = image.convert("RGBA") if "transparency" in image.info else image
-            return preprocess(opaque.convert("RGB"))
+            return preprocess(rgb(image))
     except Exception as error:  # a decoder meeting hostile bytes may raise anything
-        return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        return reason(error)
