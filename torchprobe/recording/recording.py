@@ -149,19 +149,20 @@ class Recording(Mapping[str, Moments]):
 
         return layer_table(self.rows())
 
-    def plot(self, what: str = "depth") -> Figure:
+    def plot(self, what: str = "depth", *, width: float = 9.0) -> Figure:
         """A picture, as a matplotlib figure (``pip install torchprobe[report]``); a notebook shows it.
 
         Args:
             what: "depth": the vector kurtosis over the layers, of the running window, or while that is empty of the last closed one;
                 the closed windows are a band behind it. "history": layers × steps, see :meth:`History.plot`;
                 for one layer over the steps see :meth:`History.plot_layer`.
+            width: inches.
 
         Raises:
             ValueError: no such picture.
         """
         if what == "history":
-            return self.history.plot()
+            return self.history.plot(width=width)
         if what != "depth":
             raise ValueError(f'what must be "depth" or "history", got {what!r}; for one layer: history.plot_layer({what!r})')
         from torchprobe.rendering.plots import depth_profile
@@ -173,7 +174,7 @@ class Recording(Mapping[str, Moments]):
         if windows and not any(row["vectors"] > 0 for row in rows):
             last = {row["layer"]: row for row in self.history.rows() if row["step"] == self.history.steps[-1]}
             rows = [{**row, **last.get(row["layer"], {})} for row in rows]
-        return depth_profile(rows, band=windows if len(windows) > 1 else (), band_label="closed windows")
+        return depth_profile(rows, band=windows if len(windows) > 1 else (), band_label="closed windows", width=width)
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__}({len(self)} layers, {len(self.history)} windows closed)"]

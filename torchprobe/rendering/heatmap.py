@@ -176,7 +176,7 @@ def _colour_bar(axes: Axes, label: str, low: float, high: float, scale: str) -> 
     _paint(bar, np.arange(LEVELS)[:, None], np.array([0.0, 1.0]), edges)
     if scale == "log":
         _log_scale(bar, "y", [low, high])
-        if not [tick for tick in bar.get_yticks() if low <= tick <= high]:
+        if sum(low <= tick <= high for tick in bar.get_yticks()) < 2:  # one number is no scale
             bar.yaxis.set_major_locator(FixedLocator([low, high]))
             bar.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     else:

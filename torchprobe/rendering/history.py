@@ -51,6 +51,8 @@ def history_map(
     scale: Any = "log" if shown.size and shown.min() > 0 else "linear"
     figure = heat_map(matrix.T, layers, steps, label, row_label="layer", column_label="step", scale=scale, width=width)
     axes = figure.axes[0]
+    if len(axes.get_ylabel()) > 9 * figure.get_figheight():  # longer than the axis
+        axes.set_ylabel(f"layer {_ending(axes.get_ylabel())}")
     together = max(1, math.ceil(len(steps) / MOST))
     _name_steps(axes, steps, width - 2, together)
     if marked is not None and np.any(marked):
