@@ -224,6 +224,8 @@ def _metadata(path: str | os.PathLike[str]) -> tuple[bool, list[str] | None]:
         return False, None
     try:
         normalize, names = json.loads(metadata["normalize"]), json.loads(metadata["names"])
+        if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
+            raise ValueError("names is no list of strings")
     except (KeyError, ValueError) as error:
         raise EncoderError(f"{path}: its metadata cannot be read: {reason(error)}") from error
     return bool(normalize), names

@@ -148,7 +148,7 @@ class ClipEncoder(Encoder):
         assert self.text is not None
         expected = {key: value for key, value in self.text.state_dict().items() if key not in _LOGIT_SCALING}
         if "text_projection" in weights and "text_projection" not in expected:  # a custom text tower, saved before there were any
-            weights = importlib.import_module("open_clip").convert_to_custom_text_state_dict(dict(weights))
+            weights = importlib.import_module("open_clip.model").convert_to_custom_text_state_dict(dict(weights))
         wrong = [key for key, value in expected.items() if key not in weights or weights[key].shape != value.shape]
         if wrong:
             what = "it" if len(wrong) == len(expected) else f"{len(wrong)} of its {len(expected)} keys ({some(wrong, 3)})"

@@ -1,0 +1,216 @@
+"""Many encoders to compare, with what they are to each other: a TOML file.
+
+::
+
+    [[encoder]]
+    name = "ViT-B-32/openai, fine-tuned"      # unique
+    role = "fine-tuned"                       # or zero-shot, supervised, imagenet-captions
+    backbone = "ViT-B-32"                     # what is compared has the same one
+    pretraining = "OpenAI"                    # the data it saw first
+    source = "open_clip:ViT-B-32/openai"      # a name for load_encoder
+    checkpoint = "weights/finetuned.pt"       # optional; relative to this file; "" is to be filled in, and skipped until then
+    head = "own"                              # or zero-shot, none, a file; by default zero-shot where the role trains none
+    normalize = true                          # optional: does the head see vectors of length 1? by default what is known of it
+    accuracy = { imagenet = 80.1, imagenet_v2 = 69.3 }   # optional; per cent
+
+Its name is ``"paper"`` for the built-in one: the 17 zero-shot CLIP encoders whose accuracies OpenCLIP publishes, their
+twins from torchvision and timm, and rows to fill in.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torchprobe.encoders.checkpoint import load_head
+from torchprobe.encoders.encoder import Encoder, Progress
+from torchprobe.encoders.errors import EncoderError, nearest, reason
+from torchprobe.encoders.head import Head
+from torchprobe.encoders.libraries import SOURCES
+from torchprobe.encoders.load import load_encoder
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROLES = {"zero-shot": "zero-shot", "fine-tuned": "own", "supervised": "own", "imagenet-captions": "zero-shot"}
+"""What an encoder is in a comparison, and the head it has unless the row says otherwise."""
+
+HEADS = ("zero-shot", "own", "none")
+"""The heads that are no file: made of captions, taken off the encoder, left out."""
+
+TEST_SETS = ("imagenet", "imagenet_v2", "imagenet_r", "imagenet_sketch", "objectnet", "imagenet_a")
+"""Where accuracies are published: ImageNet's validation set and its five shifts."""
+
+PAPER = "paper"
+"""The name of the built-in suite."""
+
+_TEXTS = {"name": True, "role": True, "backbone": True, "pretraining": True, "source": True, "checkpoint": False, "head": False}
+"""The keys of a row that are strings, and whether they are required."""
+
+_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One encoder of a suite.
+
+    Attributes:
+        name: what it is called; unique within the suite.
+        role: one of :data:`ROLES`.
+        backbone: the architecture; differences are taken within one.
+        pretraining: the data it was trained on first.
+        source: its name for :func:`~torchprobe.encoders.load_encoder`.
+        checkpoint: a local file with its weights; None where the source has them, ``""`` while it is to be filled in.
+        head: one of :data:`HEADS`, or a file for :func:`~torchprobe.encoders.load_head`.
+        normalize: whether an own head or one from a file sees vectors of length 1; None for what is known of it: a layer
+            in a CLIP checkpoint does, unless this says otherwise, others as they were saved.
+        accuracy: published accuracies, per cent, by test set (:data:`TEST_SETS`); empty where there are none.
+    """
+
+    name: str
+    role: str
+    backbone: str
+    pretraining: str
+    source: str
+    checkpoint: str | None = None
+    head: str = "none"
+    normalize: bool | None = None
+    accuracy: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def missing(self) -> str | None:
+        """Why this row has to be skipped, or None: a checkpoint that is to be filled in, a file that is not there."""
+        if self.checkpoint == "":
+            return "it needs a checkpoint of yours: fill in its path"
+        files = [self.checkpoint, None if self.head in HEADS else self.head]
+        absent = [file for file in files if file is not None and not Path(file).is_file()]
+        return f"no file at {' and '.join(absent)}" if absent else None
+
+    def load(self) -> Encoder:
+        """The encoder, in eval mode on the CPU.
+
+        Raises:
+            EncoderError: as for :func:`~torchprobe.encoders.load_encoder`, and the reason of :meth:`missing`.
+        """
+        if (why := self.missing()) is not None:
+            raise EncoderError(f"{self.name} cannot be loaded: {why}")
+        return load_encoder(self.source, self.checkpoint)
+
+    def load_head(self, encoder: Encoder, progress: Progress | None = None) -> Head | None:
+        """The head that goes with the encoder; None for ``head = "none"``.
+
+        Args:
+            encoder: from :meth:`load`; a zero-shot head is made on its device, over ImageNet's classes.
+            progress: told (classes done, classes in all) while a zero-shot head is made.
+
+        Raises:
+            EncoderError: there is no such head.
+        """
+        if self.head == "none":
+            return None
+        if self.head == "zero-shot":
+            return encoder.zero_shot_head(progress=progress)
+        if self.head != "own":
+            return load_head(self.head, encoder.features, normalize=self.normalize)
+        own = encoder.head
+        if own is None:
+            raise EncoderError(f"{self.name} has no trained head of one linear layer: give a file as its head, or none")
+        return own if self.normalize is None else Head(own.weight, own.bias, normalize=self.normalize, names=own.names)
+
+
+def load_suite(path: str | os.PathLike[str] = PAPER) -> list[Row]:
+    """The rows of a suite, in the order of its file.
+
+    Args:
+        path: a TOML file as above, or ``"paper"``. Paths in it are relative to its folder.
+
+    Raises:
+        EncoderError: the file cannot be read; or it has unknown keys, roles or heads, missing or repeated entries, values
+            of the wrong kind. Every problem is named.
+
+    >>> rows = load_suite("paper")
+    >>> sum(row.role == "zero-shot" for row in rows)
+    17
+    >>> rows[0].source, rows[0].accuracy["imagenet"]
+    ('open_clip:RN50/openai', 59.82)
+    """
+    file = Path(__file__).with_name("suite.toml") if path == PAPER else Path(path)
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise EncoderError(f"no suite at {file}: expected a TOML file, or {PAPER!r} for the built-in one") from error
+    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise EncoderError(f"{file} cannot be read as TOML: {reason(error)}") from error
+    entries = content.get("encoder")
+    problems = [f"unknown key {key!r}" + nearest(key, ["encoder"]) for key in content if key != "encoder"]
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        problems.append("expected at least one [[encoder]]")
+        entries = []
+    for number, entry in enumerate(entries, start=1):
+        where = f"encoder {number}" + (f" ({entry['name']!r})" if isinstance(entry.get("name"), str) else "")
+        problems += [f"{where}: {problem}" for problem in _problems(entry)]
+    problems += [f"the name {name!r} occurs {count} times" for name, count in _counts(entries, ["name"]).items() if count > 1]
+    for (source, checkpoint, *_), count in _counts(entries, ["source", "checkpoint", "head"]).items():
+        if count > 1 and checkpoint != "":  # what is to be filled in will differ
+            problems.append(f"{source!r} occurs {count} times with the same checkpoint and head")
+    if problems:
+        raise EncoderError(f"{file} is no suite: " + "; ".join(problems))
+    return [_row(entry, file.parent) for entry in entries]
+
+
+def _row(entry: Mapping[str, Any], folder: Path) -> Row:
+    values = {"head": ROLES[entry["role"]], **entry}
+    if checkpoint := values.get("checkpoint"):
+        values["checkpoint"] = str(folder / checkpoint)
+    if values["head"] not in HEADS:
+        values["head"] = str(folder / values["head"])
+    return Row(**values | {"accuracy": {key: float(value) for key, value in entry.get("accuracy", {}).items()}})
+
+
+def _problems(entry: Mapping[str, Any]) -> list[str]:
+    """What is wrong with one entry, by itself."""
+    known = [*_TEXTS, "normalize", "accuracy"]
+    problems = [f"unknown key {key!r}" + nearest(key, known) for key in entry if key not in known]
+    for key, required in _TEXTS.items():
+        if key in entry and not isinstance(entry[key], str):
+            problems.append(f"{key} is a string, got {entry[key]!r}")
+        elif required and not entry.get(key):
+            problems.append(f"{key} is missing")
+    if not isinstance(entry.get("normalize", True), bool):
+        problems.append(f"normalize is true or false, got {entry['normalize']!r}")
+    texts = {key: value for key, value in entry.items() if key in _TEXTS and isinstance(value, str)}
+    role, source, head = (texts.get(key, "") for key in ("role", "source", "head"))
+    if role and role not in ROLES:
+        problems.append(f"unknown role {role!r}, expected one of {', '.join(ROLES)}" + nearest(role, ROLES))
+    kind, _, rest = source.partition(":")
+    if source and (kind not in SOURCES or not rest):
+        problems.append(f"{source!r} is not the name of an encoder: expected one of {', '.join(f'{s}:NAME' for s in SOURCES)}")
+    if "head" in texts and head not in HEADS and not head.endswith(_ENDINGS):
+        problems.append(f"unknown head {head!r}, expected one of {', '.join(HEADS)}, or a file that ends in {', '.join(_ENDINGS)}")
+    head = head or ROLES.get(role, "")
+    if head == "zero-shot" and kind in SOURCES and kind != "open_clip":
+        problems.append(f"{source!r} has no text tower for a zero-shot head: take own, none or a file")
+    return problems + _accuracy_problems(entry.get("accuracy", {}))
+
+
+def _accuracy_problems(accuracy: object) -> list[str]:
+    if not isinstance(accuracy, Mapping):
+        return [f"accuracy is a table of test sets, got {accuracy!r}"]
+    problems = [f"unknown test set {key!r}" + nearest(key, TEST_SETS) for key in accuracy if key not in TEST_SETS]
+    for key, value in accuracy.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+            problems.append(f"the accuracy on {key} is in per cent, 0 to 100, got {value!r}")
+    return problems
+
+
+def _counts(entries: list[Any], keys: list[str]) -> Counter[Any]:
+    """How often the values of ``keys`` occur among the entries whose values can be compared."""
+    rows = [tuple(entry.get(key) for key in keys) for entry in entries]
+    whole = [row for row in rows if isinstance(row[0], str) and all(isinstance(value, (str, type(None))) for value in row)]
+    return Counter(row[0] if len(keys) == 1 else row for row in whole)
