@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from torchprobe.recording.layers import canonical
+from torchprobe.recording.transfer import Array, Part, Rows, Transfer
 from torchprobe.statistics.moments import BINS, FIELDS, bin_edges
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Step = int | float
-Array = npt.NDArray[np.float64]
 _WIDTH = len(FIELDS) + BINS  # what a window keeps of a layer: its fields, then its histogram
 
 
@@ -28,47 +28,56 @@ class History:
 
     ``steps`` and ``layers`` name the rows and columns, ``fields`` what can be asked for (see
     :data:`torchprobe.statistics.moments.FIELDS`). Nan where a layer did not fire in a window. ``histograms`` holds how the vector
-    kurtosis was distributed in each window. Numbers stay on the device until they are asked for.
+    kurtosis was distributed in each window. Numbers travel to the host without waiting; reading them waits.
+
+    Args:
+        keep: how many windows are kept, the newest; ``dropped`` counts the others. Default: all of them, at 1.3 kB for each layer.
 
     >>> import torch, torchprobe
     >>> model = torch.nn.Linear(4, 3)
-    >>> with torchprobe.record(model) as rec:
-    ...     for step in range(2):
+    >>> with torchprobe.record(model, keep=2) as rec:
+    ...     for step in range(3):
     ...         _ = model(torch.randn(8, 4))
     ...         rec.snapshot(step)
-    >>> rec.history.steps, rec.history["vectors"].tolist()
-    ([0, 1], [[8.0], [8.0]])
+    >>> rec.history.steps, rec.history["vectors"].tolist(), rec.history.dropped
+    ([1, 2], [[8.0], [8.0]], 1)
     """
 
     fields = FIELDS
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int | None = None) -> None:
+        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+            raise ValueError(f"keep must be a whole number of at least 1, or None for all windows; got {keep!r}")
+        self.keep = keep
         self.steps: list[Step] = []
-        self._layers: list[str] = []
-        self._values: Array = np.empty((0, 0, _WIDTH))
-        self._pending: list[list[tuple[list[str], Tensor]]] = []  # for every step: layers and their (layers, _WIDTH)
+        self.dropped = 0
+        self._layers: dict[str, int] = {}  # name → column
+        self._transfer = Transfer()
+        self._blocks: deque[Rows] = deque()  # on the host; they may begin with windows that are dropped already
+        self._landed = 0  # windows in the blocks
 
-    def append(self, step: Step, parts: Sequence[tuple[list[str], Tensor]]) -> None:
-        """Adds one window: for each group of layers their names and numbers, still on the device.
+    def append(self, step: Step, layers: list[str], parts: Sequence[Part]) -> None:
+        """Adds one window of ``layers``: for each group of them their names and numbers, still on the device.
 
         Numbers have the shape (layers, fields + bins): what :func:`torchprobe.recording.windows.summaries` gives with histograms.
         """
         if isinstance(step, bool) or not isinstance(step, (int, float)) or not math.isfinite(step):
             raise TypeError(f"a step is a number, got {step!r}")
+        self._transfer.put(parts)
         self.steps.append(step)
-        self._pending.append(list(parts))  # where a bound on the history (`keep`) would drop the oldest
+        self._name(layers)
+        self._land(self._transfer.arrived())
+        self._drop()
 
     @property
     def layers(self) -> list[str]:
         """The columns: layers in the order in which they first fired."""
-        self._fetch()
         return list(self._layers)
 
     @property
     def values(self) -> Array:
         """Everything but the histograms, shape (steps, layers, fields), float64."""
-        self._fetch()
-        return self._values[:, :, : len(FIELDS)]
+        return self._all()[:, :, : len(FIELDS)]
 
     @property
     def histograms(self) -> Array:
@@ -77,8 +86,7 @@ class History:
         >>> History().histograms.shape, History().bin_edges[[0, 8, 16]].tolist()
         ((0, 0, 144), [1.0, 2.0, 4.0])
         """
-        self._fetch()
-        return self._values[:, :, len(FIELDS) :]
+        return self._all()[:, :, len(FIELDS) :]
 
     @property
     def bin_edges(self) -> Array:
@@ -97,7 +105,8 @@ class History:
         return iter(FIELDS)
 
     def __repr__(self) -> str:
-        return f"History({len(self.steps)} steps × {len(self.layers)} layers × {len(FIELDS)} fields)"
+        older = f", {self.dropped} older ones dropped" if self.dropped else ""
+        return f"History({len(self.steps)} steps{older} × {len(self._layers)} layers × {len(FIELDS)} fields)"
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict for every step and layer that fired: ``step``, ``layer`` and the fields."""
@@ -137,8 +146,8 @@ class History:
         return layer_over_time(histograms, self.bin_edges, self.steps, mean=mean, median=median, layer=name, width=width)
 
     def copy(self) -> History:
-        copy = History()
-        copy._set(self.steps, self.layers, self._all())
+        copy = History(self.keep)
+        copy._set(self.steps, self.layers, self._all(), self.dropped)
         return copy
 
     def extend(self, other: History) -> None:
@@ -153,21 +162,26 @@ class History:
                 f"both histories hold step {shared[0]}{' and others' if shared[1:] else ''}, and summaries of one step "
                 f"cannot be merged: merge the states instead, first.total.merge(second.total)"
             )
-        theirs = other._all()
-        for i, step in enumerate(other.steps):
-            self.append(step, [(list(other.layers), torch.from_numpy(theirs[i].copy()))])
+        self._land(self._transfer.everything())  # ours come first
+        self._land([(other.layers, other._all().copy())])
+        self.steps.extend(other.steps)
+        self.dropped += other.dropped
+        self._name(other.layers)
+        self._drop()
 
     def state_dict(self) -> dict[str, Any]:
-        """``steps``, ``layers``, ``fields``; the tensors ``values`` (steps, layers, fields), ``histograms`` (steps, layers, bins)."""
+        """``steps``, ``layers``, ``fields``, ``dropped``; the tensors ``values`` (steps, layers, fields) and ``histograms`` (steps,
+        layers, bins)."""
         values = torch.from_numpy(self.values.copy())
         used = np.flatnonzero((self.histograms > 0).any((0, 1)))
         histograms = torch.from_numpy(self.histograms[:, :, : used[-1] + 1 if used.size else 0].copy())
-        return {"steps": list(self.steps), "layers": list(self.layers), "fields": list(FIELDS), "values": values, "histograms": histograms}
+        about = {"steps": list(self.steps), "layers": self.layers, "fields": list(FIELDS), "dropped": self.dropped}
+        return {**about, "values": values, "histograms": histograms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave; fields that this version does not know are left out, new ones are nan.
 
-        Histograms may be missing, as from an earlier version: they are nan then.
+        Histograms may be missing, as from an earlier version: they are nan then. Of more windows than ``keep`` the newest are taken.
 
         Raises:
             ValueError: the parts do not fit together.
@@ -190,32 +204,49 @@ class History:
         if histograms is not None:
             fired = ~np.isnan(known[:, :, :1])
             known[:, :, len(FIELDS) :] = np.where(fired, np.pad(histograms, ((0, 0), (0, 0), (0, BINS - histograms.shape[2]))), math.nan)
-        self._set(steps, layers, known)
+        self._set(steps, layers, known, int(state.get("dropped", 0)))
+
+    # -- on the host ---------------------------------------------------------------------------------------------------
 
     def _all(self) -> Array:
-        """Fields and histograms, shape (steps, layers, fields + bins)."""
-        self._fetch()
-        return self._values
+        """Fields and histograms, shape (steps, layers, fields + bins), in one block from now on."""
+        self._land(self._transfer.everything())
+        if len(self._blocks) != 1 or self._blocks[0][0] != self.layers or self._landed != len(self.steps):
+            joined = np.full((self._landed, len(self._layers), _WIDTH), math.nan)
+            start = 0
+            for names, rows in self._blocks:
+                if names:
+                    joined[start : start + len(rows), [self._layers[name] for name in names]] = rows
+                start += len(rows)
+            self._blocks = deque([(self.layers, joined[self._landed - len(self.steps) :].copy())])
+            self._landed = len(self.steps)
+        return self._blocks[0][1]
 
-    def _set(self, steps: list[Step], layers: list[str], values: Array) -> None:
-        self.steps, self._layers, self._values, self._pending = list(steps), list(layers), values.copy(), []
+    def _set(self, steps: list[Step], layers: list[str], values: Array, dropped: int) -> None:
+        self.steps, self.dropped = list(steps), dropped
+        self._layers, self._transfer = {}, Transfer()
+        self._blocks, self._landed = deque([(list(layers), values.copy())]), len(steps)
+        self._name(layers)
+        self._drop()
 
-    def _fetch(self) -> None:
-        """Copies what is pending to the host, at once for every device."""
-        if not self._pending:
+    def _name(self, layers: list[str]) -> None:
+        for name in layers:
+            self._layers.setdefault(name, len(self._layers))
+
+    def _land(self, blocks: Iterable[Rows]) -> None:
+        for block in blocks:
+            self._blocks.append(block)
+            self._landed += len(block[1])
+
+    def _drop(self) -> None:
+        """Forgets the oldest windows; their memory goes a block at a time."""
+        if self.keep is None:
             return
-        tensors = [tensor for parts in self._pending for _, tensor in parts]
-        numbers = iter(to_host(tensors))
-        for parts in self._pending:
-            for names, _ in parts:
-                self._layers.extend(name for name in names if name not in self._layers)
-        grown = np.full((len(self.steps), len(self._layers), _WIDTH), math.nan)
-        done, columns = self._values.shape[:2]
-        grown[:done, :columns] = self._values
-        for index, parts in enumerate(self._pending, start=done):
-            for names, _ in parts:
-                grown[index, [self._layers.index(name) for name in names]] = next(numbers)
-        self._values, self._pending = grown, []
+        surplus = max(0, len(self.steps) - self.keep)
+        del self.steps[:surplus]
+        self.dropped += surplus
+        while self._blocks and self._landed - len(self._blocks[0][1]) >= self.keep:
+            self._landed -= len(self._blocks.popleft()[1])
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Array]:

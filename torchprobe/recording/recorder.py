@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchprobe.ops.positions import POSITIONS
 from torchprobe.recording import compiled, diagnosis, windows
 from torchprobe.recording.control import Control, Skipped, Slot
-from torchprobe.recording.history import Step
+from torchprobe.recording.history import History, Step
 from torchprobe.recording.hook import GradientHook, Hook, InputHook, allocate, takes_hooks
 from torchprobe.recording.layers import Selection, named_layers, select_layers
 from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
@@ -42,6 +42,7 @@ def record(
     when: str = "always",
     select: Callable[..., Tensor] | None = None,
     outlier_sigma: float = 6.0,
+    keep: int | None = None,
 ) -> Recorder:
     """Records the activations of ``model`` while it runs; use it in a ``with`` statement, or call ``start`` and ``stop``.
 
@@ -62,6 +63,7 @@ def record(
         select: from what the module gives to the tensor to read; for inputs it is called with ``(args, kwargs)``. Default:
             the first floating-point tensor.
         outlier_sigma: see :class:`torchprobe.Moments`.
+        keep: how many windows ``history`` keeps, the newest; default: all of them. ``total`` is over all of them in any case.
 
     Raises:
         ValueError: a layer the model does not have, or an argument outside its range. No hook is placed then.
@@ -85,6 +87,7 @@ def record(
         when=when,
         select=select,
         outlier_sigma=outlier_sigma,
+        keep=keep,
     )
 
 
@@ -108,6 +111,7 @@ class Recorder(Recording):
         when: str = "always",
         select: Callable[..., Tensor] | None = None,
         outlier_sigma: float = 6.0,
+        keep: int | None = None,
     ) -> None:
         _one_of("of", of, _HOOKS)
         _one_of("positions", positions, POSITIONS)
@@ -120,6 +124,7 @@ class Recorder(Recording):
             raise ValueError(f"outlier_sigma must be positive, got {outlier_sigma}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"record takes a torch.nn.Module, got {type(model).__name__}")
+        history = History(keep)
         selected = select_layers(model, layers, feature_dim)
         if all(isinstance(layer.module, torch.jit.ScriptModule) for layer in selected):
             raise ValueError(
@@ -128,6 +133,7 @@ class Recorder(Recording):
             )
         aliases = {alias: layer.name for layer in selected for alias in layer.names[1:]}
         super().__init__([], Settings(of, positions, float(outlier_sigma), statistic.__name__), aliases)
+        self.history = history
         self._control = Control(statistic, positions, every, when, select, float(outlier_sigma), lenient=layers is None)
         self._hooks = {layer.name: _HOOKS[of](layer, self._control) for layer in selected}
         self._model = weakref.ref(model)
@@ -241,13 +247,13 @@ class Recorder(Recording):
         only_moments([entry.statistic for entry in entries])
         moments = [cast(Moments, entry.statistic) for entry in entries]
         parts = windows.summaries(moments, True)
-        self.history.append(step, [([entries[index].name for index in group], part) for group, part in parts])
+        self.history.append(step, [entry.name for entry in entries], [([entries[i].name for i in group], part) for group, part in parts])
         windows.close(self._slots())
 
     def reset(self) -> None:
         """Forgets everything: the running window, the closed ones, the history and the counters of ``every``."""
         windows.erase(self._slots())
-        self.history = type(self.history)()
+        self.history = History(self.history.keep)
 
     # -- together, and later -------------------------------------------------------------------------------------------
 

@@ -201,9 +201,12 @@ def _history(file: _File, recording: Recording) -> None:
         raise file.error("history", "steps are numbers, layers and fields are text")
     if len(set(layers)) < len(layers) or len(steps) * len(layers) * len(names) > _MAX_HISTORY:
         raise file.error("history", "a layer occurs twice, or there is more than a run can hold")
+    dropped = state.get("dropped", 0)  # missing from files of an earlier version
+    if isinstance(dropped, bool) or not isinstance(dropped, int) or dropped < 0:
+        raise file.error("history", f"dropped counts windows, got {dropped!r}")
     if steps:
         values = file.tensor("history", (len(steps), len(layers), len(names)))
-        saved = {"steps": steps, "layers": layers, "fields": names, "values": values}
+        saved = {"steps": steps, "layers": layers, "fields": names, "dropped": dropped, "values": values}
         if "history_histograms" in file.keys:
             bins = file.file.get_slice("history_histograms").get_shape()[-1:]
             if bins and bins[0] > BINS:

@@ -20,7 +20,7 @@ from torchprobe.statistics.moments import histogram, summarise
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _plainly(function: Function) -> Function:
+def plainly(function: Function) -> Function:
     """Without autograd, and outside inference mode, whose tensors could not be changed later."""
 
     @functools.wraps(function)
@@ -40,7 +40,7 @@ def by_shape(statistics: Sequence[Statistic]) -> list[list[int]]:
     return list(groups.values())
 
 
-@_plainly
+@plainly
 def summaries(moments: Sequence[Moments], histograms: bool = False) -> list[tuple[list[int], Tensor]]:
     """For every group of one shape: which they are, and their numbers, (n, fields); nan for those that saw nothing.
 
@@ -63,7 +63,7 @@ def seen_anything(states: Tensor) -> Tensor:
     return (rows[..., layout.ROWS.index("count"), :] + rows[..., layout.ROWS.index("nonfinite"), :]).sum(-1) > 0
 
 
-@_plainly
+@plainly
 def close(slots: Sequence[Slot]) -> None:
     """Adds the running windows to the closed ones and empties them; the counter of calls goes on."""
     windows = [slot.statistic for slot in slots]
@@ -78,7 +78,7 @@ def close(slots: Sequence[Slot]) -> None:
     _zero([slot.window for slot in slots])
 
 
-@_plainly
+@plainly
 def erase(slots: Sequence[Slot]) -> None:
     """Forgets everything, the counter of calls too."""
     _zero([slot.state for slot in slots])
@@ -86,7 +86,7 @@ def erase(slots: Sequence[Slot]) -> None:
         slot.closed = None
 
 
-@_plainly
+@plainly
 def merged(parts: Iterable[Statistic | None]) -> Statistic | None:
     """All parts in one new statistic on the device of the first, or None when there is none."""
     found = [part for part in parts if part is not None]
@@ -98,7 +98,7 @@ def merged(parts: Iterable[Statistic | None]) -> Statistic | None:
     return total
 
 
-@_plainly
+@plainly
 def duplicate(statistic: Statistic) -> Statistic:
     """An independent copy."""
     if isinstance(statistic, Moments):

@@ -1,0 +1,123 @@
+"""From the device to the host without waiting.
+
+The summaries of windows are gathered on the device in blocks. A full block starts a copy to pinned memory, which is collected when it has
+arrived, at one of the next windows. Nothing waits, and the device holds one block however long a run takes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchprobe.recording.windows import plainly
+
+BLOCK = 64
+"""Windows to a block, if it then takes no more than :data:`BYTES` (choices of ours)."""
+
+BYTES = 1 << 22
+
+Array = npt.NDArray[np.float64]
+Part = tuple[list[str], Tensor]  # layers, and their numbers on one device: (layers, numbers)
+Rows = tuple[list[str], Array]  # layers, and their numbers on the host: (windows, layers, numbers)
+
+
+class Transfer:
+    """Windows go in as parts on their devices, and come out as rows on the host, in the same order."""
+
+    def __init__(self) -> None:
+        self._block: _Block | None = None
+        self._copies: deque[_Copy] = deque()
+
+    def put(self, parts: Sequence[Part]) -> None:
+        """Takes one window over."""
+        names = [name for group, _ in parts for name in group]
+        if self._block is not None and self._block.names != names:  # a layer fired for the first time
+            self._send()
+        if self._block is None:
+            self._block = _Block(names, parts)
+        self._block.add(parts)
+        if self._block.filled == self._block.size:
+            self._send()
+
+    def arrived(self) -> Iterator[Rows]:
+        """What has reached the host by now."""
+        while self._copies and self._copies[0].arrived():
+            yield self._copies.popleft().rows()
+
+    def everything(self) -> Iterator[Rows]:
+        """Everything that was put in; waits for it."""
+        self._send()
+        while self._copies:
+            yield self._copies.popleft().rows()
+
+    def _send(self) -> None:
+        if self._block is not None:
+            self._copies.append(_Copy(self._block))
+            self._block = None
+
+
+class _Block:
+    """Some windows of the same layers, in one tensor (windows, layers, numbers) for each device."""
+
+    def __init__(self, names: list[str], parts: Sequence[Part]) -> None:
+        self.names = names
+        self.filled = 0
+        self.size = min(BLOCK, max(1, BYTES // max(1, sum(numbers.nbytes for _, numbers in parts))))
+        self.devices: dict[torch.device, list[int]] = {}  # which parts lie there
+        for index, (_, numbers) in enumerate(parts):
+            self.devices.setdefault(numbers.device, []).append(index)
+        self.order = [name for chosen in self.devices.values() for index in chosen for name in parts[index][0]]
+        self.memory = [_memory(self.size, [parts[index][1] for index in chosen]) for chosen in self.devices.values()]
+
+    def add(self, parts: Sequence[Part]) -> None:
+        for memory, chosen in zip(self.memory, self.devices.values(), strict=True):
+            _write(memory[self.filled], [parts[index][1] for index in chosen])
+        self.filled += 1
+
+
+@plainly
+def _memory(windows: int, parts: list[Tensor]) -> Tensor:
+    return parts[0].new_empty(windows, sum(part.shape[0] for part in parts), parts[0].shape[1])
+
+
+@plainly
+def _write(row: Tensor, parts: list[Tensor]) -> None:
+    torch.cat(parts, out=row)
+
+
+class _Copy:
+    """A block on its way."""
+
+    def __init__(self, block: _Block) -> None:
+        self.order, self.windows = block.order, block.filled
+        self.parts = [_started(memory[: block.filled]) for memory in block.memory]
+
+    def arrived(self) -> bool:
+        return all(event is None or event.query() for _, event in self.parts)
+
+    def rows(self) -> Rows:
+        """Waits, if it must."""
+        for _, event in self.parts:
+            if event is not None:
+                event.synchronize()
+        if not self.parts:
+            return self.order, np.empty((self.windows, 0, 0))
+        numbers = [host.to(torch.float64).numpy() for host, _ in self.parts]
+        return self.order, np.concatenate(numbers, axis=1)  # a copy, which lets go of pinned memory
+
+
+@plainly
+def _started(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Starts the copy of one tensor; the event says when it is done. Elsewhere than on CUDA the copy waits."""
+    if numbers.device.type != "cuda":
+        return numbers.to("cpu"), None
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(numbers.device))
+    return host, event
