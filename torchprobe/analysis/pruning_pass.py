@@ -1,0 +1,186 @@
+"""Accuracies of a pruned head at many fractions from one pass over the embeddings.
+
+They are projected on all directions once, in float64, and the logits of a block gather one direction after the other, each once. Such
+logits are rounded otherwise than those of the pruned head, so they decide only where the right logit and the others are further apart than
+rounding can move them; the rest is left to :func:`torchprobe.analysis.decisions.predict`, which decides by the exact logits of the pruned
+head. So every accuracy is the one that :func:`torchprobe.analysis.evaluate` finds for that head, to the last image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchprobe.analysis.decisions import predict, rows_of
+from torchprobe.analysis.directions import Directions
+from torchprobe.analysis.embeddings import Embeddings
+from torchprobe.analysis.evaluation import right
+from torchprobe.analysis.heads import HeadLike, normalizes, weight_and_bias
+
+_LOGITS = 1 << 19  # in work at a time; 2 MB in float32, so that they stay in the cache while directions are added
+_EPS = 1e-12  # torch.nn.functional.normalize divides by no less
+_HUGE = 1e37  # sums beyond may overflow in float32
+
+
+def check_directions(directions: Directions, weight: Tensor) -> None:
+    """Refuses directions of a head of another shape.
+
+    Raises:
+        ValueError: they are.
+    """
+    of = (len(directions.left), directions.directions.shape[1])
+    if of != tuple(weight.shape):
+        raise ValueError(f"the directions are those of a head (classes, features) of {of}, this one is {tuple(weight.shape)}")
+
+
+def pruned_weight(weight: Tensor, directions: Directions, kept: Tensor) -> Tensor:
+    """Σ_{i kept} σ_i u_i v_iᵀ in float64, rounded to the type of ``weight``, (C, d)."""
+    kept = kept.sort().values  # so that the same directions give the same bits, whatever the order they were chosen in
+    return ((directions.left[:, kept] * directions.singular_values[kept]) @ directions.directions[kept]).to(weight)
+
+
+def accuracies(
+    head: HeadLike,
+    directions: Directions,
+    embeddings: Embeddings,
+    orders: Sequence[Tensor],
+    kept: Tensor,
+    classes: Iterable[int] | None,
+) -> tuple[Tensor, int]:
+    """The accuracy for each order and each number of kept directions, float64 (orders, k), and how many images were evaluated."""
+    weight, bias = weight_and_bias(head, embeddings.features)
+    check_directions(directions, weight)
+    targets = _Targets(embeddings, rows_of(embeddings.classes if classes is None else classes, len(weight)), len(weight))
+    counts, point = kept.unique(return_inverse=True)
+    place = embeddings.h.device if embeddings.h.device.type in ("cpu", "cuda") else torch.device("cpu")  # others may have no float64
+    sums = _Sums(directions, bias, normalizes(head), targets.columns, orders, counts, weight.dtype, place)
+    right_ = torch.zeros(len(orders), len(counts), dtype=torch.int64)
+    open_: list[list[list[Tensor]]] = [[[] for _ in counts] for _ in orders]
+    with torch.inference_mode(), torch.autocast(place.type, enabled=False):
+        for part in targets.rows.split(max(1, _LOGITS // len(targets.columns))):
+            whole = int(part[-1]) - int(part[0]) == len(part) - 1
+            h = embeddings.h[int(part[0]) : int(part[-1]) + 1] if whole else embeddings.h[part.to(embeddings.h.device)]
+            for o, (margin, bound) in enumerate(sums.margins(h.to(place), targets.of(part).to(place))):
+                certain = margin.abs() > bound
+                right_[o] += (certain & (margin > 0)).sum(0).cpu()
+                for k, rows in enumerate((~certain).cpu().T):
+                    open_[o][k].append(part[rows])
+    for o, k in ((o, k) for o in range(len(orders)) for k in range(len(counts))):
+        if len(rows := torch.cat(open_[o][k])):
+            pruned = pruned_weight(weight, directions, orders[o][: int(counts[k])])
+            predicted = predict(pruned, bias, embeddings.h[rows.to(embeddings.h.device)], targets.classes, normalizes(head)).cpu()
+            right_[o, k] += int(right(predicted, embeddings.y.cpu()[rows], embeddings.groups).sum())
+    return right_[:, point].double() / len(targets.rows), len(targets.rows)
+
+
+class _Targets:
+    """Which embeddings are evaluated, and which logits are right for each.
+
+    Attributes:
+        rows: of the embeddings, ascending, int64 (n,).
+        classes: rows of the head to choose from, ascending; None: all.
+        columns: the same as a tensor, int64 (C,); logits are in this order.
+    """
+
+    def __init__(self, embeddings: Embeddings, classes: list[int] | None, size: int) -> None:
+        self.classes = classes
+        self.columns = torch.arange(size) if classes is None else torch.tensor(classes)
+        self._y = embeddings.y.cpu()
+        if len(self._y) and int(self._y.max()) >= size:
+            raise ValueError(f"label {int(self._y.max())} is no row of the head, which has {size} (0 to {size - 1})")
+        labels = torch.arange(size)
+        fitting = right(self.columns[None], labels[:, None], embeddings.groups)
+        known = self._y >= 0
+        self.rows = (known & fitting.any(1)[self._y.clamp_min(0)]).nonzero().flatten()
+        if not len(self.rows):
+            raise ValueError(
+                f"nothing to evaluate: of {len(known)} rows {int((~known).sum())} have no label and the others one that is not among the "
+                "classes"
+            )
+        # Several columns are right where rows of the head stand for the same class; the first one is repeated where there are fewer.
+        most = int(fitting.sum(1).max())
+        first = fitting.int().argmax(1, keepdim=True)
+        found = fitting.int().topk(most, dim=1)
+        self._table = found.indices.where(found.values > 0, first)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The columns that are right for some of ``rows``, int64 (n, most)."""
+        return self._table[self._y[rows]]
+
+
+class _Sums:
+    """Logits that gather one direction after the other: (w · h + b · s) / ‖h‖, with s = 1 or, to normalise, ‖h‖.
+
+    Divided by ‖h‖ and in units of the longest w they lead to the same decisions, and nothing over- or underflows.
+    """
+
+    def __init__(
+        self,
+        directions: Directions,
+        bias: Tensor | None,
+        normalize: bool,
+        columns: Tensor,
+        orders: Sequence[Tensor],
+        counts: Tensor,
+        stored: torch.dtype,
+        place: torch.device,
+    ) -> None:
+        backend: Any = torch.backends.cuda if place.type == "cuda" else torch.backends.mkldnn
+        # TF32 and bfloat16 are no float32
+        self.dtype = torch.float32 if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64
+        self.normalize, self.counts = normalize, [0, *counts.tolist()]
+        coefficients = (directions.left[columns] * directions.singular_values).T  # (r, C)
+        self.unit = float(torch.linalg.vector_norm(coefficients, dim=0).max())
+        coefficients = coefficients / self.unit
+        self.right = directions.directions.T.contiguous().to(place)
+        self.orders = [order.to(place) for order in orders]
+        self.coefficients = [coefficients[order].to(place, self.dtype) for order in orders]
+        self.bias = None if bias is None else bias.detach().cpu()[columns].double().to(place) / self.unit
+        # The bound: see torchprobe.analysis.decisions. Every logit is a sum, in some order, of m products and the bias, each operand of
+        # which is rounded once. The head it stands for is rounded itself. Norms of coefficients and projections are of what is kept.
+        m = counts.double().to(place)
+        self.longest = torch.stack([c.double().square().cumsum(0).sqrt().amax(1).cpu()[counts - 1] for c in self.coefficients]).to(place)
+        self.farthest = 0.0 if self.bias is None else float(self.bias.abs().max())
+        unit_roundoff = torch.finfo(self.dtype).eps / 2
+        self.summed = 1.01 * (m + 8) * unit_roundoff
+        projected = 1.01 * (self.right.shape[0] + 8) * m.sqrt() * torch.finfo(torch.float64).eps / 2
+        self.fixed = (1.01 * torch.finfo(stored).eps / 2 + projected) * self.longest + 2 * (m + 8) * torch.finfo(self.dtype).tiny
+        self.reached = (torch.arange(len(self.right.T), device=place)[:, None] < counts.to(place)).to(self.dtype)
+
+    def margins(self, h: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each order: by how much the right logit exceeds all others, and how far that may be off; both (n, k).
+
+        The bound is inf for what has no direction: zero, nan and inf.
+        """
+        h = h.double()
+        finite = h.isfinite().all(1)
+        h = h.where(finite[:, None], 0.0)
+        largest = h.abs().amax(1)
+        h = h / largest.clamp_min(torch.finfo(h.dtype).tiny)[:, None]
+        length = torch.linalg.vector_norm(h, dim=1)
+        projections = (h / length.clamp_min(1)[:, None]) @ self.right
+        length = length * largest
+        scale = (length.clamp_min(_EPS) if self.normalize else torch.ones_like(length)) / length
+        usable = finite & (length > 0) & (self.farthest * scale < _HUGE)
+        logits = torch.empty(len(h), self.coefficients[0].shape[1], dtype=self.dtype, device=h.device)
+        for o, order in enumerate(self.orders):
+            p = projections[:, order].to(self.dtype)
+            margin = torch.empty(len(h), len(self.counts) - 1, dtype=self.dtype, device=h.device)
+            if self.bias is None:
+                logits.zero_()
+            else:
+                torch.mul(self.bias, scale[:, None], out=logits)
+            for k, (start, end) in enumerate(pairwise(self.counts)):
+                logits.addmm_(p[:, start:end], self.coefficients[o][start:end])
+                own = logits.gather(1, targets)
+                logits.scatter_(1, targets, -math.inf)
+                margin[:, k] = own.amax(1) - logits.amax(1)
+                logits.scatter_(1, targets, own)
+            reach = (p.square() @ self.reached).sqrt().double()
+            error = self.summed * (self.longest[o] * reach + self.farthest * scale[:, None]) + self.fixed[o]
+            yield margin, (2 * error).where(usable[:, None], math.inf)
