@@ -24,6 +24,10 @@ class Skipped(IntFlag):
     TRACED = auto()
 
 
+NOTHING_TO_READ = Skipped.NO_TENSOR | Skipped.NO_POSITIONS
+"""A layer that nobody asked for by name, and that turned out to hold nothing to read."""
+
+
 class Control:
     """What all hooks of one recorder look at."""
 
@@ -59,3 +63,4 @@ class Slot:
         self.state = statistic.state
         self.window = statistic.state[1:]  # all but the counter of `every`
         self.closed: Statistic | None = None
+        self.captured = False  # whether a CUDA graph writes to it, too

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from torchprobe.ops.gradient import register_observer
 from torchprobe.ops.observe import check
 from torchprobe.ops.positions import vectors_of
+from torchprobe.recording import capture
 from torchprobe.recording.compiled import Inert, allow_graphs, at_trace_time, is_tracing, make_static, never_compile_alone, register
 from torchprobe.recording.control import Control, Skipped, Slot
 from torchprobe.recording.layers import Layer, default_feature_dim
@@ -96,6 +97,8 @@ class Hook:
     def observe(self, x: Tensor, mask: Tensor | None) -> None:
         """Reads one tensor: the shortest way when nothing special is asked for."""
         slot, dim = self.slots.get(x.device), self.dims.get(x.dim())
+        if capture.capturing(x):
+            capture.hold(slot)
         if self.direct and slot is not None and dim is not None and mask is None and is_plain(x):
             _observe(slot.state, x, dim, self.sigma, self.every)
         else:

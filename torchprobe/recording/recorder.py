@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.ops.positions import POSITIONS
-from torchprobe.recording import compiled, diagnosis, windows
-from torchprobe.recording.control import Control, Skipped, Slot
+from torchprobe.recording import capture, compiled, diagnosis, resume, windows
+from torchprobe.recording.arguments import check_batch_first, needs_argument, one_of
+from torchprobe.recording.control import NOTHING_TO_READ, Control, Skipped, Slot
 from torchprobe.recording.history import History, Step
 from torchprobe.recording.hook import GradientHook, Hook, InputHook, allocate, takes_hooks
 from torchprobe.recording.layers import Selection, named_layers, select_layers
 from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
 from torchprobe.statistics import Moments, Statistic
+from torchprobe.statistics.moments import FIELDS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -113,13 +114,13 @@ class Recorder(Recording):
         outlier_sigma: float = 6.0,
         keep: int | None = None,
     ) -> None:
-        _one_of("of", of, _HOOKS)
-        _one_of("positions", positions, POSITIONS)
-        _one_of("when", when, _WHEN)
+        one_of("of", of, _HOOKS)
+        one_of("positions", positions, POSITIONS)
+        one_of("when", when, _WHEN)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
         if every > 1:
-            _needs_argument(statistic, "every")
+            needs_argument(statistic, "every")
         if not outlier_sigma > 0:
             raise ValueError(f"outlier_sigma must be positive, got {outlier_sigma}")
         if not isinstance(model, nn.Module):
@@ -140,7 +141,7 @@ class Recorder(Recording):
         self._witness = diagnosis.Witness()
         self._undo: list[Callable[[], object]] = []
         if positions != "all":
-            _check_batch_first(selected, positions)
+            check_batch_first(selected, positions)
 
     # -- starting and stopping -----------------------------------------------------------------------------------------
 
@@ -193,6 +194,8 @@ class Recorder(Recording):
         self._remove_hooks()
         model = self._model()
         hooks = list(self._hooks.values())
+        for hook in hooks:
+            capture.leave(hook.slots)
         if self._control.graphs:  # they hold operators of this recorder, and would only fill the cache of the compiler
             compiled.drop_graphs({type(hook) for hook in hooks})
             compiled.forget_graphs(self._control.graphs)
@@ -213,10 +216,12 @@ class Recorder(Recording):
     def paused(self) -> Iterator[None]:
         """``with rec.paused(): validate()`` – calls in between do not count. In a compiled model the first pause compiles."""
         before, self._control.paused = self._control.paused, True
+        put_back = capture.keep_contents(self._slots())  # replays of a CUDA graph ask no Python whether they count
         try:
             yield
         finally:
             self._control.paused = before
+            put_back()
 
     def mask(self, mask: Tensor | None) -> contextlib.AbstractContextManager[None]:
         """Sets the padding mask of the batches to come: bool (batch, tokens), True for what counts; None clears it.
@@ -234,7 +239,7 @@ class Recorder(Recording):
                 raise TypeError(f"a mask is a bool tensor that is True for the tokens that count, got {what}; try mask.bool()")
             if mask.dim() != 2:
                 raise ValueError(f"a mask has the shape (batch, tokens), got {tuple(mask.shape)}")
-            _needs_argument(self._control.statistic, "mask")
+            needs_argument(self._control.statistic, "mask")
         before, self._control.mask = self._control.mask, mask
         return _restored(self._control, before)
 
@@ -242,7 +247,12 @@ class Recorder(Recording):
         """Closes the running window under the name ``step`` and starts the next. Does not synchronise.
 
         ``history`` keeps the summary of each window, ``total`` the sum of all.
+
+        Raises:
+            TypeError: ``step`` is no finite number, or the statistic is not :class:`~torchprobe.Moments`.
+            RuntimeError: inside ``paused()`` after a CUDA graph was captured.
         """
+        self._check_no_replay()
         entries = self._entries()
         only_moments([entry.statistic for entry in entries])
         moments = [cast(Moments, entry.statistic) for entry in entries]
@@ -252,12 +262,20 @@ class Recorder(Recording):
 
     def reset(self) -> None:
         """Forgets everything: the running window, the closed ones, the history and the counters of ``every``."""
+        self._check_no_replay()
         windows.erase(self._slots())
         self.history = History(self.history.keep)
 
+    def _check_no_replay(self) -> None:
+        if self._control.paused and any(slot.captured for slot in self._slots()):
+            raise RuntimeError(
+                "no window can end inside paused() here: the step was captured in a CUDA graph, and what its replays add is "
+                "taken back at the end of the pause; call it outside"
+            )
+
     # -- together, and later -------------------------------------------------------------------------------------------
 
-    def all_reduce(self, group: ProcessGroup | None = None, union: bool = False) -> Recording:
+    def all_reduce(self, group: ProcessGroup | None = None, union: bool = False, timeout: float | None = None) -> Recording:
         """The recordings of all ranks as one, the same on every rank. Collective; this recorder stays as it is.
 
         States are merged in the order of the ranks, so a layer that did not fire on some rank is no error. The result has
@@ -266,58 +284,36 @@ class Recorder(Recording):
         Args:
             group: the process group; default: all ranks.
             union: accept that the ranks record different layers.
+            timeout: seconds to wait for the other ranks; default: what the process group was made with.
 
         Raises:
             ValueError: the ranks record different layers (unless ``union``), different widths, or with different settings;
                 on every rank, naming the difference.
+            RuntimeError: a rank has ended, or does not come within ``timeout``; the process group is of no use then.
         """
         from torchprobe.recording.distributed import all_reduce
 
-        return all_reduce(self, list(self._hooks), group, union)
+        return all_reduce(self, list(self._hooks), group, union, timeout)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, to resume: plain numbers, text and tensors, for ``torch.save``."""
-        entries = {
-            entry.name: {
-                "feature_dim": entry.feature_dim,
-                "features": entry.statistic.features,
-                "window": entry.statistic.state_dict(),
-                "closed": None if entry.closed is None else entry.closed.state_dict(),
-            }
-            for entry in self._entries()
-        }
-        return {
-            "format": 1,
-            "settings": asdict(self.settings),
-            "layers": entries,
-            "history": self.history.state_dict(),
-        }
+        return resume.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave, in place of everything this recorder has seen.
+        """Takes over what :meth:`state_dict` gave, in place of everything this recorder has seen; ``keep`` stays its own.
 
         Raises:
             ValueError: it was recorded with other settings, or of layers that this recorder does not watch.
         """
-        if state.get("format") != 1:
-            raise ValueError(f"expected the state of a recorder, format 1; got format {state.get('format')!r}")
-        if state["settings"] != asdict(self.settings):
-            raise ValueError(f"the state was recorded with {state['settings']}, this recorder has {asdict(self.settings)}")
-        unknown = [name for name in state["layers"] if name not in self._hooks]
-        if unknown:
-            raise ValueError(f"the state holds layers that this recorder does not watch: {', '.join(map(repr, unknown))}")
-        self.reset()
-        for name, saved in state["layers"].items():
-            hook = self._hooks[name]
-            slot = self._slot(hook, saved["features"])
-            slot.statistic.load_state_dict(saved["window"])
-            hook.loaded_dim = saved["feature_dim"]
-            if saved["closed"] is not None:
-                slot.closed = windows.duplicate(slot.statistic)
-                slot.closed.load_state_dict(saved["closed"])
-        self.history.load_state_dict(state["history"])
+        resume.restore(self, state)
 
     # -- what a Recording asks for -------------------------------------------------------------------------------------
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """As :meth:`Recording.metrics`, with nan also for layers that have never fired: the keys are the same always and on every rank."""
+        numbers = super().metrics(prefix)
+        silent = [hook.layer.name for hook in self._hooks.values() if not hook.slots and not hook.skipped & NOTHING_TO_READ]
+        return {**numbers, **{f"{prefix}{layer}/{field}": math.nan for layer in silent for field in FIELDS}}
 
     def __getitem__(self, layer: str) -> Moments:
         return cast(Moments, windows.duplicate(self._entry(layer).statistic))
@@ -368,25 +364,3 @@ def _restored(control: Control, mask: Tensor | None) -> Iterator[None]:
         yield
     finally:
         control.mask = mask
-
-
-def _one_of(name: str, value: object, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def _needs_argument(statistic: type[Statistic], name: str) -> None:
-    if name not in inspect.signature(statistic.update).parameters:
-        raise ValueError(f"{statistic.__name__}.update takes no {name}, so it cannot be recorded with one")
-
-
-def _check_batch_first(selected: list[Any], positions: str) -> None:
-    """Tokens are looked for in the second dimension; attention that keeps them in the first is caught here."""
-    for layer in selected:
-        for family in (layer.module, layer.parent):
-            for module in () if family is None else (family, *family.children()):
-                if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-                    raise ValueError(
-                        f'positions="{positions}" looks for (batch, tokens, features), but layer {layer.name!r} works on '
-                        f'(tokens, batch, features): its attention has batch_first=False. Use positions="all" for it'
-                    )
