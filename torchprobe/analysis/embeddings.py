@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from torchprobe.analysis.embedding_run import by_first, finish, run
+from torchprobe.analysis.embeddings_file import KIND, GrowingFile, Part, packed, require_alike, small, values
+from torchprobe.analysis.reading import Source, stable_repr
 from torchprobe.datasets.labelled import check_groups
 from torchprobe.dissection import storage
-
-KIND = "torchprobe.embeddings"
+from torchprobe.dissection.ranks import Ranks
+from torchprobe.ops.digest import digest
 
 _BLOCK = 1 << 22  # numbers looked at at a time
 
@@ -143,7 +148,7 @@ class Embeddings:
             ValueError: a label beyond 2³¹ − 1.
         """
         tensors = {"h": self.h, "y": small(self.y), "names": packed(self.ids, self.skipped)}
-        storage.write(path, KIND, tensors, values(self.made, self.classes, self.groups, self.partial))
+        storage.write(path, KIND, tensors, {"made": self.made, **values(self.classes, self.groups, self.partial)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Embeddings:
@@ -176,30 +181,85 @@ class Embeddings:
         return Embeddings(h, y, ids, list(self.skipped), self.classes, self.groups, dict(self.made), self.partial)
 
 
-def values(
-    made: Mapping[str, Any], classes: Iterable[int] | None, groups: Mapping[int, tuple[int, ...]] | None, partial: bool = False
-) -> dict[str, Any]:
-    """What a file says beside its tensors, as JSON takes it."""
-    return {
-        "made": dict(made),
-        "classes": None if classes is None else list(classes),
-        "groups": None if groups is None else {str(label): list(rows) for label, rows in groups.items()},
-        "partial": partial,
-    }
+def embed(
+    encoder: nn.Module,
+    dataset: Any,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    workers: int = 2,
+    path: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Embeddings:
+    """Runs images through an encoder and keeps its representations, float32, with their labels.
 
+    With ``path`` they go to a safetensors file batch by batch and memory stays small; a run that was interrupted, even killed, goes on
+    after its last whole batch. Where ``torch.distributed`` is initialised the ranks share the batches, rank r taking each batch i with
+    i mod ranks = r, and every rank returns the whole: the same batches, so the same numbers, whatever their number. All must see ``path``.
 
-def packed(ids: Sequence[str], skipped: Sequence[tuple[str, str]]) -> Tensor:
-    """Names as a tensor of bytes, JSON."""
-    text = json.dumps({"ids": list(ids), "skipped": [list(pair) for pair in skipped]})
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def small(y: Tensor) -> Tensor:
-    """Labels in int32, so that they may follow h, of any size, without a gap.
+    Args:
+        encoder: a :class:`torchprobe.Encoder`, or any module: images → (N, d). It is run in eval mode and then put back.
+        dataset: :class:`torchprobe.datasets.Images` or :class:`torchprobe.datasets.LabelledImages`; or a map-style PyTorch data set of
+            (image, label) or images. PIL images go through ``encoder.preprocess``, tensors are taken as they are; a label is a row of
+            the head. Items that cannot be read are skipped and counted; an item of a PyTorch data set is called by its index.
+        batch_size: images in a batch. Part of the definition: a network gives slightly different numbers in batches of another size.
+        device: where the encoder is moved to; default: where it is.
+        workers: threads that decode files.
+        path: of the file.
+        resume: a file of the same encoder, data and batch size is gone on with, or just read if it is finished; what was skipped stays
+            skipped. False begins anew and replaces it at the end.
+        progress: told (images done, images in all) after every batch.
+        stop: asked before every batch; True ends with what is there, marked as partial. So does KeyboardInterrupt.
 
     Raises:
-        ValueError: one does not fit.
+        DatasetError: the data set is empty, not one image could be read, or items of a kind that cannot be used.
+        ValueError: ``path`` is a file of another encoder, data set or batch size, which the message names, or no file of embeddings; the
+            encoder gives no (N, d).
+
+    >>> from torch.utils.data import TensorDataset
+    >>> embed(nn.Flatten(), TensorDataset(torch.randn(5, 3, 2, 2), torch.arange(5)))
+    Embeddings(5 × 12, 5 with a label)
     """
-    if len(y) and int(y.max()) >= 1 << 31:
-        raise ValueError(f"label {int(y.max())} is beyond 2³¹ − 1, the largest that can be saved")
-    return y.to(torch.int32)
+    source = Source(dataset, getattr(encoder, "preprocess", None), batch_size, workers)
+    encoder = encoder if device is None else encoder.to(device)
+    made = {
+        "encoder": str(getattr(encoder, "name", type(encoder).__name__)),
+        "weights": digest([*encoder.parameters(), *encoder.buffers()]),
+        "preprocessing": stable_repr(source.preprocess),
+        "data": source.identity(),
+        "batch_size": batch_size,
+    }
+    file = None if path is None else GrowingFile(Path(path), made, values(source.classes, source.groups), len(source))
+    with Ranks() as ranks, contextlib.ExitStack() as stack:
+        if file is not None:
+            stack.callback(file.close)
+        done = by_first(ranks, lambda: 0 if file is None else _begin(file, resume))
+        if done < 0:  # it is finished
+            assert path is not None
+            return Embeddings.load(path)
+        kept: list[Part] = []
+        partial = run(encoder, source, ranks, done, kept.append if file is None else file.append, progress, stop)
+        whole = by_first(ranks, lambda: finish(kept, file, partial))
+        if file is not None and not partial:
+            ranks.barrier()
+            return Embeddings.load(file.path)
+    h = whole.h if file is None else file.so_far(len(whole.ids), whole.h.shape[1])
+    y = torch.tensor(whole.y, dtype=torch.int64)
+    return Embeddings(h, y, whole.ids, whole.skipped, source.classes, source.groups, made, partial)
+
+
+def _begin(file: GrowingFile, resume: bool) -> int:
+    """The batches that are there already; −1 when all are and the file is finished."""
+    if file.path.exists():
+        if not resume:
+            storage.File(file.path, KIND)  # nothing else is replaced
+        else:
+            finished = Embeddings.load(file.path)
+            require_alike(file.path, finished.made, file.made)
+            if finished.partial:
+                raise ValueError(f"{file.path} holds part of the embeddings only: give another path, or resume=False to begin anew")
+            file.discard()
+            return -1
+    return file.open(resume)

@@ -84,8 +84,8 @@ def evaluate(head: HeadLike, embeddings: Embeddings, classes: Iterable[int] | No
     among = torch.ones(len(weight), dtype=torch.bool)
     if chosen is not None:
         among = torch.zeros(len(weight), dtype=torch.bool).index_fill(0, torch.tensor(chosen), True)
-        for label, rows in (groups or {}).items():
-            among[label] = among[list(rows)].any()
+        for rows in (groups or {}).values():
+            among[list(rows)] = among[list(rows)].any()
     known = y >= 0
     used = known.clone()
     used[known] = among[y[known]]
@@ -136,10 +136,11 @@ def right(predicted: Tensor, y: Tensor, groups: Mapping[int, tuple[int, ...]] | 
     tensor([ True,  True, False])
     """
     if groups:
-        label_of = torch.arange(1 + max(int(predicted.max()), *(max(rows) for rows in groups.values())), device=predicted.device)
+        highest = max(int(tensor.max()) if tensor.numel() else 0 for tensor in (predicted, y))
+        label_of = torch.arange(1 + max(highest, *(max(rows) for rows in groups.values())), device=predicted.device)
         for label, rows in groups.items():
             label_of[list(rows)] = label
-        predicted = label_of[predicted.clamp_min(0)].where(predicted >= 0, -1)
+        predicted, y = (label_of[tensor.clamp_min(0)].where(tensor >= 0, -1) for tensor in (predicted, y))
     return (predicted == y) & (predicted >= 0)
 
 

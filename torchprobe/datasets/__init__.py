@@ -13,8 +13,8 @@
 """
 
 from torchprobe.datasets.broden import Broden, BrodenWriter, validate
-from torchprobe.datasets.images import DatasetError, Images, image_folder
 from torchprobe.datasets.imagenet import imagenet_set
+from torchprobe.datasets.images import DatasetError, Images, image_folder
 from torchprobe.datasets.labelled import LabelledImages, labelled_folder
 
 __all__ = [

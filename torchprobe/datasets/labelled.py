@@ -129,7 +129,7 @@ def class_folders(root: Path) -> list[Path]:
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if not folders:
         images = sum(entry.suffix.lower() in SUFFIXES for entry in entries)
-        seen = f"{images} images lie straight in it" if images else "it holds no image" if entries else "it is empty"
+        seen = f"{count(images, 'image')} right in it" if images else "it holds no image" if entries else "it is empty"
         raise DatasetError(f"no class folders in {root}: {seen}. Expected one folder for each class, with its images in it")
     return folders
 

@@ -22,6 +22,7 @@ from torchprobe.dissection.ranks import Ranks
 from torchprobe.dissection.run import SCORES, Run, Settings
 from torchprobe.dissection.taps import Site, Taps
 from torchprobe.dissection.walk import Checkpoint
+from torchprobe.ops.digest import digest
 from torchprobe.recording.layers import Selection
 from torchprobe.statistics.quantile import MEMORY, NETDISSECT
 
@@ -200,8 +201,8 @@ def _facts(
         name: {
             "units": site.units,
             "grid": None if site.grid is None else list(site.grid),
-            "basis": None if site.basis is None else _digest([site.basis]),
-            "thresholds": None if thresholds is None else _digest([thresholds[name]]),
+            "basis": None if site.basis is None else digest([site.basis]),
+            "thresholds": None if thresholds is None else digest([thresholds[name]]),
         }
         for name, site in sites.items()
     }
@@ -209,17 +210,8 @@ def _facts(
     data.update(repr((broden.split, broden.categories, rows)).encode())
     return {
         "model": str(getattr(model, "name", type(model).__name__)),
-        "weights": _digest([*model.parameters(), *model.buffers()]),
+        "weights": digest([*model.parameters(), *model.buffers()]),
         "dataset": {"name": broden.root.name, "images": len(rows), "digest": data.hexdigest()},
         **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()},
         "sites": described,
     }
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        part = tensor.detach().cpu().contiguous()
-        digest.update(repr((part.dtype, tuple(part.shape))).encode())
-        digest.update(part.flatten().view(torch.uint8).numpy().data if part.numel() else b"")
-    return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""Batches of pixels and labels from whatever holds images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from torchprobe.datasets.images import Batch, DatasetError, Images, reason, rgb, stack
+from torchprobe.datasets.labelled import LabelledImages
+
+_UNKNOWN = -1
+
+
+class Source:
+    """A set of images, cut into batches: the same ones whoever reads them.
+
+    Args:
+        dataset: :class:`torchprobe.datasets.Images`, or a map-style PyTorch data set.
+        preprocess: PIL image → tensor (3, H, W); None if the encoder has none.
+        size: images in a batch.
+        workers: threads that decode files. A PyTorch data set is read by one thread, in order, for none promises to bear more.
+
+    Raises:
+        TypeError: it is neither.
+        DatasetError: it is empty.
+        ValueError: ``size`` or ``workers`` below 1.
+    """
+
+    def __init__(self, dataset: Any, preprocess: Callable[[Any], Tensor] | None, size: int, workers: int) -> None:
+        if size < 1 or workers < 1:
+            raise ValueError(f"batch_size and workers must be at least 1, got {size} and {workers}")
+        if not (hasattr(dataset, "__len__") and (isinstance(dataset, Images) or hasattr(dataset, "__getitem__"))):
+            raise TypeError(
+                f"expected Images, such as image_folder gives, or a PyTorch data set with len() and [index], got {type(dataset).__name__}"
+            )
+        if not len(dataset):
+            raise DatasetError("the data set is empty: there is nothing to embed")
+        if isinstance(dataset, Images) and preprocess is None:
+            raise ValueError("nothing says how an image becomes a tensor: the encoder has no .preprocess; give a data set of tensors")
+        self.dataset, self.preprocess, self.size, self.workers = dataset, preprocess, size, workers
+        self.classes = dataset.classes if isinstance(dataset, LabelledImages) else None
+        self.groups = dict(dataset.groups) if isinstance(dataset, LabelledImages) and dataset.groups else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def batches(self) -> int:
+        """How many there are."""
+        return -(-len(self) // self.size)
+
+    def read(self, only: Sequence[int]) -> Generator[tuple[Batch, list[int]], None, None]:
+        """The batches of these numbers, in this order, each with the labels of what could be read."""
+        if isinstance(self.dataset, Images):
+            assert self.preprocess is not None
+            labels = self.dataset.labels if isinstance(self.dataset, LabelledImages) else None
+            for batch in self.dataset.batches(self.preprocess, self.size, self.workers, only):
+                yield batch, [_UNKNOWN if labels is None else int(labels[i]) for i in batch.indices]
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="torchprobe-dataset") as thread:
+            ahead: deque[Future[tuple[Batch, list[int]]]] = deque()
+            try:
+                for position in range(len(only)):
+                    for number in only[position + len(ahead) : position + 3]:
+                        ahead.append(thread.submit(self._items, number))
+                    yield ahead.popleft().result()
+            finally:
+                thread.shutdown(wait=False, cancel_futures=True)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this set from others: files by names, sizes and labels; another data set by its type, length and repr."""
+        described: list[Any]
+        if isinstance(self.dataset, Images):
+            described = [[self.dataset.name(path), _bytes(path)] for path in self.dataset.paths]
+            if isinstance(self.dataset, LabelledImages):
+                described += [[int(label) for label in self.dataset.labels], self.dataset.border]
+                described += [self.classes, sorted((self.groups or {}).items())]
+        else:
+            described = [stable_repr(self.dataset)]
+        name = self.dataset.root.name if isinstance(self.dataset, Images) and self.dataset.root else type(self.dataset).__name__
+        return {"name": name, "images": len(self), "digest": hashlib.sha256(json.dumps(described).encode()).hexdigest()}
+
+    def _items(self, number: int) -> tuple[Batch, list[int]]:
+        first = number * self.size
+        indices = range(first, min(first + self.size, len(self)))
+        batch, labels, tensors = Batch(files=len(indices)), list[int](), list[Tensor]()
+        for index in indices:
+            try:
+                item = self.dataset[index]
+            except Exception as error:  # whatever a data set meets in its files
+                batch.unreadable.append((str(index), reason(error)))
+                continue
+            image, label = (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) > 1 else (item, None)
+            try:
+                tensor = image if isinstance(image, Tensor) else self._tensor(image, index)
+            except DatasetError:
+                raise
+            except Exception as error:  # decoding may be put off until now
+                batch.unreadable.append((str(index), reason(error)))
+                continue
+            tensors.append(tensor)
+            labels.append(_label(label, index))
+            batch.names.append(str(index))
+            batch.indices.append(index)
+        batch.pixels = stack(tensors, batch.names)
+        return batch, labels
+
+    def _tensor(self, image: Any, index: int) -> Tensor:
+        if not (hasattr(image, "mode") and hasattr(image, "convert")):  # PIL, which need not be installed
+            raise DatasetError(
+                f"item {index} of the data set is {type(image).__name__}; expected a PIL image or a tensor, alone or as (image, label)"
+            )
+        if self.preprocess is None:
+            raise DatasetError(
+                f"item {index} of the data set is a PIL image, and the encoder has no .preprocess: let the data set give tensors"
+            )
+        return self.preprocess(rgb(image))
+
+
+def stable_repr(thing: object) -> str:
+    """Its repr without addresses in memory, which differ from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
+
+
+def _label(label: Any, index: int) -> int:
+    if label is None:
+        return _UNKNOWN
+    try:
+        if isinstance(label, Tensor) and (label.numel() != 1 or label.is_floating_point()):
+            raise TypeError
+        value = int(label.item() if isinstance(label, Tensor) else label.__index__())
+    except (TypeError, AttributeError) as error:
+        raise DatasetError(
+            f"the label of item {index} of the data set is {label!r}; expected a whole number, a row of the head, or None"
+        ) from error
+    if value < _UNKNOWN:
+        raise DatasetError(f"the label of item {index} of the data set is {value}; expected a row of the head, or -1 where it is not known")
+    return value
+
+
+def _bytes(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
