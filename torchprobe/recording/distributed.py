@@ -114,9 +114,9 @@ class _Ranks:
             else:
                 work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
-            within = "" if self.timeout is None else f" within {self.timeout:g} s"
+            limit = "" if self.timeout is None else f" (it waits {self.timeout:g} s)"
             raise RuntimeError(
-                f"all_reduce: rank {self.rank} of {self.count} had no answer from the others{within}. A rank has ended, or does "
+                f"all_reduce: rank {self.rank} of {self.count} had no answer from the others{limit}. A rank has ended, or does "
                 f"not call all_reduce(); the first error of the run says which. This process group is of no use any more: end "
                 f"this process, start all of them again (torchrun does), and resume from the last checkpoint. "
                 f"({str(error).strip().splitlines()[0]})"
