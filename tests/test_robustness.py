@@ -285,7 +285,7 @@ def test_a_table_is_read(tmp_path):
         ("", "no column model and no column imagenet; the first line has nothing"),
         ("model;imagenet;imagenet_r\na;60;20\n", "the first line has model;imagenet;imagenet_r"),
         ("model,imagenet,imagenet_r\n", "no models"),
-        ("model,imagenet,objects\na,60,20\n", "a baseline needs 'imagenet' and some of imagenet_v2"),
+        ("model,imagenet,objects\na,60,twenty\n", "a baseline needs 'imagenet' and some of imagenet_v2"),
         ("model,imagenet,imagenet_r\na,60,20\nb,sixty,20\n", "line 3, column imagenet: 'sixty' is no number"),
         ("model,imagenet,imagenet_r\na,60,20\nb,70,120\n", "line 3, column imagenet_r: 120 is no percentage"),
         ("model,imagenet,imagenet_r\na,60,20\nb,nan,20\n", "line 3, column imagenet: nan is no percentage"),
@@ -315,3 +315,21 @@ def test_too_few_models_for_a_line():
     with pytest.raises(ValueError, match=r"second, imagenet_r: -3 is no percentage"):
         Baseline({"imagenet": [60, 70], "imagenet_r": [10, -3]}, ["first", "second"])
     assert math.isnan(Baseline({"imagenet": [60, 70, 80], "imagenet_r": [20, 20, 20]}).fit("imagenet_r").r2)
+
+
+def test_a_shift_of_ones_own(tmp_path):
+    path = tmp_path / "models.csv"
+    path.write_text("model,imagenet,noisy,remark,parameters\n" + "".join(f"{i},{50 + i},{40 + i},none,{1e6 + i}\n" for i in range(8)))
+    baseline = Baseline.from_csv(path)
+    assert baseline.shifts == ("noisy",)  # neither a text nor what is no percentage
+    er = effective_robustness(60.0, 55.0, shift="noisy", baseline=baseline)
+    assert er == pytest.approx(15.0, abs=0.01)  # the models lie on y = x − 10
+    table = robustness({"imagenet": 55.0, "noisy": 60.0, "elsewhere": 3.0}, baseline=baseline)
+    assert [row.shift for row in table.shifts] == ["noisy"] and table["noisy"].effective_robustness == er
+    assert np.isnan(table.mean_effective_robustness)  # that is over ImageNet's five
+    with pytest.raises(ValueError, match="unknown shift 'nosy'; did you mean 'noisy'"):
+        effective_robustness(60.0, 55.0, shift="nosy", baseline=baseline)
+    with pytest.raises(ValueError, match="no accuracies 'imagenet_r'"):
+        robustness({"imagenet": 55.0, "noisy": 60.0, "imagenet_r": 3.0}, baseline=baseline)
+    with pytest.raises(ValueError, match="unknown shift 'noisy'"):
+        effective_robustness(60.0, 55.0, shift="noisy")

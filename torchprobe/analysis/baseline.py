@@ -12,7 +12,7 @@ import difflib
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
@@ -125,8 +125,8 @@ class Baseline:
     """Accuracies of standard models, to draw a line through of your own.
 
     Args:
-        accuracies: name → accuracies in per cent, all of one length, nan where unknown: ``"imagenet"``, any of
-            :data:`SHIFTS`, and for ``x="subset"`` the names in :data:`SUBSETS`.
+        accuracies: name → accuracies in per cent, all of one length, nan where unknown: ``"imagenet"``, shifts – those of
+            :data:`SHIFTS`, or of your own under any name –, and for ``x="subset"`` the names in :data:`SUBSETS`.
         models: their names, for messages.
         minimum: models with less on ImageNet are left out. The published fits have 55.
         source: which models these are; told with every fit.
@@ -152,8 +152,10 @@ class Baseline:
         shapes = {name: values.shape for name, values in self.accuracies.items()}
         if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
             raise ValueError(f"accuracies of a baseline have one value for each model, got the shapes {shapes}")
-        if "imagenet" not in shapes or not set(shapes) & set(SHIFTS):
-            raise ValueError(f"a baseline needs 'imagenet' and some of {', '.join(SHIFTS)}; it has {', '.join(shapes) or 'nothing'}")
+        if "imagenet" not in shapes or not self.shifts:
+            raise ValueError(
+                f"a baseline needs 'imagenet' and a shift, such as some of {', '.join(SHIFTS)}; it has {', '.join(shapes) or 'nothing'}"
+            )
         count = len(self.accuracies["imagenet"])
         self.models = tuple(models) if models is not None else tuple(f"model {i}" for i in range(count))
         if len(self.models) != count:
@@ -164,11 +166,17 @@ class Baseline:
             if np.nanmax(values, initial=0.0) <= 1 and (values > 0).any():
                 raise ValueError(f"{name} is nowhere above 1: these look like fractions; accuracies are in per cent, so multiply by 100")
 
+    @property
+    def shifts(self) -> tuple[str, ...]:
+        """The shifts it knows, in the order of its columns."""
+        return tuple(name for name in self.accuracies if name not in ("imagenet", *SUBSETS.values()))
+
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str], *, minimum: float = 0.0) -> Baseline:
         """Reads a table with the columns ``model``, ``imagenet``, some of :data:`SHIFTS`, and perhaps the names in :data:`SUBSETS`.
 
-        An empty cell is an accuracy that is not known. Other columns are left aside.
+        An empty cell is an accuracy that is not known. Any other column of percentages is a shift of that name; the rest, such as text,
+        is left aside.
 
         Raises:
             OSError: the file cannot be read.
@@ -188,6 +196,9 @@ class Baseline:
                 if more := [line for line, row in rows if None in row]:
                     raise ValueError(f"line {more[0]} has more cells than the first line")
                 columns = [name for name in known if name in header]
+                columns += [
+                    name for name in header if name and name not in (*known, "model") and _percentages(row[name] for _, row in rows)
+                ]
                 accuracies = {name: [_percentage(row[name], name, line) for line, row in rows] for name in columns}
                 if not rows:
                     raise ValueError("no models: there is nothing below the first line")
@@ -204,7 +215,7 @@ class Baseline:
             ValueError: an unknown shift, accuracies that the baseline does not have, fewer than three models, or models that
                 are all equal on ImageNet.
         """
-        check_names(shift, x)
+        check_names(shift, x, self.shifts)
         across = self._column(imagenet_name(shift, x))
         along = np.mean([self._column(name) for name in SHIFTS], 0) if shift == MEAN else self._column(shift)
         usable = self.accuracies["imagenet"] >= self.minimum
@@ -257,17 +268,25 @@ def imagenet_name(shift: str, x: X = "full") -> str:
     return SUBSETS.get(shift, "imagenet") if x == "subset" else "imagenet"
 
 
-def check_names(shift: str, x: str) -> None:
-    """Refuses a shift or a kind of x that does not exist."""
-    if shift not in (*SHIFTS, MEAN):
-        near = difflib.get_close_matches(shift, (*SHIFTS, MEAN), 1, 0.4)
-        raise ValueError(
-            f"unknown shift {shift!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join((*SHIFTS, MEAN))}")
-        )
+def check_names(shift: str, x: str, shifts: Sequence[str] = SHIFTS) -> None:
+    """Refuses a shift or a kind of x that does not exist; ``shifts`` are those of the baseline."""
+    known = dict.fromkeys((*SHIFTS, *shifts, MEAN))
+    if shift not in known:
+        near = difflib.get_close_matches(shift, known, 1, 0.4)
+        raise ValueError(f"unknown shift {shift!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"))
     if x not in get_args(X):
         raise ValueError(f"x is 'full' or 'subset', got {x!r}")
     if shift == MEAN and x == "subset":
         raise ValueError("the mean of five shifts has no subset of the classes in common: take x='full', or mean_effective_robustness")
+
+
+def _percentages(cells: Iterable[object]) -> bool:
+    """Whether a column that nobody named holds nothing but percentages, and some."""
+    try:
+        values = [_percentage(cell, "", 0) for cell in cells]
+    except ValueError:
+        return False
+    return not all(map(math.isnan, values))
 
 
 def _percentage(cell: object, column: str, line: int) -> float:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
@@ -125,7 +125,8 @@ def effective_robustness(
     Args:
         shift_accuracy: top-1 accuracy under the shift, per cent, 0 to 100; one number, or an array of models (float64 comes out).
         imagenet_accuracy: top-1 accuracy on the ImageNet validation set, per cent, above 0 and below 100; nan stays nan.
-        shift: ``"imagenet_v2"``, ``"imagenet_r"``, ``"imagenet_sketch"``, ``"objectnet"`` or ``"imagenet_a"``; ``"mean"`` when
+        shift: ``"imagenet_v2"``, ``"imagenet_r"``, ``"imagenet_sketch"``, ``"objectnet"`` or ``"imagenet_a"``, or another one
+            that the baseline has; ``"mean"`` when
             ``shift_accuracy`` is the mean over these five: the ER of the mean, not the mean of the ERs
             (:func:`mean_effective_robustness`).
         x: "full": ``imagenet_accuracy`` is on all 1000 classes. "subset": on the classes that ImageNet-R (200), ObjectNet (113)
@@ -186,17 +187,19 @@ def robustness(accuracies: Mapping[str, float], *, x: X = "full", baseline: Base
     >>> row.extrapolated, row.note
     (True, 'extrapolated: the lowest ImageNet accuracy of the standard models is 56.52 %')
     """
-    measured = [shift for shift in SHIFTS if shift in accuracies]
+    own = () if baseline is None else baseline.shifts
+    known = tuple(dict.fromkeys((*SHIFTS, *own)))
+    measured = [shift for shift in known if shift in accuracies]
     if not measured:
-        raise ValueError(f"no accuracy under any of {', '.join(SHIFTS)}; there are {', '.join(accuracies) or 'none'}")
-    rows = tuple(_row(shift, accuracies[shift], _imagenet(accuracies, shift, x), _fit(shift, x, baseline)) for shift in measured)
+        raise ValueError(f"no accuracy under any of {', '.join(known)}; there are {', '.join(accuracies) or 'none'}")
+    rows = tuple(_row(shift, accuracies[shift], _imagenet(accuracies, shift, x, own), _fit(shift, x, baseline)) for shift in measured)
     _warn_of_fractions(*(np.asarray([row.accuracy, row.imagenet]) for row in rows))
-    complete = len(measured) == len(SHIFTS)
+    complete = set(SHIFTS) <= set(measured)
     of_mean = None
     if complete and x == "full":
         mean = float(np.mean([accuracies[shift] for shift in SHIFTS]))
         of_mean = _row(MEAN, mean, _imagenet(accuracies, MEAN, x), _fit(MEAN, x, baseline))
-    mean_of_each = float(np.mean([row.effective_robustness for row in rows])) if complete else math.nan
+    mean_of_each = float(np.mean([row.effective_robustness for row in rows if row.shift in SHIFTS])) if complete else math.nan
     return RobustnessTable(rows, of_mean, mean_of_each)
 
 
@@ -204,8 +207,8 @@ def _fit(shift: str, x: X, baseline: Baseline | None) -> Fit:
     return published(shift, x) if baseline is None else baseline.fit(shift, x)
 
 
-def _imagenet(accuracies: Mapping[str, float], shift: str, x: X) -> float:
-    check_names(shift, x)
+def _imagenet(accuracies: Mapping[str, float], shift: str, x: X, shifts: Sequence[str] = SHIFTS) -> float:
+    check_names(shift, x, shifts)
     name = imagenet_name(shift, x)
     if name not in accuracies:
         raise ValueError(f"the effective robustness of {shift} with x={x!r} needs the accuracy {name!r}; there are {', '.join(accuracies)}")
