@@ -55,8 +55,10 @@ class Row:
     contestant: str
     timing: Timing
     ratio: float | None = None
+    ratio_interval: tuple[float, float] | None = None  # 95 %
     ratio_of_minima: float | None = None
     gigabytes_per_second: float | None = None
+    megabytes: float | None = None  # at most in use
     computes: str = ""
     target: Target | None = None
     extrapolated: str = ""  # to a whole data set
@@ -105,7 +107,9 @@ def table(section: Section, width: int = 160) -> Table:
         "min": lambda row: "" if row.timing.difference else _digits(row.timing.minimum * scale),
         "GB/s": lambda row: _digits(row.gigabytes_per_second),
         section.ratio: lambda row: _digits(row.ratio),
+        "95 %": lambda row: " … ".join(map(_digits, row.ratio_interval or ())),
         "of minima": lambda row: _digits(row.ratio_of_minima),
+        "peak MB": lambda row: f"{row.megabytes:,.0f}" if row.megabytes is not None else "",
         "page faults": lambda row: f"{row.timing.page_faults:,.0f}" if section.page_faults else "",
         "all of Broden": lambda row: row.extrapolated,
         "target": lambda row: str(row.target or ""),
@@ -172,7 +176,9 @@ def _plain(row: Row) -> dict[str, Any]:
         "page_faults": None if timing.difference else timing.page_faults,
         "disturbed": timing.disturbed,
         "ratio": row.ratio,
+        "ratio_interval": row.ratio_interval,
         "ratio_of_minima": row.ratio_of_minima,
+        "megabytes": row.megabytes,
         "gigabytes_per_second": row.gigabytes_per_second,
         "target": target and {**vars(target), "verdict": target.verdict},
     }
