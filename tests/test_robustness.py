@@ -285,7 +285,7 @@ def test_a_table_is_read(tmp_path):
         ("", "no column model and no column imagenet; the first line has nothing"),
         ("model;imagenet;imagenet_r\na;60;20\n", "the first line has model;imagenet;imagenet_r"),
         ("model,imagenet,imagenet_r\n", "no models"),
-        ("model,imagenet,objects\na,60,twenty\n", "a baseline needs 'imagenet' and some of imagenet_v2"),
+        ("model,imagenet,objects\na,60,twenty\n", "a baseline needs .imagenet. and a shift, such as some of imagenet_v2"),
         ("model,imagenet,imagenet_r\na,60,20\nb,sixty,20\n", "line 3, column imagenet: 'sixty' is no number"),
         ("model,imagenet,imagenet_r\na,60,20\nb,70,120\n", "line 3, column imagenet_r: 120 is no percentage"),
         ("model,imagenet,imagenet_r\na,60,20\nb,nan,20\n", "line 3, column imagenet: nan is no percentage"),
@@ -323,7 +323,7 @@ def test_a_shift_of_ones_own(tmp_path):
     baseline = Baseline.from_csv(path)
     assert baseline.shifts == ("noisy",)  # neither a text nor what is no percentage
     er = effective_robustness(60.0, 55.0, shift="noisy", baseline=baseline)
-    assert er == pytest.approx(15.0, abs=0.01)  # the models lie on y = x − 10
+    assert er == pytest.approx(15.0, abs=0.05)  # the models lie on y = x − 10
     table = robustness({"imagenet": 55.0, "noisy": 60.0, "elsewhere": 3.0}, baseline=baseline)
     assert [row.shift for row in table.shifts] == ["noisy"] and table["noisy"].effective_robustness == er
     assert np.isnan(table.mean_effective_robustness)  # that is over ImageNet's five
