@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
     (folder / "tiny-digits.json").write_text(json.dumps(TINY))
     (folder / "tiny-custom.json").write_text(json.dumps(TINY | {"custom_text": True}))
+    (folder / "tiny-digits-quickgelu.json").write_text(json.dumps(TINY | {"quick_gelu": True}))
     (folder / "tiny-words.json").write_text(json.dumps(TINY | {"text_cfg": TINY["text_cfg"] | {"vocab_size": 64}}))
     resnet = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None, "head_width": 16}
     (folder / "tiny-resnet.json").write_text(json.dumps(TINY | {"vision_cfg": resnet}))
@@ -220,13 +221,28 @@ def test_the_visual_tower_bare(clip, tmp_path):
     assert encoder.text is None and encoder.head is None
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "image_encoder.model."])
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_fine_tuned_file_brings_its_head(clip, tmp_path, whole):
-    state = {f"image_encoder.model.{key}": value for key, value in clip.state_dict().items() if whole or key.startswith("visual.")}
+def test_a_fine_tuned_file_brings_its_head(clip, tmp_path, whole, prefix):
+    state = {prefix + key: value for key, value in clip.state_dict().items() if whole or key.startswith("visual.")}
     torch.save(state | {"classification_head.weight": torch.ones(5, 24), "classification_head.bias": torch.zeros(5)}, tmp_path / "w.pt")
     encoder = load_encoder("open_clip:tiny-digits", tmp_path / "w.pt")
     assert encoder.head.out_features == 5 and encoder.head.normalize
     assert (encoder.text is not None) is whole
+
+
+def test_a_bare_tower_with_a_head(clip, tmp_path):
+    torch.save(clip.visual.state_dict() | {"head.weight": torch.ones(5, 24)}, tmp_path / "w.pt")
+    assert load_encoder("open_clip:tiny-digits", tmp_path / "w.pt").head.out_features == 5
+
+
+def test_openais_files_want_quick_gelu(folder, clip, tmp_path):
+    numbers = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(16), "vocab_size": torch.tensor(49408)}
+    torch.save(clip.state_dict() | numbers, tmp_path / "openai.pt")
+    with pytest.raises(EncoderError, match=r"openai\.pt is in OpenAI's format.*open_clip:tiny-digits has GELU: .*-quickgelu"):
+        load_encoder("open_clip:tiny-digits", tmp_path / "openai.pt")
+    encoder = load_encoder("open_clip:tiny-digits-quickgelu", tmp_path / "openai.pt")
+    assert encoder.encode_text(["a cat"]).isfinite().all()
 
 
 def test_tokens_beyond_the_vocabulary(folder):

@@ -23,7 +23,7 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module", "net")
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What compiling and sharding put into the middle of names."""
 
-_HEADS = ("", "head", "fc", "classifier", "classification_head", "linear")
+HEADS = ("head", "fc", "classifier", "classification_head", "linear")
 """What the classification layer is called, at the end of its path."""
 
 _STEPS = re.compile(r"(^|\.)\d+(\.\d+)*$")
@@ -164,7 +164,7 @@ def named_heads(layers: Iterable[str]) -> dict[str, list[str]]:
     heads: dict[str, list[str]] = {}
     for layer in layers:
         root = _STEPS.sub("", layer)
-        if root.rpartition(".")[2] in _HEADS:
+        if root.rpartition(".")[2] in ("", *HEADS):
             heads.setdefault(root, []).append(layer)
     return {
         root: sorted(stack, key=lambda layer: [int(step) for step in layer[len(root) :].split(".") if step])

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchprobe.encoders.checkpoint import fill, head_at, linear_layers, named_heads, read_checkpoint
+from torchprobe.encoders.checkpoint import HEADS, fill, head_at, linear_layers, named_heads, read_checkpoint
 from torchprobe.encoders.clip import ClipEncoder, OpenClipTokenizer
 from torchprobe.encoders.encoder import Encoder
 from torchprobe.encoders.errors import EncoderError, nearest
@@ -19,6 +19,10 @@ from torchprobe.encoders.libraries import SOURCES, making, package
 
 _SCHEMES = ("local-dir:", "hf-hub:")
 """Models of open_clip that bring their own configuration and weights."""
+
+
+_OPENAI = {"input_resolution", "context_length", "vocab_size"}
+"""Numbers that OpenAI's files have among the weights."""
 
 
 def load_encoder(name: str, checkpoint: str | os.PathLike[str] | None = None, *, pretrained: bool = True) -> Encoder:
@@ -37,8 +41,8 @@ def load_encoder(name: str, checkpoint: str | os.PathLike[str] | None = None, *,
             checkpoint.
         checkpoint: a local ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file with the weights of that
             architecture; nothing is fetched then, and WEIGHTS and PRETRAINED choose the preprocessing (and QuickGELU)
-            only: without a tag, take the ``-quickgelu`` configuration where the file wants it. Only tensors are read
-            (``weights_only=True``). Prefixes such as ``module.`` or ``model.visual.`` are stripped. A classification
+            only: without a tag, take the ``-quickgelu`` configuration where the file wants it (for files in OpenAI's
+            format anything else is refused). Only tensors are read (``weights_only=True``). Prefixes such as ``module.`` or ``model.visual.`` are stripped. A classification
             layer in the file becomes the encoder's head, a text tower its text tower, if all of it is there.
         pretrained: False gives random weights, from PyTorch's generator, unless there is a checkpoint.
 
@@ -71,8 +75,9 @@ def _fill(encoder: Encoder, checkpoint: str | os.PathLike[str], aside: list[str]
     if isinstance(encoder, ClipEncoder):
         whole = prefix.removesuffix("visual.")
         weights = {key.removeprefix(whole): value for key, value in found.items() if key.startswith(whole)} if whole != prefix else {}
+        _check_activation(encoder, weights, checkpoint)
         encoder.fill_text(weights, checkpoint)
-        taken |= {whole + key for key in weights if not key.startswith("visual.") and encoder.text is not None}
+        taken |= {whole + key for key in (() if encoder.text is None else encoder.text.state_dict())}
     own = _linear(aside)
     layers = {layer: shape for layer, shape in linear_layers(found).items() if f"{layer}.weight" not in taken}
     if own is not None and prefix + own in layers:
@@ -83,6 +88,17 @@ def _fill(encoder: Encoder, checkpoint: str | os.PathLike[str], aside: list[str]
     if len(fitting) == 1:
         # What is fine-tuned from CLIP starts at its zero-shot head, which sees unit vectors (a choice of ours).
         encoder.head = head_at(found, fitting[0], normalize=isinstance(encoder, ClipEncoder), path=checkpoint)
+
+
+def _check_activation(encoder: ClipEncoder, weights: Mapping[str, Tensor], checkpoint: str | os.PathLike[str]) -> None:
+    """Refuses what OpenAI trained, and all of it with QuickGELU, for a model without: it would load, and be wrong."""
+    quick = importlib.import_module("open_clip.transformer").QuickGELU
+    towers = [tower for tower in (encoder.visual, encoder.text) if tower is not None]
+    if weights.keys() >= _OPENAI and not any(isinstance(module, quick) for tower in towers for module in tower.modules()):
+        raise EncoderError(
+            f"{checkpoint} is in OpenAI's format, whose models have QuickGELU, and {encoder.name} has GELU: "
+            "name the tag (open_clip:…/openai) or the configuration (open_clip:…-quickgelu)"
+        )
 
 
 # -- the three sources: each gives the encoder, and the keys of the head that a checkpoint may hold --------------------
@@ -165,7 +181,7 @@ def _from_open_clip(name: str, rest: str, pretrained: bool) -> tuple[Encoder, li
     )
     preprocess = transform.image_transform_v2(transform.PreprocessCfg(**settings), is_train=False)
     encoder = ClipEncoder(clip, OpenClipTokenizer(model_name), features=int(config["embed_dim"]), preprocess=preprocess, name=name)
-    return encoder, []
+    return encoder, [f"{head}.{part}" for head in HEADS for part in ("weight", "bias")]
 
 
 # -- the head ----------------------------------------------------------------------------------------------------------
