@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,20 +12,29 @@ import pytest
 import torch
 from models import Net, assert_equal, batches, record
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import torchprobe
+from torchprobe.recording import transfer
+from torchprobe.recording.control import Slot
+from torchprobe.statistics.moments import FIELDS
 
 
 class Copies(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what would wait for a device: reads of single numbers, and copies to the host by way of `_to_copy`."""
+    """Counts what would wait for a device, and what goes from one to the host."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
+        self.to_host: list[bool] = []  # for each copy whether the host waits for it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls.append(str(func))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        devices = {value.device.type for value in args if isinstance(value, Tensor)}
+        if isinstance(out, Tensor) and out.device.type == "cpu" and "cuda" in devices:
+            self.to_host.append(not (kwargs or {}).get("non_blocking") and not any(value is True for value in args))
+        return out
 
     @property
     def waits(self) -> list[str]:
@@ -141,3 +152,177 @@ def test_reset_forgets_everything() -> None:
     assert len(rec.history) == 0
     assert rec.total[""].vectors == 15
     assert_equal(rec, record(model, data[1:], every=2))
+
+
+# -- on a device that exists in name only: nothing can be read from its tensors, so whatever would wait for one is an error -----
+
+
+class Event:
+    """Of a copy that takes as long as the test says."""
+
+    done = False
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        return Event.done
+
+    def synchronize(self) -> None:
+        assert Event.done, "waits"
+
+
+@pytest.fixture
+def on_a_fake_device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[torchprobe.Recorder]:
+    """A running recorder whose states lie on ``cuda:0``."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(FakeTensor, "numpy", lambda self: np.zeros(self.shape))
+    monkeypatch.setattr(Event, "done", False)
+    monkeypatch.setattr(transfer, "BLOCK", 4)
+    layers, keep = getattr(request, "param", (3, None))
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(layers)])
+    with FakeTensorMode():
+        recorder = torchprobe.record(model, "*", keep=keep)
+        for hook in recorder._hooks.values():
+            hook.slots[torch.device("cuda", 0)] = Slot(torchprobe.Moments(6, "cuda:0"))
+            hook.take_place()
+        yield recorder
+
+
+@pytest.mark.parametrize("on_a_fake_device", [(2, None), (9, None)], indirect=True)
+def test_one_copy_for_metrics_and_none_that_waits_for_windows(on_a_fake_device: torchprobe.Recorder) -> None:
+    rec = on_a_fake_device
+    with Copies() as seen:
+        numbers = rec.metrics()
+    assert len(numbers) == len(rec) * len(FIELDS)
+    assert seen.to_host == [True]  # one, which waits
+    with Copies() as seen:
+        for step in range(transfer.BLOCK - 1):
+            rec.snapshot(step)
+        with rec.paused():
+            pass
+    assert not seen.to_host
+    with Copies() as seen:
+        for step in range(transfer.BLOCK - 1, 2 * transfer.BLOCK):
+            rec.snapshot(step)
+        rec.reset()
+    assert not seen.waits
+    assert seen.to_host == [False, False]  # one for each full block, and nobody waits
+
+
+def tensors() -> int:
+    """Bytes of all tensors alive; a fake one counts for what it would take."""
+    gc.collect()
+    return sum(value.nbytes for value in gc.get_objects() if issubclass(type(value), Tensor))
+
+
+@pytest.mark.parametrize("on_a_fake_device", [(3, 10)], indirect=True)
+def test_a_device_holds_one_block_however_many_windows_close(on_a_fake_device: torchprobe.Recorder) -> None:
+    rec = on_a_fake_device
+    Event.done = True
+    sizes = []
+    for step in range(8 * transfer.BLOCK + 1):
+        rec.snapshot(step)
+        if step % transfer.BLOCK == 0:
+            sizes.append(tensors())
+    assert sizes[3:] == sizes[3:4] * 6  # from when the bound is reached
+    assert (len(rec.history), rec.history.dropped) == (10, 8 * transfer.BLOCK - 9)
+
+
+# -- a bound -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("keep", "block"), [(1, 64), (3, 64), (3, 2), (7, 3), (100, 4)])
+def test_the_newest_windows_are_kept(monkeypatch: pytest.MonkeyPatch, keep: int, block: int) -> None:
+    monkeypatch.setattr(transfer, "BLOCK", block)
+    model, data = Net(), batches(17)
+    with torchprobe.record(model, keep=keep) as rec, torchprobe.record(model) as everything:
+        for step, x in enumerate(data):
+            model(x)
+            rec.snapshot(step)
+            everything.snapshot(step)
+            if step % 5 == 3:  # reading in between changes nothing
+                assert len(rec.history.values) == min(keep, step + 1)
+    kept = min(keep, 17)
+    assert rec.history.steps == list(range(17))[-kept:]
+    assert rec.history.dropped == 17 - kept
+    assert rec.history.layers == everything.history.layers
+    assert np.array_equal(rec.history.values, everything.history.values[-kept:], equal_nan=True)
+    assert np.array_equal(rec.history.histograms, everything.history.histograms[-kept:])
+    assert_equal(rec.total, everything.total)
+    assert ("older ones dropped" in repr(rec.history)) == (keep < 17)
+
+
+def test_memory_does_not_grow_with_steps() -> None:
+    model, x = Net(), batches(1)[0]
+    sizes = []
+    with torchprobe.record(model, keep=20) as rec:
+        for step in range(6 * transfer.BLOCK):
+            model(x)
+            rec.snapshot(step)
+            if step % transfer.BLOCK == 0:
+                arrays = sum(values.nbytes for _, values in rec.history._blocks)
+                sizes.append((tensors(), arrays, len(rec.history._blocks), len(rec.history.steps)))
+    assert sizes[2:] == sizes[2:3] * 4
+
+
+def test_a_bounded_history_is_saved_and_resumed(tmp_path: Any) -> None:
+    model, data = Net(), batches(9)
+
+    def run(rec: torchprobe.Recorder, steps: range) -> torchprobe.Recorder:
+        with rec:
+            for step in steps:
+                model(data[step])
+                rec.snapshot(step)
+        return rec
+
+    whole = run(torchprobe.record(model, keep=4), range(9))
+    first = run(torchprobe.record(model, keep=4), range(6))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = torchprobe.record(model, keep=4)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert (second.history.steps, second.history.dropped) == ([2, 3, 4, 5], 2)
+    run(second, range(6, 9))
+    assert (second.history.steps, second.history.dropped) == (whole.history.steps, whole.history.dropped) == ([5, 6, 7, 8], 5)
+    assert np.array_equal(second.history.values, whole.history.values, equal_nan=True)
+    assert_equal(second.total, whole.total)
+    smaller = torchprobe.record(model, keep=2)
+    smaller.load_state_dict(first.state_dict())
+    assert (smaller.history.steps, smaller.history.dropped) == ([4, 5], 4)
+    whole.save(tmp_path / "run.safetensors")
+    loaded = torchprobe.load(tmp_path / "run.safetensors")
+    assert (loaded.history.steps, loaded.history.dropped) == ([5, 6, 7, 8], 5)
+    second.reset()
+    assert (second.history.keep, second.history.dropped, len(second.history)) == (4, 0, 0)
+
+
+@pytest.mark.parametrize("keep", [0, -1, 2.0, True, "all"])
+def test_a_bound_out_of_range(keep: Any) -> None:
+    with pytest.raises(ValueError, match="keep must be a whole number of at least 1, or None for all windows"):
+        torchprobe.record(Net(), keep=keep)
+
+
+def test_windows_in_which_nothing_has_fired_yet() -> None:
+    model, x = Net(), batches(1)[0]
+    with torchprobe.record(model, "head") as rec:
+        rec.snapshot(0)
+        model(x)
+        rec.snapshot(1)
+        rec.snapshot(2)
+    assert np.array_equal(rec.history["vectors"], [[math.nan], [15.0], [math.nan]], equal_nan=True)
+
+
+def test_columns_in_the_order_of_firing_whatever_the_widths() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(6, 4))
+    with torchprobe.record(model, "*") as rec:
+        model(batches(1)[0])
+        rec.snapshot(0)
+        expected = [rec.history["std"][0].tolist(), rec.history.copy()["std"][0].tolist()]
+    assert rec.history.layers == rec.layers == ["0", "1", "2", "3"]
+    whole = rec.total.rows()
+    assert expected == [[row["std"] for row in whole]] * 2
+    other = record(model, batches(2)[1:], "*")
+    other.snapshot(1)
+    rec.merge(other)
+    assert rec.history["std"][1].tolist() == [row["std"] for row in other.total.rows()]
