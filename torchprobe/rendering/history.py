@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from torchprobe.rendering.heatmap import MOST, _colour_bar, _paint, _shades, heat_map
-from torchprobe.rendering.plots import INK, MUTED, SURFACE, WARM, _figure, _finite, _legend, _log_scale, _plain
+from torchprobe.rendering.plots import MUTED, SURFACE, WARM, _figure, _finite, _legend, _log_scale, _plain
 from torchprobe.rendering.tables import printable
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def layer_over_time(
     lines = {"mean": (mean, "-", 1.8), "median": (median, (0, (4, 2)), 1.4)}
     figure, (axes,) = _figure(width, 3.4)
     axes.grid(False)
-    x = _paint_columns(axes, counts, edges)
+    _paint_columns(axes, counts, edges)
     x_lines = np.arange(len(steps))
     for name, (line, style, thickness) in lines.items():
         if line is not None:
@@ -117,7 +117,7 @@ def layer_over_time(
     filled = np.flatnonzero(np.nansum(counts, 0)) if counts.size else np.zeros(0, int)
     ends = edges[[filled[0], filled[-1] + 1]] if filled.size else edges[:0]
     _log_scale(axes, "y", np.concatenate([ends, [3.0], *(_finite(line) for line, _, _ in lines.values() if line is not None)]))
-    axes.set_xlim(x[0], x[-1])
+    axes.set_xlim(-0.5, max(len(steps), 1) - 0.5)
     _name_steps(axes, steps, width - 2)
     axes.set_xlabel("step")
     axes.set_ylabel(f"vector kurtosis, {f'layer {_ending(layer)}' if layer else 'output'}")
@@ -125,11 +125,11 @@ def layer_over_time(
     return figure
 
 
-def _paint_columns(axes: Axes, counts: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The histograms as columns with a colour bar; gives the edges of the columns, in windows."""
+def _paint_columns(axes: Axes, counts: NDArray[np.float64], edges: NDArray[np.float64]) -> None:
+    """The histograms as columns, a window wide, with a colour bar."""
     together = max(1, math.ceil(len(counts) / MOST))
     starts = np.arange(0, len(counts), together)
-    x = np.append(starts, max(len(counts), 1)) - 0.5
+    x = np.append(starts, len(counts)) - 0.5
     summed = np.add.reduceat(np.nan_to_num(counts), starts, axis=0) if len(counts) else counts
     vectors = summed.sum(1, keepdims=True)
     share = np.divide(summed, vectors, out=np.zeros_like(summed), where=vectors > 0)
@@ -137,7 +137,6 @@ def _paint_columns(axes: Axes, counts: NDArray[np.float64], edges: NDArray[np.fl
     shades = np.where(share > 0, _shades(share, low, 1.0, "log").clip(0), 0)
     _paint(axes, np.where(vectors > 0, shades, -1).T, x, edges)
     _colour_bar(axes, "share of the vectors", low, 1.0, "log")
-    return x
 
 
 def _ending(layer: str, most: int = 20) -> str:
@@ -147,22 +146,19 @@ def _ending(layer: str, most: int = 20) -> str:
 
 
 def _name_steps(axes: Axes, steps: Sequence[float], room: float, together: int = 1) -> None:
-    """Round numbers along the steps of ``room`` inches, where these go up; windows then stand at equal distances, whatever the steps.
+    """Numbers along an axis of ``room`` inches: of few windows their steps, of many round ones, each where it lies between the windows.
 
     ``together``: so many neighbours share one column.
     """
     numbers = np.asarray(steps, dtype=np.float64)
-    if numbers.size < 2 or not (np.diff(numbers) > 0).all():
-        every = max(1, math.ceil(len(numbers) * 0.6 / max(room, 0.5)))
-        axes.set_xticks(np.arange(len(numbers))[::every] // together, [f"{step:,g}" for step in numbers[::every]], rotation=0, ha="center")
+    most = max(2, int(room / 0.7))
+    if numbers.size <= most or not (np.diff(numbers) > 0).all():  # each by its name, as far as there is room
+        every = max(1, math.ceil(numbers.size / most))
+        axes.set_xticks(np.arange(numbers.size)[::every] // together, [f"{step:,.12g}" for step in steps[::every]], rotation=0, ha="center")
         return
     low, high = float(numbers[0]), float(numbers[-1])
-    most = max(2, int(room / 0.7))
     size = 10.0 ** math.floor(math.log10((high - low) / most))
-    whole = all(float(step).is_integer() for step in steps)
-    apart = next(size * times for times in (1, 2, 5, 10, 20) if (high - low) / (size * times) <= most and (size * times >= 1 or not whole))
+    apart = next(size * times for times in (1, 2, 5, 10, 20) if (high - low) / (size * times) <= most)
     ticks = np.arange(math.ceil(low / apart), math.floor(high / apart) + 1) * apart
     columns = (np.interp(ticks, numbers, np.arange(numbers.size)) - (together - 1) / 2) / together
     axes.set_xticks(columns, [f"{tick:,.12g}" for tick in ticks], rotation=0, ha="center")
-    axes.tick_params(axis="x", labelcolor=MUTED)
-    axes.xaxis.label.set_color(INK)
