@@ -64,6 +64,11 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
+def recipe_of(options: argparse.Namespace) -> dict[str, str]:
+    """The options that decide what is learned and recorded."""
+    return {name: str(value) for name, value in vars(options).items() if name not in ("resume", "output", "save", "workers", "tensorboard")}
+
+
 # -- the images --------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +186,10 @@ class Log:
         if self.board is not None:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
 
     def say(self, text: str) -> None:
         if self.first:

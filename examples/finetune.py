@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _training import Data, Log, Process, batches, checked, digits, folders, options_of, processes, report
+from _training import Data, Log, Process, batches, checked, digits, folders, options_of, processes, recipe_of, report
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
@@ -166,6 +166,7 @@ def train(
                 if step % options.save == 0 or step == total:
                     save(options, process, model, optimizer, run, step)
                     log.say(f"saved step {step}")
+    log.close()
     if process.rank == 0:
         report(run, model, model.encoder.name, options, accuracy)
 
@@ -197,6 +198,7 @@ def save(
     """Everything that the next step depends on; the order of the images follows from the seed, so it is not among it."""
     if process.rank == 0:
         state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "recorder": run.state_dict()}
+        state["recipe"] = recipe_of(options)
         with replacing(options.output / "checkpoint.pt") as temporary:  # never half a checkpoint
             torch.save(state, temporary)
 
@@ -209,6 +211,12 @@ def resumed(
     if not options.resume or not path.exists():
         return 0
     state = torch.load(path, map_location=process.device, weights_only=True)
+    now, then = recipe_of(options), state["recipe"]
+    if now != then:
+        other = ", ".join(
+            f"{name} {now.get(name)} instead of {then.get(name)}" for name in {**then, **now} if now.get(name) != then.get(name)
+        )
+        raise SystemExit(f"{path} was made with another recipe: {other}. Resume with the same one, or choose another --output")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     run.load_state_dict(state["recorder"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import runpy
@@ -100,6 +101,11 @@ def test_finetune_resumed_when_finished_reports_again(monkeypatch, whole, tmp_pa
     assert_same_run(whole, tmp_path)
 
 
+def test_another_recipe_is_not_resumed(monkeypatch, whole):
+    with pytest.raises(SystemExit, match=r"was made with another recipe: epochs 3 instead of 2, lr 0.1 instead of 0.002\. Resume with"):
+        run(monkeypatch, *FINETUNE, "--epochs", 3, "--lr", 0.1, "--output", whole, "--resume")
+
+
 @pytest.mark.slow
 def test_finetune_on_two_processes_gives_the_history_of_one(whole, tmp_path):
     arguments = [str(EXAMPLES / FINETUNE[0]), *map(str, FINETUNE[1:]), "--output", str(tmp_path)]
@@ -135,7 +141,9 @@ def test_finetune_a_clip_model_on_folders_starts_from_its_zero_shot_head(monkeyp
             Image.fromarray(pixels).save(tmp_path / "train" / name / f"{i}.png")
     arguments = ("--encoder", "open_clip:tiny-finetuned", "--checkpoint", tmp_path / "clip.pt", "--train", tmp_path / "train")
     more = ("--test", tmp_path / "train", "--batch", 4, "--epochs", 1, "--window", 1, "--save", 1, "--lr", 0, "--output", tmp_path / "out")
-    run(monkeypatch, "finetune.py", *arguments, *more)
+    board = ("--tensorboard",) if importlib.util.find_spec("tensorboard") else ()
+    run(monkeypatch, "finetune.py", *arguments, *more, *board)
+    assert len(list((tmp_path / "out").glob("events.out.tfevents.*"))) == len(board)
     recording = torchprobe.load(tmp_path / "out" / "recording.safetensors")
     assert recording.history.steps == [1, 2, 3]
     from safetensors.torch import load_file
