@@ -16,6 +16,7 @@ from torch import nn
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, dissect, random_rotation, singular_vectors
 from torchprobe.dissection.ranking import top_images
+from torchprobe.ops.overlap import upsample
 from torchprobe.statistics import TopInputs
 
 
@@ -69,6 +70,30 @@ def test_counts_are_those_of_the_definition(trap, broden, mode):
         assert torch.equal(found, wanted)
     assert result.average_precision is None and result.counts.intersection.sum() > 0
     assert [label.number for label in result.labels] == sorted(trap.names)
+
+
+def in_float64(maps, rows, columns, mode, given=32):
+    """Maps (n, h, w) on a label grid, by linear interpolation along one axis and then the other."""
+    for axis, size in ((2, columns), (1, rows)):
+        n = maps.shape[axis]
+        points = np.arange(n) * (given // n // round(given / columns)) + given // n // 2 // round(given / columns)
+        pixels = np.arange(size) if mode == "netdissect" else (np.arange(size) + 0.5) * n / size - 0.5
+        points = points if mode == "netdissect" else np.arange(n)
+        maps = np.apply_along_axis(lambda line, at=pixels, of=points: np.interp(at, of, line), axis, maps.astype(np.float64))
+    return maps
+
+
+@pytest.mark.parametrize("mode", ["default", "netdissect"])
+def test_close_to_upsampling_in_float64(trap, broden, mode):
+    maps = activations(Net(), "norm", broden)
+    thresholds = maps.movedim(1, 0).flatten(1).quantile(0.95, dim=1)[:, None, None]
+    different = active = 0
+    for image, row in zip(maps, trap.data_rows, strict=True):
+        size = row.label_height, row.label_width
+        exact = torch.from_numpy(in_float64(image.numpy(), *size, mode)) > thresholds
+        ours = upsample(image, *size, "anchored" if mode == "netdissect" else "half_pixel", 32, 32) > thresholds
+        different, active = different + int((exact != ours).sum()), active + int(exact.sum())
+    assert active > 10_000 and different < 1e-4 * active
 
 
 def test_the_original_mode_has_the_original_quantile(broden):

@@ -18,6 +18,7 @@ SCHEMA = (
     "average_precision(Tensor scores, Tensor crow, Tensor col, int concepts, Tensor? eligible=None, Tensor? group=None, bool both=False) "
     "-> Tensor"
 )
+_BLOCK = 1 << 22  # entries of the label matrix, for all units that the reference takes at a time
 
 
 def average_precision(
@@ -126,33 +127,35 @@ def reference(
     both: bool = False,
 ) -> Tensor:
     """What :func:`average_precision` means, in plain PyTorch on any device: with tp and n the images of the concept, and of all that count,
-    whose score is not below that of a positive, AP is the mean of tp / n over the positives."""
+    whose score is not below that of a positive, AP is the mean of tp / n over the positives. Several units at a time."""
     check(scores, crow, col, concepts, eligible, group, both)
     check_values(scores, crow, col, concepts, eligible, group)
     device, (units, images) = scores.device, scores.shape
     col = col.to(device).long()
     image = torch.arange(images, device=device).repeat_interleave(crow.to(device).diff())
     if eligible is None or group is None:
-        counts, column = torch.ones(images, 1, dtype=torch.bool, device=device), torch.zeros_like(col)
+        counts, group = torch.ones(images, 1, dtype=torch.bool, device=device), torch.zeros(concepts, dtype=torch.int64, device=device)
     else:
-        counts, column = eligible.to(device), group.to(device)[col]
-    kept = counts[image, column]
-    col, image, column = col[kept], image[kept], column[kept]
+        counts, group = eligible.to(device), group.to(device)
+    kept = counts[image, group[col]]
+    col, order = col[kept].sort()  # concept by concept
+    image, group = image[kept][order], group[col]
     positives = torch.bincount(col, minlength=concepts)
-    first = positives.cumsum(0) - positives
+    before = positives.cumsum(0)[col] - positives[col]
+    step = max(1, _BLOCK // max(1, len(col), counts.numel()))
     signs = (1, -1) if both else (1,)
-    result = torch.full((len(signs), units, concepts), torch.nan, dtype=torch.float64, device=device)
-    shown = positives > 0
-    for s, sign in enumerate(signs):
-        for unit in range(units):
-            falling, order = (-sign * scores[unit]).sort()
-            last = torch.searchsorted(falling, -sign * scores[unit][image], right=True)  # images that score no less
-            n = counts[order].cumsum(0)[last - 1, column] if images else last
-            key, at = (col * (images + 1) + last).sort()  # within each concept, best first
-            tp = torch.searchsorted(key, key, right=True) - first[col[at]]
-            sums = torch.zeros(concepts, dtype=torch.float64, device=device).index_add_(0, col[at], tp / n[at].double())
-            result[s, unit, shown] = sums[shown] / positives[shown]
-    return result if both else result[0]
+    results = []
+    for sign in signs:
+        for part in (-sign * scores).contiguous().split(step):
+            falling, best = part.sort(1)
+            last = torch.searchsorted(falling, part[:, image], right=True)  # images that score no less
+            key = (col * (images + 1) + last).sort(1).values  # within each concept, best first
+            tp = torch.searchsorted(key, key, right=True) - before
+            n = counts[best].cumsum(1)[torch.arange(len(part), device=device)[:, None], key - col * (images + 1) - 1, group]
+            sums = torch.zeros(len(part), concepts, dtype=torch.float64, device=device).index_add_(1, col, tp / n.double())
+            results.append(sums / positives)  # nan where there is none
+    result = torch.cat([scores.new_empty(0, concepts, dtype=torch.float64), *results])
+    return result.view(2, units, concepts) if both else result
 
 
 def _fake(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 SCHEMA = (
     "overlap_tally_(Tensor(a!) intersection, Tensor(b!) activation, Tensor(c!) truth, Tensor maps, Tensor thresholds, Tensor category, "
@@ -21,7 +22,7 @@ SCHEMA = (
 GRIDS = ("half_pixel", "anchored")
 LONGEST, MOST_PIXELS = 1 << 20, 1 << 31
 """Rows, columns and pixels that a label grid may have; on a longer one a rounded weight might carry a value beyond both of its ends."""
-_BLOCK = 1 << 23  # pixels of all units that the reference interpolates at a time
+_BLOCK = 1 << 23, 1 << 26  # pixels of all units that the reference interpolates at a time: on the CPU, elsewhere
 
 
 def overlap_tally_(
@@ -226,41 +227,64 @@ def reference(
     width: int = 0,
     per_plane: bool = False,
 ) -> None:
-    """What :func:`overlap_tally_` means, in plain PyTorch on any device: image by image, active units only, intersections as a product."""
+    """What :func:`overlap_tally_` means, in plain PyTorch on any device: images of one grid together, active units only, intersections as a
+    product of masks. A few dozen operations and a handful of synchronisations for a whole batch, since elsewhere each has its price."""
     arguments = (intersection, activation, truth, maps, thresholds, category, planes, sizes, whole, grid, height, width, per_plane)
     check(*arguments)
     check_values(*arguments)
     given = sizes.tolist()
-    device = maps.device
-    primary = category.to(device)
-    pixels = planes.split([k * rows * columns for k, rows, columns, _ in given])
+    flat = planes.split([k * rows * columns for k, rows, columns, _ in given])
     everywhere = whole.split([row[3] for row in given])
     # A map that exceeds its threshold nowhere exceeds it nowhere between its points, unless differences overflow.
-    limit = thresholds[:, None, None]
-    active = ((maps > limit) | ~(maps.abs() < 2.0**126)).flatten(2).any(2)
-    for n, (k, rows, columns, _) in enumerate(given):
-        labels, masks = _masks(pixels[n].to(device).view(k, rows * columns), everywhere[n].to(device), per_plane)
-        area = masks.sum(1).long()
-        truth.index_add_(0, labels, area)
-        present = primary[labels[area > 0]]
-        present = torch.cat([present[present >= 0].unique(), present.new_tensor([activation.shape[1] - 1])])
-        for units in active[n].nonzero().squeeze(1).split(max(1, _BLOCK // (rows * columns))):
-            mask = (upsample(maps[n, units], rows, columns, grid, height, width) > limit[units]).flatten(1)
-            both = (mask.to(masks.dtype) @ masks.T).long()
-            intersection.index_put_((units[:, None], labels[None]), both, accumulate=True)
-            activation.index_put_((units[:, None], present[None]), mask.sum(1, keepdim=True).expand(-1, len(present)), accumulate=True)
+    active = ((maps > thresholds[:, None, None]) | ~(maps.abs() < 2.0**126)).flatten(2).any(2)
+    block = _BLOCK[maps.device.type != "cpu"]
+    for rows, columns in dict.fromkeys((rows, columns) for _, rows, columns, _ in given):
+        images = [n for n, row in enumerate(given) if row[1:3] == [rows, columns]]
+        pixels = rows * columns
+        # (images, planes, pixels), 0 where there are fewer
+        stacked = pad_sequence([flat[n].view(-1, pixels) for n in images], True).to(maps.device)
+        whole_of = pad_sequence([everywhere[n] for n in images], True).to(maps.device)
+        shown = torch.zeros(len(images), len(truth), dtype=torch.bool, device=maps.device)
+        shown.scatter_(1, stacked.flatten(1).long(), True).scatter_(1, whole_of, True)[:, :1] = False
+        labels, units = _first(shown), _first(active[images])
+        step = max(1, block // (pixels * max(labels.shape[1], units.shape[1])))
+        for at in range(0, len(images), step):
+            part = slice(at, at + step)
+            masks = _masks(stacked[part], whole_of[part], labels[part], per_plane)
+            area = masks.sum(2).long()
+            truth.index_add_(0, labels[part].flatten(), area.flatten())
+            present = _present(category.to(maps.device)[labels[part]], area, activation.shape[1])
+            for few in units[part].split(max(1, block // (pixels * step)), 1):
+                image = torch.tensor(images[part], device=maps.device)[:, None]
+                mask = upsample(maps[image, few], rows, columns, grid, height, width) > thresholds[few][..., None, None]
+                mask = (mask & active[image, few][..., None, None]).flatten(2)
+                both = (mask.to(masks.dtype) @ masks.mT).long()
+                intersection.index_put_((few[:, :, None], labels[part][:, None]), both, accumulate=True)
+                activation.index_add_(0, few.flatten(), (mask.sum(2)[..., None] * present[:, None]).flatten(0, 1))
 
 
-def _masks(planes: Tensor, whole: Tensor, per_plane: bool) -> tuple[Tensor, Tensor]:
-    """The labels of an image, and how often each pixel carries each of them: planes (k, pixels) → (labels,), (labels, pixels)."""
-    labels = torch.cat([planes.flatten().long(), whole]).unique()
-    labels = labels[labels > 0]
-    dtype = torch.float32 if planes.numel() < 1 << 24 else torch.float64  # sums of a product must be exact
-    masks = torch.zeros(len(labels), planes.shape[1], dtype=dtype, device=planes.device)
-    for plane in planes:
-        masks += plane == labels[:, None]
-    masks += (whole == labels[:, None]).sum(1, keepdim=True)
-    return labels, masks if per_plane else masks.clamp(max=1)
+def _first(chosen: Tensor) -> Tensor:
+    """Of each row the places that are chosen, ascending, and others behind, as many as the row with most: bool (n, m) → int64 (n, most)."""
+    most = int(chosen.sum(1).amax()) if chosen.numel() else 0
+    return chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
+def _masks(planes: Tensor, whole: Tensor, labels: Tensor, per_plane: bool) -> Tensor:
+    """How often each pixel carries each label: planes (n, k, pixels), whole (n, m), labels (n, l) → (n, l, pixels)."""
+    dtype = torch.float32 if planes.shape[1:].numel() < 1 << 24 else torch.float64  # sums of a product must be exact
+    often = (whole[:, None] == labels[:, :, None]).sum(2, keepdim=True).to(dtype).expand(-1, -1, planes.shape[2]).contiguous()
+    for plane in planes.unbind(1):
+        often += plane[:, None] == labels[:, :, None]
+    often *= labels[:, :, None] > 0  # where an image has fewer labels, 0 may stand behind them
+    return often if per_plane else often.clamp(max=1)
+
+
+def _present(category: Tensor, area: Tensor, columns: int) -> Tensor:
+    """In which columns of ``activation`` each image counts: categories (n, l) of its labels, their areas → int64 (n, columns)."""
+    present = torch.zeros(len(category), columns + 1, dtype=torch.int64, device=category.device)
+    present.scatter_(1, category.where((category >= 0) & (area > 0), columns), 1)
+    present[:, columns - 1] = 1  # the last counts every image
+    return present[:, :columns]
 
 
 def _fake(
