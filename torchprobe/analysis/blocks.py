@@ -33,4 +33,4 @@ def blocks(h: Tensor, elements: int = _ELEMENTS) -> Iterator[Tensor]:
     [2, 2, 1]
     """
     for rows in h.split(max(1, elements // h.shape[1])):
-        yield rows.double()
+        yield rows.double().contiguous()
