@@ -265,6 +265,12 @@ def test_a_page_gives_the_pictures_its_colours(history, plots):
         assert "var(--accent)" in text and "#1" not in text.replace("url(#", "").replace('"#', "")
 
 
+def test_a_notebook_shows_a_figure_without_pyplot(plots):
+    """IPython asks objects for `_repr_png_`; for figures it has a way of its own only when pyplot is imported."""
+    for figure in (run().plot(), run().plot("history")):
+        assert figure._repr_png_().startswith(b"\x89PNG")
+
+
 # -- from a recording ------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import itertools
@@ -250,7 +251,14 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[
         panel.xaxis.label.set(color=INK, fontsize=9)
         panel.yaxis.label.set(color=INK, fontsize=9)
         panel.label_outer()
+    figure.__dict__["_repr_png_"] = functools.partial(_png, figure)  # notebooks know figures only once pyplot is imported
     return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _legend(axes: Axes, width: float) -> None:
