@@ -11,6 +11,7 @@ import click
 
 import torchprobe
 from torchprobe.cli.dissect_command import dissect
+from torchprobe.cli.interpret_command import compare, interpret
 from torchprobe.cli.tools import (
     CHECK_FAILED,
     EXIT_CODES,
@@ -205,7 +206,8 @@ def demo(output: Path, as_json: bool) -> None:
     print_files(pages | files)
 
 
-cli.add_command(dissect)
+for command in (dissect, interpret, compare):
+    cli.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -1,0 +1,87 @@
+"""Small image folders, an encoder that sees their colours, and everything else an interpretation takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from torchprobe.datasets import BrodenWriter
+from torchprobe.encoders import Encoder, Head
+
+CLASSES = ("blue", "green", "red")  # as folders sort
+FEATURES, OUTLIER = 64, 7
+
+
+def colour(label: int, random: np.random.Generator, noise: float = 40.0) -> np.ndarray:
+    """A picture (12, 12, 3) in the colour of a class."""
+    picture = random.normal(60, noise, (12, 12, 3))
+    picture[..., 2 - label] += 120
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def write_classes(folder: Path, each: int = 14, noise: float = 40.0, seed: int = 0) -> Path:
+    random = np.random.default_rng(seed)
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            Image.fromarray(colour(label, random, noise)).save(folder / name / f"{i:02}.png")
+    return folder
+
+
+def write_concepts(folder: Path, images: int = 60) -> Path:
+    random = np.random.default_rng(1)
+    with BrodenWriter(folder, {"color": list(CLASSES), "scene": ["day", "night"]}, size=12, image_format="png") as writer:
+        for i in range(images):
+            names = {"color": CLASSES[i % 3], "scene": "day" if random.random() < 0.5 else "night"}
+            writer.add(f"mine/{i:03}", colour(i % 3, random), names)
+    return folder
+
+
+def write_baseline(path: Path, shift: str = "noisy") -> Path:
+    lines = [f"model,imagenet,{shift}"]
+    lines += [f"model {i},{x},{0.8 * x + 3 * (i % 2)}" for i, x in enumerate((40, 50, 60, 70, 80, 90))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).movedim(2, 0).float() / 255
+
+
+class Colours(nn.Module):
+    """Random projections of the mean colour; one feature is large in every image. ``fail`` makes it refuse to run."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.mix = nn.Linear(3, FEATURES)
+        self.blocks = nn.Sequential(nn.Identity(), nn.Identity())
+        with torch.no_grad():
+            self.mix.weight.copy_(torch.randn(FEATURES, 3, generator=generator))
+            self.mix.bias.copy_(torch.randn(FEATURES, generator=generator) * 0.1)
+            self.mix.bias[OUTLIER] = 40
+        self.fail = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.fail:
+            raise AssertionError("the encoder was run")
+        return self.blocks(self.mix(images.mean((2, 3))))
+
+
+def encoder(seed: int = 0, name: str = "colours") -> Encoder:
+    return Encoder(Colours(seed), features=FEATURES, preprocess=pixels, name=name).eval()
+
+
+def head(encoder: Encoder) -> Head:
+    """What the encoder makes of pure colours, as a zero-shot head would be made of captions."""
+    pure = torch.zeros(3, 3, 12, 12)
+    for label in range(3):
+        pure[label, 2 - label] = 0.7
+    with torch.no_grad():
+        h = encoder(pure)
+    h = h - h.mean(0)
+    return Head(nn.functional.normalize(h, dim=1), names=CLASSES)

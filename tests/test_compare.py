@@ -1,0 +1,130 @@
+"""Saved interpretations beside each other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import interpret_sets as sets
+import numpy as np
+import pytest
+import torch
+
+from torchprobe.analysis.correlation import rank_correlation
+from torchprobe.analysis.embeddings import Embeddings
+from torchprobe.analysis.intervals import bootstrap_interval
+from torchprobe.datasets import Broden, labelled_folder
+from torchprobe.studies.compare import Comparison, compare, load_results
+from torchprobe.studies.interpret import interpret
+
+ROLES = ("zero-shot", "fine-tuned", "supervised")
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("compare")
+    images, broden = sets.write_classes(root / "images", each=8), Broden(sets.write_concepts(root / "concepts", 30))
+    made = []
+    for seed, role in enumerate(ROLES):
+        model = sets.encoder(seed, f"colours {seed}")
+        if seed:
+            with torch.no_grad():
+                model.visual.mix.bias[sets.OUTLIER] = 40 / (1 + seed)  # type: ignore[union-attr, index]
+        name = HOSTILE if seed == 2 else f"model {seed}"
+        interpret(
+            model,
+            labelled_folder(images, names=sets.CLASSES),
+            root / role,
+            head=sets.head(model),
+            broden=broden,
+            layer_images=0,
+            about={"name": name, "role": role, "backbone": "colours", "pretraining": "none"},
+            published={"imagenet": 60.0 + seed, "imagenet_v2": 50.0 + 2 * seed},
+        )
+        made.append(root / role)
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(folders: list[Path]) -> Comparison:
+    return compare(folders)
+
+
+def test_one_row_for_each(found: Comparison) -> None:
+    assert [row["role"] for row in found.models] == list(ROLES)
+    kurtosis = [row["kurtosis"] for row in found.models]
+    assert kurtosis == sorted(kurtosis, reverse=True) and kurtosis[0] > kurtosis[2] + 1
+    assert all(row["robustness"] is not None and row["concepts"] >= 3 for row in found.models)
+
+
+def test_pairs_are_those_with_the_zero_shot_encoder(found: Comparison, folders: list[Path]) -> None:
+    assert [(row["a"], row["b"]) for row in found.pairs] == [("model 0", "model 1"), ("model 0", HOSTILE)]
+    a, b = (load_results(folder).kurtosis for folder in folders[:2])
+    each = np.array([a[name] - b[name] for name in a])
+    row = found.pairs[0]
+    assert row["kurtosis"] == pytest.approx(each.mean()) and row["images"] == 24
+    assert (row["kurtosis_low"], row["kurtosis_high"]) == pytest.approx(bootstrap_interval(each, 0))
+    assert row["shared_concepts"] == 3
+
+
+def test_cka_of_representations(found: Comparison, folders: list[Path]) -> None:
+    a, b = (Embeddings.load(folder / "embeddings" / "imagenet.safetensors").h.double() for folder in folders[:2])
+    assert found.pairs[0]["cka"] == pytest.approx(unbiased_cka(a, b), abs=1e-5)
+
+
+def unbiased_cka(x: torch.Tensor, y: torch.Tensor) -> float:
+    def hsic(k: torch.Tensor, l: torch.Tensor) -> torch.Tensor:  # noqa: E741 (the formula's own names)
+        n = len(k)
+        return (k * l).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * k.sum(0) @ l.sum(0)
+
+    k, l = ((z @ z.T).fill_diagonal_(0) for z in (x, y))  # noqa: E741
+    return float(hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt())
+
+
+def test_correlations_are_over_the_encoders(found: Comparison) -> None:
+    row = next(row for row in found.correlations if (row["x"], row["y"]) == ("kurtosis", "robustness"))
+    expected = rank_correlation([r["kurtosis"] for r in found.models], [r["robustness"] for r in found.models])
+    assert (row["models"], row["rho"], row["n"]) == ("all", expected.rho, 3)
+
+
+def test_written_and_harmless(found: Comparison, tmp_path: Path) -> None:
+    files = found.write(tmp_path)
+    assert json.loads(files["comparison"].read_text())["models"][0]["model"] == "model 0"
+    page = files["page"].read_text()
+    for title in ("The encoders", "Pairs within a backbone", "Rank correlations", "Pruning", "Concepts in common"):
+        assert f"<h2>{title}</h2>" in page
+    assert HOSTILE not in page and "&lt;img src=x" in page
+    assert len(list((tmp_path / "plots").glob("*.png"))) >= 3
+
+
+def test_models_without_a_common_part(folders: list[Path], tmp_path: Path) -> None:
+    bare = interpret(sets.encoder(), labelled_folder(sets.write_classes(tmp_path / "images", 4)), tmp_path / "bare", layer_images=0)
+    other = compare([folders[0], bare.folder])
+    assert other.models[1]["accuracy"] is None and other.pairs == [] and other.overlaps == []
+    other.write(tmp_path / "out")
+
+
+def test_refusals(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        compare(folders[:1])
+    with pytest.raises(ValueError, match="'model 0' is the name of 2"):
+        compare([folders[0], folders[0]])
+    with pytest.raises(FileNotFoundError, match="no results in"):
+        compare([folders[0], tmp_path])
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders[0], damaged)
+    for text, message in (
+        ("{", "is damaged"),
+        ("[]", "has format 'list'"),
+        ('{"format": 99}', "has format 99"),
+        ('{"format": 1}', "lacks name"),
+    ):
+        (damaged / "results.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_results(damaged)
+    (damaged / "results.json").write_text((folders[0] / "results.json").read_text())
+    (damaged / "kurtosis.csv").write_text("image,vector_kurtosis\na,many\n")
+    with pytest.raises(ValueError, match=r"kurtosis.csv is damaged"):
+        load_results(damaged)

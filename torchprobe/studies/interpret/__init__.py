@@ -1,0 +1,11 @@
+"""The analysis of "Interpreting CLIP" on one encoder.
+
+========================  ===================================================================
+:func:`interpret`         encoder, head and images in, a folder of results out
+:class:`Interpretation`   what it found
+========================  ===================================================================
+"""
+
+from torchprobe.studies.interpret.run import Interpretation, Progress, interpret
+
+__all__ = ["interpret", "Interpretation", "Progress"]

@@ -1,0 +1,55 @@
+"""An interpretation for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from torchprobe.analysis.outliers import PEAK, feature_columns
+from torchprobe.rendering.tables import Column, plain_table, shown, text
+from torchprobe.studies.interpret.page import (
+    ABLATION_COLUMNS,
+    ACCURACY_COLUMNS,
+    CONCEPT_COLUMNS,
+    ROBUSTNESS_COLUMNS,
+    accuracy_rows,
+    concept_rows,
+    facts,
+    robustness_rows,
+)
+from torchprobe.studies.interpret.run import Interpretation
+
+SHOWN_FEATURES = 8
+
+
+def print_interpretation(found: Interpretation, out: Console) -> None:
+    """The numbers at the head, a table for each part, and what was left out."""
+    r = found.results
+    out.print(text(found.name, "bold"))
+    table = plain_table("", "", "", right={""})
+    for fact in facts(r):
+        table.add_row(text(fact.label), text(fact.value, "bold"), text(fact.note, "dim"))
+    out.print(table)
+    if rows := r["outliers"]["rows"][: min(SHOWN_FEATURES, len(r["outliers"]["indices"]))]:
+        print_rows("Outlier features", (*feature_columns(r["outliers"]["sigma"]), PEAK), rows, out)
+    if "accuracy" in r:
+        print_rows("Accuracy", ACCURACY_COLUMNS, accuracy_rows(r), out)
+    if "robustness" in r:
+        print_rows("Effective robustness", ROBUSTNESS_COLUMNS, robustness_rows(r), out)
+    if "ablation" in r:
+        print_rows("Without the outlier features", ABLATION_COLUMNS, r["ablation"]["rows"], out)
+    if "concepts" in r:
+        print_rows(f"Concepts, AP ≥ {r['concepts']['threshold']:g}", CONCEPT_COLUMNS, concept_rows(r), out)
+    for section, why in r["skipped"].items():
+        out.print(text(f"Left out: {section} ({why})", "dim"))
+
+
+def print_rows(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """A table under a title."""
+    table = plain_table(*(column.title for column in columns), right={column.title for column in columns if column.numeric})
+    for row in rows:
+        table.add_row(*(text(shown(row, column)) for column in columns))
+    out.print(text(title, "bold"))
+    out.print(table)

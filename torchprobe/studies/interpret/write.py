@@ -1,0 +1,88 @@
+"""The files of an interpretation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchprobe.rendering.files import replacing
+from torchprobe.rendering.page import WIDE, Picture
+from torchprobe.rendering.page import write as write_page
+from torchprobe.rendering.plots import write as write_figure
+from torchprobe.rendering.tables import write_csv
+from torchprobe.studies.dissect import file_names
+from torchprobe.studies.interpret.page import accuracy_rows, interpretation_page, robustness_rows
+from torchprobe.studies.interpret.run import Interpretation
+from torchprobe.studies.scan import dumps
+
+
+def write(found: Interpretation) -> dict[str, Path]:
+    """Writes ``results.json``, the tables, the plots as PNG and SVG, the concepts and the page; returns the paths by kind.
+
+    Each file replaces an older one at once.
+    """
+    folder, files = found.folder, paths(found)
+    for basis, name in file_names(found.concepts).items():
+        found.concepts[basis].save(folder / "concepts" / f"{name}.safetensors")
+    with replacing(files["results"]) as temporary:
+        temporary.write_text(dumps(found.results), encoding="utf-8")
+    for name, rows in tables(found).items():
+        write_csv(rows, files[name])
+    page = interpretation_page(found)
+    write_plots(files["plots"], [picture for section in page.sections for picture in section.pictures])
+    write_page(page, files["page"])
+    return files
+
+
+def paths(found: Interpretation) -> dict[str, Path]:
+    """Where the files of an interpretation lie, by kind; the page last."""
+    folder = found.folder
+    csv = {name: folder / f"{name}.csv" for name in tables(found)}
+    return {"results": folder / "results.json", **csv, "plots": folder / "plots", "page": folder / "index.html"}
+
+
+def write_plots(folder: Path, pictures: Sequence[Picture]) -> None:
+    """Each picture as PNG and as SVG, named by what it shows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = file_names([picture.description.replace(" ", "-") for picture in pictures])
+    for picture, name in zip(pictures, names.values(), strict=True):
+        figure = picture.draw(WIDE)
+        for suffix in ("png", "svg"):
+            write_figure(figure, folder / f"{name}.{suffix}")
+
+
+def tables(found: Interpretation) -> dict[str, list[dict[str, Any]]]:
+    """Everything that has rows, for CSV files of these names."""
+    r = found.results
+    rows = {
+        "kurtosis": [
+            {"image": name, "vector_kurtosis": value, "peak": peak}
+            for name, value, peak in zip(found.ids, found.kurtosis, found.peaks, strict=True)
+        ],
+        "features": r["outliers"]["rows"],
+    }
+    if "layers" in r:
+        rows["layers"] = r["layers"]["rows"]
+    if "accuracy" in r:
+        rows["accuracy"] = [{key: value for key, value in row.items() if key != "interval"} for row in accuracy_rows(r)]
+    if "robustness" in r:
+        rows["robustness"] = robustness_rows(r)
+    if "directions" in r:
+        rows["directions"] = [{"head": name, **row} for name in ("head", "centred") for row in r["directions"][name]]
+    if "pruning" in r:
+        rows["pruning"] = [
+            {"images": name, "order": order, **{key: curve[key][i] for key in curve}}
+            for name, orders in r["pruning"]["curves"].items()
+            for order, curve in orders.items()
+            for i in range(len(curve["keep"]))
+        ]
+    if "ablation" in r:
+        rows["ablation"] = r["ablation"]["rows"]
+    if "concepts" in r:
+        rows["concepts"] = [
+            {"basis": name, **{key: value for key, value in row.items() if key != "distribution"}}
+            for name, sweep in r["concepts"]["sweep"].items()
+            for row in sweep
+        ]
+    return rows
