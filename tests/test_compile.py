@@ -96,13 +96,17 @@ BACKENDS = [("aot_eager", 0.0), ("inductor", 1e-6)]
     ],
 )
 def test_fullgraph_gives_the_numbers_of_eager_mode(backend: str, tolerance: float, of: str) -> None:
+    """Of nan, inf and a large offset, too: counts and nonfinite exactly, moments to the tolerance, bits under aot_eager."""
     model = Net(depth=2).double()  # in float32 the compiler's own rounding would show
     batches = [batch.double() for batch in BATCHES]
+    batches[0][1, 2, 3], batches[1][0, 4] = math.nan, -math.inf
+    batches[2] += 1e4
     plain = run(model, torchprobe.record(model, "**", of=of), batches)
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend=backend, fullgraph=True, dynamic=True)
     seen = run(compiled, torchprobe.record(compiled, "**", of=of), batches)
     assert len(seen) == 10
+    assert seen["blocks.0"].nonfinite.sum() > 0
     assert_same(plain, seen, tolerance)
 
 

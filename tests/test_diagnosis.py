@@ -124,7 +124,7 @@ def test_every_read_the_wrong_calls() -> None:
 def test_no_tensor_in_a_layer_that_nobody_named() -> None:
     model = Calls(lambda self, x: str(self.blocks[0](x)), blocks=mlp())
     text = report(torchprobe.record(model), lambda: model(X))
-    assert "'': it holds no floating-point tensor; pick one with select=" in text
+    assert "'': it holds no floating-point tensor with features; pick one with select=" in text
 
 
 def test_no_patch_tokens_in_a_layer_that_nobody_named() -> None:

@@ -100,7 +100,10 @@ def test_inputs_by_keyword() -> None:
 
 def test_no_tensor_where_one_was_asked_for() -> None:
     model = Calls(lambda self, x: "text", inner=nn.Linear(6, 6))
-    with pytest.raises(TypeError, match="layer '': it holds no floating-point tensor; pass select="), torchprobe.record(model, ""):
+    with (
+        pytest.raises(TypeError, match="layer '': it holds no floating-point tensor with features; pass select="),
+        torchprobe.record(model, ""),
+    ):
         model(X)
     with (
         pytest.raises(TypeError, match="layer '': select gave no tensor"),
@@ -112,11 +115,20 @@ def test_no_tensor_where_one_was_asked_for() -> None:
 
 def test_integers_are_refused_with_a_way_out() -> None:
     model = Calls(lambda self, x: x.long())
+    with pytest.raises(TypeError, match="layer '': it holds no floating-point tensor with features"), torchprobe.record(model, ""):
+        model(X)
     with (
         pytest.raises(ValueError, match="layer '': observe_ reads float64, float32, bfloat16 and float16; got torch.int64"),
         torchprobe.record(model, "", select=lambda out: out),
     ):
         model(X)
+
+
+def test_integers_of_a_layer_that_nobody_named_are_passed_over_and_reported() -> None:
+    model = Calls(lambda self, x: self.blocks(x).argmax(-1), blocks=mlp())
+    text = report(recorder := torchprobe.record(model), lambda: model(X))
+    assert text.endswith("'': it holds no floating-point tensor with features; pick one with select=")
+    assert recorder.layers == [f"blocks.{i}" for i in range(6)]
 
 
 def test_a_width_that_changes() -> None:
@@ -128,7 +140,20 @@ def test_a_width_that_changes() -> None:
     assert rec["layer"].vectors == 5
 
 
+def test_a_loss_before_the_logits_is_passed_over() -> None:
+    model = Calls(lambda self, x: ModelOutput(loss=x.sum(), logits=x * 1))
+    with torchprobe.record(model, "") as rec, torchprobe.record(model, "", of="gradient") as gradients:
+        out = model(X.clone().requires_grad_())
+        (out.loss + 3 * out.logits.sum()).backward()
+    assert torch.equal(rec[""].max, X.double().amax(0))
+    assert torch.equal(gradients[""].max, torch.full((6,), 3.0, dtype=torch.float64))
+
+
 def test_a_single_number_has_no_features() -> None:
+    model = Calls(lambda self, x: self.blocks(x).sum(), blocks=mlp())
+    text = report(recorder := torchprobe.record(model), lambda: model(X))
+    assert text.endswith("'': it holds no floating-point tensor with features; pick one with select=")
+    assert recorder.layers == [f"blocks.{i}" for i in range(6)]
     model = Calls(lambda self, x: x.sum())
     with pytest.raises(ValueError, match="layer '': it gives a single number"), torchprobe.record(model, ""):
         model(X)

@@ -113,7 +113,7 @@ def _seen(slot: Slot) -> Tensor:
 
 _NOT_CALLED = "the model was not called while it was recorded"
 _SKIPPED: dict[Skipped, Callable[[Hook], str]] = {
-    Skipped.NO_TENSOR: lambda hook: "it holds no floating-point tensor; pick one with select=",
+    Skipped.NO_TENSOR: lambda hook: "it holds no floating-point tensor with features; pick one with select=",
     Skipped.NO_POSITIONS: lambda hook: f'it has one vector per input, so no positions="{hook.control.positions}"',
     Skipped.NOT_REAL: lambda hook: "it was only exported or traced, with no real numbers to read",
     Skipped.PAUSED: lambda hook: "every call came while the recorder was paused",

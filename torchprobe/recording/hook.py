@@ -108,6 +108,9 @@ class Hook:
         if x.is_meta or type(x).__name__ == "FakeTensor":
             self.skipped |= Skipped.NOT_REAL
             return
+        if not x.is_floating_point() and self.control.select is None:
+            nothing_found(self.key, False)
+            return
         if torch._C._functorch.is_batchedtensor(x):
             raise ValueError(
                 "it is called inside torch.func.vmap, which hides the batched dimension, so the vectors would be mixed up: "
@@ -116,9 +119,9 @@ class Hook:
         if not is_plain(x):
             mask = None if x.is_nested else mask  # a nested tensor holds no padding
             x = plain(x, self.layer.feature_dim)
-        dim = axis(self.key, x.dim())
         if not readable(self.key, x.dim()):
             return
+        dim = axis(self.key, x.dim())
         control = self.control
         if mask is not None:
             mask = fit_mask(mask, x, dim)
@@ -325,12 +328,12 @@ def axis(hook: Hook, dims: int) -> int:
 
 @at_trace_time
 def readable(hook: Hook, dims: int) -> bool:
-    """Whether the positions asked for exist; a layer that nobody named is then left out, and reported at the end."""
+    """Whether there are features, and the positions asked for; a layer that nobody named is then left out, and reported at the end."""
     if not hook.control.lenient or dims > 2 or (hook.control.positions != "patch" and dims == 2):
         return True
     if hook.control.positions == "all" and dims == 1:
         return True
-    hook.skipped |= Skipped.NO_POSITIONS
+    hook.skipped |= Skipped.NO_POSITIONS if dims else Skipped.NO_TENSOR
     return False
 
 
@@ -365,7 +368,7 @@ def nothing_found(hook: Hook, selected: bool) -> None:
     if hook.control.lenient and not selected:
         hook.skipped |= Skipped.NO_TENSOR
         return
-    what = "select gave no tensor" if selected else "it holds no floating-point tensor"
+    what = "select gave no tensor" if selected else "it holds no floating-point tensor with features"
     raise TypeError(f"{what}; pass select=, a function from what the module gives to a tensor")
 
 

@@ -62,7 +62,7 @@ def record(
         every: read only every n-th call of a layer; the calls are counted on the device.
         when: "always", or only while the layer is in "train" or in "eval" mode.
         select: from what the module gives to the tensor to read; for inputs it is called with ``(args, kwargs)``. Default:
-            the first floating-point tensor.
+            the first floating-point tensor that is more than a single number.
         outlier_sigma: see :class:`torchprobe.Moments`.
         keep: how many windows ``history`` keeps, the newest; default: all of them. ``total`` is over all of them in any case.
 

@@ -11,9 +11,12 @@ from torch import Tensor
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first floating-point tensor in tuples, lists, mappings and dataclasses, depth first; None if there is none."""
+    """The first floating-point tensor in tuples, lists, mappings and dataclasses, depth first; None if there is none.
+
+    A single number, such as a loss that comes before the logits, is none.
+    """
     if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
+        return value if value.is_floating_point() and value.dim() > 0 else None
     for item in _items(value):
         tensor = first_tensor(item)
         if tensor is not None:
