@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -263,6 +264,16 @@ def test_a_page_gives_the_pictures_its_colours(history, plots):
     for figure in (rec.history.plot(), rec.history.plot_layer("blocks.1"), rec.plot()):
         text = plots.svg(figure, "a picture")
         assert "var(--accent)" in text and "#1" not in text.replace("url(#", "").replace('"#', "")
+
+
+def test_cells_have_crisp_edges_and_short_numbers(history, plots):
+    text = plots.svg(history.history_map(np.linspace(3, 9, 40).reshape(20, 2), list(range(20)), ["a", "b"]), "map")
+    cells = re.findall(r'<path d="([^"]*)"([^>]*)', text)
+    crisp = [d for d, rest in cells if "crispEdges" in rest]
+    assert len(crisp) >= 40 and all(d.endswith("z") for d in crisp)
+    assert not re.search(r' d="[^"]*\.\d{3}', text)
+    curve = plots.svg(plots.depth_profile([{"layer": str(i), "vector_kurtosis": 3.0 + i} for i in range(9)]), "depth")
+    assert not [rest for d, rest in re.findall(r'<path d="([^"]*)"([^>]*)', curve) if "crispEdges" in rest and "z" not in d]
 
 
 def test_a_notebook_shows_a_figure_without_pyplot(plots):
