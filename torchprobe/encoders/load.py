@@ -42,8 +42,9 @@ def load_encoder(name: str, checkpoint: str | os.PathLike[str] | None = None, *,
         checkpoint: a local ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file with the weights of that
             architecture; nothing is fetched then, and WEIGHTS and PRETRAINED choose the preprocessing (and QuickGELU)
             only: without a tag, take the ``-quickgelu`` configuration where the file wants it (for files in OpenAI's
-            format anything else is refused). Only tensors are read (``weights_only=True``). Prefixes such as ``module.`` or ``model.visual.`` are stripped. A classification
-            layer in the file becomes the encoder's head, a text tower its text tower, if all of it is there.
+            format anything else is refused). Only tensors are read (``weights_only=True``). Prefixes such as
+            ``module.`` or ``model.visual.`` are stripped. A classification layer in the file becomes the encoder's
+            head, a text tower its text tower, if all of it is there.
         pretrained: False gives random weights, from PyTorch's generator, unless there is a checkpoint.
 
     Raises:
