@@ -36,7 +36,7 @@ from torchprobe.analysis.baseline import Baseline
 from torchprobe.datasets import Broden, BrodenWriter
 from torchprobe.encoders import Encoder, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
-from torchprobe.studies.compare import Comparison
+from torchprobe.studies.compare import Comparison, write
 from torchprobe.studies.compare.text import print_comparison
 from torchprobe.studies.suite import Inputs, run_suite
 
@@ -283,7 +283,7 @@ def study(folder: Path, suite: Path, resume: bool = False, say: Callable[[str], 
         templates=TEMPLATES,
     )
     found = run_suite(load_suite(suite), inputs, folder / "study", resume=resume, say=say)
-    found.write(folder / "study")
+    write(found, folder / "study")
     return found
 
 

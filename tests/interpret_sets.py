@@ -16,19 +16,19 @@ CLASSES = ("blue", "green", "red")  # as folders sort
 FEATURES, OUTLIER = 64, 7
 
 
-def colour(label: int, random: np.random.Generator, noise: float = 40.0) -> np.ndarray:
-    """A picture (12, 12, 3) in the colour of a class."""
-    picture = random.normal(60, noise, (12, 12, 3))
-    picture[..., 2 - label] += 120
+def colour(label: int, random: np.random.Generator, strength: float) -> np.ndarray:
+    """A picture (12, 12, 3) more or less in the colour of a class."""
+    picture = random.normal(90, 60, (12, 12, 3))
+    picture[..., 2 - label] += random.normal(strength, 15)
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def write_classes(folder: Path, each: int = 14, noise: float = 40.0, seed: int = 0) -> Path:
+def write_classes(folder: Path, each: int = 14, strength: float = 20.0, seed: int = 0) -> Path:
     random = np.random.default_rng(seed)
     for label, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for i in range(each):
-            Image.fromarray(colour(label, random, noise)).save(folder / name / f"{i:02}.png")
+            Image.fromarray(colour(label, random, strength)).save(folder / name / f"{i:02}.png")
     return folder
 
 
@@ -37,7 +37,7 @@ def write_concepts(folder: Path, images: int = 60) -> Path:
     with BrodenWriter(folder, {"color": list(CLASSES), "scene": ["day", "night"]}, size=12, image_format="png") as writer:
         for i in range(images):
             names = {"color": CLASSES[i % 3], "scene": "day" if random.random() < 0.5 else "night"}
-            writer.add(f"mine/{i:03}", colour(i % 3, random), names)
+            writer.add(f"mine/{i:03}", colour(i % 3, random, 100.0), names)
     return folder
 
 
@@ -83,5 +83,5 @@ def head(encoder: Encoder) -> Head:
         pure[label, 2 - label] = 0.7
     with torch.no_grad():
         h = encoder(pure)
-    h = h - h.mean(0)
-    return Head(nn.functional.normalize(h, dim=1), names=CLASSES)
+    weight = nn.functional.normalize(h - h.mean(0), dim=1)
+    return Head(weight, -weight @ h.mean(0), names=CLASSES)

@@ -15,7 +15,7 @@ from torchprobe.analysis.correlation import rank_correlation
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.intervals import bootstrap_interval
 from torchprobe.datasets import Broden, labelled_folder
-from torchprobe.studies.compare import Comparison, compare, load_results
+from torchprobe.studies.compare import Comparison, compare, load_results, write
 from torchprobe.studies.interpret import interpret
 
 ROLES = ("zero-shot", "fine-tuned", "supervised")
@@ -90,7 +90,7 @@ def test_correlations_are_over_the_encoders(found: Comparison) -> None:
 
 
 def test_written_and_harmless(found: Comparison, tmp_path: Path) -> None:
-    files = found.write(tmp_path)
+    files = write(found, tmp_path)
     assert json.loads(files["comparison"].read_text())["models"][0]["model"] == "model 0"
     page = files["page"].read_text()
     for title in ("The encoders", "Pairs within a backbone", "Rank correlations", "Pruning", "Concepts in common"):
@@ -103,7 +103,7 @@ def test_models_without_a_common_part(folders: list[Path], tmp_path: Path) -> No
     bare = interpret(sets.encoder(), labelled_folder(sets.write_classes(tmp_path / "images", 4)), tmp_path / "bare", layer_images=0)
     other = compare([folders[0], bare.folder])
     assert other.models[1]["accuracy"] is None and other.pairs == [] and other.overlaps == []
-    other.write(tmp_path / "out")
+    write(other, tmp_path / "out")
 
 
 def test_refusals(folders: list[Path], tmp_path: Path) -> None:

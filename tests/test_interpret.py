@@ -10,8 +10,8 @@ from pathlib import Path
 import interpret_sets as sets
 import pytest
 import torch
-from torchprobe.analysis.ablation import ablation
 
+from torchprobe.analysis.ablation import ablation
 from torchprobe.analysis.baseline import Baseline
 from torchprobe.analysis.directions import privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings
@@ -31,7 +31,7 @@ SECTIONS = {"kurtosis", "outliers", "layers", "accuracy", "robustness", "directi
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interpret")
     sets.write_classes(folder / "images")
-    sets.write_classes(folder / "noisy", each=6, noise=140.0, seed=5)
+    sets.write_classes(folder / "noisy", each=6, strength=5.0, seed=5)
     sets.write_concepts(folder / "concepts")
     sets.write_baseline(folder / "baseline.csv")
     return folder
@@ -40,7 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(data: Path, out: Path, encoder: Encoder | None = None, **options: object) -> Interpretation:
     model = encoder or sets.encoder()
     given: dict[str, object] = {
-        "head": sets.head(model),
+        "head": options.pop("head", None) or sets.head(model),
         "shifts": {"noisy": labelled_folder(data / "noisy", names=sets.CLASSES)},
         "broden": Broden(data / "concepts"),
         "baseline": Baseline.from_csv(data / "baseline.csv"),
@@ -132,8 +132,9 @@ def test_page_explains_and_claims_nothing(whole: Interpretation) -> None:
 def test_resumed_without_running_the_encoder(whole: Interpretation, data: Path) -> None:
     model = sets.encoder()
     before = (whole.folder / "results.json").read_bytes()
+    head = sets.head(model)
     model.visual.fail = True  # type: ignore[assignment]
-    again = run(data, whole.folder, model, resume=True)
+    again = run(data, whole.folder, model, head=head, resume=True)
     assert again.results == whole.results and (whole.folder / "results.json").read_bytes() == before
 
 

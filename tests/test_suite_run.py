@@ -15,7 +15,7 @@ from torchprobe.cli import cli
 from torchprobe.datasets import Broden
 from torchprobe.encoders import EncoderError, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
-from torchprobe.studies.compare import Comparison
+from torchprobe.studies.compare import Comparison, write
 from torchprobe.studies.suite import ALPHAS, Inputs, run_suite
 
 CONFIG = {
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("suite")
     sets.write_classes(root / "images", each=8)
-    sets.write_classes(root / "noisy", each=4, noise=140.0, seed=3)
+    sets.write_classes(root / "noisy", each=4, strength=5.0, seed=3)
     sets.write_concepts(root / "concepts", 30)
     sets.write_baseline(root / "baseline.csv")
     (root / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG}))
@@ -81,7 +81,7 @@ def inputs(folder: Path) -> Inputs:
 def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     out = tmp_path_factory.mktemp("out")
     comparison = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out)
-    comparison.write(out)
+    write(comparison, out)
     return comparison, out
 
 

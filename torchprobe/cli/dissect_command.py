@@ -65,6 +65,21 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--sign", type=click.Choice(["positive", "negative", "both"]), default="positive", show_default=True, help="Of ap.")
 @click.option("--negatives", type=click.Choice(["category", "all"]), default="category", show_default=True, help="Of ap.")
+@click.option("--pooling", type=click.Choice(["max", "mean"]), default="max", show_default=True, help="How a map becomes a score, for ap.")
+@click.option(
+    "--minimum-area",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of an image that a concept must cover to be in it, for ap.",
+)
+@click.option(
+    "--positions",
+    type=click.Choice(["patch", "class", "all"]),
+    default="patch",
+    show_default=True,
+    help="Of tokens; class and all for ap only.",
+)
 @click.option("--rotate", is_flag=True, help="Dissect a random rotation of each layer (--seed): the control for its axes.")
 @click.option("--shuffle-labels", type=int, metavar="SEED", help="Give the images each other's labels: the null.")
 @click.option("--null", "nulls", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="An earlier --out to compare with.")

@@ -241,9 +241,10 @@ def compare(folders: tuple[Path, ...], out: Path, seed: int, as_json: bool) -> N
 
 
 def _print_comparison(found: Any, out: Path, as_json: bool) -> None:
+    from torchprobe.studies.compare import write
     from torchprobe.studies.compare.text import print_comparison
 
-    files = found.write(out)
+    files = write(found, out)
     if as_json:
         print_json(found.summary() | {"files": {kind: str(path) for kind, path in files.items()}})
     else:

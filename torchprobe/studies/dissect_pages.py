@@ -44,19 +44,22 @@ def write_pages(
         pictures: top images of each unit.
         evidence: units whose evidence is shown.
         rotated: the units are those of a random rotation, with the seed of the metadata.
-        progress: told (pages done, pages in all).
+        progress: told (steps done, steps in all): a page is one, and the evidence of each unit another.
     """
     names = file_names(results)
     files = {}
-    for done, (layer, dissection) in enumerate(results.items(), 1):
+    for before, (layer, dissection) in enumerate(results.items()):
         beside = {name: layers[layer] for name, layers in (nulls or {}).items() if layer in layers}
         basis = random_rotation(dissection.units, int(dissection.metadata.get("seed", 0))) if rotated else None
         path = Path(folder) / f"{names[layer]}.html"
+
+        def tell(done: int, steps: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before * steps + done, len(results) * steps)
+
         files[layer or "(output)"] = write_report(
-            dissection, path, broden, encoder, nulls=beside, images=pictures, evidence=evidence, basis=basis
+            dissection, path, broden, encoder, nulls=beside, images=pictures, evidence=evidence, basis=basis, progress=tell
         )
-        if progress is not None:
-            progress(done, len(results))
     return files
 
 

@@ -93,8 +93,8 @@ def run_suite(
 ) -> Comparison:
     """Interprets every encoder of a suite and compares them.
 
-    Each goes into a folder of its own beneath ``out``; the comparison is returned, and :meth:`Comparison.write` puts it beside
-    them. An encoder that cannot be had – no weights,
+    Each goes into a folder of its own beneath ``out``; the comparison is returned
+    (:func:`torchprobe.studies.compare.write` puts it beside them). An encoder that cannot be had – no weights,
     its checkpoint is to be filled in – is skipped, and the comparison says why.
 
     Args:

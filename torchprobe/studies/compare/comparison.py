@@ -6,18 +6,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torchprobe.analysis.concepts import UNITS, concept_overlap
 from torchprobe.analysis.correlation import rank_correlation
-from torchprobe.rendering.files import replacing
-from torchprobe.rendering.page import write as write_page
-from torchprobe.rendering.tables import write_csv
 from torchprobe.studies.compare.pairs import difference, pairs_within
 from torchprobe.studies.compare.saved import Saved, load_results
-from torchprobe.studies.interpret.write import write_plots
-from torchprobe.studies.scan import dumps
 
 CORRELATED = (
     ("kurtosis", "robustness"),
@@ -60,23 +54,6 @@ class Comparison:
             "extras": self.extras,
             "skipped": self.skipped,
         }
-
-    def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
-        """Writes ``comparison.json``, tables as CSV, plots and the page; returns the paths by kind."""
-        from torchprobe.studies.compare.page import comparison_page
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "comparison.json") as temporary:
-            temporary.write_text(dumps(self.summary()), encoding="utf-8")
-        files = {"comparison": folder / "comparison.json"}
-        for name in ("models", "pairs", "correlations", "overlaps"):
-            if rows := getattr(self, name):
-                files[name] = write_csv(rows, folder / f"{name}.csv")
-        page = comparison_page(self)
-        write_plots(folder / "plots", [picture for section in page.sections for picture in section.pictures])
-        files["page"] = write_page(page, folder / "index.html")
-        return files
 
 
 def compare(

@@ -12,7 +12,7 @@ from typing import Any
 
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.studies.interpret.measures import IMAGENET
-from torchprobe.studies.interpret.run import FORMAT
+from torchprobe.studies.interpret.result import FORMAT
 
 _BOUND = 1 << 28  # bytes of a results file that is read
 

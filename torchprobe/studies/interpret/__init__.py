@@ -6,6 +6,7 @@
 ========================  ===================================================================
 """
 
-from torchprobe.studies.interpret.run import Interpretation, Progress, interpret
+from torchprobe.studies.interpret.result import Interpretation
+from torchprobe.studies.interpret.run import Progress, interpret
 
 __all__ = ["interpret", "Interpretation", "Progress"]

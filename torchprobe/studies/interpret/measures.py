@@ -145,7 +145,7 @@ def pruning(head: Head, found: Directions, sets: Mapping[str, Embeddings], x: X,
         for order in ("importance", "sigma"):
             curve = pruning_curve(head, found, embeddings, FRACTIONS, order=order)
             mine[order] = {"keep": curve.keep.tolist(), "kept": curve.kept.tolist(), "accuracy": curve.accuracy.tolist()}
-        bands = pruning_bands(head, found, embeddings, FRACTIONS, seeds=SEEDS, seed=seed)
+        bands = pruning_bands(head, found, embeddings, range(seed, seed + SEEDS), FRACTIONS)
         mine["random"] = {
             "keep": bands.keep.tolist(), "kept": bands.kept.tolist(), "accuracy": bands.mean.tolist(),
             "low": bands.low.tolist(), "high": bands.high.tolist(),

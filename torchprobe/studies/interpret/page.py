@@ -15,7 +15,7 @@ from torchprobe.rendering.curves import Series, curves
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
 from torchprobe.rendering.tables import Column, number
 from torchprobe.studies.interpret.measures import IMAGENET, SEEDS
-from torchprobe.studies.interpret.run import Interpretation
+from torchprobe.studies.interpret.result import Interpretation
 from torchprobe.studies.scan_page import VECTOR, layer_columns, with_vectors
 
 SHOWN = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +14,28 @@ import torch
 from torchprobe.analysis.baseline import Baseline
 from torchprobe.analysis.concepts import concepts
 from torchprobe.analysis.directions import Directions, split
+from torchprobe.analysis.embedding_run import by_first
 from torchprobe.analysis.embeddings import Embeddings, embed
 from torchprobe.analysis.robustness import X
 from torchprobe.datasets import Broden, Images, LabelledImages
 from torchprobe.dissection import Dissection
 from torchprobe.dissection.progress import Clock, Progress, Told
 from torchprobe.dissection.ranks import Ranks
+from torchprobe.dissection.walk import clear_checkpoint
 from torchprobe.encoders import Encoder, Head
+from torchprobe.ops.digest import digest
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret import measures
 from torchprobe.studies.interpret.measures import IMAGENET
+from torchprobe.studies.interpret.result import FORMAT, Interpretation
 from torchprobe.studies.interpret.stages import Plain, Stages
+from torchprobe.studies.interpret.write import write
 from torchprobe.studies.scan import scan
 
 __all__ = ["Interpretation", "Progress", "interpret"]
 
-FORMAT = 1
 LAYER_IMAGES = 1024
 """Images over which the layers are recorded: a depth profile needs no more (a choice of ours)."""
-
-
-@dataclass
-class Interpretation:
-    """What one run found.
-
-    Attributes:
-        results: everything, as ``results.json`` has it: a section is missing where its input was, and ``skipped`` says why.
-        kurtosis: vector kurtosis by image, with ``ids``; nan where there is none.
-        peaks: max|h| / mean|h| by image.
-        ids: the images.
-        folder: where the files lie.
-    """
-
-    results: Plain
-    kurtosis: list[float]
-    peaks: list[float]
-    ids: list[str]
-    folder: Path
-    concepts: dict[str, Dissection] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """What the encoder is called."""
-        return str(self.results["name"])
 
 
 def interpret(
@@ -120,23 +99,22 @@ def interpret(
         raise ValueError(f"the head takes {head.in_features} features, but the representation of {encoder.name} has {encoder.features}")
     if IMAGENET in shifts:
         raise ValueError(f"{IMAGENET!r} is the name of the unshifted images; call the shift something else")
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "embeddings").mkdir(parents=True, exist_ok=True)
     sets = {IMAGENET: images, **shifts}
     clock = Clock(progress, len(sets) + (layer_images > 0) + (broden is not None))
-    run = _Run(encoder, head, folder, Stages(folder, resume), clock, batch_size, device, workers, seed, resume, stop)
     with Ranks() as ranks:
+        run = _Run(encoder, head, folder, Stages(folder, resume), clock, batch_size, device, workers, seed, resume, stop, ranks)
         embedded = {name: run.embed(name, one) for name, one in sets.items()}
         found = run.directions(embedded[IMAGENET])
-        dissections = {} if broden is None else run.concepts(broden, found)
-        result = None
-        if ranks.first:
+        dissections = {} if broden is None else run.concepts(broden, found, str(embedded[IMAGENET].made["weights"]))
+
+        def rest() -> Interpretation:
             result = run.results(embedded, found, dissections, sets, baseline, x, layers, layer_images, broden, dict(published or {}))
             result.results |= {"about": dict(about or {})}
-            from torchprobe.studies.interpret.write import write
-
             write(result)
-        shared: Interpretation = ranks.from_first(result)
-    return shared
+            return result
+
+        return by_first(ranks, rest)
 
 
 class _Run:
@@ -155,11 +133,12 @@ class _Run:
         seed: int,
         resume: bool,
         stop: Callable[[], bool] | None,
+        ranks: Ranks,
     ) -> None:
         self.encoder, self.head, self.folder, self.stages, self.clock = encoder, head, folder, stages, clock
         self.batch_size, self.device, self.workers, self.seed = batch_size, device, workers, seed
-        self.resume, self.stop = resume, stop
-        self.facts: Plain = {"seed": seed, "head": None if head is None else _digest(head)}
+        self.resume, self.stop, self.ranks = resume, stop, ranks
+        self.facts: Plain = {"seed": seed, "head": None if head is None else [digest(head.parameters()), getattr(head, "normalize", False)]}
 
     # -- passes through the encoder ------------------------------------------------------------------------------------
 
@@ -182,29 +161,50 @@ class _Run:
         self.clock.finish()
         return embeddings
 
-    def concepts(self, broden: Broden, found: Directions | None) -> dict[str, Dissection]:
-        """Every basis against the concepts."""
+    def concepts(self, broden: Broden, found: Directions | None, weights: str) -> dict[str, Dissection]:
+        """Every basis against the concepts; on disk, and read from there when nothing has changed."""
+        folder = self.folder / "concepts"
+        directions = None if found is None else found.directions[: found.rank]
+        made = {
+            "weights": weights,
+            "directions": None if directions is None else digest([directions]),
+            "data": hashlib.sha256((broden.root / "index.csv").read_bytes() + repr((broden.split, broden.categories)).encode()).hexdigest(),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
 
         def tell(progress: Progress) -> None:
             if progress.stage != self.clock.stage:
                 self.clock.start(progress.stage, 0, progress.total)
             self.clock.tell(progress.done)
 
+        def compute() -> Plain:
+            if self.ranks.first and not self.resume and (folder / "checkpoint").is_dir():
+                clear_checkpoint(folder / "checkpoint")
+            self.ranks.barrier()
+            result = concepts(
+                self.encoder,
+                broden,
+                directions,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                device=self.device,
+                workers=self.workers,
+                checkpoint=folder / "checkpoint",
+                resume=True,
+                progress=tell,
+            )
+            if self.ranks.first:
+                for basis, name in file_names(result).items():
+                    result[basis].save(folder / f"{name}.safetensors")
+                clear_checkpoint(folder / "checkpoint")
+            self.ranks.barrier()
+            return {"files": file_names(result)}
+
         self.clock.start("concepts", 0, len(broden))
-        result = concepts(
-            self.encoder,
-            broden,
-            None if found is None else found.directions[: found.rank],
-            seed=self.seed,
-            batch_size=self.batch_size,
-            device=self.device,
-            workers=self.workers,
-            checkpoint=self.folder / "concepts" / "checkpoint",
-            resume=self.resume,
-            progress=tell,
-        )
+        files = self.stages.run("concepts-made", made, compute)["files"]
         self.clock.finish()
-        return result
+        return {basis: Dissection.load(folder / f"{name}.safetensors") for basis, name in files.items()}
 
     def layers(self, images: Images, layers: str | Iterable[str] | None, count: int) -> Plain:
         """Vector kurtosis over depth, as ``torchprobe scan`` has it."""
@@ -345,19 +345,9 @@ def sample(images: Images, count: int, seed: int) -> Images:
     return replace(images, paths=paths, **({"labels": [images.labels[i] for i in chosen]} if isinstance(images, LabelledImages) else {}))
 
 
-def _identity(embeddings: Embeddings) -> str:
+def _identity(embeddings: Embeddings) -> Plain:
     """What a stage that reads representations depends on."""
-    digest = hashlib.sha256(repr((embeddings.ids, embeddings.y.tolist(), embeddings.classes)).encode("utf-8", "surrogateescape"))
-    for rows in embeddings.h.split(4096):
-        digest.update(rows.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _digest(head: Head) -> str:
-    digest = hashlib.sha256(repr((head.weight.shape, head.normalize, head.names)).encode())
-    for parameter in head.parameters():
-        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return {**embeddings.made, "images": len(embeddings), "classes": embeddings.classes, "groups": repr(embeddings.groups)}
 
 
 def _baseline(baseline: Baseline | None) -> Any:

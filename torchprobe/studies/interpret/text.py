@@ -19,7 +19,7 @@ from torchprobe.studies.interpret.page import (
     facts,
     robustness_rows,
 )
-from torchprobe.studies.interpret.run import Interpretation
+from torchprobe.studies.interpret.result import Interpretation
 
 SHOWN_FEATURES = 8
 

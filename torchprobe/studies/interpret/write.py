@@ -13,18 +13,16 @@ from torchprobe.rendering.plots import write as write_figure
 from torchprobe.rendering.tables import write_csv
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret.page import accuracy_rows, interpretation_page, robustness_rows
-from torchprobe.studies.interpret.run import Interpretation
+from torchprobe.studies.interpret.result import Interpretation
 from torchprobe.studies.scan import dumps
 
 
 def write(found: Interpretation) -> dict[str, Path]:
-    """Writes ``results.json``, the tables, the plots as PNG and SVG, the concepts and the page; returns the paths by kind.
+    """Writes ``results.json``, the tables, the plots as PNG and SVG, and the page; returns the paths by kind.
 
     Each file replaces an older one at once.
     """
-    folder, files = found.folder, paths(found)
-    for basis, name in file_names(found.concepts).items():
-        found.concepts[basis].save(folder / "concepts" / f"{name}.safetensors")
+    files = paths(found)
     with replacing(files["results"]) as temporary:
         temporary.write_text(dumps(found.results), encoding="utf-8")
     for name, rows in tables(found).items():
