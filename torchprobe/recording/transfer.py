@@ -35,12 +35,12 @@ class Transfer:
 
     def put(self, parts: Sequence[Part]) -> None:
         """Takes one window over."""
-        names = [name for group, _ in parts for name in group]
-        if self._block is not None and self._block.names != names:  # a layer fired for the first time
+        groups = [(names, numbers.device) for names, numbers in parts]
+        if self._block is not None and self._block.groups != groups:  # a layer fired for the first time
             self._send()
         if self._block is None:
-            self._block = _Block(names, parts)
-        self._block.add(parts)
+            self._block = _Block(groups, [numbers for _, numbers in parts])
+        self._block.add([numbers for _, numbers in parts])
         if self._block.filled == self._block.size:
             self._send()
 
@@ -64,19 +64,19 @@ class Transfer:
 class _Block:
     """Some windows of the same layers, in one tensor (windows, layers, numbers) for each device."""
 
-    def __init__(self, names: list[str], parts: Sequence[Part]) -> None:
-        self.names = names
+    def __init__(self, groups: list[tuple[list[str], torch.device]], parts: list[Tensor]) -> None:
+        self.groups = groups
         self.filled = 0
-        self.size = min(BLOCK, max(1, BYTES // max(1, sum(numbers.nbytes for _, numbers in parts))))
+        self.size = min(BLOCK, max(1, BYTES // max(1, sum(numbers.nbytes for numbers in parts))))
         self.devices: dict[torch.device, list[int]] = {}  # which parts lie there
-        for index, (_, numbers) in enumerate(parts):
-            self.devices.setdefault(numbers.device, []).append(index)
-        self.order = [name for chosen in self.devices.values() for index in chosen for name in parts[index][0]]
-        self.memory = [_memory(self.size, [parts[index][1] for index in chosen]) for chosen in self.devices.values()]
+        for index, (_, device) in enumerate(groups):
+            self.devices.setdefault(device, []).append(index)
+        self.order = [name for chosen in self.devices.values() for index in chosen for name in groups[index][0]]
+        self.memory = [_memory(self.size, [parts[index] for index in chosen]) for chosen in self.devices.values()]
 
-    def add(self, parts: Sequence[Part]) -> None:
+    def add(self, parts: list[Tensor]) -> None:
         for memory, chosen in zip(self.memory, self.devices.values(), strict=True):
-            _write(memory[self.filled], [parts[index][1] for index in chosen])
+            _write(memory[self.filled], [parts[index] for index in chosen])
         self.filled += 1
 
 
