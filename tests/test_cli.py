@@ -271,9 +271,28 @@ def test_dissect_prints_and_writes(run, broden, tmp_path):
 
 def test_dissect_as_json_by_average_precision(run, broden, tmp_path):
     arguments = ["dissect", MODEL, "--random-init", "--layers", "visual.blocks.1", "--broden", broden, "--out", tmp_path / "out"]
-    code, out, _ = run(*arguments, "--score", "ap", "--limit", 9, "--category", "object", "--rotate", "--pictures", 0, "--json")
+    code, out, _ = run(
+        *arguments,
+        "--score",
+        "ap",
+        "--limit",
+        9,
+        "--category",
+        "object",
+        "--rotate",
+        "--pictures",
+        0,
+        "--pooling",
+        "mean",
+        "--minimum-area",
+        0.1,
+        "--positions",
+        "all",
+        "--json",
+    )
     assert code == 0
     (layer,) = json.loads(out)["layers"]
+    assert (layer["metadata"]["pooling"], layer["metadata"]["minimum_area"], layer["metadata"]["positions"]) == ("mean", 0.1, "all")
     assert layer["images"] == 9
     assert "detectors" not in layer
     assert layer["metadata"]["score"] == ["ap"]

@@ -22,6 +22,7 @@ def test_a_folder_for_a_folder(root, tmp_path):
     found = dissect_folder(Net(), root, ["conv", "norm"], tmp_path / "out", preprocess=preprocess, progress=told.append)
     files = {f"{layer}{end}" for layer in ("conv", "norm") for end in (".safetensors", ".csv", "-ap.csv")} | {"summary.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # whoever may read one may read all
     for layer, dissection in found.items():
         assert Dissection.load(tmp_path / "out" / f"{layer}.safetensors") == dissection
     layers = json.loads((tmp_path / "out/summary.json").read_text())["layers"]

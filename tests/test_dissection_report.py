@@ -356,7 +356,10 @@ def test_evidence_refuses_what_is_not_there(made):
 def test_the_page_shows_evidence(made, tmp_path):
     pytest.importorskip("captum", reason="captum is not installed")
     broden, net, d = made
-    text, data, _ = shown_units(write_report(d, tmp_path / "a.html", broden, net, images=2, evidence=1))
+    told = []
+    path = write_report(d, tmp_path / "a.html", broden, net, images=2, evidence=1, progress=lambda *steps: told.append(steps))
+    assert told == [(1, 2), (2, 2)]
+    text, data, _ = shown_units(path)
     assert [picture[5] is not None for picture in data["units"][0]] == [True, True]
     assert all(picture[5] is None for unit in data["units"][1:] for picture in unit)
     assert "integrated gradients" in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,6 +194,7 @@ def write_report(
     evidence: int = 0,
     basis: Tensor | None = None,
     units: Sequence[int] | None = None,
+    progress: Callable[[int, int], object] | None = None,
     **choices: Any,
 ) -> Path:
     """Writes one self-contained HTML page about a layer, and returns the path.
@@ -208,6 +209,7 @@ def write_report(
         evidence: units, best first, for which the page also shows what speaks for them by integrated gradients; needs captum.
         basis: the directions, where it is no dissection of units.
         units: only pictures of these; default: of all.
+        progress: told (steps done, steps in all); a unit's evidence is one step, all other pictures together are another.
         choices: ``threshold``, ``ap_threshold``, ``alpha``, ``score``; see :class:`Report`.
 
     Raises:
@@ -216,6 +218,11 @@ def write_report(
         ValueError: ``encoder`` has another number of units than the dissection.
     """
     require()
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(done, 1 + evidence)
+
     report = Report(dissection, nulls or {}, **choices)
     pictures = None
     if broden is not None and dissection.top is not None and images > 0:
@@ -223,5 +230,9 @@ def write_report(
         pictures = Pictures(dissection, broden, {row.unit: row.index for row in chosen}, images)
         if encoder is not None:
             pictures.add_regions(encoder, basis)
-            pictures.add_evidence(encoder, [row.unit for row in chosen[:evidence]], basis)
-    return write_dissection(report.page(pictures), path)
+            for done, row in enumerate(chosen[:evidence], 1):
+                tell(done)
+                pictures.add_evidence(encoder, row.unit, basis)
+    written = write_dissection(report.page(pictures), path)
+    tell(1 + evidence)
+    return written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -97,16 +97,15 @@ class Pictures:
         for unit, mask in zip(units, active.numpy(), strict=True):
             self._shown[unit, row] = replace(self._shown[unit, row], region=outline(reduced(mask, GRID)))
 
-    def add_evidence(self, model: nn.Module, units: Sequence[int], basis: Tensor | None = None) -> None:
-        """For some units, what in each image speaks for them; see :func:`torchprobe.dissection.evidence.evidence`."""
-        for unit in units:
-            found = evidence(self.dissection, unit, self.broden, model, len(self.ids[unit]), basis=basis)
-            for row, heat in zip(found.ids.tolist(), found.heat, strict=True):
-                shown = self._shown[unit, row]
-                name = f"{self.thumbnails[shown.thumbnail].name}, evidence for unit {unit}"
-                self.thumbnails.append(thumbnail(_heat_image(heat), name, (1, 1)))
-                self._shown[unit, row] = replace(shown, evidence=len(self.thumbnails) - 1)
-            self.evidence = True
+    def add_evidence(self, model: nn.Module, unit: int, basis: Tensor | None = None) -> None:
+        """For a unit, what in each image speaks for it; see :func:`torchprobe.dissection.evidence.evidence`."""
+        found = evidence(self.dissection, unit, self.broden, model, len(self.ids[unit]), basis=basis)
+        for row, heat in zip(found.ids.tolist(), found.heat, strict=True):
+            shown = self._shown[unit, row]
+            name = f"{self.thumbnails[shown.thumbnail].name}, evidence for unit {unit}"
+            self.thumbnails.append(thumbnail(_heat_image(heat), name, (1, 1)))
+            self._shown[unit, row] = replace(shown, evidence=len(self.thumbnails) - 1)
+        self.evidence = True
 
 
 class _Concepts:
@@ -142,7 +141,10 @@ def _heat_image(heat: Tensor) -> Any:
     """Contributions (H, W) as a picture: for the unit is warm, against it cold, none is white; 1 % of the pixels are at full strength."""
     from PIL import Image
 
-    smooth = torch.nn.functional.avg_pool2d(heat[None, None].float(), 5, 1, 2, count_include_pad=False)[0, 0]
+    smooth, width = heat[None].float(), min(heat.shape) // 24 | 1  # a thumbnail shows no single pixels
+    for _ in range(2):
+        smooth = torch.nn.functional.avg_pool2d(smooth, width, 1, width // 2, count_include_pad=False)
+    smooth = smooth[0]
     largest = float(smooth.abs().flatten().sort().values[int(0.99 * (smooth.numel() - 1))]) or 1.0
     share = (smooth / largest).clamp(-1, 1)[..., None].numpy()
     warm, cold = np.array([184, 80, 31]), np.array([26, 111, 143])
