@@ -48,6 +48,7 @@ class Network:
     """A network and which of its modules are blocks; images are square, ``size`` wide."""
 
     title: str
+    module: str  # what builds it
     build: Callable[[], nn.Module]
     is_block: Callable[[str], bool]
     size: int = 224
@@ -74,9 +75,14 @@ def _resnet() -> nn.Module:
 
 
 NETWORKS = {
-    "vit": Network("open_clip's ViT-B/32", _vit, lambda name: name.rpartition(".")[0] == "transformer.resblocks"),
+    "vit": Network("open_clip's ViT-B/32", "open_clip", _vit, lambda name: name.rpartition(".")[0] == "transformer.resblocks"),
     "resnet": Network(
-        "torchvision's ResNet-50", _resnet, lambda name: name.count(".") == 1 and name.startswith("layer"), maps=True, feature_dim=1
+        "torchvision's ResNet-50",
+        "torchvision.models",
+        _resnet,
+        lambda name: name.count(".") == 1 and name.startswith("layer"),
+        maps=True,
+        feature_dim=1,
     ),
 }
 
@@ -217,7 +223,10 @@ def _inside(
 def peak(network: Network, name: str, batch: int, device: torch.device) -> int:
     """Bytes that a few steps need at most, in this process, beyond what it holds now."""
     monitor = monitors.MONITORS[name]
-    monitors.missing(monitor.module)  # imports it
+    monitors.missing(monitor.module)  # what is imported is not counted,
+    monitors.missing(network.module)
+    rehearsal = Training(replace(network, build=lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 4)), size=4), 2, torch.device("cpu"))
+    rehearsal.step(rehearsal.model)  # nor what PyTorch imports with the first step
     before = 0 if device.type == "cuda" else _resident()
     training = Training(network, batch, device)
     with monitor.attach(training.model, training.blocks(training.model)):

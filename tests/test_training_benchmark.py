@@ -33,7 +33,7 @@ class Net(nn.Module):
         return self.head(self.layer1(x).mean((-1, -2)))
 
 
-TINY = training.Network("a tiny network", Net, lambda name: name.startswith("layer1."), size=8, maps=True, feature_dim=1)
+TINY = training.Network("a tiny network", "torch", Net, lambda name: name.startswith("layer1."), size=8, maps=True, feature_dim=1)
 
 
 @pytest.fixture
