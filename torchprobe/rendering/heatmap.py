@@ -122,17 +122,18 @@ def _paint(axes: Axes, shades: NDArray[np.int64], x: NDArray[Any], y: NDArray[An
     """One path for each shade, since a page may load no picture within the picture. ``x`` and ``y``: the edges of columns and rows."""
     from matplotlib.patches import PathPatch
 
+    # add_artist, because add_patch would look at every corner to find out how large the picture is.
     for shade in np.unique(shades):
         path = _rectangles(shades == shade, x, y)
         if shade < 0:
-            axes.add_patch(PathPatch(path, facecolor="none", edgecolor=BAND, hatch="////", linewidth=0))
+            axes.add_artist(PathPatch(path, facecolor="none", edgecolor=BAND, hatch="////", linewidth=0))
             continue
         share = (shade + 1) / LEVELS
         layers = [(ACCENT, min(1.0, share / _TURN))]
         if share > _TURN:
             layers.append((INK, 0.8 * (share - _TURN) / (1 - _TURN)))
         for colour, alpha in layers:
-            axes.add_patch(PathPatch(path, facecolor=colour, alpha=alpha, linewidth=0, antialiased=False))
+            axes.add_artist(PathPatch(path, facecolor=colour, alpha=alpha, linewidth=0, antialiased=False))
 
 
 def _rectangles(where: NDArray[np.bool_], x: NDArray[Any], y: NDArray[Any]) -> Path:
