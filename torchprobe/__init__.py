@@ -20,7 +20,7 @@ from torchprobe.recording import Recorder, Recording, RecordingWarning, load, re
 from torchprobe.statistics import Moments
 
 if TYPE_CHECKING:
-    from torchprobe import encoders
+    from torchprobe import analysis, datasets, dissection, encoders
     from torchprobe.encoders import Encoder, load_encoder
 
 __version__ = "0.1.0"
@@ -33,16 +33,20 @@ __all__ = [
     "Moments",
     "load_encoder",
     "Encoder",
+    "analysis",
+    "datasets",
+    "dissection",
     "encoders",
     "ops",
     "statistics",
 ]
 
-_LAZY = {"encoders": "torchprobe.encoders", "Encoder": "torchprobe.encoders", "load_encoder": "torchprobe.encoders"}
+_LAZY = {name: f"torchprobe.{name}" for name in ("analysis", "datasets", "dissection", "encoders")}
+_LAZY |= dict.fromkeys(("Encoder", "load_encoder"), "torchprobe.encoders")
 
 
 def __getattr__(name: str) -> Any:
-    """Encoders bring in torchvision, timm or open_clip: only when asked for."""
+    """What training does not need is imported only when asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module 'torchprobe' has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name])

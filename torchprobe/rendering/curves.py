@@ -31,7 +31,7 @@ class Series:
 
     Args:
         label: what it is called.
-        x, y: equally many numbers; nan is a gap.
+        x, y: equally many numbers; nan is a gap. Where every x is an int, the axis counts.
         low, high: a band around it, if there is one.
     """
 
@@ -82,6 +82,8 @@ def curves(
     >>> len(curves([Series("a", [0, 1], [0.5, 1.0])], "kept", "accuracy").axes)
     1
     """
+    from matplotlib.ticker import MaxNLocator
+
     if len(series) > 2 * len(_LOOKS):
         raise ValueError(f"{len(series)} curves in one figure cannot be told apart; at most {2 * len(_LOOKS)}")
     figure, (axes,) = _figure(width, height)
@@ -109,6 +111,8 @@ def curves(
         _log_scale(axes, "y", np.concatenate([_numbers(one.y).ravel() for one in series] or [np.ones(1)]))
     elif limits is not None:
         axes.set_ylim(*limits)
+    if all(isinstance(value, int) for one in series for value in np.asarray(one.x, dtype=object).ravel()):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(_plain(x_label))
     axes.set_ylabel(_plain(y_label))
     if len(series) > 1 or series[0].label:

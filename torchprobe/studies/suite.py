@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from torchprobe.analysis.baseline import Baseline
 from torchprobe.analysis.embeddings import embed
@@ -243,29 +242,27 @@ def _along(a: Encoder, b: Encoder, heads: tuple[Head, Head], sets: Mapping[str, 
     """Accuracy on every set, and the vector kurtosis of the representation, from the first network to the second."""
     if heads[0].normalize != heads[1].normalize:
         raise ValueError("one head sees vectors of length 1, the other does not")
-    first, second = (nn.ModuleDict({"visual": encoder.visual, "head": _scaled(head)}) for encoder, head in zip((a, b), heads, strict=True))
+    first, second = (
+        Encoder(encoder.visual, features=encoder.features, preprocess=encoder.preprocess, name=encoder.name, head=_scaled(head))
+        for encoder, head in zip((a, b), heads, strict=True)
+    )
     place = inputs.device or "cpu"
     calibration = [batch.pixels.to(place) for batch in few.batches(a.preprocess, inputs.batch_size, inputs.workers) if batch.names]
     accuracy: dict[str, list[float]] = {name: [] for name in sets}
     kurtosis = []
     for _, mixed in interpolate(first, second, ALPHAS, recalibrate=calibration):
-        layer = mixed["head"]
-        head = Head(layer.weight.detach(), layer.bias.detach(), normalize=heads[0].normalize, names=heads[0].names)
-        encoder = Encoder(mixed["visual"], features=a.features, preprocess=a.preprocess, name=a.name)
+        assert mixed.head is not None
         for name, images in sets.items():
-            embeddings = embed(encoder, images, batch_size=inputs.batch_size, device=inputs.device, workers=inputs.workers)
-            accuracy[name].append(evaluate(head, embeddings).accuracy)
+            embeddings = embed(mixed, images, batch_size=inputs.batch_size, device=inputs.device, workers=inputs.workers)
+            accuracy[name].append(evaluate(mixed.head, embeddings).accuracy)
             if name == IMAGENET:
                 kurtosis.append(float(vector_kurtosis(embeddings.h).nanmean()))
     return {"alphas": list(ALPHAS), "accuracy": accuracy, "kurtosis": kurtosis}
 
 
-def _scaled(head: Head) -> nn.Linear:
+def _scaled(head: Head) -> Head:
     """The head with a weight of length 1 in all, and a bias: no decision changes, and a head with large logits does not outweigh the other
     (a choice of ours; a zero-shot head has rows of length 1, a trained one whatever it needed)."""
-    size = float(torch.linalg.matrix_norm(head.weight.detach().double()))
-    layer = nn.Linear(head.in_features, head.out_features)
-    with torch.no_grad():
-        layer.weight.copy_(head.weight / size)
-        layer.bias.copy_(torch.zeros(head.out_features) if head.bias is None else head.bias / size)
-    return layer
+    size = torch.linalg.matrix_norm(head.weight.detach())
+    bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
+    return Head(head.weight.detach() / size, bias.detach() / size, normalize=head.normalize, names=head.names)

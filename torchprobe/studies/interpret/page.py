@@ -150,7 +150,7 @@ def representation(found: Interpretation) -> list[Section]:
     interval = tuple(float("nan") if end is None else end for end in k["interval"])
     rows = [
         {"what": "mean over images", "value": k["mean"], "note": "the number of the model"},
-        {"what": "median over images", "value": k["median"], "note": "far below the mean: few images carry it"},
+        {"what": "median over images", "value": k["median"], "note": "where it is far below the mean, few images carry that"},
         {"what": "random rotations", "value": k["rotation"]["mean"], "note": f"{len(k['rotation']['values'])} of them: the axes forgotten"},
         {"what": "mean image subtracted", "value": k["centred"], "note": "without what is large in every image alike"},
         {"what": "Gaussian features", "value": k["gaussian"], "note": f"± {number(k['gaussian_std'], 2)} from vector to vector"},
