@@ -1,4 +1,5 @@
-"""The source of the CUDA kernels, run on the host: every cut of a call, any order of threads, and mutants that must not go unnoticed.
+"""The source of the CUDA kernels, run on the host: every cut of a call, any order of threads, no races, nothing misaligned, and
+mutants that must not go unnoticed.
 
 tests/test_ops.py holds the same kernels against the oracle on every type, layout and hostile value.
 """
@@ -12,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import cuda_shim
@@ -29,7 +29,7 @@ NAN = float("nan")
 
 def observed(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None, sigma: float = 6.0, **device: object) -> Moments:
     m = Moments(x.shape[feature_dim], outlier_sigma=sigma)
-    cuda_shim.observe(m.state, x, feature_dim, sigma, 1, mask, **device)
+    cuda_shim.observe(m.state, x, feature_dim, sigma, 1, mask, watched=True, **device)
     return m
 
 
@@ -78,6 +78,24 @@ def test_any_size_of_device(multiprocessors: int) -> None:
     assert_close(observed(x, multiprocessors=multiprocessors), x)
 
 
+def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
+    far, values = (1 << 30) + 64, torch.randn(5, 48).bfloat16()
+    sparse = tmp_path / "sparse"  # of its 10 GB next to nothing is there
+    memory = torch.from_file(str(sparse), shared=True, size=5 * far, dtype=torch.bfloat16)
+    for step in (1, 2):
+        x = memory.as_strided((5, 48), (far, step))
+        x.copy_(values)
+        assert_close(observed(x), values)  # as vectors far apart
+        assert_close(observed(x, 0), values, 0)  # as features far apart
+
+
+@pytest.mark.parametrize("features", [8, 5000])
+def test_a_call_of_any_length_is_one_launch(features: int) -> None:
+    plan = cuda_shim.plan(torch.randn(1, features).expand(1 << 36, features), multiprocessors=132)
+    assert 0 < plan["tiles"] * plan["slabs"] < 1 << 31  # the largest grid
+    assert 0 < plan["tile_vectors"] <= 512 * plan["groups"]
+
+
 # -- the order of threads --------------------------------------------------------------------------------------------------------
 
 
@@ -103,11 +121,15 @@ def hostile() -> Iterator[tuple[str, Tensor, int, Tensor | None]]:
     z[3, 4000], z[5] = NAN, 1.0
     yield "wide", z, -1, None
     yield "one tile", torch.randn(2, 40), -1, None
+    yield "wide of float16", z[:9].clamp(-1000, 1000).half(), -1, None
+    yield "wide, not aligned", torch.randn(9 * 5000 + 1)[1:].view(9, 5000), -1, None
     yield "rows of 768", torch.randn(70, 768) + 2, -1, None
+    yield "rows, not aligned", torch.randn(40 * 64 + 3).bfloat16()[3:].view(40, 64), -1, None
     yield "tails", torch.randn(1001, 28), -1, None
+    yield "tails of float16", x[:301].half(), -1, None
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(16))
 def test_the_order_of_threads_and_blocks_changes_nothing(index: int) -> None:
     name, x, dim, mask = list(hostile())[index]
     states = [observed(x, dim, mask, order=order).state for order in (0, 1, 2, 3, 4)]
@@ -180,41 +202,45 @@ MUTANTS = {
     "a missing merge of tiles": ("merge.cuh", "for (int half = MERGE_PARTS / 2;", "for (int half = MERGE_PARTS / 4;"),
     "a missing merge of vectors": ("kernels.cuh", "left > 1; left = (left + 1) / 2", "left > 2; left = (left + 1) / 2"),
     "a term missing in the merge": ("merge.cuh", "4 * delta * (wa * b.m3 - wb * a.m3)", "3 * delta * (wa * b.m3 - wb * a.m3)"),
-    "irregular vectors left out": ("tile.cuh", "    if (again) {", "    if (again && false) {"),
+    "irregular vectors left out": ("tile.cuh", "(verdict[v] == IRREGULAR)", "(verdict[v] == IRREGULAR && false)"),
     "features never summed up again": ("tile.cuh", "if (__syncthreads_or(again)) {", "if (__syncthreads_or(again) > 1) {"),
     "outliers only where they are many": ("plan.cpp", "0.999 * sigma", "99.9 * sigma"),
     "shared memory that is too small": ("plan.cpp", "take(p.mean, int64_t(8) * vectors)", "take(p.mean, int64_t(4) * vectors)"),
+    "shared memory that nobody asked for": ("observe.cu", "if (shared_bytes > 48 << 10)", "if (shared_bytes > 480 << 10)"),
+    "memory that is not aligned, read as if it were": ("plan.cpp", " || reinterpret_cast<uintptr_t>(call.x) % 16) return", ") return"),
+    "partial sums that are not aligned, read as if they were": ("plan.cpp", "p.across < NEIGHBOURS ? p.across | 1", "true ? p.across | 1"),
+    "a race that changes no result": ("tile.cuh", "    __syncthreads();\n    return value;", "    return value;"),
+    "the extremes of the feature beside it": ("features.cuh", "return i % 2 ? second : first;", "return i % 2 ? first : second;"),
+    "the extremes of one of two features": ("features.cuh", "i % 2 ? Pair<S>::of(other, mine)", "i % 2 ? Pair<S>::of(mine, other)"),
+    "outliers that nobody looks for": ("tile.cuh", "return verdict == IRREGULAR || largest > threshold;", "return verdict == IRREGULAR;"),
     "a workspace that is too small": ("plan.cpp", "p.summaries * int64_t(sizeof(Summary))", "p.summaries * int64_t(sizeof(Summary)) - 512"),
 }
 
 
-@contextmanager
-def collecting(found: list[str], name: str) -> Iterator[None]:
-    try:
-        yield
-    except (AssertionError, RuntimeError) as error:
-        found.append(f"{name}: {str(error).strip().partition(chr(10))[0]}")
-
-
-def failures(csrc: Path) -> list[str]:
+def failures(csrc: Path) -> Iterator[str]:
     """What the kernels in ``csrc`` get wrong."""
-    found = []
     torch.manual_seed(0)
     for name, x, dim, mask in hostile():
         for order, multiprocessors in ((0, 3), (1, 1), (2, 2)):
-            with collecting(found, f"{name}, order {order}"):
-                m = observed(x, dim, mask, order=order, multiprocessors=multiprocessors, csrc=csrc)
-                assert_close(m, x, dim, mask, rtol=1e-10 if x.dtype == torch.float64 else 1e-5)
-    return found
+            if error := failure(x, dim, mask, order=order, multiprocessors=multiprocessors, csrc=csrc):
+                yield f"{name}, order {order}: {error}"
+
+
+def failure(x: Tensor, dim: int, mask: Tensor | None, **device: object) -> str | None:
+    try:
+        assert_close(observed(x, dim, mask, **device), x, dim, mask, rtol=1e-10 if x.dtype == torch.float64 else 1e-5)
+    except (AssertionError, RuntimeError) as error:
+        return str(error).strip().partition("\n")[0]
+    return None
 
 
 def test_the_kernels_as_they_are_pass() -> None:
-    assert failures(cuda_shim.CSRC) == []
+    assert list(failures(cuda_shim.CSRC)) == []
 
 
 def try_mutant(csrc: Path) -> str:
-    """What is found wrong with the kernels in ``csrc``, by a process of its own, as a mutant may crash."""
-    code = "import sys, pathlib, test_cuda_kernels as t; print(*t.failures(pathlib.Path(sys.argv[1])), sep='; ')"
+    """What is found wrong with the kernels in ``csrc`` first, by a process of its own, as a mutant may crash."""
+    code = "import sys, pathlib, test_cuda_kernels as t; print(next(t.failures(pathlib.Path(sys.argv[1])), ''))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", code, str(csrc)], env=environment, capture_output=True, text=True, timeout=600)
     return done.stdout.strip() or (f"exit {done.returncode}: {done.stderr}" if done.returncode else "")

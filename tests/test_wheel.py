@@ -228,7 +228,8 @@ class Environment:
 
     def pip(self, *arguments: object) -> str:
         """Installs something; returns what stops it, or nothing."""
-        command = [self.python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--only-binary=:all:", *arguments]
+        options = ["--disable-pip-version-check", "--quiet", "--only-binary=:all:", "--no-compile"]  # little of it is ever imported
+        command = [self.python, "-m", "pip", "install", *options, *arguments]
         result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1200)
         return result.stdout + result.stderr if result.returncode else ""
 

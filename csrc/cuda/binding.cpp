@@ -6,6 +6,7 @@
 
 #include <array>
 #include <memory>
+#include <mutex>
 
 #include "arguments.h"
 #include "device.h"
@@ -35,6 +36,12 @@ void observe_reference_(const Tensor& state, const Tensor& x, int64_t feature_di
                   "torchprobe: the PyTorch reference of observe_ failed; what stopped it is printed above");
 }
 
+// Whether a call counts is decided by its first launch and noted by its second: threads that share a state must not come in between.
+std::mutex& turn() {
+  static std::mutex* forever = new std::mutex;  // other threads may still call while the process ends
+  return *forever;
+}
+
 void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma, int64_t every, std::optional<Tensor> mask) {
   const Call call = describe(state, x, feature_dim, outlier_sigma, every, mask);
   const int device = x.get_device_index();
@@ -45,6 +52,7 @@ void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma,
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, "torchprobe: no stream on cuda:", device);
   const auto workspace = allocate(workspace_bytes(call, here.device), device);
+  const std::lock_guard<std::mutex> hold(turn());
   check(observe(call, here.device, static_cast<double*>(state.mutable_data_ptr()), workspace.get(), static_cast<cudaStream_t>(stream)), device);
 }
 

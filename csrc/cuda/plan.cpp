@@ -75,7 +75,8 @@ bool fit(Plan& p, int64_t features, Access access, bool wide, int shared_limit) 
         if (p.rounds > 1 && p.step_vectors > MAX_STEP) continue;
         p.lanes = 1;
         while (p.lanes < 32 && p.lanes * 2 * p.step_vectors <= p.threads) p.lanes *= 2;
-        p.pitch = p.across < 32 ? p.across | 1 : int(divide_up(p.across, 32) * 32 + p.lanes % 32);
+        // Threads side by side write side by side. A lane reads one number at a time, or four where they fill a warp: no two in one bank.
+        p.pitch = p.across < NEIGHBOURS ? p.across | 1 : int(divide_up(p.across, 32) * 32) + (p.lanes < 8 ? 4 * p.lanes : 0);
         p.staged_pitch = int(divide_up(p.step_vectors, line) | 1) * line;  // an odd number of what a lane reads at once: no two in one bank
         for (int stages = p.rounds == 1 ? MAX_STAGES : 2; stages >= fewest_stages; --stages) {
           share(p, shape, stages);

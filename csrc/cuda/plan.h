@@ -50,6 +50,7 @@ constexpr int MAX_STAGES = 3;
 constexpr int MAX_ROUNDS = 8;
 constexpr int MAX_STEP = 128;         // vectors of a step of several rounds
 constexpr int TILE_ROWS = 512;        // that a thread sums up in one go, at most
+constexpr int NEIGHBOURS = 32;        // so many partial sums of a vector are added up four neighbours at a time
 constexpr int MERGE_PARTS = 16;       // threads that share the tiles of a feature when they are merged
 constexpr int64_t HISTOGRAM_BLOCKS = (layout::BINS + 31) / 32;
 

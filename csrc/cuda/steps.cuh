@@ -131,27 +131,37 @@ struct Steps {
   }
 
   // Where the thread's elements of a step begin, and those of the next round, which have arrived. 0 where there is no such feature; anything
-  // where there is no such vector.
+  // where there is no such vector. A pack is all there or not at all.
   __device__ const S* first_round(Turn t) const { return A == Access::Staged ? data(t) + first_of(0) : row_of(t, first_of(0)); }
-  __device__ void take(const S*& from, T (&to)[R][C]) const {
+  __device__ void take(const S*& from, Pair<S> (&to)[R][C / 2]) const {
     if constexpr (A == Access::Staged) {
 #pragma unroll
-      for (int i = 0; i < C; ++i) {
-        const Pack<S, R> pack = *reinterpret_cast<const Pack<S, R>*>(from + (there(i) ? column(i) : 0) * plan.staged_pitch);
+      for (int i = 0; i < C; i += 2) {
+        const Pack<S, R> a = *reinterpret_cast<const Pack<S, R>*>(from + (there(i) ? column(i) : 0) * plan.staged_pitch);
+        const Pack<S, R> b = *reinterpret_cast<const Pack<S, R>*>(from + (there(i + 1) ? column(i + 1) : 0) * plan.staged_pitch);
 #pragma unroll
-        for (int r = 0; r < R; ++r) to[r][i] = there(i) ? widen(pack.value[r]) : 0;
+        for (int r = 0; r < R; ++r) to[r][i / 2] = Pair<S>::of(there(i) ? a.value[r] : S{}, there(i + 1) ? b.value[r] : S{});
       }
       from += R;
     } else {
 #pragma unroll
       for (int r = 0; r < R; ++r, from += plan.across * C)
 #pragma unroll
-        for (int i = 0; i < C; i += N) {
-          const Pack<S, N> pack = *reinterpret_cast<const Pack<S, N>*>(from + next(i));
+        for (int i = 0; i < C; i += N < 2 ? 2 : N)
+          if constexpr (N >= 2) {
+            const Pack<S, N> pack = *reinterpret_cast<const Pack<S, N>*>(from + next(i));
 #pragma unroll
-          for (int k = 0; k < N; ++k) to[r][i + k] = ALL_THERE || there(i) ? widen(pack.value[k]) : 0;
-        }
+            for (int k = 0; k < N; k += 2) to[r][(i + k) / 2] = ALL_THERE || there(i) ? Pair<S>::at(pack.value + k) : Pair<S>{};
+          } else {
+            to[r][i / 2] = Pair<S>::of(there(i) ? from[next(i)] : S{}, there(i + 1) ? from[next(i + 1)] : S{});
+          }
     }
+  }
+  __device__ static void widen_all(const Pair<S> (&from)[R][C / 2], T (&to)[R][C]) {
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int i = 0; i < C; i += 2) widen(from[r][i / 2], to[r][i], to[r][i + 1]);
   }
   // One of them.
   __device__ T element(Turn t, int vector, int i) const {

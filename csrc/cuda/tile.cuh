@@ -20,9 +20,9 @@ struct Tile : Steps<S, A, Wide> {
   using typename Base::T;
   using Base::plan, Base::x, Base::first_vector, Base::vectors, Base::steps, Base::first_feature, Base::features, Base::thread;
   using Base::group, Base::place, Base::column, Base::there, Base::feature, Base::kept, Base::after, Base::offsets, Base::here;
-  using Base::first_of, Base::look_up, Base::send_for, Base::first_round, Base::take, Base::element;
+  using Base::first_of, Base::look_up, Base::send_for, Base::first_round, Base::take, Base::widen_all, Base::element;
 
-  Features<T, C> sums;
+  Features<S, C> sums;
   int taken = 0;  // vectors that went into the sums
 
   using Base::Base;
@@ -43,7 +43,7 @@ struct Tile : Steps<S, A, Wide> {
 
   // Adds up the sums of all groups; the first gets them.
   __device__ void fold_groups() {
-    constexpr int K = Features<T, C>::NUMBERS;
+    constexpr int K = Features<S, C>::NUMBERS;
     T* area = shared<T>(plan.part);
     int* counts = reinterpret_cast<int*>(area + (plan.groups + 1) / 2 * plan.across * C * K);
 #pragma unroll 1
@@ -143,11 +143,14 @@ struct Tile : Steps<S, A, Wide> {
     if (group == plan.groups) return;
     T* part = shared<T>(plan.part) + first_of(0) * plan.pitch + place;
     const S* from = first_round(now);
+    const unsigned* there_are = here(now) + group * plan.rounds;
 #pragma unroll 1
     for (int round = 0; round < plan.rounds; ++round) {
-      const unsigned bits = here(now)[group * plan.rounds + round];
+      const unsigned bits = there_are[round];
+      Pair<S> pairs[R][C / 2];
       T values[R][C];
-      take(from, values);
+      take(from, pairs);
+      widen_all(pairs, values);
       if constexpr (!Wide) {
 #pragma unroll
         for (int r = 0; r < R; ++r) {
@@ -160,54 +163,75 @@ struct Tile : Steps<S, A, Wide> {
       }
       if (bits == FULL) {
 #pragma unroll
-        for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r) {
 #pragma unroll
           for (int i = 0; i < C; ++i) sums.add(i, values[r][i]);
+#pragma unroll
+          for (int i = 0; i < C; i += 2) sums.extremes.add(i, pairs[r][i / 2]);
+        }
       } else {
 #pragma unroll 1
         for (unsigned rest = bits; rest; rest &= rest - 1)
 #pragma unroll
-          for (int i = 0; i < C; ++i) sums.add(i, there(i) ? element(now, first_of(round) + __ffs(rest) - 1, i) : T(0));
+          for (int i = 0; i < C; ++i) add_one(i, there(i) ? element(now, first_of(round) + __ffs(rest) - 1, i) : T(0));
       }
       taken += __popc(bits);
     }
   }
 
+  __device__ void add_one(int i, T x) {
+    sums.add(i, x);
+    sums.extremes.lower(i, x), sums.extremes.raise(i, x);
+  }
+
   // ---- whole vectors ---------------------------------------------------------------------------------------------------------------------
 
-  // Adds up what the threads have written of each vector: handle(vector, sum as U, sum of the second as U) is called by one thread each.
+  // Adds up what the threads have written of each vector: handle(vector, its sum as U, that of the second numbers, the largest of those) is
+  // called by one thread each.
   template <class U, bool Two, class Handle>
   __device__ void over_features(Handle handle) const {
-    const T* part = shared<T>(plan.part);
     const int lanes = plan.lanes, lane = thread & (lanes - 1), shift = __ffs(lanes) - 1, total = plan.step_vectors << shift;
-    const int second = plan.step_vectors * plan.pitch, terms = (plan.across - lane + lanes - 1) >> shift;
+    const int second = plan.step_vectors * plan.pitch, across = plan.across;
+    const bool neighbours = across >= NEIGHBOURS;
+    auto share = [&](int all) { return (all - lane + lanes - 1) >> shift; };  // of a lane
+    const int fours = neighbours ? share(across / 4) : share(across) / 4, ones = neighbours ? share(across % 4) : share(across) % 4;
 #pragma unroll 1
     for (int begin = 0; begin < total; begin += blockDim.x) {
       const int v = (begin + thread) >> shift;
       const bool mine = v < plan.step_vectors;
       U a = 0, b = 0;
+      T largest = 0;
+      auto add = [&](U x, U y, T most) { a += x, b += y, largest = larger(largest, most); };
+      // By fours, as conversions to double are slow.
+      auto add_four = [&](Pack<T, 4> x, Pack<T, 4> y) {
+        const T *p = x.value, *q = y.value;
+        add(U((p[0] + p[1]) + (p[2] + p[3])), U((q[0] + q[1]) + (q[2] + q[3])), larger(larger(q[0], q[1]), larger(q[2], q[3])));
+      };
       if (mine) {
-        // By fours, as conversions to double are slow.
-        auto four = [&](const T* from) { return U((from[0] + from[lanes]) + (from[2 * lanes] + from[3 * lanes])); };
-        const T* from = part + v * plan.pitch + lane;
-        int rest = terms;
+        const T *const begin_of = shared<T>(plan.part) + v * plan.pitch, *from = begin_of + lane;
+        if (neighbours) {
+          auto four = [](const T* at) { return *reinterpret_cast<const Pack<T, 4>*>(at); };
+          from += 3 * lane;
 #pragma unroll 1
-        for (; rest >= 4; rest -= 4, from += 4 * lanes) {
-          a += four(from);
-          if (Two) b += four(from + second);
+          for (int rest = fours; rest > 0; --rest, from += 4 * lanes) add_four(four(from), Two ? four(from + second) : Pack<T, 4>{});
+          from = begin_of + across / 4 * 4 + lane;
+        } else {
+          auto four = [&](const T* at) { return Pack<T, 4>{{at[0], at[lanes], at[2 * lanes], at[3 * lanes]}}; };
+#pragma unroll 1
+          for (int rest = fours; rest > 0; --rest, from += 4 * lanes) add_four(four(from), Two ? four(from + second) : Pack<T, 4>{});
         }
 #pragma unroll 1
-        for (; rest > 0; --rest, from += lanes) {
-          a += U(from[0]);
-          if (Two) b += U(from[second]);
-        }
+        for (int rest = ones; rest > 0; --rest, from += lanes) add(U(from[0]), Two ? U(from[second]) : U(0), Two ? from[second] : T(0));
       }
 #pragma unroll 1
       for (int m = lanes / 2; m; m /= 2) {
         a += __shfl_xor_sync(ALL_LANES, a, m);
-        if (Two) b += __shfl_xor_sync(ALL_LANES, b, m);
+        if constexpr (Two) {
+          b += __shfl_xor_sync(ALL_LANES, b, m);
+          largest = larger(largest, __shfl_xor_sync(ALL_LANES, largest, m));
+        }
       }
-      if (mine && lane == 0) handle(v, a, b);
+      if (mine && lane == 0) handle(v, a, b, largest);
     }
   }
 
@@ -224,7 +248,7 @@ struct Tile : Steps<S, A, Wide> {
     const int second = plan.step_vectors * plan.pitch;
 
     __syncthreads();
-    over_features<double, false>([&](int v, double sum, double) {
+    over_features<double, false>([&](int v, double sum, double, T) {
       mean[v] = sum * plan.inverse_features;
       const T near = T(mean[v]);
       high[v] = near * scale;
@@ -238,8 +262,10 @@ struct Tile : Steps<S, A, Wide> {
       T* to = part + first_of(0) * plan.pitch + place;
 #pragma unroll 1
       for (int round = 0; round < plan.rounds; ++round) {
+        Pair<S> pairs[R][C / 2];
         T values[R][C];
-        take(from, values);
+        take(from, pairs);
+        widen_all(pairs, values);
         const Pack<T, R> highs = pack_of(high, round), lows = pack_of(low, round);
 #pragma unroll
         for (int r = 0; r < R; ++r, to += plan.pitch) {
@@ -261,16 +287,17 @@ struct Tile : Steps<S, A, Wide> {
     __syncthreads();
 
     // From here on, high and low hold the sums of the second and fourth powers.
-    bool again = false;
-    over_features<T, true>([&](int v, T s2, T s4) {
+    bool special = false;
+    over_features<T, true>([&](int v, T s2, T s4, T largest) {
       high[v] = s2, low[v] = s4;
-      again |= judge(now, v, s2, s4, scale) == IRREGULAR;
+      special |= judge(now, v, s2, s4, largest, scale);
     });
-    again = __syncthreads_or(again);
+    special = __syncthreads_or(special);
     const Verdict* verdict = shared<Verdict>(plan.verdict);
     for (int v = thread; v < plan.step_vectors; v += blockDim.x)
       if (verdict[v] == REGULAR)
         add_vector(shared<Tally>(plan.found)[v], double(low[v] / high[v] * (T(call.features) / high[v])), shared<uint32_t>(plan.histogram));
+    if (!special) return;
 
     // Only a vector whose fourth powers are large enough can have outliers; and only the thread whose share of them is has one.
     if (group < plan.groups) {
@@ -286,17 +313,16 @@ struct Tile : Steps<S, A, Wide> {
         for (; beyond; beyond &= beyond - 1) count_outliers(now, first_of(round) + __ffs(beyond) - 1, scale);
       }
     }
-    if (again) {
-      for (int v = thread / 32; v < plan.step_vectors; v += blockDim.x / 32)
-        if (verdict[v] == IRREGULAR)
-          exact_vector(call, x + offsets(now)[v], shared<uint32_t>(plan.outlier_counts), shared<uint32_t>(plan.histogram),
-                       shared<Tally>(plan.found)[v]);
-    }
+    for (int v = thread / 32; v < plan.step_vectors; v += blockDim.x / 32)
+      if (verdict[v] == IRREGULAR)
+        exact_vector(call, x + offsets(now)[v], shared<uint32_t>(plan.outlier_counts), shared<uint32_t>(plan.histogram),
+                     shared<Tally>(plan.found)[v]);
   }
 
-  // What is to be done with a vector, now that its sums are there.
-  __device__ Verdict judge(Turn now, int v, T s2, T s4, T scale) const {
-    constexpr T smallest = Limits<T>::low * Limits<T>::low, largest = Limits<T>::high * Limits<T>::high, far = T(farthest_mean<S>);
+  // What is to be done with a vector, now that its sums are there; `largest` is the largest share of the fourth powers. Says whether anything
+  // but adding up the sums is: outliers must be looked for, or all be computed again.
+  __device__ bool judge(Turn now, int v, T s2, T s4, T largest, T scale) const {
+    constexpr T smallest = Limits<T>::low * Limits<T>::low, greatest = Limits<T>::high * Limits<T>::high, far = T(farthest_mean<S>);
     const double mean = shared<double>(plan.mean)[v];
     const T variance = s2 * T(plan.inverse_features), distance = T(mean) * scale;
     Verdict verdict = REGULAR;
@@ -306,12 +332,13 @@ struct Tile : Steps<S, A, Wide> {
       Tally& found = shared<Tally>(plan.found)[v];
       (is_finite(mean) ? found.constant : found.invalid) += 1;
       verdict = LEFT_OUT;
-    } else if (!(variance >= smallest && variance <= largest && is_finite(s4) && distance * distance <= far * far * variance)) {
+    } else if (!(variance >= smallest && variance <= greatest && is_finite(s4) && distance * distance <= far * far * variance)) {
       verdict = IRREGULAR;
     }
+    const T threshold = verdict == REGULAR ? T(plan.outlier_threshold) * variance * variance : T(INFINITY);
     shared<Verdict>(plan.verdict)[v] = verdict;
-    shared<T>(plan.threshold)[v] = verdict == REGULAR ? T(plan.outlier_threshold) * variance * variance : T(INFINITY);
-    return verdict;
+    shared<T>(plan.threshold)[v] = threshold;
+    return verdict == IRREGULAR || largest > threshold;
   }
 
   __device__ void count_outliers(Turn now, int v, T scale) const {
@@ -351,7 +378,7 @@ struct Tile : Steps<S, A, Wide> {
     const bool any = count > 0;
     const T all[RECORD] = {T(count),   T(nonfinite), shift,      scale,
                            sums.s1[i], sums.s2[i],   sums.s3[i], sums.s4[i],
-                           any ? sums.low[i] : T(0), any ? sums.high[i] : T(0), sums.abs_sum[i]};
+                           any ? sums.extremes.low(i) : T(0), any ? sums.extremes.high(i) : T(0), sums.abs_sum[i]};
 #pragma unroll
     for (int k = 0; k < RECORD; ++k) to[k * features] = all[k];
   }
@@ -396,10 +423,12 @@ struct Tile : Steps<S, A, Wide> {
     sums.clear();
     revisit([&](int i, T value) {
       sums.s1[i] += 1;
-      sums.low[i] = smaller(sums.low[i], value), sums.high[i] = larger(sums.high[i], value);
+      sums.extremes.lower(i, value), sums.extremes.raise(i, value);
     });
     fold_groups();
-    tell(sums.s1, finite), tell(sums.low, low), tell(sums.high, high);
+#pragma unroll
+    for (int i = 0; i < C; ++i) low[i] = sums.extremes.low(i), high[i] = sums.extremes.high(i);
+    tell(sums.s1, finite), tell(low, low), tell(high, high);
 #pragma unroll
     for (int i = 0; i < C; ++i) unit[i] = inverse_power(finite[i] > 0 ? larger(T(fabs(low[i])), T(fabs(high[i]))) : T(1));
 
@@ -415,7 +444,7 @@ struct Tile : Steps<S, A, Wide> {
     }
 
     sums.clear();
-    revisit([&](int i, T value) { sums.add(i, value); });
+    revisit([&](int i, T value) { add_one(i, value); });
     fold_groups();
     if (group == 0)
 #pragma unroll

@@ -1,11 +1,13 @@
 // Elements, and the few operations that the kernels do on them alone.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "plan.h"
@@ -35,6 +37,48 @@ template <class S, int N>
 struct alignas(N * sizeof(S) < 16 ? N * sizeof(S) : 16) Pack {
   S value[N];
 };
+
+template <class To, class From>
+__device__ inline To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Two elements; those of 16 bits share a register, the first in its lower half, and are widened and compared together.
+template <class S, bool Packed = sizeof(S) == 2>
+struct Pair {
+  S first, second;
+  __device__ static Pair of(S a, S b) { return {a, b}; }
+  __device__ static Pair at(const S* memory) { return {memory[0], memory[1]}; }
+};
+template <class S>
+struct Pair<S, true> {
+  uint32_t bits;
+  __device__ static Pair of(S a, S b) { return {a.bits | uint32_t(b.bits) << 16}; }
+  __device__ static Pair at(const S* memory) {
+    Pair pair;
+    memcpy(&pair, memory, sizeof pair);
+    return pair;
+  }
+};
+
+template <class S>
+__device__ inline void widen(Pair<S> x, S& first, S& second) {
+  first = x.first, second = x.second;
+}
+__device__ inline void widen(Pair<BFloat16> x, float& first, float& second) {
+  first = __uint_as_float(x.bits << 16), second = __uint_as_float(x.bits & 0xffff0000u);
+}
+__device__ inline void widen(Pair<Float16> x, float& first, float& second) {
+  const float2 both = __half22float2(bits_as<__half2>(x));
+  first = both.x, second = both.y;
+}
+
+// What was widened, as it was.
+__device__ inline void narrow(float x, BFloat16& to) { to.bits = uint16_t(__float_as_uint(x) >> 16); }
+__device__ inline void narrow(float x, Float16& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 
 template <class T>
 struct Limits;
@@ -78,6 +122,18 @@ __device__ inline T larger(T a, T b) {
 // As one instruction; a nan is passed over.
 __device__ inline float smaller(float a, float b) { return fminf(a, b); }
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline Pair<BFloat16> smaller(Pair<BFloat16> a, Pair<BFloat16> b) {
+  return bits_as<Pair<BFloat16>>(__hmin2(bits_as<__nv_bfloat162>(a), bits_as<__nv_bfloat162>(b)));
+}
+__device__ inline Pair<BFloat16> larger(Pair<BFloat16> a, Pair<BFloat16> b) {
+  return bits_as<Pair<BFloat16>>(__hmax2(bits_as<__nv_bfloat162>(a), bits_as<__nv_bfloat162>(b)));
+}
+__device__ inline Pair<Float16> smaller(Pair<Float16> a, Pair<Float16> b) {
+  return bits_as<Pair<Float16>>(__hmin2(bits_as<__half2>(a), bits_as<__half2>(b)));
+}
+__device__ inline Pair<Float16> larger(Pair<Float16> a, Pair<Float16> b) {
+  return bits_as<Pair<Float16>>(__hmax2(bits_as<__half2>(a), bits_as<__half2>(b)));
+}
 
 // Of the middle two, halfway: one outlier among four values does no harm.
 template <class T>

@@ -96,9 +96,15 @@ __device__ __noinline__ void wide_vector(const Call& call, const S* x, uint32_t*
 #pragma unroll 8
     for (int64_t j = begin + lane * N; j < end; j += 32 * N) {
       const Pack<S, N> pack = *reinterpret_cast<const Pack<S, N>*>(x + j * stride);
+      T values[N];
+      if constexpr (N == 1)
+        values[0] = widen(pack.value[0]);
+      else
+#pragma unroll
+        for (int k = 0; k < N; k += 2) widen(Pair<S>::at(pack.value + k), values[k], values[k + 1]);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        const T d = fma(T(widen(pack.value[k])), scale, offset), q = d * d;
+        const T d = fma(values[k], scale, offset), q = d * d;
         s1 += d, s2 += q, s3 = fma(q, d, s3), s4 = fma(q, q, s4);
       }
     }

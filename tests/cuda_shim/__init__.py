@@ -35,30 +35,40 @@ def sources(csrc: Path = CSRC) -> str:
     return "".join(path.read_text() for path in sorted(files) if path.suffix in {".cpp", ".h", ".cu", ".cuh"})
 
 
-def build(csrc: Path = CSRC) -> Any:
-    """Compiles ``csrc`` and returns its operators; the same sources are compiled once."""
-    return _build(csrc, hashlib.sha256((sources(csrc) + torch.__version__).encode()).hexdigest()[:16])
+def build(csrc: Path = CSRC, watched: bool = False) -> Any:
+    """Compiles ``csrc`` and returns its operators; the same sources are compiled once.
+
+    ``watched``: races and misaligned accesses are errors, and everything takes about three times as long.
+    """
+    return _build(csrc, watched, hashlib.sha256(f"{sources(csrc)}{torch.__version__}{watched}".encode()).hexdigest()[:16])
 
 
 @functools.cache
-def _build(csrc: Path, key: str) -> Any:
+def _build(csrc: Path, watched: bool, key: str) -> Any:
     folder = Path(tempfile.gettempdir()) / f"torchprobe-cuda-shim-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     library = folder / f"{key}.so"
     if not library.exists():
         include, lib = Path(torch.__file__).parent / "include", Path(torch.__file__).parent / "lib"
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as made:
-            command = [
-                str(compiler()), "-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas",
-                f"-DSHIM=shim_{key}", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-                *(f"-I{path}" for path in (HERE, csrc, csrc / "cuda")), "-isystem", str(include),
-                str(HERE / "shim.cpp"), "-o", made.name, f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10",
-            ]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr
-            Path(made.name).replace(library)
+        flags = [
+            "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+            f"-DSHIM=shim_{key}", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            *(f"-I{path}" for path in (HERE, csrc, csrc / "cuda")), "-isystem", str(include),
+        ]  # fmt: skip
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            objects = [Path(made) / f"{name}.o" for name in ("shim", "races")]
+            for target in objects:
+                watching = ["-fsanitize=thread,alignment"] if watched and target.stem == "shim" else []
+                _run(compiler(), *flags, *watching, "-c", HERE / f"{target.stem}.cpp", "-o", target)
+            _run(compiler(), "-shared", *objects, "-o", Path(made) / "shim.so", f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10")
+            (Path(made) / "shim.so").replace(library)
     torch.ops.load_library(str(library))
     return getattr(torch.ops, f"shim_{key}")
+
+
+def _run(*command: object) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 def observe(
@@ -73,16 +83,18 @@ def observe(
     shared_bytes: int = 227 << 10,
     order: int = 2,
     csrc: Path = CSRC,
+    watched: bool = False,
 ) -> None:
     """As ``observe_``, on a device of a few multiprocessors. ``order`` 0 runs threads and blocks by number, 1 backwards, n at random."""
-    build(csrc).observe_(state, x, feature_dim, outlier_sigma, every, mask, multiprocessors, shared_bytes, order)
+    build(csrc, watched).observe_(state, x, feature_dim, outlier_sigma, every, mask, multiprocessors, shared_bytes, order)
 
 
 def plan(x: Tensor, feature_dim: int = -1, multiprocessors: int = 3, shared_bytes: int = 227 << 10) -> dict[str, Any]:
     """How the launches cut up a call."""
     from torchprobe.ops import new_state
 
-    out = torch.zeros(7, dtype=torch.int64)
+    names = ("access", "wide", "groups", "rounds", "stages", "tiles", "slabs", "tile_vectors")
+    out = torch.zeros(len(names), dtype=torch.int64)
     build().plan(new_state(x.shape[feature_dim]), x, feature_dim, multiprocessors, shared_bytes, out)
-    values = dict(zip(("access", "wide", "groups", "rounds", "stages", "tiles", "slabs"), out.tolist(), strict=True))
+    values = dict(zip(names, out.tolist(), strict=True))
     return {**values, "access": ACCESS[values["access"]]}

@@ -4,7 +4,7 @@
 // nothing away for free, neither is it here: shared memory starts out as garbage, an asynchronous copy happens when it is waited for, and a
 // barrier or shuffle that not all threads reach is an error.
 //
-// This one header stands in for cuda_runtime.h, cuda_runtime_api.h, cuda_fp16.h and cuda_pipeline.h.
+// This one header stands in for cuda_runtime.h, cuda_runtime_api.h, cuda_fp16.h, cuda_bf16.h and cuda_pipeline.h.
 #pragma once
 
 #include <setjmp.h>
@@ -16,11 +16,14 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "races.h"
 
 #define __global__
 #define __device__
@@ -131,6 +134,7 @@ inline void Machine::run_block(unsigned block, size_t shared_bytes) {
     fibres[t].started = false, fibres[t].wait = Wait::Nothing;
     fibres[t].copies.clear(), fibres[t].open.clear();
   }
+  races::begin_block();
   for (;;) {
     bool ran = false;
     for (int t : permutation(threads)) {
@@ -138,6 +142,7 @@ inline void Machine::run_block(unsigned block, size_t shared_bytes) {
       while (fibres[t].wait == Wait::Nothing) {
         ran = true;
         current = t;
+        races::set_thread(t);
         threadIdx = dim3(unsigned(t), 0, 0);
         if (_setjmp(scheduler) == 0) {
           if (fibres[t].started) _longjmp(fibres[t].at, 1);
@@ -157,11 +162,13 @@ inline void Machine::run_block(unsigned block, size_t shared_bytes) {
     if (meet(0, threads, Wait::End)) break;
     if (meet(0, threads, Wait::Barrier)) {
       any_result = any, any = false;
+      races::barrier();
       for (int t = 0; t < threads; ++t) fibres[t].wait = Wait::Nothing;
     } else if (!ran) {
       throw Error("some threads wait at " + std::string(fibres[0].what) + " for others that never come");
     }
   }
+  races::end_block();
   for (size_t i = shared_bytes; i < SHARED_LIMIT; ++i)
     if (memory[i] != POISON) throw Error("a block wrote beyond its " + std::to_string(shared_bytes) + " bytes of shared memory");
 }
@@ -205,7 +212,8 @@ inline int __all_sync(unsigned mask, int predicate) {
   for (int m = 1; m < shim::WARP; m *= 2) all &= shim::exchange(all, shim::machine.current % shim::WARP ^ m, "__all_sync");
   return all;
 }
-inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
+__attribute__((noinline, no_sanitize_thread)) inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
+  shim::races::access(to, sizeof *to, true, true);
   const uint32_t before = *to;
   *to += value;
   return before;
@@ -225,7 +233,10 @@ inline void __pipeline_commit() {
 inline void __pipeline_wait_prior(size_t later) {
   auto& copies = shim::machine.fibres[shim::machine.current].copies;
   while (copies.size() > later) {
-    for (const shim::Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const shim::Copy& copy : copies.front()) {
+      shim::races::access(copy.from, copy.bytes, false), shim::races::access(copy.to, copy.bytes, true);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
     copies.erase(copies.begin());
   }
 }
@@ -242,10 +253,20 @@ inline uint32_t __float_as_uint(float x) { return shim_bits<uint32_t>(x); }
 inline double __longlong_as_double(int64_t x) { return shim_bits<double>(x); }
 inline int64_t __double_as_longlong(double x) { return shim_bits<int64_t>(x); }
 
+struct float2 {
+  float x, y;
+};
 struct __half {
   uint16_t bits;
 };
+struct __half2 {
+  __half x, y;
+};
+struct __nv_bfloat162 {
+  uint16_t x, y;
+};
 inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline uint16_t __half_as_ushort(__half h) { return h.bits; }
 inline float __half2float(__half h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31, mantissa = h.bits & 1023u;
   if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
@@ -253,6 +274,33 @@ inline float __half2float(__half h) {
   const float small = std::ldexp(float(mantissa), -24);
   return sign ? -small : small;
 }
+inline float2 __half22float2(__half2 h) { return {__half2float(h.x), __half2float(h.y)}; }
+inline __half __float2half_rn(float x) {
+  uint16_t bits = uint16_t(__float_as_uint(x) >> 16 & 0x8000u);
+  if (std::isnan(x)) return {uint16_t(bits | 0x7fffu)};
+  const float magnitude = std::fabs(x);
+  if (magnitude >= 65520) return {uint16_t(bits | 0x7c00u)};
+  int exponent = std::max(std::ilogb(magnitude), -14);  // of the last place: exponent − 10
+  return {uint16_t(bits | (uint16_t(std::nearbyint(std::ldexp(magnitude, 10 - exponent))) + ((exponent + 14) << 10)))};
+}
+
+// A nan is passed over, as by fminf and fmaxf.
+inline float shim_widen(__half x) { return __half2float(x); }
+inline float shim_widen(uint16_t bfloat16) { return __uint_as_float(uint32_t(bfloat16) << 16); }
+template <class H>
+H shim_smaller(H a, H b) {
+  const float x = shim_widen(a), y = shim_widen(b);
+  return y < x || std::isnan(x) ? b : a;
+}
+template <class H>
+H shim_larger(H a, H b) {
+  const float x = shim_widen(a), y = shim_widen(b);
+  return y > x || std::isnan(x) ? b : a;
+}
+inline __half2 __hmin2(__half2 a, __half2 b) { return {shim_smaller(a.x, b.x), shim_smaller(a.y, b.y)}; }
+inline __half2 __hmax2(__half2 a, __half2 b) { return {shim_larger(a.x, b.x), shim_larger(a.y, b.y)}; }
+inline __nv_bfloat162 __hmin2(__nv_bfloat162 a, __nv_bfloat162 b) { return {shim_smaller(a.x, b.x), shim_smaller(a.y, b.y)}; }
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) { return {shim_larger(a.x, b.x), shim_larger(a.y, b.y)}; }
 
 using std::fma;
 using std::fmaxf;
@@ -261,10 +309,14 @@ using std::fminf;
 // ---- what the host calls -----------------------------------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
+enum cudaError_t { cudaSuccess };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {};
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline std::map<const void*, int> shim_most_shared;  // kernel → how much shared memory it may have: 48 KB unless more was asked for
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  shim_most_shared[kernel] = bytes;
+  return cudaSuccess;
+}
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 
 namespace torchprobe::cuda {
@@ -275,12 +327,17 @@ namespace shim {
 template <class Argument>
 cudaError_t launch(void (*kernel)(const Argument), dim3 grid, dim3 block, const Argument& argument, size_t shared_bytes) {
   if (block.x % WARP || shared_bytes > SHARED_LIMIT) throw Error("a launch that the shim cannot do");
+  const auto allowed = shim_most_shared.find(reinterpret_cast<const void*>(kernel));
+  if (block.x > 1024 || shared_bytes > size_t(allowed == shim_most_shared.end() ? 48 << 10 : allowed->second))
+    throw Error("a launch that a device would refuse: " + std::to_string(block.x) + " threads, " + std::to_string(shared_bytes) + " bytes of shared memory");
+  races::begin_launch();
   gridDim = grid, blockDim = block;
   machine.threads = int(block.x);
   machine.body = [&] { kernel(argument); };
   machine.error.clear();
   for (int b : machine.permutation(int(grid.x))) machine.run_block(unsigned(b), shared_bytes);
   if (!machine.error.empty()) throw Error(machine.error);
+  if (!races::found().empty()) throw Error(races::found());
   return cudaSuccess;
 }
 }  // namespace shim

@@ -38,6 +38,11 @@ void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma,
   std::vector<unsigned char> workspace(bytes + guard, shim::POISON);
   shim::machine.order = unsigned(order);
   shim::machine.random.seed(unsigned(order));
+  shim_most_shared.clear();  // as in a new process
+  shim::races::clear();
+  shim::races::watch(torchprobe::cuda::shared_memory, shim::SHARED_LIMIT, true);
+  shim::races::watch(workspace.data(), bytes);
+  shim::races::watch(state.mutable_data_ptr(), size_t(state.numel()) * sizeof(double));
   std::string error;
   try {
     torchprobe::cuda::observe(call, device, static_cast<double*>(state.mutable_data_ptr()), workspace.data(), nullptr);
@@ -49,12 +54,12 @@ void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma,
   STD_TORCH_CHECK(error.empty(), "shim: ", error);
 }
 
-// The cut of a call, for tests that want to meet every kind: access, wide, groups, rounds, stages, tiles, slabs.
+// The cut of a call, for tests that want to meet every kind: access, wide, groups, rounds, stages, tiles, slabs, tile_vectors.
 torch::stable::Tensor plan(Tensor state, Tensor x, int64_t feature_dim, int64_t multiprocessors, int64_t shared_bytes, Tensor out) {
   std::optional<Tensor> mask;
   const torchprobe::Call call = torchprobe::describe(state, x, feature_dim, 6.0, 1, mask);
   const torchprobe::cuda::Plan p = torchprobe::cuda::make_plan(call, int(multiprocessors), int(shared_bytes));
-  const int64_t all[] = {int64_t(p.access), p.wide, p.groups, p.rounds, p.stages, p.tiles, p.slabs};
+  const int64_t all[] = {int64_t(p.access), p.wide, p.groups, p.rounds, p.stages, p.tiles, p.slabs, p.tile_vectors};
   std::copy(std::begin(all), std::end(all), static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }
