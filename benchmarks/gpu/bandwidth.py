@@ -34,7 +34,7 @@ TYPICAL = 768  # the width of a ViT-B
 POSITIONS = 784  # of a channel-major map, 28 × 28, where so many vectors fit
 AIMS = {"float32": (0.92, 0.80), "bfloat16": (0.85, 0.70), "float16": (0.85, 0.70)}  # aim, limit
 LANES = 128  # lanes of instructions that a multiprocessor can issue in a cycle: four schedulers, a warp of 32 each
-INSTRUCTIONS = {"float32": 28, "bfloat16": 28, "float16": 28}  # an element, about: see docs/performance.md
+INSTRUCTIONS = {"float32": 26, "bfloat16": 24, "float16": 24}  # an element, about: see docs/performance.md
 
 
 @dataclass(frozen=True)

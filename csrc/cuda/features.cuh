@@ -6,25 +6,21 @@
 namespace torchprobe::cuda {
 
 // The extremes of N features; a nan is passed over.
-template <class S, int N, bool Packed = sizeof(S) == 2>
+template <class S, int N, bool Packed>
 struct Extremes {
-  S lowest[N], highest[N];
+  using T = Compute<S>;
+  T lowest[N], highest[N];
 
   __device__ void clear() {
 #pragma unroll
-    for (int i = 0; i < N; ++i) lowest[i] = S(INFINITY), highest[i] = -S(INFINITY);
+    for (int i = 0; i < N; ++i) lowest[i] = T(INFINITY), highest[i] = -T(INFINITY);
   }
-  __device__ S low(int i) const { return lowest[i]; }
-  __device__ S high(int i) const { return highest[i]; }
-  __device__ void lower(int i, S x) { lowest[i] = smaller(lowest[i], x); }
-  __device__ void raise(int i, S x) { highest[i] = larger(highest[i], x); }
-  // Of features i and i + 1; i is even.
-  __device__ void add(int i, Pair<S> x) {
-    lower(i, x.first), raise(i, x.first);
-    lower(i + 1, x.second), raise(i + 1, x.second);
-  }
+  __device__ T low(int i) const { return lowest[i]; }
+  __device__ T high(int i) const { return highest[i]; }
+  __device__ void lower(int i, T x) { lowest[i] = smaller(lowest[i], x); }
+  __device__ void raise(int i, T x) { highest[i] = larger(highest[i], x); }
 };
-// Elements of 16 bits are compared as they come, two features at a time.
+// Elements of 16 bits can be compared as they come, two features at a time.
 template <class S, int N>
 struct Extremes<S, N, true> {
   Pair<S> lowest[N / 2], highest[N / 2];
@@ -48,16 +44,18 @@ struct Extremes<S, N, true> {
   __device__ float high(int i) const { return one_of(highest[i / 2], i); }
   __device__ void lower(int i, float x) { lowest[i / 2] = smaller(lowest[i / 2], alone(i, x, INFINITY)); }
   __device__ void raise(int i, float x) { highest[i / 2] = larger(highest[i / 2], alone(i, x, -INFINITY)); }
+  // Of features i and i + 1; i is even.
   __device__ void add(int i, Pair<S> x) { lowest[i / 2] = smaller(lowest[i / 2], x), highest[i / 2] = larger(highest[i / 2], x); }
 };
 
 // N features: the sums of the powers of (x − shift)·scale, Σ|x|·scale, and the extremes of x.
-template <class S, int N>
+template <class S, int N, bool Packed>
 struct Features {
+  static constexpr bool PACKED = Packed;
   using T = Compute<S>;
   T scale[N], offset[N];  // offset = −shift·scale, which is exact: scale is a power of two
   T s1[N], s2[N], s3[N], s4[N], abs_sum[N];
-  Extremes<S, N> extremes;
+  Extremes<S, N, Packed> extremes;
 
   __device__ void clear() {
 #pragma unroll

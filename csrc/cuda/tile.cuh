@@ -22,7 +22,9 @@ struct Tile : Steps<S, A, Wide> {
   using Base::group, Base::place, Base::column, Base::there, Base::feature, Base::kept, Base::after, Base::offsets, Base::here;
   using Base::first_of, Base::look_up, Base::send_for, Base::first_round, Base::take, Base::widen_all, Base::element;
 
-  Features<S, C> sums;
+  // Where 16-bit elements of two features come in one register; to put them into one would cost as much as it saves.
+  using Sums = Features<S, C, sizeof(S) == 2 && A == Access::Vector>;
+  Sums sums;
   int taken = 0;  // vectors that went into the sums
 
   using Base::Base;
@@ -43,7 +45,7 @@ struct Tile : Steps<S, A, Wide> {
 
   // Adds up the sums of all groups; the first gets them.
   __device__ void fold_groups() {
-    constexpr int K = Features<S, C>::NUMBERS;
+    constexpr int K = Sums::NUMBERS;
     T* area = shared<T>(plan.part);
     int* counts = reinterpret_cast<int*>(area + (plan.groups + 1) / 2 * plan.across * C * K);
 #pragma unroll 1
@@ -166,8 +168,12 @@ struct Tile : Steps<S, A, Wide> {
         for (int r = 0; r < R; ++r) {
 #pragma unroll
           for (int i = 0; i < C; ++i) sums.add(i, values[r][i]);
+          if constexpr (Sums::PACKED)
 #pragma unroll
-          for (int i = 0; i < C; i += 2) sums.extremes.add(i, pairs[r][i / 2]);
+            for (int i = 0; i < C; i += 2) sums.extremes.add(i, pairs[r][i / 2]);
+          else
+#pragma unroll
+            for (int i = 0; i < C; ++i) sums.extremes.lower(i, values[r][i]), sums.extremes.raise(i, values[r][i]);
         }
       } else {
 #pragma unroll 1
