@@ -329,7 +329,8 @@ cudaError_t launch(void (*kernel)(const Argument), dim3 grid, dim3 block, const 
   if (block.x % WARP || shared_bytes > SHARED_LIMIT) throw Error("a launch that the shim cannot do");
   const auto allowed = shim_most_shared.find(reinterpret_cast<const void*>(kernel));
   if (block.x > 1024 || shared_bytes > size_t(allowed == shim_most_shared.end() ? 48 << 10 : allowed->second))
-    throw Error("a launch that a device would refuse: " + std::to_string(block.x) + " threads, " + std::to_string(shared_bytes) + " bytes of shared memory");
+    throw Error("a launch that a device would refuse: " + std::to_string(block.x) + " threads, " + std::to_string(shared_bytes) +
+                " bytes of shared memory");
   races::begin_launch();
   gridDim = grid, blockDim = block;
   machine.threads = int(block.x);

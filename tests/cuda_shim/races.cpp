@@ -64,13 +64,15 @@ void access(const void* memory, size_t bytes, bool write, bool atomic) {
     if (at < ranges[r].begin || at >= ranges[r].end) continue;
     for (uintptr_t offset = at - ranges[r].begin; offset < at - ranges[r].begin + bytes; offset += GRAIN) {
       Grain& grain = ranges[r].grains[offset / GRAIN];
-      if (conflicts(ranges[r], grain.write) && !(atomic && grain.atomic)) report(write ? "two writes" : "a write and a read", r, offset, grain.write);
+      if (conflicts(ranges[r], grain.write) && !(atomic && grain.atomic))
+        report(write ? "two writes" : "a write and a read", r, offset, grain.write);
       if (write) {
         if (conflicts(ranges[r], grain.read)) report("a read and a write", r, offset, grain.read);
         grain.write = {thread, block, interval}, grain.atomic = atomic;
       } else {
-        const bool another = grain.read.thread != NOBODY && grain.read.block == block && grain.read.interval == interval && grain.read.thread != thread;
-        grain.read = {another ? MANY : thread, block, interval};
+        const Last& last = grain.read;
+        const bool others = last.thread != NOBODY && last.thread != thread && last.block == block && last.interval == interval;
+        grain.read = {others ? MANY : thread, block, interval};
       }
     }
     return;
@@ -101,6 +103,7 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 int __tsan_atomic32_fetch_add(volatile int* at, int value, int) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }  // shared_ptr
 void __ubsan_handle_type_mismatch_v1(void*, unsigned long at) {
-  if (shim::races::running && shim::races::first.empty()) shim::races::first = "an access that is not aligned, at an address ending in " + std::to_string(at % 16);
+  if (shim::races::running && shim::races::first.empty())
+    shim::races::first = "an access that is not aligned, " + std::to_string(at % 16) + " bytes beyond a multiple of 16";
 }
 }
