@@ -24,12 +24,13 @@ from benchmarks.report import Row, Section, Target, versus
 from benchmarks.timing import race
 from torchprobe.analysis.similarity import cka
 
-LAYERS = 24
+LAYERS, BATCHES = 24, 4
 PEER = "PyTorch-Model-Compare"
 CASES = {
-    "one vector": (64, 1),
-    "50 tokens": (64, 50),
-    "one vector, large batch": (256, 1),
+    "one vector": (256, 1),
+    "one vector, small batches": (64, 1),
+    "50 tokens": (256, 50),
+    "50 tokens, small batches": (64, 50),
 }
 """Name → images in a batch, vectors of 768 features in each."""
 
@@ -56,11 +57,19 @@ def main(layers: int, seconds: float, device: str, path: Path | None) -> None:
 class Stored(nn.Module):
     """A model whose layers give stored features: what remains is the comparison."""
 
-    def __init__(self, layers: int, images: int, tokens: int, seed: int) -> None:
+    def __init__(self, features: list[Tensor]) -> None:
         super().__init__()
+        self.layers = nn.ModuleList(_Layer(x) for x in features)
+
+    @classmethod
+    def random(cls, layers: int, images: int, tokens: int, seed: int, device: torch.device) -> Stored:
         generator = torch.Generator().manual_seed(seed)
         shape = (images, 768) if tokens == 1 else (images, tokens, 768)
-        self.layers = nn.ModuleList(_Layer(torch.randn(shape, generator=generator)) for _ in range(layers))
+        return cls([torch.randn(shape, generator=generator).to(device) for _ in range(layers)])
+
+    def again(self) -> Stored:
+        """Another model of the same features, for what leaves its hooks behind."""
+        return Stored([layer(None) for layer in self.layers])
 
     def forward(self, images: Tensor) -> Tensor:
         for layer in self.layers:
@@ -73,7 +82,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.register_buffer("features", features)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | None) -> Tensor:
         features: Tensor = self.get_buffer("features")
         return features
 
@@ -85,12 +94,12 @@ class Batches(list[tuple[Tensor]]):
 
 
 def run(device: torch.device, seconds: float, layers: int = LAYERS, cases: dict[str, tuple[int, int]] | None = None) -> Section:
-    """One batch of each case, two models of ``layers`` layers."""
+    """Each case with two models of ``layers`` layers; figures are per batch."""
     rows = []
     for name, (images, tokens) in (cases or CASES).items():
-        models = [Stored(layers, images, tokens, seed).to(device) for seed in (0, 1)]
+        models = [Stored.random(layers, images, tokens, seed, device) for seed in (0, 1)]
         calls = contestants(*models, torch.zeros(images, 1, device=device))
-        times = race(calls, seconds / len(cases or CASES), device)
+        times = {contestant: t.per(BATCHES) for contestant, t in race(calls, seconds / len(cases or CASES), device).items()}
         ours = times["torchprobe cka"]
         case = f"{layers} × {layers} layers, {images} images, {name}"
         for contestant, timing in times.items():
@@ -98,22 +107,23 @@ def run(device: torch.device, seconds: float, layers: int = LAYERS, cases: dict[
             if contestant == PEER and layers == LAYERS:
                 target = Target(f"× torchprobe's, {name}", timing.median / ours.median, 20, at_least=True)
             rows.append(Row(case, contestant, timing, target=target, **versus(timing, ours)))
-    note = "one batch of each; the features are stored, so that the forward passes cost nothing"
+    note = f"per batch, of {BATCHES}; the features are stored, so that the forward passes cost nothing"
     missing = "" if _package() else f". {PEER} is not installed: pip install --target DIR torch_cka, and put DIR into PYTHONPATH"
     return Section("cka", "CKA, all pairs of layers", rows, note + missing)
 
 
-def contestants(a: nn.Module, b: nn.Module, images: Tensor) -> dict[str, Callable[[], Any]]:
+def contestants(a: Stored, b: Stored, images: Tensor) -> dict[str, Callable[[], Any]]:
     """Ours, and the package if it is there; each gives the matrix."""
-    calls: dict[str, Callable[[], Any]] = {"torchprobe cka": partial(cka, a, b, [images], "layers.*", "layers.*")}
+    batches = Batches([(images,)] * BATCHES)
+    calls: dict[str, Callable[[], Any]] = {"torchprobe cka": partial(cka, a, b, [images] * BATCHES, "layers.*", "layers.*")}
     package = _package()
     if package is not None:
         names = [[name for name, _ in model.named_modules() if name.startswith("layers.")] for model in (a, b)]
         package.tqdm = lambda batches, **_: batches
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peer = package.CKA(a, b, "a", "b", *names, device=str(images.device))
-        calls[PEER] = partial(_compare, peer, Batches([(images,)]))
+            peer = package.CKA(a.again(), b.again(), "a", "b", *names, device=str(images.device))
+        calls[PEER] = partial(_compare, peer, batches)
     return calls
 
 

@@ -24,6 +24,6 @@ def test_the_section_runs():
 
 def test_the_package_gives_the_same():
     pytest.importorskip("torch_cka", reason="torch_cka is not installed; see benchmarks/cka.py")
-    models = [cka.Stored(3, 32, 2, seed) for seed in (0, 1)]
+    models = [cka.Stored.random(3, 32, 2, seed, CPU) for seed in (0, 1)]
     ours, theirs = (call() for call in cka.contestants(*models, torch.zeros(32, 1)).values())
     torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=1e-4)

@@ -18,26 +18,49 @@ Pooling = Literal["flatten", "mean"]
 Features = Iterable[int] | Mapping[str, Iterable[int]]
 
 _BLOCK = 2**18
-"""Numbers that are centred and multiplied at a time on the CPU: about what its caches hold."""
+"""Numbers that are shifted and multiplied at a time on the CPU: about what its caches hold."""
+
+_ROWS = 64
+"""Rows of a product at a time on the CPU, from the diagonal on: half of a symmetric matrix need not be computed."""
 
 
-def gram(x: Tensor) -> Tensor:
-    """Gram matrix X Xᵀ of features (n, d) without their mean over the n, the diagonal zero: (n, n), float64 for float64, else float32.
+_NEAR = 8
+"""Rows whose mean is subtracted."""
 
-    HSIC₁ does not depend on the mean, but rounding does. The first row is subtracted before the mean: what is constant becomes
-    exactly 0.
 
-    >>> gram(torch.tensor([[1000.0], [1001.0], [1002.0]])).tolist()
-    [[0.0, 0.0, -1.0], [0.0, 0.0, 0.0], [-1.0, 0.0, 0.0]]
+def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """What is above the diagonal of the Gram matrix X Xᵀ of features (n, d), shifted: (n, n), float64 (float32 on MPS).
+
+    HSIC₁ does not depend on what is subtracted from every row, but rounding does. It is the mean of the shortest rows, which one row
+    far out does not move, in float64, so that what is constant becomes exactly 0. Products are in float32, of float64 in
+    float64; sums over blocks of features in float64.
+
+    >>> gram(torch.tensor([[1000.0], [1003.0]])).tolist()
+    [[0.0, -2.25], [0.0, 0.0]]
     """
     n, d = x.shape
     x = x if x.dtype == torch.float64 else x.float()
-    product = x.new_zeros(n, n)
-    for block in x.split(max(1, _BLOCK // n) if x.device.type == "cpu" else d, 1):
-        centred = block - block[0]
-        centred -= centred.mean(0)
-        product.addmm_(centred, centred.T)
-    return product.fill_diagonal_(0)
+    width, height = (max(1, _BLOCK // n), _ROWS) if x.device.type == "cpu" else (max(1, d), n)
+    near = torch.linalg.vector_norm(x[:, :width], dim=1).topk(min(n, _NEAR), largest=False, sorted=False).indices
+    total = torch.empty(n, n, dtype=_wide(x.device), device=x.device) if out is None else out
+    product, shifted = x.new_zeros(n, n), x.new_empty(n, min(width, d))
+    for start in range(0, d, width):
+        block = x[:, start : start + width]
+        y = shifted[:, : block.shape[1]]
+        torch.sub(block, block.index_select(0, near).mean(0, dtype=total.dtype).to(x.dtype), out=y)
+        for i in range(0, n, height):
+            torch.mm(y[i : i + height], y[i:].T, out=product[i : i + height, i:])
+        if start:
+            total += product
+        else:
+            total.copy_(product)
+    for i in range(0, n, height):
+        total[i : i + height, i : i + height].triu_(1)  # nothing has been written below
+    return total
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Grams:
@@ -70,11 +93,13 @@ class Grams:
         self.model = model
         self.layers = list(layers)
         self.pooling = pooling
-        self.names: list[str] = []  # in the order in which they run; known after the first run
+        self.names = [layer.name for layer in self.layers]
+        self.fired: list[str] = []  # in the order in which they run; known after the first run
         self._dropped = _dropped(self.layers, drop)
         self._batch_dim: dict[str, int] = {}
         self._unclear = False
-        self._rows: dict[str, Tensor] = {}
+        self._number = {name: i for i, name in enumerate(self.names)}
+        self._rows = torch.empty(0, 0)
         self._images = 0  # in the running forward pass; 0: it is none of ours
         self._indices: dict[tuple[str, torch.device], Tensor] = {}
         self._stack = ExitStack()
@@ -93,46 +118,45 @@ class Grams:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._rows.clear()
+        self._rows = torch.empty(0, 0)
         self._stack.close()
 
     def run(self, images: Tensor) -> Tensor:
-        """One forward pass over n images: for each layer, in the order of ``names``, its Gram matrix, the sums of its rows, and their sum.
+        """One forward pass over n images: for each layer, in the order of ``names``, what is above the diagonal of its Gram matrix, the
+        sums of the rows of the whole matrix without its diagonal, and the sum of these.
 
         Returns:
-            float64 (float32 where a device has none), shape (layers, n² + n + 1), on the device of the first layer.
+            float64 (float32 where a device has none), shape (layers, n² + n + 1), on the device of the first layer that runs. The next
+            run overwrites it.
 
         Raises:
             ValueError: a layer did not run, gave no tensor, or one in which the images cannot be told apart.
         """
+        first = not self.fired
         self._forward(images, self._read)
-        if not self.names and self._unclear:
+        if first and self._unclear:
             before = dict(self._batch_dim)
             self._forward(images[:1], self._look)
             if self._batch_dim != before:
                 self._forward(images, self._read)
-        self.names = self.names or list(self._rows)
-        device = self._rows[self.names[0]].device
-        try:
-            return torch.stack([self._rows[name].to(device) for name in self.names])
-        finally:
-            self._rows.clear()
+        return self._rows
 
     def _forward(self, images: Tensor, visit: Callable[[Layer, Tensor], None]) -> None:
-        self._images, self._visit, seen = len(images), visit, set[str]()
-        self._visited = seen
+        self._images, self._visit = len(images), visit
+        self._visited: dict[str, None] = {}
         try:
             self.model(images)
         finally:
             self._images = 0
-        if missing := [layer.name for layer in self.layers if layer.name not in seen]:
+        if missing := [name for name in self.names if name not in self._visited]:
             model = type(self.model).__name__
             raise ValueError(f"layer {missing[0]!r} is not called by the forward pass of {model}, or gives no tensor: leave it out")
+        self.fired = self.fired or list(self._visited)
 
     def _hook(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._images and (x := first_tensor(output)) is not None:
-                self._visited.add(layer.name)
+                self._visited[layer.name] = None
                 self._visit(layer, x.detach())
 
         return hook
@@ -144,15 +168,18 @@ class Grams:
 
     def _read(self, layer: Layer, x: Tensor) -> None:
         x = self._vectors(layer, x)
+        n = self._images
+        if self._rows.shape[1] != n * n + n + 1:
+            self._rows = torch.empty(len(self.layers), n * n + n + 1, dtype=_wide(x.device), device=x.device)
+        row = self._rows[self._number[layer.name]]
+        matrix, sums = row[: n * n].view(n, n), row[n * n : -1]
         with exact_products(x.device.type):
-            k = gram(x)
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
-        row = torch.empty(k.numel() + len(k) + 1, dtype=wide, device=k.device)
-        row[: k.numel()] = k.flatten()
-        sums = row[k.numel() : -1]
-        torch.sum(row[: k.numel()].view_as(k), 1, out=sums)
-        row[-1] = sums.sum()
-        self._rows[layer.name] = row
+            k = gram(x, matrix if x.device == matrix.device else None)
+        if k is not matrix:  # a model spread over several devices
+            matrix.copy_(k)
+        torch.sum(matrix, 1, out=sums)
+        sums += matrix.sum(0)
+        torch.sum(sums, 0, out=row[-1])
 
     def _vectors(self, layer: Layer, x: Tensor) -> Tensor:
         """The activation as one vector for each image, (n, d)."""
@@ -209,16 +236,25 @@ def _dropped(layers: Sequence[Layer], drop: Features | None) -> dict[str, frozen
     return dropped
 
 
-@contextlib.contextmanager
-def exact_products(device: str) -> Iterator[None]:
+def exact_products(device: str) -> contextlib.AbstractContextManager[object]:
     """Products of float32 matrices in float32, whatever autocast, TF32 or bfloat16 the model is run with."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
+    settings: Any = torch.backends
+    exact = all(part.fp32_precision in ("ieee", "none") for part in (settings, settings.mkldnn, *_products()))
+    return contextlib.nullcontext() if exact and not torch.is_autocast_enabled(device) else _in_full(device)
+
+
+@contextlib.contextmanager
+def _in_full(device: str) -> Iterator[None]:
+    before = [part.fp32_precision for part in _products()]
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        for part in _products():
+            part.fp32_precision = "ieee"
         with torch.autocast(device, enabled=False):
             yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        for part, precision in zip(_products(), before, strict=True):
+            part.fp32_precision = precision
+
+
+def _products() -> tuple[Any, Any]:
+    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

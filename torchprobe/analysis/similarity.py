@@ -158,7 +158,7 @@ def similarity(
             n = len(images_a)
             a = grams_a.run(_on(images_a, place_a))
             b = a if once else grams_b.run(_on(images_b, place_b)).to(a.device)
-            parts = [_hsic(a, b, n), _hsic(a, a, n, pairs=False), _hsic(b, b, n, pairs=False)]
+            parts = [_hsic(a, b, n), _hsic(a, None, n), _hsic(b, None, n)]
             sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
             if progress is not None:
                 progress(inputs.batches, inputs.total)
@@ -167,25 +167,29 @@ def similarity(
         raise ValueError(f"CKA needs batches of at least {FEWEST} images; {given}")
     if inputs.left_out:
         warnings.warn(f"{inputs.left_out} images were left out, in batches of fewer than {FEWEST}", stacklevel=2)
-    names_a = _ordered(model_a, layers_a, chosen_a, grams_a.names)
-    names_b = _ordered(model_b, layers_b, chosen_b, grams_b.names)
+    names_a = _ordered(model_a, layers_a, chosen_a, grams_a.fired)
+    names_b = _ordered(model_b, layers_b, chosen_b, grams_b.fired)
     ab, aa, bb = sums
     values = (ab / (aa.sqrt()[:, None] * bb.sqrt())).cpu().double()
     picked = values[[grams_a.names.index(name) for name in names_a]][:, [grams_b.names.index(name) for name in names_b]]
     return Similarity(picked, names_a, names_b, inputs.images, inputs.batches, inputs.left_out, pooling)
 
 
-def _hsic(a: Tensor, b: Tensor, n: int, pairs: bool = True) -> Tensor:
-    """HSIC₁ of all pairs of rows, or of each row of one with the same of the other; rows as :meth:`Grams.run` gives them.
+def _hsic(a: Tensor, b: Tensor | None, n: int) -> Tensor:
+    """HSIC₁ of all pairs of rows as :meth:`Grams.run` gives them, or of each row with itself where there is no ``b``.
 
     tr(KL), 1ᵀKL1 and (1ᵀK1)(1ᵀL1) are products of the matrices, of the sums of their rows, and of the sums of these: all pairs
     of layers are one matrix product for each.
     """
-    parts = []
-    for start, stop in ((0, n * n), (n * n, n * n + n), (n * n + n, None)):
-        x, y = a[:, start:stop], b[:, start:stop]
-        parts.append(x @ y.T if pairs else torch.bmm(x[:, None], y[:, :, None]).flatten())
-    return (parts[0] - parts[1] * (2 / (n - 2)) + parts[2] / ((n - 1) * (n - 2))) / (n * (n - 3))
+
+    def products(start: int, stop: int | None) -> Tensor:
+        x = a[:, start:stop]
+        product: Tensor = torch.linalg.vector_norm(x, dim=1).square() if b is None else x @ b[:, start:stop].T
+        return product
+
+    trace = 2 * products(0, n * n)  # the rows have what is above the diagonal
+    rows, total = products(n * n, n * n + n), products(n * n + n, None)
+    return (trace - rows * (2 / (n - 2)) + total / ((n - 1) * (n - 2))) / (n * (n - 3))
 
 
 class _Inputs:
