@@ -288,11 +288,14 @@ def test_dissect_as_json_by_average_precision(run, broden, tmp_path):
         0.1,
         "--positions",
         "all",
+        "--memory",
+        64,
         "--json",
     )
     assert code == 0
     (layer,) = json.loads(out)["layers"]
     assert (layer["metadata"]["pooling"], layer["metadata"]["minimum_area"], layer["metadata"]["positions"]) == ("mean", 0.1, "all")
+    assert layer["metadata"]["memory"] == 64 << 20
     assert layer["images"] == 9
     assert "detectors" not in layer
     assert layer["metadata"]["score"] == ["ap"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import astuple
+from pathlib import Path
 
 import dissection_oracle as oracle
 import numpy as np
@@ -101,6 +102,24 @@ def test_the_original_mode_has_the_original_quantile(broden):
     assert dissect(Net(), "norm", broden, mode="netdissect", preprocess=preprocess, score="iou", top=0, thresholds=given)["norm"].metadata[
         "quantile"
     ] == "5/999"  # fmt: skip
+
+
+def test_thresholds_that_were_estimated_say_so(broden, tmp_path):
+    net = Net()
+    exact, rough = (
+        dissect(net, "conv", broden, score="iou", preprocess=preprocess, quantile=0.2, top=0, memory=memory)["conv"]
+        for memory in (1 << 20, 12_000)
+    )
+    assert exact.metadata["threshold_error"] == 0
+    assert 0 < rough.metadata["threshold_error"] < 0.1
+    assert (
+        dissect(net, "conv", broden, score="iou", preprocess=preprocess, thresholds={"conv": exact.thresholds})["conv"].metadata[
+            "threshold_error"
+        ]
+        is None
+    )
+    pages = [Path(d.report(tmp_path / "a.html", broden)).read_text(encoding="utf-8") for d in (exact, rough)]
+    assert ["estimated" in page for page in pages] == [False, True]
 
 
 def test_scores_rank_the_images_annotated_for_the_category(trap, broden):

@@ -88,6 +88,12 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
 @click.option("--pictures", type=click.IntRange(min=0), default=5, show_default=True, help="Top images of each unit on the page.")
 @click.option("--evidence", type=click.IntRange(min=0), default=0, show_default=True, help="Units with integrated gradients on the page.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--memory",
+    type=click.IntRange(min=1),
+    metavar="MIB",
+    help="For the thresholds of a layer; beyond it they are estimated.  [default: 256]",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto takes an accelerator if there is one.")
 @click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Threads that decode images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --random-init and --rotate.")
@@ -136,6 +142,7 @@ def _dissect(
     random_init: bool,
     pictures: int,
     evidence: int,
+    memory: int | None,
     device: str,
     seed: int,
     **options: Any,
@@ -162,6 +169,8 @@ def _dissect(
                 recalibrate(encoder, broden, options["batch_size"])
         options["images"] = None if limit is None else range(min(limit, len(broden)))
         options["basis"] = "rotation" if rotate else None
+        if memory is not None:
+            options["memory"] = memory << 20
         try:
             with stage_bar(quiet=rank > 0) as progress:
                 results = dissect_folder(encoder, broden, layers, out, seed=seed, progress=progress, **options)

@@ -69,7 +69,9 @@ class Dissection:
         top: ids (rows of the data set), int64 (U, k), and scores, float32 (U, k), of the images with the highest scores; −1 where there are
             no more. None if they were not kept.
         scores: float32 (U, N) if they were kept, else None; and with them ``ranking``.
-        metadata: model, data set and settings: plain values.
+        metadata: model, data set and settings: plain values. ``threshold_error``: by how much the share of values above a threshold may be
+            off, the largest standard deviation of all units (:meth:`torchprobe.statistics.Quantile.error`); 0 where they are exact, None
+            where they were given.
     """
 
     layer: str

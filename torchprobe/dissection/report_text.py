@@ -103,6 +103,8 @@ def reading(report: Report) -> Section:
             if given
             else f"the level that a share of {m.get('quantile', '0.005')} of its values exceeds"
         )
+        if error := m.get("threshold_error"):
+            how += f" (estimated, as the values did not fit the memory: that share may be off by {error:.2g}, one standard deviation)"
         terms += [
             ("active", f"where the unit's map exceeds its threshold: {how}, over all positions of all images, one threshold a unit."),
             (

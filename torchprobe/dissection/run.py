@@ -81,14 +81,16 @@ class Run:
         self.workers, self.keep_scores = workers, keep_scores
         self.broden, self.ap, self.iou = batches.broden, "ap" in settings.score, "iou" in settings.score
         self.first_pass = self.ap or bool(settings.top) or thresholds is None
+        self.errors: dict[str, float] = {}  # of computed thresholds
         self.clock = Clock(progress, int(self.first_pass) + int(self.iou))
 
     def result(self) -> dict[str, Dissection]:
         first = self.look() if self.first_pass else None
         thresholds = dict(self.thresholds or {})
         if self.iou and not thresholds and first is not None:
-            own = {layer: first.statistics[f"{i}/quantile"].value().cpu() for i, layer in enumerate(self.sites)}  # type: ignore[attr-defined]
-            thresholds = self.ranks.from_first(own)
+            own: dict[str, Any] = {layer: first.statistics[f"{i}/quantile"] for i, layer in enumerate(self.sites)}
+            thresholds = self.ranks.from_first({layer: statistic.value().cpu() for layer, statistic in own.items()})
+            self.errors = {layer: float(statistic.error().amax()) for layer, statistic in own.items()}
         second = self.count(thresholds) if self.iou else None
         results = self.assemble(first, second, thresholds) if self.ranks.first else None
         found: dict[str, Dissection] = self.ranks.from_first(results)
@@ -188,7 +190,12 @@ class Run:
                 images=torch.tensor(self.batches.ids),
                 thresholds=thresholds[layer].cpu() if self.iou else None,
                 counts=counts,
-                metadata={**self.facts, "layer": layer, "basis": self.facts["sites"][layer]["basis"]},
+                metadata={
+                    **self.facts,
+                    "layer": layer,
+                    "basis": self.facts["sites"][layer]["basis"],
+                    "threshold_error": self.errors.get(layer),
+                },
             )
             if ranking is not None and first is not None:
                 scores = first.rows.pop(str(i)).values.T
