@@ -157,19 +157,18 @@ class _Sums:
 
         The bound is inf for what has no direction: zero, nan and inf.
         """
+        length = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64)  # of float32, so it does not overflow
+        usable = (length > 0) & length.isfinite()
         h = h.double()
-        finite = h.isfinite().all(1)
-        h = h.where(finite[:, None], 0.0)
-        largest = h.abs().amax(1)
-        h = h / largest.clamp_min(torch.finfo(h.dtype).tiny)[:, None]
-        length = torch.linalg.vector_norm(h, dim=1)
-        projections = (h / length.clamp_min(1)[:, None]) @ self.right
-        length = length * largest
+        if not bool(usable.all()):
+            h[~usable] = 0.0
+        h /= length.where(usable, 1.0)[:, None]
+        projections = (h @ self.right).to(self.dtype)
         scale = (length.clamp_min(_EPS) if self.normalize else torch.ones_like(length)) / length
-        usable = finite & (length > 0) & (self.farthest * scale < _HUGE)
+        usable &= self.farthest * scale < _HUGE
         logits = torch.empty(len(h), self.coefficients[0].shape[1], dtype=self.dtype, device=h.device)
         for o, order in enumerate(self.orders):
-            p = projections[:, order].to(self.dtype)
+            p = projections.index_select(1, order)
             margin = torch.empty(len(h), len(self.counts) - 1, dtype=self.dtype, device=h.device)
             if self.bias is None:
                 logits.zero_()
