@@ -27,12 +27,14 @@ from torchprobe.analysis.similarity import cka
 LAYERS, BATCHES = 24, 4
 PEER = "PyTorch-Model-Compare"
 CASES = {
-    "one vector": (256, 1),
-    "one vector, small batches": (64, 1),
-    "50 tokens": (256, 50),
-    "50 tokens, small batches": (64, 50),
+    "one vector": (256, 1, 2),
+    "one vector, small batches": (64, 1, 2),
+    "one vector, small batches, one model with itself": (64, 1, 1),
+    "50 tokens": (256, 50, 2),
+    "50 tokens, small batches": (64, 50, 2),
 }
-"""Name → images in a batch, vectors of 768 features in each."""
+"""Name → images in a batch, vectors of 768 features in each, models. Two models of 24 layers have 48 Gram matrices; pair by pair it is 600 of
+them, so that where nothing but these products counts no more than 12.5 × is to be had, and half a matrix at a time up to 25 ×."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -93,12 +95,12 @@ class Batches(list[tuple[Tensor]]):
     dataset = "stored features"
 
 
-def run(device: torch.device, seconds: float, layers: int = LAYERS, cases: dict[str, tuple[int, int]] | None = None) -> Section:
-    """Each case with two models of ``layers`` layers; figures are per batch."""
+def run(device: torch.device, seconds: float, layers: int = LAYERS, cases: dict[str, tuple[int, int, int]] | None = None) -> Section:
+    """Each case with models of ``layers`` layers; figures are per batch."""
     rows = []
-    for name, (images, tokens) in (cases or CASES).items():
-        models = [Stored.random(layers, images, tokens, seed, device) for seed in (0, 1)]
-        calls = contestants(*models, torch.zeros(images, 1, device=device))
+    for name, (images, tokens, count) in (cases or CASES).items():
+        models = [Stored.random(layers, images, tokens, seed, device) for seed in range(count)]
+        calls = contestants(models[0], models[-1], torch.zeros(images, 1, device=device))
         times = {contestant: t.per(BATCHES) for contestant, t in race(calls, seconds / len(cases or CASES), device).items()}
         ours = times["torchprobe cka"]
         case = f"{layers} × {layers} layers, {images} images, {name}"
