@@ -33,8 +33,8 @@ CASES = {
     "50 tokens": (256, 50, 2),
     "50 tokens, small batches": (64, 50, 2),
 }
-"""Name → images in a batch, vectors of 768 features in each, models. Two models of 24 layers have 48 Gram matrices; pair by pair it is 600 of
-them, so that where nothing but these products counts no more than 12.5 × is to be had, and half a matrix at a time up to 25 ×."""
+"""Name → images in a batch, vectors of 768 features in each, models. Two models of 24 layers have 48 Gram matrices, and pair by pair
+600 are computed: where nothing but these products counts there is no more than 12.5 × to be had, with half of each matrix at most 25 ×."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
