@@ -183,6 +183,11 @@ def split(embeddings: Embeddings, fraction: float = 0.5, seed: int = 0) -> tuple
 
     Raises:
         ValueError: ``fraction`` outside (0, 1), or a part that is empty.
+
+    >>> from torchprobe.analysis.embeddings import Embeddings
+    >>> e = Embeddings(torch.randn(6, 4), torch.zeros(6, dtype=torch.int64), list("abcdef"))
+    >>> [part.ids for part in split(e)]
+    [['b', 'c', 'e', 'f'], ['a', 'd']]
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction is the share of the first part, between 0 and 1, got {fraction}")
