@@ -26,13 +26,13 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image, ImageFilter
-from rich.console import Console
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
 from torchprobe.analysis.baseline import Baseline
+from torchprobe.cli.tools import console
 from torchprobe.datasets import Broden, BrodenWriter
 from torchprobe.encoders import Encoder, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
@@ -302,7 +302,7 @@ def main() -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         suite = train(options.output, options.epochs, options.limit)
     found = study(options.output, suite, options.resume)
-    print_comparison(found, Console())
+    print_comparison(found, console())
     print(f"{time.monotonic() - started:.0f} s in all. The page: {options.output.resolve() / 'study' / 'index.html'}")
 
 

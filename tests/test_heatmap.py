@@ -29,7 +29,7 @@ def test_names_are_written_and_what_they_share_once():
     figure = heat_map(np.eye(3), ["a.0", "a.1", ""], ["b.x.0", "b.x.1", "b.x.2"], "CKA", row_label="first", column_label="second")
     axes = figure.axes[0]
     assert (ticks(axes.yaxis), ticks(axes.xaxis)) == (["0", "1", "output"], ["0", "1", "2"])
-    assert (axes.get_ylabel(), axes.get_xlabel()) == ("first: a.*", "second: b.x.*")
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("first\na.*", "second: b.x.*")
     assert axes.get_ylim() == (2.5, -0.5)  # the first row on top
 
 

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if seed == 0:
             weights |= dict(encoder.text.state_dict())  # type: ignore[union-attr]
         save_file({key: value.contiguous() for key, value in weights.items()}, root / f"{name}.safetensors")
-        Head(torch.randn(3, 48), torch.zeros(3), normalize=True, names=sets.CLASSES).save(root / f"{name}-head.safetensors")
+        Head(torch.randn(3, 48), torch.zeros(3), normalize=True, names=sets.CLASSES[::-1]).save(root / f"{name}-head.safetensors")
         head = "zero-shot" if role == "zero-shot" else f"{name}-head.safetensors"
         texts.append(entry(name, role, source, f"{name}.safetensors", head))
     texts.append(entry("absent", "imagenet-captions", source, "", "zero-shot"))

@@ -70,7 +70,7 @@ def heat_map(
     transposed, column_names, column_label = _averaged(matrix.T, column_names, column_label)
     matrix = transposed.T
 
-    height = min(max(0.17 * len(row_names) + 1.1, 2.2), width + 0.6)
+    height = min(max(0.17 * len(row_names) + 1.1, 2.6), width + 0.6)
     figure, (axes,) = _figure(width, height)
     axes.grid(False)
     _paint(axes, _shades(matrix, low, high, scale), np.arange(len(column_names) + 1) - 0.5, np.arange(len(row_names) + 1) - 0.5)
@@ -157,7 +157,8 @@ def _name(axes: Axes, which: Literal["x", "y"], names: Sequence[str], label: str
     each = 0.16 if which == "y" else 0.22 if aslant else 0.08 * longest + 0.12
     ticks = range(0, len(names), max(1, math.ceil(len(names) * each / max(room, 0.5))))
     texts = [_plain(short[i]) for i in ticks]
-    title = _plain(": ".join(part for part in (label, f"{shared}*" if shared else "") if part))
+    parts = [_plain(part) for part in (label, f"{shared}*" if shared else "") if part]
+    title = (": " if which == "x" else "\n").join(parts)  # what stands upright has less room
     if which == "y":
         axes.set_yticks(ticks, texts)
         axes.set_ylabel(title)

@@ -244,7 +244,7 @@ def _along(a: Encoder, b: Encoder, heads: tuple[Head, Head], sets: Mapping[str, 
         raise ValueError("one head sees vectors of length 1, the other does not")
     first, second = (
         Encoder(encoder.visual, features=encoder.features, preprocess=encoder.preprocess, name=encoder.name, head=_scaled(head))
-        for encoder, head in zip((a, b), heads, strict=True)
+        for encoder, head in ((a, heads[0]), (b, _in_order(heads[1], heads[0])))
     )
     place = inputs.device or "cpu"
     calibration = [batch.pixels.to(place) for batch in few.batches(a.preprocess, inputs.batch_size, inputs.workers) if batch.names]
@@ -258,6 +258,15 @@ def _along(a: Encoder, b: Encoder, heads: tuple[Head, Head], sets: Mapping[str, 
             if name == IMAGENET:
                 kurtosis.append(float(vector_kurtosis(embeddings.h).nanmean()))
     return {"alphas": list(ALPHAS), "accuracy": accuracy, "kurtosis": kurtosis}
+
+
+def _in_order(head: Head, other: Head) -> Head:
+    """The head with its rows in the order of the other's, where both name the same classes; as it is where the names say nothing."""
+    if head.names is None or other.names is None or head.names == other.names or sorted(head.names) != sorted(other.names):
+        return head
+    rows = [head.names.index(name) for name in other.names]
+    bias = None if head.bias is None else head.bias.detach()[rows]
+    return Head(head.weight.detach()[rows], bias, normalize=head.normalize, names=other.names)
 
 
 def _scaled(head: Head) -> Head:

@@ -1,0 +1,59 @@
+"""The miniature of the paper, end to end and shortened: a CLIP and its two twins through the whole analysis."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("open_clip", reason="open_clip is not installed")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "tiny_clip.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs of 384 digits: enough to be better than chance."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [SCRIPT.name, "--output", str(folder), "--epochs", "3", "--limit", "884"])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return folder
+
+
+def test_ends_with_the_comparison(folder: Path) -> None:
+    found = json.loads((folder / "study" / "comparison.json").read_text())
+    assert [row["role"] for row in found["models"]] == ["zero-shot", "fine-tuned", "supervised"]
+    for row in found["models"]:
+        assert row["accuracy"] > 0.12 and row["robustness"] is not None and row["concepts"] is not None and row["features"] == 64
+    assert [row["b"] for row in found["pairs"]] == ["tiny CLIP, fine-tuned", "supervised from scratch"]
+    page = (folder / "study" / "index.html").read_text()
+    assert "The encoders" in page and "CKA of the layers" in page and "Accuracy along the interpolation" in page
+
+
+def test_interpolation_ends_at_the_encoders(folder: Path) -> None:
+    found = json.loads((folder / "study" / "comparison.json").read_text())
+    accuracy = {row["model"]: row["accuracy"] for row in found["models"]}
+    for pair, extra in found["extras"].items():
+        first, second = pair.split(" → ")
+        along = extra["interpolation"]["accuracy"]["imagenet"]
+        assert (along[0], along[-1]) == (accuracy[first], accuracy[second])
+
+
+def test_every_part_of_every_encoder(folder: Path) -> None:
+    for path in (folder / "study").glob("*/results.json"):
+        found = json.loads(path.read_text())
+        assert set(found["accuracy"]) == {"imagenet", "rotated", "noisy", "blurred"}
+        assert set(found["pruning"]["curves"]) == set(found["accuracy"]) and {row["shift"] for row in found["robustness"]["rows"]} == {
+            "rotated",
+            "noisy",
+            "blurred",
+        }
+        assert set(found["skipped"]) <= {"ablation"}  # there may be no outlier features
+        assert (path.parent / "index.html").is_file()
