@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from torchprobe.analysis.baseline import Baseline
+from torchprobe.analysis.baseline import Baseline, X
 from torchprobe.analysis.embeddings import embed
 from torchprobe.analysis.evaluation import evaluate
 from torchprobe.analysis.interpolation import interpolate
 from torchprobe.analysis.kurtosis import vector_kurtosis
-from torchprobe.analysis.robustness import X
 from torchprobe.analysis.similarity import FEWEST, similarity
 from torchprobe.datasets import Broden, DatasetError, Images
 from torchprobe.dissection.progress import Told

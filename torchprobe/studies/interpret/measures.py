@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from torchprobe.analysis.ablation import ablation
-from torchprobe.analysis.baseline import Baseline
+from torchprobe.analysis.baseline import SUBSETS, Baseline, X
 from torchprobe.analysis.concepts import DIRECTIONS, UNITS, concept_names, concept_sweep
 from torchprobe.analysis.directions import Directions, centred, privileged_directions
 from torchprobe.analysis.embeddings import Embeddings
@@ -18,7 +18,7 @@ from torchprobe.analysis.intervals import bootstrap_interval
 from torchprobe.analysis.kurtosis import peaks, summarise, vector_kurtosis
 from torchprobe.analysis.outliers import massive_activations, outlier_features, rms_kurtosis
 from torchprobe.analysis.pruning import FRACTIONS, pruning_bands, pruning_curve
-from torchprobe.analysis.robustness import SUBSETS, X, effective_robustness, robustness
+from torchprobe.analysis.robustness import effective_robustness, robustness
 from torchprobe.dissection import Dissection
 from torchprobe.encoders import Head
 from torchprobe.studies.interpret.stages import Plain

@@ -147,7 +147,7 @@ def facts(r: dict[str, Any]) -> list[Fact]:
 def representation(found: Interpretation) -> list[Section]:
     """Vector kurtosis, image by image, and its controls."""
     k = found.results["kurtosis"]
-    interval = tuple(float("nan") if end is None else end for end in k["interval"])
+    low, high = map(_nan, k["interval"])
     rows = [
         {"what": "mean over images", "value": k["mean"], "note": "the number of the model"},
         {"what": "median over images", "value": k["median"], "note": "where it is far below the mean, few images carry that"},
@@ -175,7 +175,7 @@ def representation(found: Interpretation) -> list[Section]:
             ],
             [
                 Picture(
-                    partial(_histogram, found.kurtosis, found.results["features"], interval),
+                    partial(_histogram, found.kurtosis, found.results["features"], (low, high)),
                     f"Histogram of the vector kurtosis of {len(found.kurtosis)} images",
                 )
             ],

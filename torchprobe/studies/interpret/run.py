@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from torchprobe.analysis.baseline import Baseline
+from torchprobe.analysis.baseline import Baseline, X
 from torchprobe.analysis.concepts import concepts
-from torchprobe.analysis.directions import Directions, split
+from torchprobe.analysis.directions import Directions, privileged_directions, split
 from torchprobe.analysis.embedding_run import by_first
 from torchprobe.analysis.embeddings import Embeddings, embed
-from torchprobe.analysis.robustness import X
 from torchprobe.datasets import Broden, Images, LabelledImages
 from torchprobe.dissection import Dissection
 from torchprobe.dissection.progress import Clock, Progress, Told
@@ -241,7 +240,7 @@ class _Run:
         if self.head is None:
             return None
         first, _ = split(images, seed=self.seed)
-        return measures.privileged_directions(self.head, first.h)
+        return privileged_directions(self.head, first.h)
 
     def results(
         self,
@@ -342,7 +341,9 @@ def sample(images: Images, count: int, seed: int) -> Images:
         return images
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
     paths = [images.paths[i] for i in chosen]
-    return replace(images, paths=paths, **({"labels": [images.labels[i] for i in chosen]} if isinstance(images, LabelledImages) else {}))
+    if isinstance(images, LabelledImages):
+        return replace(images, paths=paths, labels=[images.labels[i] for i in chosen])
+    return replace(images, paths=paths)
 
 
 def _identity(embeddings: Embeddings) -> Plain:
