@@ -179,10 +179,16 @@ def test_class_subsets_and_groups_of_labels(groups, classes):
     assert curve.accuracy.tolist() == expected(head, found, e, fractions)
     assert curve.n == evaluate(head, e).n
     whole = drawn(groups=groups)
-    whole.h[:2], whole.h[2:4], whole.y[:4] = math.nan, 0.0, 7  # the only class to choose from is no decision for what is not finite
     curve = pruning_curve(head, found, whole, fractions, classes=classes)
     assert curve.accuracy.tolist() == expected(head, found, whole, fractions, classes=classes)
     assert curve.n == evaluate(head, whole, classes).n
+
+
+def test_a_single_class_to_choose_from_is_no_decision_for_what_is_not_finite():
+    head, e = torch.randn(CLASSES, FEATURES), embeddings(torch.randn(5, FEATURES), torch.full((5,), 7))
+    e.h[0], e.h[1] = math.nan, 0.0
+    found = privileged_directions(head, torch.randn(9, FEATURES))
+    assert pruning_curve(head, found, e, [0.5, 1.0], classes=[7]).accuracy.tolist() == [0.8, 0.8]
 
 
 def test_the_order_and_number_of_points_make_no_difference():
