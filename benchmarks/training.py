@@ -18,7 +18,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,8 @@ LIMIT = 1.5
 """What recording may add, in sums of standalone ``observe_`` calls."""
 
 MEMORY_STEPS = 4
+
+PLAIN, OURS = "plain", "torchprobe, every step"
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,16 @@ class Clock:
         return replace(steps, seconds=tuple(self.inside[-len(steps.seconds) :]))
 
 
-def run(network: Network, batch: int, device: torch.device, seconds: float) -> tuple[list[Section], dict[str, str]]:
-    """The tables of one network: whole steps, and on the CPU what lies within the hooks; and who was left out, and why."""
+def run(
+    network: Network, batch: int, device: torch.device, seconds: float, only: Sequence[str] = ()
+) -> tuple[list[Section], dict[str, str]]:
+    """The tables of one network: whole steps, and on the CPU what lies within the hooks; and who was left out, and why.
+
+    ``only`` these contestants, the plain step and ours; default: all.
+    """
     present, skipped = monitors.available(network.maps)
+    if only:
+        present = {name: monitor for name, monitor in present.items() if name in (PLAIN, OURS, *only)}
     training = Training(network, batch, device)
     outputs = training.outputs()
     alone = [partial(observe_, new_state(x.shape[network.feature_dim], device), x, network.feature_dim) for x in outputs]
@@ -178,7 +187,7 @@ def _steps(
 ) -> Section:
     rows = []
     for name, monitor in present.items():
-        ratio = replace(times[name], seconds=tuple(a / b for a, b in zip(times[name].seconds, times["plain"].seconds, strict=True)))
+        ratio = replace(times[name], seconds=tuple(a / b for a, b in zip(times[name].seconds, times[PLAIN].seconds, strict=True)))
         rows.append(Row(case, name, times[name], ratio=ratio.median, ratio_interval=ratio.interval, computes=monitor.computes))
     left_out = " ".join(f"Left out: {name}, {why}." for name, why in skipped.items())
     return Section(
@@ -202,11 +211,10 @@ def _inside(
         aim = Target("× observe_", ratio, LIMIT, interval=(low, high)) if target else None
         return Row(case, name, timing, ratio=ratio, ratio_interval=(low, high), target=aim)
 
-    ours = "torchprobe, every step"
     rows = [row("observe_ of every block, between steps", times["observe_"])]
-    rows += [row(f"{name}: inside", inside[name].minus(inside["plain"]), name == ours) for name in present if name != "plain"]
-    rows.append(row(f"{ours}: outside", times[ours].minus(times["plain"]), True))
-    share = 100 * rows[1].timing.median / times["plain"].median
+    rows += [row(f"{name}: inside", inside[name].minus(inside[PLAIN]), name == OURS) for name in present if name != PLAIN]
+    rows.append(row(f"{OURS}: outside", times[OURS].minus(times[PLAIN]), True))
+    share = 100 * rows[1].timing.median / times[PLAIN].median
     return Section(
         name="training hooks",
         title=f"what that adds to a step of {network.title}",
@@ -248,11 +256,11 @@ def _resident() -> int:
     return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else _high_water(torch.device("cpu"))
 
 
-def peaks(key: str, batch: int, device: torch.device) -> dict[str, int]:
+def peaks(key: str, batch: int, device: torch.device, contestants: Sequence[str]) -> dict[str, int]:
     """Of every contestant, each in a process of its own with malloc as the system has it."""
     environment = {name: value for name, value in os.environ.items() if name not in allocator.TUNED}
     found = {}
-    for name in monitors.available(NETWORKS[key].maps)[0]:
+    for name in contestants:
         command = [sys.executable, "-m", "benchmarks.training", "--peak-of", name, "--network", key]
         command += ["--batch", str(batch), "--device", device.type]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
@@ -265,6 +273,7 @@ def peaks(key: str, batch: int, device: torch.device) -> dict[str, int]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--network", "keys", multiple=True, type=click.Choice(list(NETWORKS)), help="This one; may be repeated.")
+@click.option("--contestant", "only", multiple=True, type=click.Choice(list(monitors.MONITORS)), help="This one; may be repeated.")
 @click.option("--batch", type=click.IntRange(1), help="Images in a step.  [default: 16; 256 on a GPU]")
 @click.option("--seconds", type=float, help="For the steps of a network.  [default: 180]")
 @click.option("--quick", is_flag=True, help="Two images, five rounds.")
@@ -272,7 +281,14 @@ def peaks(key: str, batch: int, device: torch.device) -> dict[str, int]:
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write every figure to FILE, in seconds and bytes.")
 @click.option("--peak-of", hidden=True, type=click.Choice(list(monitors.MONITORS)))
 def main(
-    keys: tuple[str, ...], batch: int | None, seconds: float | None, quick: bool, device: str | None, path: Path | None, peak_of: str | None
+    keys: tuple[str, ...],
+    only: tuple[str, ...],
+    batch: int | None,
+    seconds: float | None,
+    quick: bool,
+    device: str | None,
+    path: Path | None,
+    peak_of: str | None,
 ) -> None:
     """What watching every block costs a training step: torchprobe, plain PyTorch, and the monitors of other packages."""
     if peak_of is not None:
@@ -288,8 +304,8 @@ def main(
     for where in map(torch.device, devices):
         images = batch or (2 if quick else 256 if where.type == "cuda" else 16)
         for key in keys or NETWORKS:
-            of_one, _ = run(NETWORKS[key], images, where, seconds if seconds is not None else 0 if quick else 180)
-            bytes_of = peaks(key, images, where)
+            of_one, _ = run(NETWORKS[key], images, where, seconds if seconds is not None else 0 if quick else 180, only)
+            bytes_of = peaks(key, images, where, [row.contestant for row in of_one[0].rows])
             of_one[0] = replace(of_one[0], rows=[replace(row, megabytes=bytes_of[row.contestant] / 1e6) for row in of_one[0].rows])
             memory += [{"network": key, "device": where.type, "contestant": name, "peak": value} for name, value in bytes_of.items()]
             for section in of_one:

@@ -56,6 +56,12 @@ def test_every_contestant_has_a_row(few):
     json.dumps(report.as_json([steps, hooks]), allow_nan=False)
 
 
+def test_only_some_contestants():
+    (steps, hooks), _ = training.run(TINY, 4, CPU, 0, only=["torchprobe, every=10"])
+    assert [row.contestant for row in steps.rows] == ["plain", "torchprobe, every step", "torchprobe, every=10"]
+    assert len(hooks.rows) == 4
+
+
 def test_twins_share_weights_but_not_modules(few):
     run = training.Training(TINY, 4, CPU)
     twin = run.twin()
@@ -128,6 +134,7 @@ def test_peak_memory_sees_what_a_step_needs(monkeypatch):
 def test_command(tmp_path):
     pytest.importorskip("torchvision")
     command = [sys.executable, "-m", "benchmarks.training", "--quick", "--batch", "1", "--network", "resnet", "--device", "cpu"]
+    command += ["--contestant", "timm ActivationStatsHook"]
     done = subprocess.run([*command, "--json", str(tmp_path / "a.json")], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "observe_ of every block" in done.stdout and "peak MB" in done.stdout
