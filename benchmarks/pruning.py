@@ -74,7 +74,7 @@ def run(seconds: float, images: int = 50_000, features: int = 768, classes: int 
     rows = [
         Row(case, "one product h Wᵀ", times["product"]),
         Row(case, f"{POINTS} passes of argmax", times["argmax"]),
-        Row(case, "both together", floor, 1.0, 1.0),
+        Row(case, "both together", floor, ratio=1.0),
         Row(case, f"pruning_curve, {POINTS} points", times["curve"], **ratio, target=Target("× both", ratio["ratio"], LIMIT)),
         Row(case, "evaluate, one point", times["evaluate"], **versus(times["evaluate"], floor)),
     ]

@@ -1,5 +1,6 @@
 """Pruned heads, and curves whose every accuracy is that of the pruned head, to the last image."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -295,9 +296,11 @@ def test_rows_for_tables():
 
 def test_the_benchmark_runs():
     sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are no part of the installed package
-    from benchmarks import pruning
+    from benchmarks import pruning, report
 
     section = pruning.run(0.01, images=200, features=16, classes=10)
+    assert report.table(section, 200).row_count == 5
+    json.dumps(report.as_json([section]))
     assert [row.target is not None for row in section.rows].count(True) == 1
     weight, e = pruning.inputs(500, 64, 10)
     assert 0.5 < evaluate(weight, e).accuracy < 1
