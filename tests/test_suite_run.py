@@ -16,7 +16,8 @@ from torchprobe.datasets import Broden
 from torchprobe.encoders import EncoderError, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
 from torchprobe.studies.compare import Comparison, write
-from torchprobe.studies.suite import ALPHAS, Inputs, run_suite
+from torchprobe.studies.suite import Inputs, run_suite
+from torchprobe.studies.suite_pairs import ALPHAS
 
 CONFIG = {
     "embed_dim": 48,
@@ -118,7 +119,7 @@ def test_resumed(found: tuple[Comparison, Path], folder: Path, monkeypatch: pyte
         raise AssertionError("computed again")
 
     for name in ("_cka", "_along"):
-        monkeypatch.setattr(f"torchprobe.studies.suite.{name}", refuse)
+        monkeypatch.setattr(f"torchprobe.studies.suite_pairs.{name}", refuse)
     again = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out, resume=True)
     assert again.models == comparison.models and again.extras == comparison.extras
 

@@ -169,13 +169,16 @@ def _one(
 ) -> None:
     from torchprobe.encoders import load_encoder
     from torchprobe.studies.interpret import interpret as study
-    from torchprobe.studies.interpret.inputs import gather
+    from torchprobe.studies.interpret.inputs import gather, kept_head, load_images
     from torchprobe.studies.interpret.text import print_interpretation
     from torchprobe.studies.interpret.write import paths
 
     with working("loading the model"):
-        encoder = load_encoder(model, checkpoint, pretrained=not random_init)
-        images, shifts, made = gather(encoder, inputs.images, inputs.shifts, head, inputs.templates, inputs.limit, inputs.seed)
+        load_images(inputs.images)  # before the weights are fetched
+        encoder = load_encoder(model, checkpoint, pretrained=not random_init).to(inputs.device)
+        images, shifts, made = gather(
+            encoder, inputs.images, inputs.shifts, head, inputs.templates, inputs.limit, inputs.seed, kept_head(out, resume)
+        )
     with interruptible() as stop, stage_bar(quiet=rank > 0) as progress:
         found = study(
             encoder,
@@ -188,7 +191,7 @@ def _one(
             x=inputs.x,
             layers=inputs.layers,
             layer_images=inputs.layer_images,
-            about={"source": model},
+            about={"source": model, "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, **inputs.about()},
             batch_size=inputs.batch_size,
             device=inputs.device,
             workers=inputs.workers,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,32 +14,21 @@ from typing import Any
 import torch
 
 from torchprobe.analysis.baseline import Baseline, X
-from torchprobe.analysis.embeddings import embed
-from torchprobe.analysis.evaluation import evaluate
-from torchprobe.analysis.interpolation import interpolate
-from torchprobe.analysis.kurtosis import vector_kurtosis
-from torchprobe.analysis.similarity import FEWEST, similarity
+from torchprobe.analysis.embedding_run import by_first
 from torchprobe.datasets import Broden, DatasetError, Images
+from torchprobe.datasets.labelled import class_folders
 from torchprobe.dissection.progress import Told
 from torchprobe.dissection.ranks import Ranks
 from torchprobe.encoders import Encoder, EncoderError, Head
 from torchprobe.encoders.encoder import Template
 from torchprobe.encoders.suite import Row
 from torchprobe.studies.compare import Comparison, compare
-from torchprobe.studies.compare.pairs import pairs_within
+from torchprobe.studies.compare.pairs import pair_name, pairs_within
 from torchprobe.studies.compare.saved import load_results
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret import interpret
-from torchprobe.studies.interpret.inputs import gather
-from torchprobe.studies.interpret.measures import IMAGENET
-from torchprobe.studies.interpret.run import sample
-from torchprobe.studies.interpret.stages import Plain, Stages
-
-ALPHAS = tuple(step / 10 for step in range(11))
-"""Of the interpolation, as in WiSE-FT."""
-
-PAIR_IMAGES = 512
-"""Images over which layers are compared and batch norms recalibrated (a choice of ours)."""
+from torchprobe.studies.interpret.inputs import Keep, gather, kept_head, load_images
+from torchprobe.studies.suite_pairs import run_pair
 
 
 @dataclass
@@ -69,11 +61,17 @@ class Inputs:
     workers: int = 2
     seed: int = 0
 
-    def load(self, row: Row) -> tuple[Encoder, Images, dict[str, Images], Head | None]:
-        """An encoder of the suite with what goes with it."""
+    def about(self) -> dict[str, Any]:
+        """The folders, to keep with the results."""
+        folders = {"images": str(self.images), **{f"shift {name}": str(folder) for name, folder in self.shifts.items()}}
+        return folders | {"broden": None if self.broden is None else str(self.broden.root), "limit": self.limit}
+
+    def load(self, row: Row, keep: Keep | None = None) -> tuple[Encoder, Images, dict[str, Images], Head | None]:
+        """An encoder of the suite, on the device, with what goes with it; ``keep`` as for
+        :func:`torchprobe.studies.interpret.inputs.gather`."""
         encoder = row.load()
-        head = row.head
-        images, shifts, made = gather(encoder, self.images, self.shifts, head, self.templates, self.limit, self.seed)
+        encoder = encoder if self.device is None else encoder.to(self.device)
+        images, shifts, made = gather(encoder, self.images, self.shifts, row.head, self.templates, self.limit, self.seed, keep)
         if made is not None and row.normalize is not None and row.normalize != made.normalize:
             made = Head(made.weight.detach(), None if made.bias is None else made.bias.detach(), normalize=row.normalize, names=made.names)
         return encoder, images, shifts, made
@@ -99,63 +97,119 @@ def run_suite(
         rows: from :func:`torchprobe.encoders.suite.load_suite`.
         inputs: what all are shown.
         out: a folder.
-        pairs: load the encoders of one backbone in pairs again, for CKA of their layers and for weight interpolation; see :func:`run_pair`.
+        pairs: load the encoders of one backbone in pairs again, for CKA of their layers and for weight interpolation; see
+            :func:`torchprobe.studies.suite_pairs.run_pair`.
+            Under ``torchrun`` that is left out.
         resume: encoders that are finished are not run again, and unfinished ones go on.
         progress: see :func:`torchprobe.studies.interpret.interpret`.
         say: is told which encoder is next, and which are skipped.
 
     Raises:
-        EncoderError: fewer than two encoders could be had; with the reasons.
+        EncoderError: fewer than two encoders could be had; with the number that was skipped.
         DatasetError: the images cannot be used.
     """
     folder = Path(out)
+    load_images(inputs.images)  # before any encoder is fetched
+    for shift in inputs.shifts.values():
+        class_folders(shift)
     folder.mkdir(parents=True, exist_ok=True)
     names = file_names([row.name for row in rows])
     done: list[Row] = []
     skipped: list[dict[str, str]] = []
-    for row in rows:
-        why = row.missing()
-        if why is None:
-            say(row.name)
-            try:
-                _interpret(row, inputs, folder / names[row.name], resume, progress)
-                done.append(row)
-                continue
-            except EncoderError as error:
-                why = str(error)
-        skipped.append({"model": row.name, "why": why})
-        say(f"{row.name} is skipped: {why}")
-    if len(done) < 2:
-        reasons = "; ".join(f"{one['model']}: {one['why']}" for one in skipped)
-        raise EncoderError(f"{len(done)} of {len(rows)} encoders of the suite could be run, a comparison takes two. {reasons}")
-    with Ranks() as ranks:
-        found = None
-        if ranks.first:
-            folders = [folder / names[row.name] for row in done]
-            extras = _pairs(done, folders, inputs, folder / "pairs", resume, ranks.size, say) if pairs else {}
-            found = compare(folders, extras=extras, skipped=skipped, seed=inputs.seed)
-        shared: Comparison = ranks.from_first(found)
-    return shared
+    with Ranks() as ranks, _asking_once() as note:
+        for row in rows:
+            if (why := row.missing()) is None:
+                say(row.name)
+                why, loaded = _loaded(row, inputs, folder / names[row.name], resume, ranks, note)
+                if loaded is not None:
+                    _interpret(row, *loaded, inputs, folder / names[row.name], resume, progress)
+                    done.append(row)
+                    del loaded  # before the next one takes its place in memory
+                    continue
+            skipped.append({"model": row.name, "why": why or ""})
+            say(f"{row.name} is skipped: {why}")
+        if len(done) < 2:
+            why = f"; the first that was skipped, {skipped[0]['model']}: {skipped[0]['why']}" if skipped else ""
+            raise EncoderError(f"{len(done)} of {len(rows)} encoders of the suite could be run, and a comparison takes two{why}")
+        found: Comparison = by_first(ranks, lambda: _compared(done, names, inputs, folder, pairs, resume, ranks, skipped, say))
+    return found
 
 
-def _pairs(
-    rows: Sequence[Row], folders: Sequence[Path], inputs: Inputs, out: Path, resume: bool, ranks: int, say: Callable[[str], object]
-) -> dict[str, dict[str, Any]]:
+def _loaded(
+    row: Row, inputs: Inputs, out: Path, resume: bool, ranks: Ranks, note: Callable[[BaseException], None]
+) -> tuple[str | None, tuple[Encoder, Images, dict[str, Images], Head | None] | None]:
+    """Why an encoder cannot be had, by any of the ranks; or the encoder with what goes with it."""
+    why, loaded = None, None
+    try:
+        loaded = inputs.load(row, kept_head(out, resume))
+    except (EncoderError, DatasetError) as error:
+        note(error)
+        why = str(error)
+    reasons = [why, *ranks.to_first(why)]
+    why = ranks.from_first(next((reason for reason in reasons if reason is not None), None))
+    return why, loaded if why is None else None
+
+
+@contextlib.contextmanager
+def _asking_once() -> Iterator[Callable[[BaseException], None]]:
+    """Told an error that comes from a host that did not answer, the Hugging Face hub is not asked again: it tries for a minute each time.
+    What is in the cache still loads."""
+    try:
+        hub: Any = importlib.import_module("huggingface_hub.constants")
+    except ModuleNotFoundError:
+        hub = None
+    before = getattr(hub, "HF_HUB_OFFLINE", False)
+
+    def note(error: BaseException | None) -> None:
+        while error is not None:
+            if hub is not None and isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+                hub.HF_HUB_OFFLINE = True
+            error = error.__cause__ or error.__context__
+
+    try:
+        yield note
+    finally:
+        if hub is not None:
+            hub.HF_HUB_OFFLINE = before
+
+
+def _compared(
+    rows: Sequence[Row],
+    names: Mapping[str, str],
+    inputs: Inputs,
+    out: Path,
+    pairs: bool,
+    resume: bool,
+    ranks: Ranks,
+    skipped: Sequence[Mapping[str, str]],
+    say: Callable[[str], object],
+) -> Comparison:
     by_name = {row.name: row for row in rows}
+    folders = {row.name: out / names[row.name] for row in rows}
     extras: dict[str, dict[str, Any]] = {}
-    for one, other in pairs_within([load_results(each) for each in folders]):
-        say(f"{one.name} and {other.name}")
-        if ranks > 1:
+    for a, b in pairs_within([load_results(folder) for folder in folders.values()]) if pairs else []:
+        say(f"{a.name} and {b.name}")
+        if ranks.size > 1:
             why = "one process computes it: run the same command once more without torchrun, with --resume"
-            extras[f"{one.name} → {other.name}"] = {"skipped": {"CKA and interpolation": why}}
+            extras[pair_name(a, b)] = {"skipped": {"CKA and interpolation": why}}
         else:
-            extras[f"{one.name} → {other.name}"] = run_pair(by_name[one.name], by_name[other.name], inputs, out, resume)
-    return extras
+            extras[pair_name(a, b)] = run_pair((by_name[a.name], a), (by_name[b.name], b), inputs, out / "pairs", resume)
+    return compare(list(folders.values()), extras=extras, skipped=skipped, seed=inputs.seed)
 
 
-def _interpret(row: Row, inputs: Inputs, out: Path, resume: bool, progress: Told | None) -> None:
-    encoder, images, shifts, head = inputs.load(row)
-    about = {"name": row.name, "role": row.role, "backbone": row.backbone, "pretraining": row.pretraining, "source": row.source}
+def _interpret(
+    row: Row,
+    encoder: Encoder,
+    images: Images,
+    shifts: dict[str, Images],
+    head: Head | None,
+    inputs: Inputs,
+    out: Path,
+    resume: bool,
+    progress: Told | None,
+) -> None:
+    keys = ("name", "role", "backbone", "pretraining", "source", "checkpoint")
+    about = {key: getattr(row, key) for key in keys} | inputs.about()
     interpret(
         encoder,
         images,
@@ -176,101 +230,3 @@ def _interpret(row: Row, inputs: Inputs, out: Path, resume: bool, progress: Told
         resume=resume,
         progress=progress,
     )
-
-
-def run_pair(one: Row, other: Row, inputs: Inputs, out: str | os.PathLike[str], resume: bool = False) -> Plain:
-    """What takes two networks at hand: CKA of all their layers, and every measure along the interpolation of their weights.
-
-    What cannot be done is in ``skipped`` with the reason: weights of different shapes have no interpolation.
-    """
-    (a, images, shifts, head_a), (b, images_b, _, head_b) = inputs.load(one), inputs.load(other)
-    place = inputs.device or "cpu"
-    a, b = a.to(place), b.to(place)
-    facts = {"a": one.source + (one.checkpoint or ""), "b": other.source + (other.checkpoint or ""), "images": str(inputs.images)}
-    facts |= {"limit": str(inputs.limit), "seed": str(inputs.seed), "layers": str(inputs.layers)}
-    stages = Stages(Path(out), resume)
-    name = file_names([f"{one.name}--{other.name}"]).popitem()[1]
-    few, few_b = sample(images, PAIR_IMAGES, inputs.seed), sample(images_b, PAIR_IMAGES, inputs.seed)
-    found: Plain = {"skipped": {}}
-    try:
-        found["cka"] = stages.run(f"{name}-cka", facts, lambda: _cka(a, b, few, few_b, one, other, inputs))
-    except (ValueError, DatasetError) as error:
-        found["skipped"]["CKA"] = str(error)
-    if head_a is None or head_b is None:
-        found["skipped"]["interpolation"] = "one of the two has no head"
-        return found
-    heads = head_a, head_b
-    try:
-        found["interpolation"] = stages.run(
-            f"{name}-interpolation",
-            facts | {"shifts": str(sorted(shifts))},
-            lambda: _along(a, b, heads, {IMAGENET: images, **shifts}, few, inputs),
-        )
-    except ValueError as error:
-        found["skipped"]["interpolation"] = str(error)
-    return found
-
-
-def _cka(a: Encoder, b: Encoder, images: Images, images_b: Images, one: Row, other: Row, inputs: Inputs) -> Plain:
-    """All pairs of layers, in one pass."""
-    size = min(inputs.batch_size, 64)
-    place = inputs.device or "cpu"
-
-    def batches() -> Any:
-        left, right = images.batches(a.preprocess, size, inputs.workers), images_b.batches(b.preprocess, size, inputs.workers)
-        for mine, theirs in zip(left, right, strict=True):
-            if mine.names != theirs.names:
-                raise ValueError(f"the two read other images of one batch: {sorted(set(mine.names) ^ set(theirs.names))[:3]}")
-            if len(mine.names) >= FEWEST:
-                yield mine.pixels.to(place), theirs.pixels.to(place)
-
-    layers = list(inputs.layers) if inputs.layers is not None else None
-    found = similarity(a, b, batches(), layers, layers)
-    return {
-        "values": found.values.tolist(),
-        "layers_a": found.layers_a,
-        "layers_b": found.layers_b,
-        "a": one.name,
-        "b": other.name,
-        "images": found.images,
-        "batch_size": size,
-    }
-
-
-def _along(a: Encoder, b: Encoder, heads: tuple[Head, Head], sets: Mapping[str, Images], few: Images, inputs: Inputs) -> Plain:
-    """Accuracy on every set, and the vector kurtosis of the representation, from the first network to the second."""
-    if heads[0].normalize != heads[1].normalize:
-        raise ValueError("one head sees vectors of length 1, the other does not")
-    first, second = (
-        Encoder(encoder.visual, features=encoder.features, preprocess=encoder.preprocess, name=encoder.name, head=_scaled(head))
-        for encoder, head in ((a, heads[0]), (b, _in_order(heads[1], heads[0])))
-    )
-    place = inputs.device or "cpu"
-    calibration = [batch.pixels.to(place) for batch in few.batches(a.preprocess, inputs.batch_size, inputs.workers) if batch.names]
-    accuracy: dict[str, list[float]] = {name: [] for name in sets}
-    kurtosis = []
-    for _, mixed in interpolate(first, second, ALPHAS, recalibrate=calibration):
-        assert mixed.head is not None
-        for name, images in sets.items():
-            embeddings = embed(mixed, images, batch_size=inputs.batch_size, device=inputs.device, workers=inputs.workers)
-            accuracy[name].append(evaluate(mixed.head, embeddings).accuracy)
-            if name == IMAGENET:
-                kurtosis.append(float(vector_kurtosis(embeddings.h).nanmean()))
-    return {"alphas": list(ALPHAS), "accuracy": accuracy, "kurtosis": kurtosis}
-
-
-def _in_order(head: Head, other: Head) -> Head:
-    """The head with its rows in the order of the other's, where both name the same classes; as it is where the names say nothing."""
-    if head.names is None or other.names is None or head.names == other.names or sorted(head.names) != sorted(other.names):
-        return head
-    rows = [head.names.index(name) for name in other.names]
-    bias = None if head.bias is None else head.bias.detach()[rows]
-    return Head(head.weight.detach()[rows], bias, normalize=head.normalize, names=other.names)
-
-
-def _scaled(head: Head) -> Head:
-    """The head with a weight of length 1 in all, and a bias: no decision changes, and a head with large logits does not outweigh the other
-    (a choice of ours; a zero-shot head has rows of length 1, a trained one whatever it needed)."""
-    size = torch.linalg.matrix_norm(head.weight.detach())
-    bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
-    return Head(head.weight.detach() / size, bias.detach() / size, normalize=head.normalize, names=head.names)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torchprobe.analysis.concepts import UNITS, concept_overlap
@@ -34,6 +35,7 @@ class Comparison:
         overlaps: concepts shared, for each pair of encoders.
         extras: pair → what was computed with both networks at hand: ``cka`` and ``interpolation``.
         skipped: encoders that are not there, with the reason.
+        remarks: in what the encoders were not shown the same.
     """
 
     models: list[dict[str, Any]]
@@ -43,6 +45,7 @@ class Comparison:
     saved: list[Saved] = field(default_factory=list)
     extras: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -53,6 +56,7 @@ class Comparison:
             "overlaps": self.overlaps,
             "extras": self.extras,
             "skipped": self.skipped,
+            "remarks": self.remarks,
         }
 
 
@@ -65,24 +69,24 @@ def compare(
 ) -> Comparison:
     """Puts saved interpretations beside each other.
 
-    Numbers are compared as they are: it is for the caller to have used the same images and concepts for all. Where two have seen other
-    images, the interval of their difference is over those that both have seen.
+    Numbers are compared as they are: it is for the caller to have used the same images and concepts for all, and ``remarks`` say where
+    that is not so. Where two have seen other images, the intervals of their difference are over those that both have seen.
 
     Args:
         folders: two or more, as :func:`torchprobe.studies.interpret.interpret` wrote them.
-        extras: pair → what :func:`torchprobe.studies.suite.run_pairs` found.
+        extras: pair → what :func:`torchprobe.studies.suite_pairs.run_pair` found.
         skipped: encoders that are not there: ``model`` and ``why``.
         seed: of bootstrap and permutations.
 
     Raises:
-        FileNotFoundError, ValueError: a folder without results, or with damaged ones; fewer than two; two of one name.
+        FileNotFoundError, ValueError: a folder without results, or with damaged ones; fewer than two; one twice.
     """
-    saved = [load_results(folder) for folder in folders]
-    if len(saved) < 2:
-        raise ValueError(f"a comparison takes at least two interpretations, got {len(saved)}")
-    names = [one.name for one in saved]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{twice[0]!r} is the name of {names.count(twice[0])} of the interpretations: run them with different names")
+    if len(folders) < 2:
+        raise ValueError(f"a comparison takes at least two interpretations, got {len(folders)}")
+    places = [Path(folder).resolve() for folder in folders]
+    if twice := [place for place in places if places.count(place) > 1]:
+        raise ValueError(f"{twice[0]} is given twice")
+    saved = _told_apart([load_results(folder) for folder in folders])
     models = [one.summary() for one in saved]
     concepts = {one.name: one.results["concepts"]["names"][UNITS] for one in saved if "concepts" in one.results}
     return Comparison(
@@ -93,7 +97,25 @@ def compare(
         saved=saved,
         extras=dict(extras or {}),
         skipped=[dict(one) for one in skipped],
+        remarks=_remarks(saved),
     )
+
+
+def _told_apart(saved: Sequence[Saved]) -> list[Saved]:
+    """Those of one name with their folders in it."""
+    names = [one.name for one in saved]
+    return [one.called(f"{one.name} ({one.folder})") if names.count(one.name) > 1 else one for one in saved]
+
+
+def _remarks(saved: Sequence[Saved]) -> list[str]:
+    """In what the encoders were not shown the same."""
+    remarks = []
+    if other := [one.name for one in saved if one.kurtosis.keys() != saved[0].kurtosis.keys()]:
+        remarks.append(f"{', '.join(other)} and {saved[0].name} have not seen the same images: their numbers differ for that reason too.")
+    concepts = [(one.name, one.results["concepts"]) for one in saved if "concepts" in one.results]
+    if other := [name for name, found in concepts if any(found[key] != concepts[0][1][key] for key in ("images", "labels"))]:
+        remarks.append(f"{', '.join(other)} and {concepts[0][0]} were not shown the same concepts: their counts differ too.")
+    return remarks
 
 
 def _correlations(models: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torchprobe.rendering.heatmap import heat_map
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
 from torchprobe.rendering.tables import Column, number
 from torchprobe.studies.compare.comparison import Comparison
-from torchprobe.studies.interpret.measures import IMAGENET
+from torchprobe.studies.interpret.measures import HEADLINE, IMAGENET
 
 MODEL_COLUMNS = (
     Column("model", "encoder", "as the suite calls it", "text"),
@@ -26,6 +26,13 @@ MODEL_COLUMNS = (
     Column("outlier_features", "outliers", "outlier features", "count"),
     Column("accuracy", "accuracy", "on the unshifted images", "share"),
     Column("robustness", "ER", "effective robustness, percentage points, mean over the shifts there are"),
+    Column(
+        "robustness_note",
+        "ER from",
+        "accuracies measured or published; how many shifts; whether beyond the standard models",
+        "text",
+        optional=True,
+    ),
     Column("concepts", "concepts", "unique concepts that units encode", "count"),
     Column("polysemanticity", "per unit", "concepts per unit"),
 )
@@ -37,7 +44,9 @@ PAIR_COLUMNS = (
     Column("kurtosis_high", "to", "its upper end"),
     Column("images", "images", "that both have seen", "count"),
     Column("accuracy", "Δ accuracy", "on the unshifted images", "share"),
-    Column("robustness", "Δ ER", "effective robustness, percentage points"),
+    Column("accuracy_low", "from", f"{LEVEL:.0%} bootstrap interval over the images both have seen: lower end", "share"),
+    Column("accuracy_high", "to", "its upper end", "share"),
+    Column("robustness", "Δ ER", "effective robustness, percentage points, mean over the shifts that both have"),
     Column("concepts", "Δ concepts", "unique concepts", "count"),
     Column("shared_concepts", "shared", "concepts that both encode", "count"),
     Column("cka", "CKA", "linear CKA of the two representations over these images"),
@@ -63,6 +72,11 @@ OVERLAP_COLUMNS = (
 
 SKIPPED_COLUMNS = (Column("model", "encoder", "of the suite", "text"), Column("why", "why", "what was missing", "text"))
 
+MOST = 10
+"""Curves in one figure."""
+
+_PARTS = {"cka": "CKA"}
+
 _LABELS = {
     "kurtosis": "vector kurtosis",
     "robustness": "effective robustness, points",
@@ -78,6 +92,7 @@ def comparison_page(found: Comparison) -> Page:
         kind="compare",
         title=f"{len(found.models)} encoders",
         summary="Outlier features, concepts and robustness of several encoders beside each other, and differences within each backbone.",
+        notice=" ".join(found.remarks),
         facts=_facts(found),
         sections=[
             _models(found),
@@ -126,7 +141,12 @@ def _pairs(found: Comparison) -> list[Section]:
     if not found.pairs:
         return []
     text = (
-        "Within a backbone, the zero-shot encoder minus its twin. An interval that leaves out 0 says that the difference is larger than "
+        "Within a backbone, the zero-shot encoder minus its twin. "
+        if all(row["backbone"] for row in found.pairs)
+        else "The first minus the second. No backbone is told for some of them, and a difference means little between different ones. "
+    )
+    text += (
+        "An interval that leaves out 0 says that the difference is larger than "
         "the choice of images; it says nothing about the choice of training runs, of which there is one each."
     )
     return [Section("Pairs within a backbone", [text], tables=[Table(found.pairs, PAIR_COLUMNS)])]
@@ -145,16 +165,17 @@ def _correlations(found: Comparison) -> list[Section]:
 
 def _pruning(found: Comparison) -> list[Section]:
     """The curves by importance, all encoders in one figure."""
-    with_curves = [one for one in found.saved if "pruning" in one.results][:10]
+    with_curves = [one for one in found.saved if "pruning" in one.results]
     if len(with_curves) < 2:
         return []
     series = []
-    for one in with_curves:
+    for one in with_curves[:MOST]:
         curve = one.results["pruning"]["curves"][IMAGENET]["importance"]
         series.append(Series(one.name, [100 * _nan(v) for v in curve["keep"]], [100 * _nan(v) for v in curve["accuracy"]]))
     text = (
         "Accuracy on the unshifted images when the head keeps only its most important directions. A curve that stays flat for longer has "
         "its decisions in fewer directions."
+        + (f" Drawn are the first {MOST} of {len(with_curves)} encoders." if len(with_curves) > MOST else "")
     )
     draw = partial(curves, series, "directions kept, % of the rank", "accuracy, %")
     return [
@@ -172,7 +193,9 @@ def _extras(found: Comparison) -> list[Section]:
         if interpolation := extra.get("interpolation"):
             paragraphs.append(
                 "Between the two networks, weights and heads mixed: θ = (1 − α) θ_first + α θ_second (WiSE-FT). First the accuracy on each "
-                "set, then the vector kurtosis of the representation."
+                "set, then the vector kurtosis of the representation. Both heads are scaled to a weight of length 1, and batch norms are "
+                "recalibrated on some of the unshifted images, without their labels (choices of ours)."
+                + (f" Drawn are the first {MOST} of the sets." if len(interpolation["accuracy"]) > MOST else "")
             )
             pictures.append(Picture(partial(_interpolation, interpolation), f"Accuracy along the interpolation: {pair}"))
             pictures.append(Picture(partial(_kurtosis_along, interpolation), f"Vector kurtosis along the interpolation: {pair}"))
@@ -198,7 +221,7 @@ def _extras(found: Comparison) -> list[Section]:
                 )
             )
         for name, why in extra.get("skipped", {}).items():
-            paragraphs.append(f"No {name}: {why}.")
+            paragraphs.append(f"No {_PARTS.get(name, name)}: {why}.")
         sections.append(Section(pair, paragraphs, pictures))
     return sections
 
@@ -224,7 +247,7 @@ def _reading() -> Section:
             ("ER", "accuracy under shift beyond what standard models of the same unshifted accuracy have, mean over the shifts there are."),
             (
                 "unique concepts",
-                "distinct concepts that some unit ranks with an average precision of at least 0.9, significant after correction.",
+                f"distinct concepts that some unit ranks with an average precision of at least {HEADLINE:g}, significant after correction.",
             ),
             (
                 "what it does not say",
@@ -251,7 +274,7 @@ def _scatter(models: list[dict[str, Any]], x: str, y: str, width: float) -> Any:
 
 def _interpolation(found: dict[str, Any], width: float) -> Any:
     series = [Series(name, found["alphas"], [100 * _nan(v) for v in values]) for name, values in found["accuracy"].items()]
-    return curves(series[:10], "α", "accuracy, %", width=width)
+    return curves(series[:MOST], "α", "accuracy, %", width=width)
 
 
 def _kurtosis_along(found: dict[str, Any], width: float) -> Any:

@@ -20,7 +20,10 @@ ZERO_SHOT = "zero-shot"
 
 
 def pairs_within(saved: Sequence[Saved]) -> list[tuple[Saved, Saved]]:
-    """Pairs with the same backbone: a zero-shot encoder first, each with every other; where nothing says which is which, all pairs."""
+    """Pairs with the same backbone: a zero-shot encoder first, each with every other; where nothing says which is which, all pairs.
+
+    Encoders without a backbone – interpreted one by one – are taken to be for each other, since nothing says otherwise.
+    """
     found = []
     for one, other in combinations(saved, 2):
         if one.about("backbone") != other.about("backbone"):
@@ -31,10 +34,16 @@ def pairs_within(saved: Sequence[Saved]) -> list[tuple[Saved, Saved]]:
     return found
 
 
+def pair_name(one: Saved, other: Saved) -> str:
+    """What a pair is called."""
+    return f"{one.name} → {other.name}"
+
+
 def difference(one: Saved, other: Saved, seed: int = 0) -> dict[str, Any]:
     """``one`` minus ``other``.
 
-    The interval of the kurtosis is a bootstrap over the images both have seen, pair by pair; nan where these are fewer than two.
+    The intervals of kurtosis and accuracy are bootstraps over the images both have seen, pair by pair; nan where these are fewer than two.
+    Effective robustness is over the shifts both have.
     """
     mine, theirs = one.summary(), other.summary()
     shared = [name for name in one.kurtosis if name in other.kurtosis]
@@ -51,12 +60,25 @@ def difference(one: Saved, other: Saved, seed: int = 0) -> dict[str, Any]:
         "kurtosis_low": low,
         "kurtosis_high": high,
     }
+    right = np.array([float(one.right[name]) - float(other.right[name]) for name in one.right if name in other.right], dtype=np.float64)
+    row["accuracy_low"], row["accuracy_high"] = bootstrap_interval(right, seed)
+    mine["robustness"], theirs["robustness"], row["shifts"] = common_robustness(one, other)
     for key in ("accuracy", "robustness", "concepts", "polysemanticity", "outlier_features"):
         row[key] = None if mine[key] is None or theirs[key] is None else mine[key] - theirs[key]
     names = [set(each.results["concepts"]["names"][UNITS]) if "concepts" in each.results else None for each in (one, other)]
     row["shared_concepts"] = None if names[0] is None or names[1] is None else len(names[0] & names[1])
     row["cka"] = representation_cka(one, other)
     return row
+
+
+def common_robustness(one: Saved, other: Saved) -> tuple[float | None, float | None, int]:
+    """The mean effective robustness of each over the shifts that both have, and how many these are."""
+    mine, theirs = one.robustness(), other.robustness()
+    shared = [shift for shift in mine if shift in theirs]
+    if not shared:
+        return None, None, 0
+    first, second = (math.fsum(values[shift] for shift in shared) / len(shared) for values in (mine, theirs))
+    return first, second, len(shared)
 
 
 def representation_cka(one: Saved, other: Saved, batch: int = 256) -> float | None:

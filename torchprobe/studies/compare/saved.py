@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.studies.interpret.measures import IMAGENET
+from torchprobe.datasets.labelled import count
+from torchprobe.studies.interpret.measures import IMAGENET, mean_robustness
 from torchprobe.studies.interpret.result import FORMAT
 
 _BOUND = 1 << 28  # bytes of a results file that is read
@@ -25,16 +25,22 @@ class Saved:
         folder: where it lies.
         results: what ``results.json`` says.
         kurtosis: image → vector kurtosis.
+        right: image → whether the head is right; empty without head or labels.
     """
 
     folder: Path
     results: dict[str, Any]
     kurtosis: dict[str, float]
+    right: dict[str, bool] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """What the suite calls it, else the name of the encoder."""
         return str(self.results["about"].get("name") or self.results["name"])
+
+    def called(self, name: str) -> Saved:
+        """The same under another name."""
+        return replace(self, results={**self.results, "about": {**self.results["about"], "name": name}})
 
     def about(self, key: str) -> str:
         """A fact such as role or backbone, or nothing."""
@@ -44,6 +50,21 @@ class Saved:
         """The representations of the unshifted images, if they were kept."""
         path = self.folder / "embeddings" / f"{IMAGENET}.safetensors"
         return Embeddings.load(path) if path.is_file() else None
+
+    def made(self) -> dict[str, Any]:
+        """What the representations and the head were made from."""
+        sets = {name: Embeddings.load(path).made for name, path in self._sets().items()}
+        return {"sets": sets, "head": self.results["head"], "source": self.about("source")}
+
+    def _sets(self) -> dict[str, Path]:
+        return {path.stem: path for path in sorted((self.folder / "embeddings").glob("*.safetensors"))}
+
+    def robustness(self) -> dict[str, float]:
+        """Shift → effective robustness, percentage points."""
+        rows = self.results["robustness"]["rows"] if "robustness" in self.results else []
+        return {
+            row["shift"]: row["effective_robustness"] for row in rows if row["shift"] != "mean" and row["effective_robustness"] is not None
+        }
 
     def summary(self) -> dict[str, Any]:
         """One row of the comparison: None for what was not computed."""
@@ -61,15 +82,17 @@ class Saved:
             "outlier_features": len(r["outliers"]["indices"]),
             "accuracy": r["accuracy"][IMAGENET]["accuracy"] if "accuracy" in r else None,
             "robustness": None,
+            "robustness_note": "",
+            "shifts": None,
             "extrapolated": None,
             "concepts": None,
             "polysemanticity": None,
         }
         if "robustness" in r:
-            rows = [one for one in r["robustness"]["rows"] if one["shift"] != "mean" and one["effective_robustness"] is not None]
-            row["robustness"] = math.fsum(one["effective_robustness"] for one in rows) / len(rows) if rows else None
-            row["extrapolated"] = any(one["extrapolated"] for one in rows)
-            row["shifts"] = len(rows)
+            row["robustness"], row["shifts"] = mean_robustness(r["robustness"])
+            row["extrapolated"] = any(one["extrapolated"] for one in r["robustness"]["rows"])
+            beyond = ", extrapolated" if row["extrapolated"] else ""
+            row["robustness_note"] = f"{r['robustness']['accuracies']}, {count(row['shifts'], 'shift')}{beyond}"
         if "concepts" in r:
             headline = next(one for one in r["concepts"]["sweep"]["units"] if one["threshold"] == r["concepts"]["threshold"])
             row |= {"concepts": headline["unique"], "polysemanticity": headline["polysemanticity"]}
@@ -98,14 +121,21 @@ def load_results(folder: str | os.PathLike[str]) -> Saved:
         raise ValueError(f"{path} has format {found!r}, this version reads {FORMAT}")
     if missing := [key for key in ("name", "about", "features", "kurtosis", "outliers", "data") if key not in results]:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
-    return Saved(folder, results, _kurtosis(folder / "kurtosis.csv"))
+    saved = Saved(folder, results, *_by_image(folder / "kurtosis.csv"))
+    try:
+        saved.summary()
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
+    return saved
 
 
-def _kurtosis(path: Path) -> dict[str, float]:
+def _by_image(path: Path) -> tuple[dict[str, float], dict[str, bool]]:
     if not path.is_file():
-        return {}
+        return {}, {}
     with open(path, newline="", encoding="utf-8") as file:
         try:
-            return {row["image"]: float(row["vector_kurtosis"] or "nan") for row in csv.DictReader(file)}
+            rows = list(csv.DictReader(file))
+            kurtosis = {row["image"]: float(row["vector_kurtosis"] or "nan") for row in rows}
+            return kurtosis, {row["image"]: row["right"] == "True" for row in rows if row.get("right")}
         except (KeyError, ValueError, TypeError, csv.Error) as error:
             raise ValueError(f"{path} is damaged: {error}") from error

@@ -14,8 +14,10 @@ def print_comparison(found: Comparison, out: Console) -> None:
     """Encoders, pairs, correlations, and who was left out."""
     print_rows("Encoders", [column for column in MODEL_COLUMNS if column.key not in ("kurtosis_low", "kurtosis_high")], found.models, out)
     if found.pairs:
-        print_rows("Pairs within a backbone", PAIR_COLUMNS, found.pairs, out)
+        print_rows("Pairs", PAIR_COLUMNS, found.pairs, out)
     if found.correlations:
         print_rows("Rank correlations", CORRELATION_COLUMNS, found.correlations, out)
+    for remark in found.remarks:
+        out.print(text(remark))
     for one in found.skipped:
         out.print(text(f"Left out: {one['model']} ({one['why']})", "dim"))

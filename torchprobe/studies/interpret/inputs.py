@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torchprobe.datasets import DatasetError, Images, LabelledImages, image_folder, imagenet_set, labelled_folder
 from torchprobe.datasets.imagenet import KINDS
+from torchprobe.datasets.images import SUFFIXES
+from torchprobe.datasets.labelled import count
 from torchprobe.encoders import Encoder, EncoderError, Head, load_head
 from torchprobe.encoders.encoder import Template
+from torchprobe.ops.digest import digest
+from torchprobe.studies.interpret.stages import Stages
 
 IMAGENET = "imagenet"
+
+Keep = Callable[[Mapping[str, Any], Callable[[], Head]], Head]
+"""Makes a head, or gives the one that was made from the same facts before."""
 
 _WNID = re.compile(r"n\d{8}")
 
@@ -29,18 +38,29 @@ def load_images(folder: Path, names: Sequence[str] | None = None, limit: int | N
     Raises:
         DatasetError: no images, or class folders that do not fit.
     """
-    folders = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")] if folder.is_dir() else []
     if is_imagenet(folder):
         return imagenet_set(folder, IMAGENET, limit, seed)
-    if folders:
-        return labelled_folder(folder, limit, seed, names)
+    if folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
+        return _with_loose(labelled_folder(folder, limit, seed, names))
     return image_folder(folder, limit, seed)
 
 
+def _with_loose(images: LabelledImages) -> LabelledImages:
+    """With a remark on images beside the class folders, which are in none of them."""
+    assert images.root is not None
+    loose = sum(entry.is_file() and entry.suffix.lower() in SUFFIXES for entry in images.root.iterdir())
+    return (
+        replace(images, remarks=[*images.remarks, f"left out, because it is in no class folder: {count(loose, 'image')}"])
+        if loose
+        else images
+    )
+
+
 def is_imagenet(folder: Path) -> bool:
-    """Whether some class folder in it, or in its ``val``, is called by a WordNet id."""
-    places = [place for place in (folder, folder / "val") if place.is_dir()]
-    return any(entry.is_dir() and _WNID.fullmatch(entry.name) for place in places for entry in place.iterdir())
+    """Whether some class folder in it, in its ``val`` or in its only folder, is called by a WordNet id; see :func:`imagenet_set`."""
+    folders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")] if folder.is_dir() else []
+    inner = [entry for entry in folders if entry.name == "val" or len(folders) == 1]
+    return any(entry.is_dir() and _WNID.fullmatch(entry.name) for place in (folder, *inner) if place.is_dir() for entry in place.iterdir())
 
 
 def load_shift(name: str, folder: Path, names: Sequence[str] | None, imagenet: bool, limit: int | None = None, seed: int = 0) -> Images:
@@ -64,7 +84,11 @@ def load_shift(name: str, folder: Path, names: Sequence[str] | None, imagenet: b
 
 
 def make_head(
-    encoder: Encoder, which: str, classes: Sequence[str] | None = None, templates: Sequence[Template] | None = None
+    encoder: Encoder,
+    which: str,
+    classes: Sequence[str] | None = None,
+    templates: Sequence[Template] | None = None,
+    keep: Keep | None = None,
 ) -> Head | None:
     """The head that a word or a file stands for.
 
@@ -74,6 +98,7 @@ def make_head(
             "none"; or a file for :func:`torchprobe.encoders.load_head`.
         classes: what a zero-shot head is to tell apart; None: ImageNet's classes.
         templates: of its captions; None: those of ImageNet.
+        keep: see :func:`gather`.
 
     Raises:
         EncoderError: there is no such head, with the reason.
@@ -87,7 +112,16 @@ def make_head(
             raise EncoderError(f"{encoder.name} has no trained head of one linear layer: give a file, zero-shot for CLIP, or none")
         return encoder.head
     if which == "zero-shot":
-        return encoder.zero_shot_head(None if classes is None else list(classes), None if templates is None else list(templates))
+        given = (None if classes is None else list(classes)), (None if templates is None else list(templates))
+
+        def make() -> Head:
+            return encoder.zero_shot_head(*given)
+
+        tower = getattr(encoder, "text", None)
+        if keep is None or tower is None:
+            return make()
+        captions = None if templates is None else [one if isinstance(one, str) else one("{}") for one in templates]
+        return keep({"name": encoder.name, "text": digest(tower.parameters()), "classes": classes, "templates": captions}, make)
     return load_head(which, encoder.features)
 
 
@@ -99,35 +133,56 @@ def gather(
     templates: Sequence[Template] | None = None,
     limit: int | None = None,
     seed: int = 0,
+    keep: Keep | None = None,
 ) -> tuple[Images, dict[str, Images], Head | None]:
     """Images, shifts and head, made to fit each other.
 
     A zero-shot head tells apart ImageNet's classes where the images are ImageNet's, else the class folders, "_" read as a space. The
     folders of every set are matched to the names of the head's rows; where it has none, they are taken to be in the order of its rows.
+    The head is where the encoder is.
+
+    Args:
+        keep: is given what a zero-shot head depends on and what makes it; returns it, made now or kept from before.
 
     Raises:
         DatasetError, EncoderError: as :func:`load_images` and :func:`make_head`; a head without names and another number of folders.
     """
     imagenet = is_imagenet(images)
     seen = load_images(images, None, limit, seed)
-    own = isinstance(seen, LabelledImages)
     classes = [name.replace("_", " ") for name in seen.names or ()] if isinstance(seen, LabelledImages) and not imagenet else None
-    made = make_head(encoder, head, classes or None, templates)
-    if made is None or not own:
+    made = make_head(encoder, head, classes or None, templates, keep)
+    if made is None or not isinstance(seen, LabelledImages):
         return seen, {name: load_shift(name, folder, None, imagenet, limit, seed) for name, folder in shifts.items()}, made
     names: Sequence[str] | None = None
-    if not imagenet and isinstance(seen, LabelledImages):
-        count = len(seen.names or ())
+    if not imagenet:
+        folders = len(seen.names or ())
         names = made.names
         if names is not None:
             seen = load_images(images, names, limit, seed)
-        elif made.out_features == count:
+        elif made.out_features == folders:
             names = seen.names
         else:
             raise DatasetError(
-                f"{images} has {count} class folders, the head {made.out_features} classes without names: which folder is which class is "
-                "not known"
+                f"{images} has {count(folders, 'class folder')}, the head {made.out_features} classes without names: which folder is which "
+                "class is not known. Without a head (--head none) the folders mean nothing"
             )
     if imagenet and made.out_features != 1000:
         raise DatasetError(f"{images} holds ImageNet's classes, but the head has {made.out_features}, not 1000")
     return seen, {name: load_shift(name, folder, names, imagenet, limit, seed) for name, folder in shifts.items()}, made
+
+
+def kept_head(folder: Path, resume: bool) -> Keep:
+    """Keeps zero-shot heads in ``folder``: 80,000 captions take a while, so a resumed run does not make them again."""
+
+    def keep(facts: Mapping[str, Any], make: Callable[[], Head]) -> Head:
+        stages, path = Stages(folder, resume), folder / "head.safetensors"
+        if (known := stages.known("head", facts)) is not None and path.is_file():
+            return load_head(path, known["features"])
+        head = make()
+        folder.mkdir(parents=True, exist_ok=True)
+        stages.forget("head")
+        head.save(path)
+        stages.run("head", facts, lambda: {"features": head.in_features})
+        return head
+
+    return keep

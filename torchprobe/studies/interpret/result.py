@@ -22,6 +22,8 @@ class Interpretation:
         peaks: max|h| / mean|h| by image.
         ids: the images.
         folder: where the files lie.
+        right: by image, whether the head is right; None where the class is not known, empty without a head.
+        concepts: by basis, see :func:`torchprobe.analysis.concepts.concepts`; empty where none were given.
     """
 
     results: Plain
@@ -29,9 +31,10 @@ class Interpretation:
     peaks: list[float]
     ids: list[str]
     folder: Path
+    right: list[bool | None] = field(default_factory=list)
     concepts: dict[str, Dissection] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """What the encoder is called."""
-        return str(self.results["name"])
+        """What a suite calls it, else the name of the encoder."""
+        return str(self.results["about"].get("name") or self.results["name"])

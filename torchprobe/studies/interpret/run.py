@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import torchprobe
 from torchprobe.analysis.baseline import Baseline, X
-from torchprobe.analysis.concepts import concepts
 from torchprobe.analysis.directions import Directions, privileged_directions, split
 from torchprobe.analysis.embedding_run import by_first
-from torchprobe.analysis.embeddings import Embeddings, embed
+from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.datasets import Broden, Images, LabelledImages
-from torchprobe.dissection import Dissection
 from torchprobe.dissection.progress import Clock, Progress, Told
 from torchprobe.dissection.ranks import Ranks
-from torchprobe.dissection.walk import clear_checkpoint
 from torchprobe.encoders import Encoder, Head
-from torchprobe.ops.digest import digest
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret import measures
 from torchprobe.studies.interpret.measures import IMAGENET
+from torchprobe.studies.interpret.passes import Passes, identity
 from torchprobe.studies.interpret.result import FORMAT, Interpretation
 from torchprobe.studies.interpret.stages import Plain, Stages
 from torchprobe.studies.interpret.write import write
-from torchprobe.studies.scan import scan
 
 __all__ = ["Interpretation", "Progress", "interpret"]
 
@@ -98,236 +94,138 @@ def interpret(
         raise ValueError(f"the head takes {head.in_features} features, but the representation of {encoder.name} has {encoder.features}")
     if IMAGENET in shifts:
         raise ValueError(f"{IMAGENET!r} is the name of the unshifted images; call the shift something else")
+    head = None if head is None else copy.deepcopy(head).cpu()  # where the representations are; that of the encoder moves with it
     (folder / "embeddings").mkdir(parents=True, exist_ok=True)
     sets = {IMAGENET: images, **shifts}
+    selected = layers if layers is None or isinstance(layers, str) else list(layers)
     clock = Clock(progress, len(sets) + (layer_images > 0) + (broden is not None))
     with Ranks() as ranks:
         run = _Run(encoder, head, folder, Stages(folder, resume), clock, batch_size, device, workers, seed, resume, stop, ranks)
-        embedded = {name: run.embed(name, one) for name, one in sets.items()}
-        found = run.directions(embedded[IMAGENET])
-        dissections = {} if broden is None else run.concepts(broden, found, str(embedded[IMAGENET].made["weights"]))
+        names = file_names(sets)
+        embedded = {name: run.embed(name, one, folder / "embeddings" / f"{names[name]}.safetensors") for name, one in sets.items()}
+        found, why = run.directions(embedded[IMAGENET])
+        dissections, made = ({}, {}) if broden is None else run.concepts(broden, found, embedded[IMAGENET])
 
         def rest() -> Interpretation:
-            result = run.results(embedded, found, dissections, sets, baseline, x, layers, layer_images, broden, dict(published or {}))
+            result = run.results(embedded, found, why, sets, baseline, x, dict(published or {}))
+            run.add_layers(result.results, embedded[IMAGENET], images, selected, layer_images)
+            run.add_concepts(result.results, dissections, made)
             result.results |= {"about": dict(about or {})}
             write(result)
             return result
 
-        return by_first(ranks, rest)
+        result: Interpretation = by_first(ranks, rest)
+    result.concepts = dissections  # not sent from rank to rank: every one has them
+    return result
 
 
-class _Run:
-    """What the stages of one run share."""
+class _Run(Passes):
+    """The stages of one run."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        head: Head | None,
-        folder: Path,
-        stages: Stages,
-        clock: Clock,
-        batch_size: int,
-        device: torch.device | str | None,
-        workers: int,
-        seed: int,
-        resume: bool,
-        stop: Callable[[], bool] | None,
-        ranks: Ranks,
-    ) -> None:
-        self.encoder, self.head, self.folder, self.stages, self.clock = encoder, head, folder, stages, clock
-        self.batch_size, self.device, self.workers, self.seed = batch_size, device, workers, seed
-        self.resume, self.stop, self.ranks = resume, stop, ranks
-        self.facts: Plain = {"seed": seed, "head": None if head is None else [digest(head.parameters()), getattr(head, "normalize", False)]}
-
-    # -- passes through the encoder ------------------------------------------------------------------------------------
-
-    def embed(self, name: str, images: Images) -> Embeddings:
-        """The representations of one set, on disk."""
-        self.clock.start(f"images: {name}", 0, len(images))
-        embeddings = embed(
-            self.encoder,
-            images,
-            batch_size=self.batch_size,
-            device=self.device,
-            workers=self.workers,
-            path=self.folder / "embeddings" / f"{file_names([name])[name]}.safetensors",
-            resume=self.resume,
-            progress=lambda done, total: self.clock.tell(done),
-            stop=self.stop,
-        )
-        if embeddings.partial:
-            raise KeyboardInterrupt
-        self.clock.finish()
-        return embeddings
-
-    def concepts(self, broden: Broden, found: Directions | None, weights: str) -> dict[str, Dissection]:
-        """Every basis against the concepts; on disk, and read from there when nothing has changed."""
-        folder = self.folder / "concepts"
-        directions = None if found is None else found.directions[: found.rank]
-        made = {
-            "weights": weights,
-            "directions": None if directions is None else digest([directions]),
-            "data": hashlib.sha256((broden.root / "index.csv").read_bytes() + repr((broden.split, broden.categories)).encode()).hexdigest(),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-        }
-
-        def tell(progress: Progress) -> None:
-            if progress.stage != self.clock.stage:
-                self.clock.start(progress.stage, 0, progress.total)
-            self.clock.tell(progress.done)
-
-        def compute() -> Plain:
-            if self.ranks.first and not self.resume and (folder / "checkpoint").is_dir():
-                clear_checkpoint(folder / "checkpoint")
-            self.ranks.barrier()
-            result = concepts(
-                self.encoder,
-                broden,
-                directions,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                device=self.device,
-                workers=self.workers,
-                checkpoint=folder / "checkpoint",
-                resume=True,
-                progress=tell,
-            )
-            if self.ranks.first:
-                for basis, name in file_names(result).items():
-                    result[basis].save(folder / f"{name}.safetensors")
-                clear_checkpoint(folder / "checkpoint")
-            self.ranks.barrier()
-            return {"files": file_names(result)}
-
-        self.clock.start("concepts", 0, len(broden))
-        files = self.stages.run("concepts-made", made, compute)["files"]
-        self.clock.finish()
-        return {basis: Dissection.load(folder / f"{name}.safetensors") for basis, name in files.items()}
-
-    def layers(self, images: Images, layers: str | Iterable[str] | None, count: int) -> Plain:
-        """Vector kurtosis over depth, as ``torchprobe scan`` has it."""
-        chosen = sample(images, count, self.seed)
-        self.clock.start("layers", 0, len(chosen))
-
-        def compute() -> Plain:
-            result = scan(
-                self.encoder,
-                chosen,
-                layers,
-                batch_size=self.batch_size,
-                device=self.device or "cpu",
-                workers=self.workers,
-                seed=self.seed,
-                progress=lambda done, total: self.clock.tell(done),
-                stop=self.stop,
-            )
-            if result.partial:
-                raise KeyboardInterrupt
-            result.recording.save(self.folder / "recording.safetensors")
-            return {"rows": result.layers(), "images": result.images}
-
-        selected = layers if layers is None or isinstance(layers, str) else list(layers)
-        facts = self.facts | {"encoder": self.encoder.name, "images": [chosen.name(path) for path in chosen.paths], "layers": selected}
-        found = self.stages.run("layers", facts, compute)
-        self.clock.finish()
-        return found
-
-    # -- what follows from the representations -------------------------------------------------------------------------
-
-    def directions(self, images: Embeddings) -> Directions | None:
-        """From the half of the images that nothing is evaluated on."""
+    def directions(self, images: Embeddings) -> tuple[Directions | None, str]:
+        """From the half of the images that nothing is evaluated on; where there are none, why."""
         if self.head is None:
-            return None
-        first, _ = split(images, seed=self.seed)
-        return privileged_directions(self.head, first.h)
+            return None, "no head was given"
+        try:
+            return privileged_directions(self.head, split(images, seed=self.seed)[0].h), ""
+        except ValueError as error:  # too few images, a head of zeros, no finite representation
+            return None, str(error)
 
     def results(
         self,
         sets: Mapping[str, Embeddings],
         found: Directions | None,
-        dissections: dict[str, Dissection],
+        why: str,
         sources: Mapping[str, Images],
         baseline: Baseline | None,
         x: X,
-        layers: str | Iterable[str] | None,
-        layer_images: int,
-        broden: Broden | None,
         published: dict[str, float],
     ) -> Interpretation:
-        """Every section that its inputs are there for."""
-        images, facts, seed = sets[IMAGENET], self.facts | {"images": _identity(sets[IMAGENET])}, self.seed
-        everything = self.facts | {name: _identity(one) for name, one in sets.items()} | {"x": x, "baseline": _baseline(baseline)}
-        run = self.stages.run
+        """Every section that its inputs are there for, from the representations."""
+        images, head, seed, run = sets[IMAGENET], self.head, self.seed, self.stages.run
+        facts = self.facts | {"images": identity(images)}
+        everything = self.facts | {"sets": {name: identity(one) for name, one in sets.items()}, "x": x, "baseline": _baseline(baseline)}
         kurtosis = run("kurtosis", facts, lambda: measures.representation(images, seed))
         values, peak = ([float("nan") if value is None else value for value in kurtosis.pop(key)] for key in ("values", "peaks"))
-        skipped: dict[str, str] = {}
         results: Plain = {"kurtosis": kurtosis, "outliers": run("outliers", facts, lambda: measures.outliers(images))}
-        if layer_images:
-            results["layers"] = self.layers(sources[IMAGENET], layers, layer_images)
+        skipped: dict[str, str] = {}
+        right: list[bool | None] = []
+        labelled = {name: one for name, one in sets.items() if bool((one.y >= 0).any())}
+        unlabelled = "no head was given" if head is None else "the images have no labels"
+        if head is None or IMAGENET not in labelled:
+            skipped["accuracy"] = skipped["robustness"] = unlabelled
         else:
-            skipped.setdefault("layers", "no images were asked for (layer_images = 0)")
-        labelled = bool((images.y >= 0).any())
-        if self.head is None or found is None or not labelled:
-            why = "no head was given" if self.head is None else "the images have no labels"
-            for section in ("accuracy", "robustness", "ablation", "pruning", *(() if self.head is not None else ("directions",))):
-                skipped.setdefault(section, why)
-        if self.head is not None and found is not None:
+            results["accuracy"] = run("accuracy", everything, lambda: measures.accuracies(head, labelled, seed))
+            right = results["accuracy"].pop("right")
+        if head is None or found is None:
+            skipped |= dict.fromkeys(("directions", "ablation", "pruning"), why)
+        else:
             first, second = split(images, seed=seed)
             features = results["outliers"]["indices"]
-            head = self.head
-            results["directions"] = run("directions", facts, lambda: measures.directions(head, first, features)[1])
-            if labelled:
-                results["accuracy"] = run("accuracy", everything, lambda: measures.accuracies(head, sets, seed))
-                if features and len(features) < head.in_features / 2:
-                    results["ablation"] = run("ablation", facts, lambda: measures.ablations(head, second, first, features, seed))
+            results["directions"] = run("directions", facts, lambda: measures.directions(head, found, first, features))
+            if not bool((second.y >= 0).any()):
+                in_half = "the half of the images that would be evaluated has no labels" if IMAGENET in labelled else unlabelled
+                skipped |= dict.fromkeys(("ablation", "pruning"), in_half)
+            else:
+                if why_not := measures.not_to_ablate(features, images.features):
+                    skipped["ablation"] = why_not
                 else:
-                    few = "there are no outlier features to ablate" if not features else "half of the features are outlier features"
-                    skipped.setdefault("ablation", few)
-                evaluated = {**sets, IMAGENET: second}
+                    results["ablation"] = run("ablation", facts, lambda: measures.ablations(head, second, first, features, seed))
+                evaluated = {IMAGENET: second} | {
+                    name: rest for name, one in labelled.items() if name != IMAGENET and (rest := _without(one, first)) is not None
+                }
                 results["pruning"] = run("pruning", everything, lambda: measures.pruning(head, found, evaluated, x, baseline, seed))
-        self._robustness(results, skipped, everything, x, baseline, published if len(sets) == 1 else {})
-        if dissections:
-            results["concepts"] = run("concepts", everything | {"broden": str(broden)}, lambda: measures.concept_summary(dissections))
-        else:
-            skipped.setdefault("concepts", "no concepts were given (--broden)")
+        self._robustness(results, skipped, everything, [name for name in sets if name != IMAGENET], x, baseline, published)
         results["skipped"] = skipped
-        results = self._described(sets) | results
-        return Interpretation(results, values, peak, images.ids, self.folder, dissections)
+        results = self._described(sets, sources) | results
+        return Interpretation(results, values, peak, images.ids, self.folder, right)
 
     def _robustness(
-        self, results: Plain, skipped: dict[str, str], facts: Plain, x: X, baseline: Baseline | None, published: dict[str, float]
+        self,
+        results: Plain,
+        skipped: dict[str, str],
+        facts: Plain,
+        shifts: list[str],
+        x: X,
+        baseline: Baseline | None,
+        published: dict[str, float],
     ) -> None:
-        """From the accuracies that were measured, or else from published ones."""
-        measured = {name: 100 * one["accuracy"] for name, one in results.get("accuracy", {}).items()}
-        accuracies, source = (measured, "measured") if len(measured) > 1 else (published, "published")
-        if len(accuracies) < 2:
+        """From the accuracies that were measured; where no shifts are given, from published ones."""
+        if shifts:
+            accuracies, source = {name: 100 * one["accuracy"] for name, one in results.get("accuracy", {}).items()}, "measured"
+            if not accuracies:
+                return  # no head or no labels, as was said
+        else:
+            accuracies, source, shifts = published, "published", [name for name in published if name != IMAGENET]
+        if not shifts:
             skipped.setdefault("robustness", "no shifted images were given (--shift)")
             return
-        try:
-            facts = facts | {"accuracies": accuracies}
-            results["robustness"] = self.stages.run("robustness", facts, lambda: measures.robust(accuracies, x, baseline, source))
+        facts = facts | {"accuracies": accuracies, "shifts": shifts}
+        found = self.stages.run("robustness", facts, lambda: measures.robust(accuracies, shifts, x, baseline, source))
+        if found["rows"]:
+            results["robustness"] = found
             skipped.pop("robustness", None)
-        except ValueError as error:
-            skipped.setdefault("robustness", str(error))
+        else:
+            skipped["robustness"] = "; ".join(f"{name}: {reason}" for name, reason in found["left_out"].items())
 
-    def _described(self, sets: Mapping[str, Embeddings]) -> Plain:
+    def _described(self, sets: Mapping[str, Embeddings], sources: Mapping[str, Images]) -> Plain:
         """What was run on what."""
-        import torchprobe
-
         return {
             "format": FORMAT,
             "torchprobe": torchprobe.__version__,
             "torch": torch.__version__,
             "name": self.encoder.name,
             "features": self.encoder.features,
-            "head": None if self.head is None else {"classes": self.head.out_features, "normalize": getattr(self.head, "normalize", False)},
+            "head": None
+            if self.head is None
+            else {"classes": self.head.out_features, "normalize": self.head.normalize, "digest": self.facts["head"][0]},
             "data": {
                 name: {
                     "images": len(one),
                     "labelled": int((one.y >= 0).sum()),
                     "skipped": [{"file": file, "reason": reason} for file, reason in one.skipped],
                     "classes": None if one.classes is None else len(one.classes),
+                    "remarks": list(source.remarks) if isinstance(source := sources[name], LabelledImages) else [],
                 }
                 for name, one in sets.items()
             },
@@ -335,20 +233,11 @@ class _Run:
         }
 
 
-def sample(images: Images, count: int, seed: int) -> Images:
-    """So many of the images, at random, in their order."""
-    if count >= len(images):
-        return images
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
-    paths = [images.paths[i] for i in chosen]
-    if isinstance(images, LabelledImages):
-        return replace(images, paths=paths, labels=[images.labels[i] for i in chosen])
-    return replace(images, paths=paths)
-
-
-def _identity(embeddings: Embeddings) -> Plain:
-    """What a stage that reads representations depends on."""
-    return {**embeddings.made, "images": len(embeddings), "classes": embeddings.classes, "groups": repr(embeddings.groups)}
+def _without(shifted: Embeddings, first: Embeddings) -> Embeddings | None:
+    """The shifted images whose unshifted selves, which have the same name, did not measure importance; None if no labelled one is left."""
+    used = set(first.ids)
+    rest = shifted.select([name not in used for name in shifted.ids])
+    return rest if bool((rest.y >= 0).any()) else None
 
 
 def _baseline(baseline: Baseline | None) -> Any:

@@ -37,14 +37,25 @@ class Stages:
 
     def run(self, name: str, facts: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Plain:
         """What the stage found: read where it was found from the same facts, else computed and written."""
-        path, known = self.folder / f"{name}.json", json.loads(dumps(facts))
-        if self.resume and (saved := _read(path)) is not None and saved["facts"] == known:
-            return dict(saved["found"])
+        if (before := self.known(name, facts)) is not None:
+            return before
         found: Plain = json.loads(dumps(compute()))  # through JSON, so that a fresh and a resumed run see the same
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(dumps({"facts": known, "found": found}), encoding="utf-8")
+        with replacing(self._path(name)) as temporary:
+            temporary.write_text(dumps({"facts": facts, "found": found}), encoding="utf-8")
         return found
+
+    def known(self, name: str, facts: Mapping[str, Any]) -> Plain | None:
+        """What the stage found from the same facts in a run that is resumed; None if there is nothing of use."""
+        saved = _read(self._path(name)) if self.resume else None
+        return dict(saved["found"]) if saved is not None and saved["facts"] == json.loads(dumps(facts)) else None
+
+    def forget(self, name: str) -> None:
+        """Deletes what the stage found."""
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
 
 
 def _read(path: Path) -> Plain | None:

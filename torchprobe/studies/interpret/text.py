@@ -8,18 +8,11 @@ from typing import Any
 from rich.console import Console
 
 from torchprobe.analysis.outliers import PEAK, feature_columns
-from torchprobe.rendering.tables import Column, plain_table, shown, text
-from torchprobe.studies.interpret.page import (
-    ABLATION_COLUMNS,
-    ACCURACY_COLUMNS,
-    CONCEPT_COLUMNS,
-    ROBUSTNESS_COLUMNS,
-    accuracy_rows,
-    concept_rows,
-    facts,
-    robustness_rows,
-)
+from torchprobe.rendering.tables import Column, plain_table, shown, shown_columns, text
+from torchprobe.studies.interpret.columns import ABLATION_COLUMNS, ACCURACY_COLUMNS, CONCEPT_COLUMNS, ROBUSTNESS_COLUMNS
+from torchprobe.studies.interpret.page import facts
 from torchprobe.studies.interpret.result import Interpretation
+from torchprobe.studies.interpret.sections import accuracy_rows, concept_rows, images, robustness_rows
 
 SHOWN_FEATURES = 8
 
@@ -42,12 +35,18 @@ def print_interpretation(found: Interpretation, out: Console) -> None:
         print_rows("Without the outlier features", ABLATION_COLUMNS, r["ablation"]["rows"], out)
     if "concepts" in r:
         print_rows(f"Concepts, AP ≥ {r['concepts']['threshold']:g}", CONCEPT_COLUMNS, concept_rows(r), out)
+    for name, data in r["data"].items():
+        for remark in data["remarks"]:
+            out.print(text(f"{name}: {remark}", "dim"))
+        if data["skipped"]:
+            out.print(text(f"{name}: left out because they could not be read: {images(len(data['skipped']))}", "dim"))
     for section, why in r["skipped"].items():
         out.print(text(f"Left out: {section} ({why})", "dim"))
 
 
 def print_rows(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], out: Console) -> None:
     """A table under a title."""
+    columns = shown_columns(rows, columns)
     table = plain_table(*(column.title for column in columns), right={column.title for column in columns if column.numeric})
     for row in rows:
         table.add_row(*(text(shown(row, column)) for column in columns))

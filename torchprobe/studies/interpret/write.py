@@ -12,9 +12,13 @@ from torchprobe.rendering.page import write as write_page
 from torchprobe.rendering.plots import write as write_figure
 from torchprobe.rendering.tables import write_csv
 from torchprobe.studies.dissect import file_names
-from torchprobe.studies.interpret.page import accuracy_rows, interpretation_page, robustness_rows
+from torchprobe.studies.interpret.page import interpretation_page
 from torchprobe.studies.interpret.result import Interpretation
+from torchprobe.studies.interpret.sections import accuracy_rows, robustness_rows
 from torchprobe.studies.scan import dumps
+
+TABLES = ("kurtosis", "features", "layers", "accuracy", "robustness", "directions", "pruning", "ablation", "concepts")
+"""The CSV files there may be."""
 
 
 def write(found: Interpretation) -> dict[str, Path]:
@@ -23,6 +27,9 @@ def write(found: Interpretation) -> dict[str, Path]:
     Each file replaces an older one at once.
     """
     files = paths(found)
+    if files["results"].is_file():  # what an earlier run with more inputs left would be taken for a part of this one
+        for name in set(TABLES) - tables(found).keys():
+            (found.folder / f"{name}.csv").unlink(missing_ok=True)
     with replacing(files["results"]) as temporary:
         temporary.write_text(dumps(found.results), encoding="utf-8")
     for name, rows in tables(found).items():
@@ -43,8 +50,9 @@ def paths(found: Interpretation) -> dict[str, Path]:
 def write_plots(folder: Path, pictures: Sequence[Picture]) -> None:
     """Each picture as PNG and as SVG, named by what it shows."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = file_names([picture.description.replace(" ", "-") for picture in pictures])
-    for picture, name in zip(pictures, names.values(), strict=True):
+    names = file_names([picture.description for picture in pictures])
+    for picture in pictures:
+        name = names[picture.description]
         figure = picture.draw(WIDE)
         for suffix in ("png", "svg"):
             write_figure(figure, folder / f"{name}.{suffix}")
@@ -55,8 +63,8 @@ def tables(found: Interpretation) -> dict[str, list[dict[str, Any]]]:
     r = found.results
     rows = {
         "kurtosis": [
-            {"image": name, "vector_kurtosis": value, "peak": peak}
-            for name, value, peak in zip(found.ids, found.kurtosis, found.peaks, strict=True)
+            {"image": name, "vector_kurtosis": value, "peak": peak, "right": right}
+            for name, value, peak, right in zip(found.ids, found.kurtosis, found.peaks, found.right or [None] * len(found.ids), strict=True)
         ],
         "features": r["outliers"]["rows"],
     }
@@ -71,7 +79,8 @@ def tables(found: Interpretation) -> dict[str, list[dict[str, Any]]]:
     if "pruning" in r:
         rows["pruning"] = [
             {"images": name, "order": order, **{key: curve[key][i] for key in curve}}
-            for name, orders in r["pruning"]["curves"].items()
+            for curves in (r["pruning"]["curves"], r["pruning"]["robustness"])
+            for name, orders in curves.items()
             for order, curve in orders.items()
             for i in range(len(curve["keep"]))
         ]
