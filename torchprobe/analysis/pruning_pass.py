@@ -9,7 +9,8 @@ head. So every accuracy is the one that :func:`torchprobe.analysis.evaluate` fin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -59,23 +60,53 @@ def accuracies(
     counts, point = kept.unique(return_inverse=True)
     place = embeddings.h.device if embeddings.h.device.type in ("cpu", "cuda") else torch.device("cpu")  # others may have no float64
     sums = _Sums(directions, bias, normalizes(head), targets.columns, orders, counts, weight.dtype, place)
-    right_ = torch.zeros(len(orders), len(counts), dtype=torch.int64)
-    open_: list[list[list[Tensor]]] = [[[] for _ in counts] for _ in orders]
-    with torch.inference_mode(), torch.autocast(place.type, enabled=False):
-        for part in targets.rows.split(max(1, _LOGITS // len(targets.columns))):
-            whole = int(part[-1]) - int(part[0]) == len(part) - 1
-            h = embeddings.h[int(part[0]) : int(part[-1]) + 1] if whole else embeddings.h[part.to(embeddings.h.device)]
-            for o, (margin, bound) in enumerate(sums.margins(h.to(place), targets.of(part).to(place))):
-                certain = margin.abs() > bound
-                right_[o] += (certain & (margin > 0)).sum(0).cpu()
-                for k, rows in enumerate((~certain).cpu().T):
-                    open_[o][k].append(part[rows])
-    for o, k in ((o, k) for o in range(len(orders)) for k in range(len(counts))):
-        if len(rows := torch.cat(open_[o][k])):
-            pruned = pruned_weight(weight, directions, orders[o][: int(counts[k])])
-            predicted = predict(pruned, bias, embeddings.h[rows.to(embeddings.h.device)], targets.classes, normalizes(head)).cpu()
-            right_[o, k] += int(right(predicted, embeddings.y.cpu()[rows], embeddings.groups).sum())
-    return right_[:, point].double() / len(targets.rows), len(targets.rows)
+    n = len(targets.rows)
+    correct, certain = (torch.zeros(len(orders), n, len(counts), dtype=torch.bool) for _ in range(2))
+    step = max(1, _LOGITS // len(targets.columns))
+
+    def decide(start: int) -> None:
+        at = slice(start, start + step)
+        rows = targets.rows[at]
+        whole = int(rows[-1]) - int(rows[0]) == len(rows) - 1
+        h = embeddings.h[int(rows[0]) : int(rows[-1]) + 1] if whole else embeddings.h[rows.to(embeddings.h.device)]
+        with torch.inference_mode(), torch.autocast(place.type, enabled=False):
+            for o, (margin, bound) in enumerate(sums.margins(h.to(place), targets.of(rows).to(place))):
+                correct[o, at], certain[o, at] = (margin > 0).cpu(), (margin.abs() > bound).cpu()
+
+    threads = torch.get_num_threads() if place.type == "cpu" else 1
+    _in_threads(decide, range(0, n, step), threads)
+    y = embeddings.y.cpu()
+    for o, order in enumerate(orders):
+        points = (~certain[o]).any(0).nonzero().flatten().tolist()
+        weights = {k: pruned_weight(weight, directions, order[: int(counts[k])]) for k in points}  # as prune does, with all threads
+
+        def settle(k: int, o: int = o, weights: dict[int, Tensor] = weights) -> None:
+            at = (~certain[o, :, k]).nonzero().flatten()
+            rows = targets.rows[at]
+            predicted = predict(weights[k], bias, embeddings.h[rows.to(embeddings.h.device)], targets.classes, normalizes(head)).cpu()
+            correct[o, at, k] = right(predicted, y[rows], embeddings.groups)
+
+        _in_threads(settle, points, threads)
+    return correct.sum(1)[:, point].double() / n, n
+
+
+def _in_threads(work: Callable[[int], None], items: Sequence[int], threads: int) -> None:
+    """``work`` on each item, on several at a time, with one thread each.
+
+    The operators on a block are so many and so short that threads which wait for each other at the end of every one would mostly wait
+    as soon as anything else runs on the machine.
+    """
+    if threads == 1 or len(items) <= 1:
+        for item in items:
+            work(item)
+        return
+    pool = ThreadPoolExecutor(min(threads, len(items)), "torchprobe-pruning", torch.set_num_threads, (1,))
+    try:
+        for _ in pool.map(work, items):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # of threads that are yet to start: the number is theirs as well
 
 
 class _Targets:
