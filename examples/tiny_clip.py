@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -296,6 +297,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.limit is not None and options.limit < TESTED + BATCH:
         parser.error(f"--limit must be at least {TESTED + BATCH}: {TESTED} pictures to test and one batch to train")
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are meant
     started = time.monotonic()
     suite = options.output / "suite.toml"
     if not (options.resume and suite.exists()):

@@ -83,7 +83,14 @@ def layers(model: str, pattern: tuple[str, ...], as_json: bool) -> None:
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only so many of the images, chosen at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --limit, --random-init and the interval.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), default="torchprobe-scan", show_default=True, metavar="DIR", help="Results go here."
+    "--out",
+    "--output",
+    "output",
+    type=click.Path(path_type=Path),
+    default="torchprobe-scan",
+    show_default=True,
+    metavar="DIR",
+    help="Results go here.",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output, nothing else.")
 def scan(
@@ -171,7 +178,14 @@ def doctor(as_json: bool) -> None:
 
 @cli.command(epilog=EXIT_CODES)
 @click.option(
-    "--output", type=click.Path(path_type=Path), default="torchprobe-demo", show_default=True, metavar="DIR", help="Results go here."
+    "--out",
+    "--output",
+    "output",
+    type=click.Path(path_type=Path),
+    default="torchprobe-demo",
+    show_default=True,
+    metavar="DIR",
+    help="Results go here.",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output, nothing else.")
 def demo(output: Path, as_json: bool) -> None:

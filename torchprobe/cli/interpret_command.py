@@ -35,6 +35,10 @@ COMPARE_HELP = (
 )
 
 
+_ABOUT = ("name", "role", "backbone", "pretraining")
+"""What a comparison wants to know of one MODEL."""
+
+
 class NamedFolder(click.ParamType):  # type: ignore[type-arg]
     """NAME=DIR."""
 
@@ -67,7 +71,13 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
     help="Images under a shift: imagenet_v2, imagenet_r, imagenet_sketch, objectnet, imagenet_a, or any name; may be repeated.",
 )
 @click.option("--broden", "broden_folder", type=click.Path(path_type=Path), metavar="DIR", help="Concepts, in the format of Broden.")
-@click.option("--baseline", "baseline_file", type=click.Path(path_type=Path), metavar="CSV", help="Standard models of your own.")
+@click.option(
+    "--baseline",
+    "baseline_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="CSV",
+    help="Standard models of your own: columns model, imagenet and one for each shift, per cent.",
+)
 @click.option(
     "--x",
     type=click.Choice(["full", "subset"]),
@@ -88,6 +98,10 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto takes an accelerator if there is one.")
 @click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Threads that decode images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is drawn.")
+@click.option("--name", help="What to call MODEL in a comparison.  [default: its own name]")
+@click.option("--role", type=click.Choice(["zero-shot", "fine-tuned", "supervised", "imagenet-captions"]), help="Of MODEL in a comparison.")
+@click.option("--backbone", metavar="NAME", help="Of MODEL: differences are taken within one.")
+@click.option("--pretraining", metavar="NAME", help="The data MODEL saw first.")
 @click.option("--out", type=click.Path(path_type=Path), default="torchprobe-interpret", show_default=True, metavar="DIR")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in --out.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output, nothing else.")
@@ -113,6 +127,8 @@ def interpret(
         raise click.UsageError("--checkpoint and --random-init exclude each other")
     if only and suite is None:
         raise click.UsageError("--only chooses from a --suite")
+    if suite is not None and any(options[key] for key in _ABOUT):
+        raise click.UsageError(f"{', '.join(f'--{key}' for key in _ABOUT)} are for one MODEL; the suite has its own")
     if len({name for name, _ in shifts}) < len(shifts):
         raise click.UsageError("two --shift have the same name")
 
@@ -165,7 +181,7 @@ def _one(
     head: str,
     resume: bool,
     as_json: bool,
-    **_: Any,
+    **options: Any,
 ) -> None:
     from torchprobe.encoders import load_encoder
     from torchprobe.studies.interpret import interpret as study
@@ -179,6 +195,7 @@ def _one(
         images, shifts, made = gather(
             encoder, inputs.images, inputs.shifts, head, inputs.templates, inputs.limit, inputs.seed, kept_head(out, resume)
         )
+    about = {key: options[key] for key in _ABOUT if options[key]}
     with interruptible() as stop, stage_bar(quiet=rank > 0) as progress:
         found = study(
             encoder,
@@ -191,7 +208,7 @@ def _one(
             x=inputs.x,
             layers=inputs.layers,
             layer_images=inputs.layer_images,
-            about={"source": model, "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, **inputs.about()},
+            about={"source": model, "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, **about, **inputs.about()},
             batch_size=inputs.batch_size,
             device=inputs.device,
             workers=inputs.workers,

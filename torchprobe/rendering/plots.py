@@ -326,7 +326,7 @@ def _name_layers(axes: Axes, names: Sequence[str], width: float) -> None:
         ha="right" if long else "center",
     )
     axes.set_xlim(-0.5, max(len(names) - 0.5, 0.5))
-    axes.set_xlabel(_plain(f"{shared}…" if shared else "layer, in the order in which they ran"))
+    axes.set_xlabel(_plain(f"{shared}*" if shared else "layer, in the order in which they ran"))
 
 
 def _plain(text: str) -> str:
