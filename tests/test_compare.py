@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import interpret_sets as sets
@@ -23,7 +24,15 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def _no_plots() -> Iterator[None]:
+    """test_interpret.py looks at those of one encoder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchprobe.studies.interpret.write.write_plots", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, _no_plots: None) -> list[Path]:
     root = tmp_path_factory.mktemp("compare")
     images, broden = sets.write_classes(root / "images", each=8), Broden(sets.write_concepts(root / "concepts", 30))
     made = []
@@ -106,6 +115,45 @@ def test_models_without_a_common_part(folders: list[Path], tmp_path: Path) -> No
     write(other, tmp_path / "out")
 
 
+def test_difference_of_accuracy_has_an_interval_over_images(found: Comparison, folders: list[Path]) -> None:
+    a, b = (load_results(folder).right for folder in folders[:2])
+    row = found.pairs[0]
+    each = np.array([float(a[name]) - float(b[name]) for name in a])
+    assert len(each) == 24 and row["accuracy"] == pytest.approx(each.mean())
+    assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(bootstrap_interval(each, 0))
+
+
+def test_robustness_is_compared_over_the_shifts_that_both_have(folders: list[Path], tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    shutil.copytree(folders[1], more)
+    results = json.loads((more / "results.json").read_text())
+    rows = results["robustness"]["rows"]
+    rows.append({**rows[0], "shift": "imagenet_a", "effective_robustness": 90.0})
+    (more / "results.json").write_text(json.dumps(results))
+    row, expected = (compare([folders[0], other]).pairs[0] for other in (more, folders[1]))
+    assert row["robustness"] == expected["robustness"] and row["shifts"] == 1
+
+
+def test_encoders_that_were_not_shown_the_same(folders: list[Path], found: Comparison, tmp_path: Path) -> None:
+    assert found.remarks == []
+    other = interpret(
+        sets.encoder(1, "other"),
+        labelled_folder(sets.write_classes(tmp_path / "images", 5), names=sets.CLASSES),
+        tmp_path / "out",
+        broden=Broden(sets.write_concepts(tmp_path / "concepts", 24)),
+        layer_images=0,
+    )
+    comparison = compare([folders[0], other.folder])
+    assert ["not seen the same images" in comparison.remarks[0], "same concepts" in comparison.remarks[1]] == [True, True]
+    assert "not seen the same images" in write(comparison, tmp_path / "page")["page"].read_text()
+
+
+def test_two_of_one_name_are_told_apart(folders: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(folders[0], tmp_path / "copy")
+    names = [row["model"] for row in compare([folders[0], tmp_path / "copy"]).models]
+    assert names == [f"model 0 ({folders[0]})", f"model 0 ({tmp_path / 'copy'})"]
+
+
 def test_refusals(folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least two"):
         compare(folders[:1])
@@ -120,6 +168,7 @@ def test_refusals(folders: list[Path], tmp_path: Path) -> None:
         ("[]", "has format 'list'"),
         ('{"format": 99}', "has format 99"),
         ('{"format": 1}', "lacks name"),
+        (json.dumps(json.loads((folders[0] / "results.json").read_text()) | {"kurtosis": {}}), "is damaged: KeyError"),
     ):
         (damaged / "results.json").write_text(text)
         with pytest.raises(ValueError, match=message):

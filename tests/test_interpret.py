@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import interpret_sets as sets
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from torchprobe.analysis.ablation import ablation
 from torchprobe.analysis.baseline import Baseline
@@ -22,7 +26,9 @@ from torchprobe.analysis.robustness import effective_robustness
 from torchprobe.datasets import Broden, DatasetError, Images, image_folder, labelled_folder
 from torchprobe.encoders import Encoder, EncoderError, Head
 from torchprobe.studies.interpret import Interpretation, interpret
-from torchprobe.studies.interpret.inputs import gather
+from torchprobe.studies.interpret.inputs import gather, is_imagenet
+from torchprobe.studies.interpret.measures import effective_robustness_along, mean_robustness, robust
+from torchprobe.studies.interpret.stages import Stages
 
 SECTIONS = {"kurtosis", "outliers", "layers", "accuracy", "robustness", "directions", "ablation", "pruning", "concepts"}
 
@@ -57,6 +63,12 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Interpretatio
 @pytest.fixture(scope="module")
 def images(whole: Interpretation) -> Embeddings:
     return Embeddings.load(whole.folder / "embeddings" / "imagenet.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole run, which is made before, has them; drawing is most of the time."""
+    monkeypatch.setattr("torchprobe.studies.interpret.write.write_plots", lambda *_: None)
 
 
 def test_every_section_is_there(whole: Interpretation) -> None:
@@ -175,6 +187,167 @@ def test_published_accuracies_stand_in(data: Path, tmp_path: Path) -> None:
     assert row["effective_robustness"] == pytest.approx(44.4, abs=0.05) and found.results["robustness"]["accuracies"] == "published"
 
 
+def test_pruning_sees_no_image_that_measured_importance_under_any_shift(whole: Interpretation, images: Embeddings) -> None:
+    first, _ = split(images, seed=0)
+    noisy = Embeddings.load(whole.folder / "embeddings" / "noisy.safetensors")  # named as the images are
+    rest = noisy.select([name not in set(first.ids) for name in noisy.ids])
+    assert 0 < len(rest) < len(noisy)
+    found = whole.results["pruning"]
+    assert found["images"]["noisy"] == len(rest)
+    assert found["curves"]["noisy"]["importance"]["accuracy"][-1] == evaluate(sets.head(sets.encoder()), rest).accuracy
+
+
+def test_unshifted_accuracy_on_the_classes_of_the_shift(data: Path, images: Embeddings, tmp_path: Path) -> None:
+    """With x="subset" that is the x axis, along pruning too, and rows that stand for one class do so on both axes."""
+    x = np.linspace(40.0, 90.0, 6)
+    columns = {"imagenet": x, "imagenet_r": 0.7 * x + np.arange(6) % 2, "imagenet_on_r_classes": x + 5}
+    shift = replace(labelled_folder(data / "noisy", names=sets.CLASSES), classes=(0, 1), groups={0: (0, 1)})
+    blue_and_green = [i for i, label in enumerate(shift.labels) if label < 2]
+    shift = replace(shift, paths=[shift.paths[i] for i in blue_and_green], labels=[0 for _ in blue_and_green])
+    options = {"shifts": {"imagenet_r": shift}, "baseline": Baseline(columns), "broden": None, "layer_images": 0}
+    results = run(data, tmp_path, **options, x="subset").results  # type: ignore[arg-type]
+    head, one = sets.head(sets.encoder()), replace(images, classes=(0, 1), groups={0: (0, 1)})
+    assert results["accuracy"]["imagenet_on_r_classes"]["accuracy"] == evaluate(head, one).accuracy == 1.0  # both rows are right
+    plain = Baseline(columns | {"imagenet_on_r_classes": x + 5})
+    assert results["robustness"]["rows"][0]["x"] == "subset" and results["robustness"]["rows"][0]["imagenet"] == 100
+    base = [50.0, 0.0, 100.0]
+    along = effective_robustness_along([40.0, 40.0, 40.0], base, "imagenet_r", "subset", plain)
+    assert along[0] == effective_robustness(40.0, 50.0, shift="imagenet_r", x="subset", baseline=plain) and np.isnan(along[1:]).all()
+
+
+def test_effective_robustness_at_random_is_that_of_each_draw(whole: Interpretation) -> None:
+    for name, orders in whole.results["pruning"]["robustness"].items():
+        for curve in (orders["random"],):
+            for value, low, high in zip(curve["effective_robustness"], curve["low"], curve["high"], strict=True):
+                assert value is None or low <= value <= high, name
+
+
+def test_shifts_without_standard_models_are_told() -> None:
+    found = robust({"imagenet": 63.32, "imagenet_r": 69.33, "rotated": 50.0}, ["imagenet_r", "rotated"], "full", None, "measured")
+    assert [row["shift"] for row in found["rows"]] == ["imagenet_r"] and "no standard models" in found["left_out"]["rotated"]
+    found = robust(
+        {"imagenet": 63.32, "imagenet_r": 69.33, "imagenet_v2": 55.9}, ["imagenet_r", "imagenet_v2"], "subset", None, "published"
+    )
+    assert [row["shift"] for row in found["rows"]] == ["imagenet_v2"] and "imagenet_on_r_classes" in found["left_out"]["imagenet_r"]
+    assert robust({"imagenet": 0.1, "imagenet_v2": 0.1}, ["imagenet_v2"], "full", None, "measured")["rows"]  # near chance, not fractions
+
+
+def test_mean_robustness_leaves_out_what_there_is_not() -> None:
+    rows = [{"shift": name, "effective_robustness": value} for name, value in (("a", 4.0), ("b", None), ("c", -1.0), ("mean", 99.0))]
+    assert mean_robustness({"rows": rows}) == (1.5, 2)
+    assert mean_robustness({"rows": []}) == (None, 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_very_few_images(data: Path, tmp_path: Path, count: int) -> None:
+    all_of_them = labelled_folder(data / "images", names=sets.CLASSES)
+    few = replace(all_of_them, paths=all_of_them.paths[:count], labels=all_of_them.labels[:count])
+    found = interpret(sets.encoder(), few, tmp_path, head=sets.head(sets.encoder()), layer_images=1).results
+    assert found["accuracy"]["imagenet"]["images"] == count
+    if count == 1:
+        assert "too few to split" in found["skipped"]["directions"] == found["skipped"]["pruning"]
+    assert (tmp_path / "index.html").is_file()
+
+
+def test_heads_that_say_little(data: Path, tmp_path: Path) -> None:
+    images = labelled_folder(data / "images")
+    alike = interpret(sets.encoder(), images, tmp_path / "alike", head=Head(torch.ones(3, sets.FEATURES)), layer_images=0).results
+    assert alike["directions"]["centred"] == [] and alike["directions"]["rank"] == 1
+    zeros = interpret(sets.encoder(), images, tmp_path / "zeros", head=Head(torch.zeros(3, sets.FEATURES)), layer_images=0).results
+    assert "all 192 weights of the head are 0" in zeros["skipped"]["directions"] and "accuracy" in zeros
+
+
+def test_unlabelled_shift_is_left_out(data: Path, tmp_path: Path) -> None:
+    found = run(data, tmp_path, shifts={"noisy": image_folder(data / "noisy")}, broden=None, layer_images=0).results
+    assert set(found["accuracy"]) == {"imagenet"} and set(found["pruning"]["curves"]) == {"imagenet"}
+    assert "robustness" in found["skipped"]
+
+
+def test_narrow_representation_has_no_outlier_feature(data: Path, tmp_path: Path) -> None:
+    narrow = Encoder(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), features=3, preprocess=sets.pixels, name="narrow")
+    head = Head(torch.eye(3)[[2, 1, 0]])
+    found = interpret(narrow, labelled_folder(data / "images"), tmp_path, head=head, layer_images=0).results
+    assert "among 3 features none can be 6 standard deviations out" in found["skipped"]["ablation"]
+    assert found["outliers"]["rows"][0]["outlier_share"] is None
+    assert "Among 3 features none can be" in (tmp_path / "index.html").read_text()
+
+
+def test_remarks_on_folders_reach_the_page(data: Path, tmp_path: Path) -> None:
+    folder = sets.write_classes(tmp_path / "images", each=3)
+    (folder / "red" / "notes <b>.txt").write_text("x")
+    (folder / "loose.png").write_bytes((folder / "red" / "00.png").read_bytes())
+    images, _, _ = gather(sets.encoder(), folder, {}, "none")
+    found = interpret(sets.encoder(), images, tmp_path / "out", layer_images=0).results
+    assert found["data"]["imagenet"]["remarks"] == ["1 file that is no image left out", "1 image beside the class folders left out"]
+    assert "1 image beside the class folders" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_layer_that_never_fired_is_told(data: Path, tmp_path: Path) -> None:
+    model = sets.encoder()
+    model.visual.unused = nn.Linear(3, 3)
+    found = interpret(model, image_folder(data / "images"), tmp_path, layers=(name for name in ("visual.mix", "visual.unused")))
+    assert [row["layer"] for row in found.results["layers"]["rows"]] == ["visual.mix", ""]
+    assert any("visual.unused" in remark for remark in found.results["layers"]["remarks"])
+    assert "visual.unused" in (tmp_path / "index.html").read_text()
+
+
+def test_names_of_sets_that_are_one_file_name(data: Path, tmp_path: Path) -> None:
+    shifts = {
+        "a:b": labelled_folder(data / "noisy"),
+        "a/b": labelled_folder(data / "images"),
+        "imagenet$<i>\n": labelled_folder(data / "noisy"),
+    }
+    options = {"shifts": shifts, "broden": None, "layer_images": 0}
+    first = run(data, tmp_path, **options)  # type: ignore[arg-type]
+    assert len(list((tmp_path / "embeddings").iterdir())) == 4
+    assert run(data, tmp_path, **options, resume=True).results == first.results  # type: ignore[arg-type]
+    assert "<i>" not in (tmp_path / "index.html").read_text()
+
+
+def test_what_an_earlier_run_left_is_no_part_of_a_smaller_one(whole: Interpretation, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole.folder, tmp_path / "again")
+    interpret(sets.encoder(), image_folder(data / "images"), tmp_path / "again", layer_images=0)
+    assert {path.stem for path in (tmp_path / "again").glob("*.csv")} == {"kurtosis", "features"}
+
+
+def test_lost_files_are_made_again(whole: Interpretation, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole.folder, tmp_path / "again")
+    (tmp_path / "again" / "concepts" / "units.safetensors").unlink()
+    (tmp_path / "again" / "stages" / "kurtosis.json").write_text("{")
+    assert run(data, tmp_path / "again", resume=True).results == whole.results
+
+
+def test_what_a_stage_depends_on_is_among_its_facts(whole: Interpretation, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole.folder, tmp_path / "again")
+    changed = Baseline({"imagenet": [40.0, 60.0, 90.0], "noisy": [10.0, 20.0, 60.0]})
+    second = run(data, tmp_path / "again", resume=True, baseline=changed, layer_images=5, layers="visual.mix").results
+    assert second["robustness"]["rows"] != whole.results["robustness"]["rows"]
+    assert second["pruning"]["robustness"] != whole.results["pruning"]["robustness"]
+    assert second["layers"]["images"] == 5 and [row["layer"] for row in second["layers"]["rows"]] == ["visual.mix", ""]
+    sets.write_concepts(tmp_path / "concepts", 30)
+    other = run(data, tmp_path / "again", resume=True, broden=Broden(tmp_path / "concepts")).results
+    assert other["concepts"]["images"] == 30 and whole.results["concepts"]["images"] == 60
+
+
+def test_killed_in_any_stage_and_resumed(whole: Interpretation, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was written last, the rest follows: as after kill -9, nothing is tidied up."""
+    original = Stages.run
+    for last in range(1, 9):
+        made: list[str] = []
+
+        def dies(self: Stages, name: str, *rest: object, last: int = last, made: list[str] = made) -> object:
+            if len(made) == last:
+                raise SystemExit(9)
+            made.append(name)
+            return original(self, name, *rest)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Stages, "run", dies)
+            with pytest.raises(SystemExit):
+                run(data, tmp_path, resume=True)
+    assert run(data, tmp_path, resume=True).results == whole.results
+
+
 def test_what_cannot_be_read_is_counted(data: Path, tmp_path: Path) -> None:
     folder = sets.write_classes(tmp_path / "images", each=4)
     (folder / "red" / "torn <b>.png").write_bytes((folder / "red" / "00.png").read_bytes()[:60])
@@ -234,3 +407,10 @@ def test_a_folder_of_imagenet_that_is_not_a_wnid(tmp_path: Path) -> None:
     (tmp_path / "images" / "red").rename(tmp_path / "images" / "n01440764")
     with pytest.raises(DatasetError, match="blue is no class of imagenet"):
         gather(sets.encoder(), tmp_path / "images", {}, "none")
+
+
+def test_imagenet_within_its_only_folder(tmp_path: Path) -> None:
+    (tmp_path / "archive" / "n01440764").mkdir(parents=True)
+    assert is_imagenet(tmp_path) and is_imagenet(tmp_path / "archive")
+    (tmp_path / "beside").mkdir()
+    assert not is_imagenet(tmp_path)

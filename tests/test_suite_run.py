@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 import interpret_sets as sets
@@ -12,12 +15,13 @@ from click.testing import CliRunner
 
 from torchprobe.analysis.baseline import Baseline
 from torchprobe.cli import cli
-from torchprobe.datasets import Broden
+from torchprobe.datasets import Broden, DatasetError
 from torchprobe.encoders import EncoderError, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
-from torchprobe.studies.compare import Comparison, write
+from torchprobe.studies.compare import Comparison, load_results, write
+from torchprobe.studies.interpret.inputs import kept_head
 from torchprobe.studies.suite import Inputs, run_suite
-from torchprobe.studies.suite_pairs import ALPHAS
+from torchprobe.studies.suite_pairs import ALPHAS, run_pair
 
 CONFIG = {
     "embed_dim": 48,
@@ -122,6 +126,69 @@ def test_resumed(found: tuple[Comparison, Path], folder: Path, monkeypatch: pyte
         monkeypatch.setattr(f"torchprobe.studies.suite_pairs.{name}", refuse)
     again = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out, resume=True)
     assert again.models == comparison.models and again.extras == comparison.extras
+
+
+def test_a_pair_is_computed_anew_when_one_of_them_changed(found: tuple[Comparison, Path], folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(found[1], out)
+    results = json.loads((out / "tuned" / "results.json").read_text())
+    results["head"]["digest"] = "another head"
+    (out / "tuned" / "results.json").write_text(json.dumps(results))
+    rows = {row.name: row for row in load_suite(folder / "suite.toml")}
+    pair = [(rows[name], load_results(out / name)) for name in ("zero", "tuned")]
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "pairs" / "stages").glob("zero--tuned-*")}
+    run_pair(pair[0], pair[1], inputs(folder), out / "pairs", resume=True)
+    after = {path.name: path.stat().st_mtime_ns for path in (out / "pairs" / "stages").glob("zero--tuned-*")}
+    assert len(before) == 13 and all(after[name] > before[name] for name in before)  # CKA, 11 steps and what they give
+
+
+def test_zero_shot_heads_are_kept(found: tuple[Comparison, Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("made again")
+
+    row = next(row for row in load_suite(folder / "suite.toml") if row.name == "zero")
+    monkeypatch.setattr("torchprobe.encoders.ClipEncoder.zero_shot_head", refuse)
+    kept = inputs(folder).load(row, kept_head(found[1] / "zero", True))[3]
+    assert kept is not None and kept.names == sets.CLASSES
+    with pytest.raises(AssertionError, match="made again"):
+        inputs(folder).load(row, kept_head(found[1] / "tuned", True))
+
+
+def test_an_encoder_that_does_not_fit_the_images_is_skipped(folder: Path, tmp_path: Path) -> None:
+    Head(torch.randn(2, 48), names=("cat", "dog")).save(folder / "animals.safetensors")
+    rows = {row.name: row for row in load_suite(folder / "suite.toml")}
+    strange = replace(rows["tuned"], name="strange", head=str(folder / "animals.safetensors"))
+    chosen = [rows["zero"], strange, rows["scratch"]]
+    shown = replace(inputs(folder), shifts={}, broden=None, layer_images=0)
+    comparison = run_suite(chosen, shown, tmp_path, pairs=False)
+    assert [row["model"] for row in comparison.models] == ["zero", "scratch"]
+    assert comparison.skipped[0]["model"] == "strange" and "none of the 2 classes" in comparison.skipped[0]["why"]
+
+
+def test_the_folders_are_looked_at_before_any_encoder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchprobe.encoders.suite.Row.load", lambda self: pytest.fail("fetched"))
+    with pytest.raises(DatasetError, match="is not there"):
+        run_suite(load_suite(folder / "suite.toml"), replace(inputs(folder), images=tmp_path / "absent"), tmp_path / "out")
+    with pytest.raises(DatasetError, match="is not there"):
+        run_suite(load_suite(folder / "suite.toml"), replace(inputs(folder), shifts={"noisy": tmp_path / "absent"}), tmp_path / "out")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    seen = []
+
+    def unreachable(self: object) -> None:
+        seen.append(constants.HF_HUB_OFFLINE)
+        try:
+            raise socket.gaierror("no name server")
+        except OSError as error:
+            raise EncoderError("could not be fetched") from error
+
+    monkeypatch.setattr("torchprobe.encoders.suite.Row.load", unreachable)
+    with pytest.raises(EncoderError, match="0 of 4"):
+        run_suite(load_suite(folder / "suite.toml"), inputs(folder), tmp_path)
+    assert seen == [False, True, True] and constants.HF_HUB_OFFLINE is False
 
 
 def test_too_few(folder: Path, tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def _pruning(found: Comparison) -> list[Section]:
         curve = one.results["pruning"]["curves"][IMAGENET]["importance"]
         series.append(Series(one.name, [100 * _nan(v) for v in curve["keep"]], [100 * _nan(v) for v in curve["accuracy"]]))
     text = (
-        "Accuracy on the unshifted images when the head keeps only its most important directions. A curve that stays flat for longer has "
-        "its decisions in fewer directions."
+        "Accuracy on the unshifted images when the head keeps only its most important directions. The further to the "
+        "left a curve stays flat, the fewer directions its decisions need."
         + (f" Drawn are the first {MOST} of {len(with_curves)} encoders." if len(with_curves) > MOST else "")
     )
     draw = partial(curves, series, "directions kept, % of the rank", "accuracy, %")

@@ -49,11 +49,8 @@ def _with_loose(images: LabelledImages) -> LabelledImages:
     """With a remark on images beside the class folders, which are in none of them."""
     assert images.root is not None
     loose = sum(entry.is_file() and entry.suffix.lower() in SUFFIXES for entry in images.root.iterdir())
-    return (
-        replace(images, remarks=[*images.remarks, f"left out, because it is in no class folder: {count(loose, 'image')}"])
-        if loose
-        else images
-    )
+    remark = f"{count(loose, 'image')} beside the class folders left out"
+    return replace(images, remarks=[*images.remarks, remark]) if loose else images
 
 
 def is_imagenet(folder: Path) -> bool:
