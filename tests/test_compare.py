@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import interpret_sets as sets
@@ -106,6 +107,12 @@ def test_written_and_harmless(found: Comparison, tmp_path: Path) -> None:
         assert f"<h2>{title}</h2>" in page
     assert HOSTILE not in page and "&lt;img src=x" in page
     assert len(list((tmp_path / "plots").glob("*.png"))) >= 3
+
+
+def test_long_names_leave_room_for_the_figures(folders: list[Path], tmp_path: Path) -> None:
+    comparison = compare(folders)
+    saved = [one.called(f"{one.name} with a long name (/some/where/far/away/in/a/folder/of/results)") for one in comparison.saved]
+    write(replace(comparison, saved=saved), tmp_path)  # matplotlib's warning would be an error
 
 
 def test_models_without_a_common_part(folders: list[Path], tmp_path: Path) -> None:

@@ -264,10 +264,12 @@ def _png(figure: Figure) -> bytes:
 
 
 def _legend(axes: Axes, width: float) -> None:
+    """Above the axes, in as many columns as the names leave room for: wider ones would leave none for the axes."""
+    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
-        ncols=max(1, int(width / 2)),
+        ncols=max(1, min(int(width / 2), int((width - 0.6) / (0.4 + 0.065 * longest)))),  # inches, at 8 points
         frameon=False,
         fontsize=8,
         labelcolor=INK,
