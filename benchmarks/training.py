@@ -15,6 +15,7 @@ import copy
 import json
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -246,6 +247,9 @@ def peak(network: Network, name: str, batch: int, device: torch.device) -> int:
 def _high_water(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage knows on Linux begins with the memory of the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # type: ignore[index]
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -212,9 +212,10 @@ def test_one_copy_for_metrics_and_none_that_waits_for_windows(on_a_fake_device: 
 
 
 def tensors() -> int:
-    """Bytes of all tensors alive; a fake one counts for what it would take."""
+    """Bytes of all tensors alive; a fake one counts for what it would take, those of unknown size that the compiler left for nothing."""
     gc.collect()
-    return sum(value.nbytes for value in gc.get_objects() if issubclass(type(value), Tensor))
+    found = [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
+    return sum(value.nbytes for value in found if all(type(size) is int for size in value.shape))
 
 
 @pytest.mark.parametrize("on_a_fake_device", [(3, 10)], indirect=True)

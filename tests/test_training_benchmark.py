@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -121,13 +122,19 @@ def test_who_cannot_take_part_is_named_with_the_reason(monkeypatch):
     assert list(monitors.available(maps=True)[0]) == ["maps"]
 
 
-def test_peak_memory_sees_what_a_step_needs(monkeypatch):
-    class Hungry(Net):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            ballast = torch.ones(256 << 20, dtype=torch.uint8)
-            return super().forward(x) + 0 * ballast[-1]
+class Hungry(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ballast = torch.ones(256 << 20, dtype=torch.uint8)
+        return super().forward(x) + 0 * ballast[-1]
 
-    assert training.peak(replace(TINY, build=Hungry), "plain", 2, CPU) >= 256 << 20
+
+def test_peak_memory_sees_what_a_step_needs():
+    """In a process of its own, as the benchmark does: this one may hold enough already."""
+    code = "import test_training_benchmark as t; print(t.training.peak(t.replace(t.TINY, build=t.Hungry), 'plain', 2, t.CPU))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 256 << 20 <= int(done.stdout.split()[-1]) < 512 << 20
 
 
 @pytest.mark.slow
