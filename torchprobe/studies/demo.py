@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchprobe.analysis.interpolation import recalibrate_batch_norms
 from torchprobe.datasets import Images
 from torchprobe.encoders import Encoder, EncoderError, read_checkpoint
 from torchprobe.rendering.page import Fact, Page, Section, Table
@@ -170,14 +171,7 @@ def untrained(seed: int, images: Images) -> Encoder:
     """The same network at random initialisation, its batch norms calibrated on ``images``."""
     torch.manual_seed(seed)
     encoder = _encoder(_network(), f"EfficientNet-Lite0, random initialisation, seed {seed}")
-    norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the average over all batches, not a moving one
-        norm.train()
-    with torch.inference_mode():
-        for batch in images.batches(encoder.preprocess, 12):
-            encoder(batch.pixels)
+    recalibrate_batch_norms(encoder, (batch.pixels for batch in images.batches(encoder.preprocess, 12)))
     return encoder.eval()
 
 

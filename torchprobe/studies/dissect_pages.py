@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchprobe.analysis.interpolation import recalibrate_batch_norms
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, random_rotation
 from torchprobe.dissection.report import write_report
@@ -88,24 +89,12 @@ def recalibrate(encoder: nn.Module, broden: Broden, batch_size: int = 32, images
 
     With the statistics of an untrained network every layer would differ in scale from the next.
     """
-    norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
     preprocess: Any = broden.transform or getattr(encoder, "preprocess", None)
-    place = next(encoder.parameters()).device
-    training, momentum = encoder.training, [norm.momentum for norm in norms]
-    encoder.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the average over all batches, not a moving one
-        norm.train()
     rows = range(min(images, len(broden)))
-    with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            encoder(torch.stack([preprocess(broden.image(row)) for row in rows[start : start + batch_size]]).to(place))
-    for norm, before in zip(norms, momentum, strict=True):
-        norm.momentum = before
-    encoder.train(training)
+    starts = range(0, len(rows), batch_size)
+    recalibrate_batch_norms(
+        encoder, (torch.stack([preprocess(broden.image(row)) for row in rows[start : start + batch_size]]) for start in starts)
+    )
 
 
 def _free(name: str, taken: Mapping[str, object]) -> str:
