@@ -60,7 +60,7 @@ $(TORCH):
 	@touch $@
 
 $(READY): $(TORCH) $(SOURCES)
-	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(strip $(GPUS))}" python -m pip install --no-build-isolation --editable ".[all,dev]"
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(strip $(GPUS))}" python -m pip install --no-build-isolation --editable ".[all,demo,dev]"
 	@python -c "from torchprobe.ops import kernels; print(*(f'{device} kernels {status}' for device, status in kernels().items()), sep='\n')"
 	@touch $@
 

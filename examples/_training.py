@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 
 import torchprobe
 from torchprobe.rendering import plots
-from torchprobe.rendering.files import replacing
+from torchprobe.common.files import replacing
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table, write
 from torchprobe.rendering.tables import LAYER_COLUMNS, number
 

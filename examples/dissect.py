@@ -4,7 +4,7 @@
 
 The pictures are drawn here: discs and squares in four colours on noise, so what they show is known. They are written in the format of
 Broden, a small network is trained to tell the area of the discs, whatever their colour, and its middle layer is dissected before and
-after, and with shuffled labels. Needs pillow and the packages of ``torchprobe[report]``.
+after, and with shuffled labels. Needs pillow and the packages of ``torchprobe-interp[report]``.
 """
 
 from __future__ import annotations

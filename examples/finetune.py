@@ -8,7 +8,7 @@
 The recipe: 10 epochs, batch 256, learning rate 3e-5 after 500 steps of warm-up and then along a cosine, AdamW with weight decay 0.1, end to
 end, the head initialised from the zero-shot head, representations brought to length 1 before it. Recording is left on for the
 whole run: every --window steps close a window, which is logged (log.jsonl, and TensorBoard with --tensorboard) and stays in the
-history. Ends with kurtosis.png, layers × steps, and index.html. Needs torchprobe[vision,report]; the digits need scikit-learn.
+history. Ends with kurtosis.png, layers × steps, and index.html. Needs torchprobe-interp[vision,report]; the digits need scikit-learn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torchvision import transforms
 
 import torchprobe
 from torchprobe.encoders import ClipEncoder, Encoder, Head
-from torchprobe.rendering.files import replacing
+from torchprobe.common.files import replacing
 
 # -- the recipe --------------------------------------------------------------------------------------------------------
 

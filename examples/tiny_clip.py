@@ -10,7 +10,7 @@ comparison page. The page says what came out, whatever that is: with ten classes
 machinery, and no evidence about CLIP.
 
 Everything it makes lies in --output: the pictures as image folders, the shifted test sets, a small Broden, a CSV of baseline
-models, three checkpoints, and a manifest that ``torchprobe interpret --suite`` takes. Needs torchprobe[all].
+models, three checkpoints, and a manifest that ``torchprobe interpret --suite`` takes. Needs torchprobe-interp[all].
 """
 
 from __future__ import annotations

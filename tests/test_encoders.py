@@ -138,7 +138,7 @@ def test_unknown_models_and_weights_name_the_known(package, name, message):
 
 def test_a_missing_package_names_the_command(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(EncoderError, match=r"pip install 'torchprobe\[vision\]'"):
+    with pytest.raises(EncoderError, match=r"pip install 'torchprobe-interp\[vision\]'"):
         load_encoder("timm:resnet18")
 
 

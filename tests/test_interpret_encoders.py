@@ -52,7 +52,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import interpret_sets as sets
 from torchprobe.datasets import Broden, labelled_folder
 from torchprobe.studies.interpret import interpret
-from torchprobe.studies.ranks import torchrun
+from torchprobe.common.ranks import torchrun
 
 with torchrun():
     model = sets.encoder()

@@ -18,6 +18,7 @@ import wheels
 from packaging.requirements import Requirement
 
 import torchprobe
+from torchprobe.common.distribution import DISTRIBUTION
 from torchprobe.ops import _library, kernels, new_state
 from torchprobe.ops.observe import reference
 
@@ -33,18 +34,18 @@ def run(code: str, **environment: str) -> str:
 
 def requirements(extra: str | None = None) -> dict[str, Requirement]:
     """The requirements of one extra, or those of the core, by name."""
-    found = [Requirement(line) for line in metadata.requires("torchprobe") or []]
+    found = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
     return {r.name: r for r in found if (extra is None) == (r.marker is None) and (not r.marker or r.marker.evaluate({"extra": extra}))}
 
 
 def test_one_version_everywhere() -> None:
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest is not None
-    assert torchprobe.__version__ == metadata.version("torchprobe") == newest[1]
+    assert torchprobe.__version__ == metadata.version(DISTRIBUTION) == newest[1]
 
 
 def test_metadata() -> None:
-    about = metadata.metadata("torchprobe")
+    about = metadata.metadata(DISTRIBUTION)
     assert about["Requires-Python"] == ">=3.10"
     assert about["License-Expression"] == "Apache-2.0"
     assert {"vision", "captum", "report", "demo", "dev", "all"} <= set(about.get_all("Provides-Extra", []))

@@ -13,8 +13,8 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
-from torchprobe.rendering.files import replacing
-from torchprobe.rendering.reference import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+from torchprobe.common.files import replacing
+from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 from torchprobe.rendering.tables import LAYER_COLUMNS, Column, layer_table, number, printable, shown_columns, write_csv
 
 HOSTILE = [
@@ -325,5 +325,5 @@ def test_missing_packages_are_named_before_the_work(monkeypatch, page):
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "jinja2" else found(name, *rest))
-    with pytest.raises(ModuleNotFoundError, match=r"jinja2: pip install 'torchprobe\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"jinja2: pip install 'torchprobe-interp\[report\]'"):
         page.require()

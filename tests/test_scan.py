@@ -14,7 +14,8 @@ from torch import nn
 import torchprobe
 from torchprobe.datasets import DatasetError, Images, image_folder
 from torchprobe.encoders import Encoder
-from torchprobe.studies.scan import bootstrap_interval, dumps, scan, vector_kurtosis
+from torchprobe.common.files import to_json
+from torchprobe.studies.scan import bootstrap_interval, scan, vector_kurtosis
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 for package in ("matplotlib", "jinja2"):
@@ -200,7 +201,7 @@ def test_nonfinite_and_constant_vectors_are_counted(photos, tmp_path):
     assert (summary["vectors"], summary["invalid_vectors"], summary["constant_vectors"]) == (9, 1, 1)
     assert math.isfinite(summary["vector_kurtosis"])
     assert result.images == 11
-    json.loads(dumps(result.summary()))
+    json.loads(to_json(result.summary()))
     assert result.write(tmp_path)["page"].stat().st_size > 1000
 
 
@@ -291,7 +292,7 @@ def test_the_files_of_a_scan(photos, tmp_path):
 
 
 def test_json_knows_no_nan():
-    assert json.loads(dumps({"a": [math.nan, math.inf, (1, 2.5)], 3: True})) == {"a": [None, None, [1, 2.5]], "3": True}
+    assert json.loads(to_json({"a": [math.nan, math.inf, (1, 2.5)], 3: True})) == {"a": [None, None, [1, 2.5]], "3": True}
 
 
 # -- the demo ------------------------------------------------------------------------------------------------------------
@@ -340,5 +341,5 @@ def test_missing_demo_packages_are_named_with_the_command(monkeypatch):
     from torchprobe.studies import demo
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
-    with pytest.raises(EncoderError, match=r"pip install .*'foolbox==3\.3\.4'.*torchprobe\[demo\]"):
+    with pytest.raises(EncoderError, match=r"pip install .*'foolbox==3\.3\.4'.*torchprobe-interp\[demo\]"):
         demo.demo()

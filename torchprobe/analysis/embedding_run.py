@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchprobe.analysis.embeddings_file import GrowingFile, Part
 from torchprobe.analysis.reading import Source
 from torchprobe.datasets.images import Batch, DatasetError, reason
-from torchprobe.dissection.ranks import Ranks
+from torchprobe.common.ranks import Ranks
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.dissection.storage import FORMAT
+from torchprobe.common.storage import FORMAT
 
 KIND = "torchprobe.embeddings"
 

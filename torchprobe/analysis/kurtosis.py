@@ -17,7 +17,7 @@ from torch import Tensor
 from torchprobe.analysis.blocks import blocks, representations
 from torchprobe.analysis.intervals import LEVEL, bootstrap_interval
 from torchprobe.dissection.bases import random_rotation
-from torchprobe.rendering.reference import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 from torchprobe.statistics import Moments
 
 if TYPE_CHECKING:

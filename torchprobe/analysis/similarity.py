@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchprobe.common.progress import CountCallback
 from torchprobe.analysis.grams import Features, Grams, Pooling
 from torchprobe.recording.layers import Layer, Selection, select_layers
 
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 Batch = Tensor | tuple[Tensor, Tensor] | list[Tensor]
 FeatureDim = int | Mapping[str, int] | None
-Progress = Callable[[int, int], None]
-"""Told (batches done, batches in all, or 0 where nobody knows) after every batch."""
-
 FEWEST = 4
 """Images in a batch: HSIC₁ divides by n − 3."""
 
@@ -83,7 +81,7 @@ def cka(
     feature_dim_a: FeatureDim = None,
     feature_dim_b: FeatureDim = None,
     device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    progress: CountCallback | None = None,
 ) -> Tensor:
     """Linear CKA (unbiased, mini-batch) between every layer of one model and every layer of another, from one pass.
 
@@ -134,7 +132,7 @@ def similarity(
     feature_dim_a: FeatureDim = None,
     feature_dim_b: FeatureDim = None,
     device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    progress: CountCallback | None = None,
 ) -> Similarity:
     """As :func:`cka`, with the names of the layers, what was read, and a heat map.
 

@@ -155,7 +155,7 @@ def _dissect(
     from torchprobe.studies.dissect import dissect_folder, summary
     from torchprobe.studies.dissect_pages import earlier, recalibrate, write_pages
     from torchprobe.studies.dissect_text import print_dissections
-    from torchprobe.studies.ranks import torchrun
+    from torchprobe.common.ranks import torchrun
 
     page.require()
     broden: Broden = Broden(folder, split, categories or None)

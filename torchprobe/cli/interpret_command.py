@@ -137,7 +137,7 @@ def interpret(
     from torchprobe.analysis.baseline import Baseline
     from torchprobe.datasets import Broden
     from torchprobe.rendering import page
-    from torchprobe.studies.ranks import torchrun
+    from torchprobe.common.ranks import torchrun
     from torchprobe.studies.suite import Inputs
 
     page.require()

@@ -45,9 +45,9 @@ def print_files(files: dict[str, Path]) -> None:
 
 
 def print_json(value: object) -> None:
-    from torchprobe.studies.scan import dumps
+    from torchprobe.common.files import to_json
 
-    click.echo(dumps(value))
+    click.echo(to_json(value))
 
 
 def console() -> Console:

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from torchprobe.common.distribution import install_hint
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.labelled import LabelledImages, class_folders, count, gather, some
 
@@ -197,7 +198,7 @@ def _listed(file: str) -> list[str]:
 def _missing(what: str, error: Exception) -> DatasetError:
     return DatasetError(
         f"the classes of ImageNet are read from timm ({what}), which is not there: {error}. "
-        "pip install timm, or pip install 'torchprobe[vision]'"
+        f"pip install timm, or {install_hint('vision')}"
     )
 
 

@@ -26,7 +26,7 @@ from torchprobe.dissection.labels import LabelBatch
 from torchprobe.dissection.maps import as_maps
 from torchprobe.dissection.nulls import correct, p_values, permutation_test
 from torchprobe.dissection.overlap import Counts, Overlap
-from torchprobe.dissection.progress import Progress
+from torchprobe.common.progress import Progress
 from torchprobe.dissection.summaries import best_labels, encoded, polysemanticity, unique_concepts, unique_detectors
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.dissection.summaries import best_labels
-from torchprobe.rendering.files import replacing
+from torchprobe.common.files import replacing
 
 if TYPE_CHECKING:
     from torchprobe.dissection.dissection import Dissection

@@ -17,12 +17,12 @@ from torchprobe.datasets.broden import Broden
 from torchprobe.dissection.bases import random_rotation
 from torchprobe.dissection.batches import Batches
 from torchprobe.dissection.dissection import Dissection
-from torchprobe.dissection.progress import Told
-from torchprobe.dissection.ranks import Ranks
+from torchprobe.common.progress import ProgressCallback
+from torchprobe.common.ranks import Ranks
 from torchprobe.dissection.run import SCORES, Run, Settings
 from torchprobe.dissection.taps import Site, Taps
 from torchprobe.dissection.walk import Checkpoint
-from torchprobe.ops.digest import digest
+from torchprobe.common.digest import digest
 from torchprobe.recording.layers import Selection
 from torchprobe.statistics.quantile import MEMORY, NETDISSECT
 
@@ -58,7 +58,7 @@ def dissect(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
     resume: bool = False,
-    progress: Told | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Dissection]:
     """Matches every unit of some layers with every concept of a data set: Network Dissection, and average precision.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchprobe.common.distribution import install_hint
 from torchprobe.dissection.ranking import pooled
 from torchprobe.dissection.taps import Taps
 from torchprobe.recording.tensors import first_tensor
@@ -75,7 +76,7 @@ def attribute(
     try:
         from captum import attr
     except ImportError as error:
-        raise ImportError("this needs captum: pip install 'torchprobe[captum]'") from error
+        raise ImportError(f"this needs captum: {install_hint('captum')}") from error
     kind = getattr(attr, method, None) if isinstance(method, str) else method
     if not isinstance(kind, type) or not kind.__name__.startswith("Neuron"):
         known = sorted(name for name in dir(attr) if name.startswith("Neuron"))

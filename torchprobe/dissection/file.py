@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.datasets.broden import Label
-from torchprobe.dissection import storage
+from torchprobe.common import storage
 from torchprobe.dissection.average_precision import NEGATIVES, SIGNS, Support
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.overlap import Counts

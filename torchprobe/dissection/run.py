@@ -16,9 +16,9 @@ from torchprobe.dissection.average_precision import NEGATIVES, SIGNS
 from torchprobe.dissection.batches import Batches
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.overlap import MODES, Counts, Overlap
-from torchprobe.dissection.progress import Clock, Told
+from torchprobe.common.progress import Clock, ProgressCallback
 from torchprobe.dissection.ranking import Ranking, pooled, top_images
-from torchprobe.dissection.ranks import Ranks
+from torchprobe.common.ranks import Ranks
 from torchprobe.dissection.taps import POSITIONS, Site, Taps
 from torchprobe.dissection.walk import Checkpoint, Rows, Walk
 from torchprobe.statistics import Quantile, TopInputs
@@ -72,7 +72,7 @@ class Run:
         ranks: Ranks,
         checkpoint: Checkpoint | None,
         device: torch.device,
-        progress: Told | None,
+        progress: ProgressCallback | None,
         workers: int,
         keep_scores: bool,
     ) -> None:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from torchprobe.dissection import storage
-from torchprobe.dissection.ranks import Ranks
-from torchprobe.rendering.files import replacing
+from torchprobe.common import storage
+from torchprobe.common.ranks import Ranks
+from torchprobe.common.files import replacing
 
 _KIND = "torchprobe.dissection.walk"
 _SETTINGS = "settings.json"

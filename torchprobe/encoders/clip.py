@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchprobe.encoders.encoder import BATCH, Encoder, Progress, Template
+from torchprobe.common.progress import CountCallback
+from torchprobe.encoders.encoder import BATCH, Encoder, Template
 from torchprobe.encoders.errors import EncoderError, some
 from torchprobe.encoders.head import Head
 from torchprobe.encoders.libraries import making, package
@@ -95,7 +96,7 @@ class ClipEncoder(Encoder):
         templates: Sequence[Template] | None = None,
         *,
         batch_size: int = BATCH,
-        progress: Progress | None = None,
+        progress: CountCallback | None = None,
     ) -> Head:
         """The head whose rows are class embeddings: every caption of a class embedded, normalised, averaged, normalised again.
 

@@ -7,14 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from torchprobe.common.progress import CountCallback
 from torchprobe.encoders.errors import EncoderError
 from torchprobe.encoders.head import Head
 
 Template = str | Callable[[str], str]
 """What makes a caption of a class name: a string with ``{}`` in it, or a function."""
-
-Progress = Callable[[int, int], None]
-"""Told (classes done, classes in all) after every batch."""
 
 BATCH = 256
 """Captions that go through a text tower at a time."""
@@ -98,7 +96,7 @@ class Encoder(nn.Module):
         templates: Sequence[Template] | None = None,
         *,
         batch_size: int = BATCH,
-        progress: Progress | None = None,
+        progress: CountCallback | None = None,
     ) -> Head:
         """A head made of captions, for a CLIP model only; see :class:`~torchprobe.encoders.ClipEncoder`.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchprobe.rendering.files import replacing
+from torchprobe.common.files import replacing
 
 
 class Head(nn.Linear):

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 
+from torchprobe.common.distribution import install_hint
 from torchprobe.encoders.errors import EncoderError, reason
 
 SOURCES = {"timm": "timm", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
@@ -28,7 +29,7 @@ def package(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise EncoderError(f"{module} is not installed: pip install {SOURCES[module]}, or pip install 'torchprobe[vision]'") from error
+        raise EncoderError(f"{module} is not installed: pip install {SOURCES[module]}, or {install_hint('vision')}") from error
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from torchprobe.encoders.checkpoint import load_head
-from torchprobe.encoders.encoder import Encoder, Progress
+from torchprobe.common.progress import CountCallback
+from torchprobe.encoders.encoder import Encoder
 from torchprobe.encoders.errors import EncoderError, nearest, reason
 from torchprobe.encoders.head import Head
 from torchprobe.encoders.libraries import SOURCES
@@ -102,7 +103,7 @@ class Row:
             raise EncoderError(f"{self.name} cannot be loaded: {why}")
         return load_encoder(self.source, self.checkpoint)
 
-    def load_head(self, encoder: Encoder, progress: Progress | None = None) -> Head | None:
+    def load_head(self, encoder: Encoder, progress: CountCallback | None = None) -> Head | None:
         """The head that goes with the encoder; None for ``head = "none"``.
 
         Args:

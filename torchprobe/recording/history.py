@@ -119,7 +119,7 @@ class History:
         ]
 
     def plot(self, field: str = "vector_kurtosis", *, width: float = 9.0) -> Figure:
-        """Layers × steps in shades of one colour (``pip install torchprobe[report]``); windows with nonfinite values are crossed.
+        """Layers × steps in shades of one colour (``pip install torchprobe-interp[report]``); windows with nonfinite values are crossed.
 
         Raises:
             KeyError: no such field.

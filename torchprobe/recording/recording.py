@@ -150,7 +150,7 @@ class Recording(Mapping[str, Moments]):
         return layer_table(self.rows())
 
     def plot(self, what: str = "depth", *, width: float = 9.0) -> Figure:
-        """A picture, as a matplotlib figure (``pip install torchprobe[report]``); a notebook shows it.
+        """A picture, as a matplotlib figure (``pip install torchprobe-interp[report]``); a notebook shows it.
 
         Args:
             what: "depth": the vector kurtosis over the layers, of the running window, or while that is empty of the last closed one;

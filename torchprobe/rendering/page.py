@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchprobe.rendering.files import replacing
+from torchprobe.common.distribution import install_hint
+from torchprobe.common.files import replacing
 from torchprobe.rendering.tables import Column, Row, cell, number, printable, shown, shown_columns
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def render(page: Page, template: str = "page.html.jinja") -> str:
     head forbids all else. Every text is escaped by jinja2; the figures' by :func:`torchprobe.rendering.plots.svg`.
 
     Raises:
-        ModuleNotFoundError: jinja2 or matplotlib is missing; ``pip install 'torchprobe[report]'``.
+        ModuleNotFoundError: jinja2 or matplotlib is missing; ``pip install 'torchprobe-interp[report]'``.
 
     >>> "&lt;b&gt;" in render(Page("scan", "<b>", "a name that wants to be bold"))
     True
@@ -136,7 +137,7 @@ def require() -> None:
     """
     missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ModuleNotFoundError(f"a page needs {' and '.join(missing)}: pip install 'torchprobe[report]'")
+        raise ModuleNotFoundError(f"a page needs {' and '.join(missing)}: {install_hint('report')}")
 
 
 def write(page: Page, path: str | os.PathLike[str], template: str = "page.html.jinja") -> Path:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchprobe.rendering.files import replacing
-from torchprobe.rendering.reference import gaussian_kurtosis
+from torchprobe.common.files import replacing
+from torchprobe.statistics.bounds import gaussian_kurtosis
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchprobe.common.distribution import install_hint
 from torchprobe.analysis.interpolation import recalibrate_batch_norms
 from torchprobe.datasets import Images
 from torchprobe.encoders import Encoder, EncoderError, read_checkpoint
 from torchprobe.rendering.page import Fact, Page, Section, Table
 from torchprobe.rendering.plots import depth_profile
 from torchprobe.rendering.tables import Column, number
-from torchprobe.studies.scan import Progress, Scan, scan, write_results
+from torchprobe.common.progress import CountCallback
+from torchprobe.studies.scan import Scan, scan, write_results
+from torchprobe.common.progress import CountCallback
 from torchprobe.studies.scan_page import (
     PER_IMAGE,
     VECTOR,
@@ -117,7 +120,7 @@ def layer_table_columns(extra: Column = PER_IMAGE) -> list[Column]:
     return columns
 
 
-def demo(progress: Progress | None = None) -> Demo:
+def demo(progress: CountCallback | None = None) -> Demo:
     """Scans EfficientNet-Lite0 as trained on ImageNet and at three random initialisations, over the same photos.
 
     At random initialisation the statistics of the batch norms are measured on these photos: with those of an untrained network every layer
@@ -132,7 +135,7 @@ def demo(progress: Progress | None = None) -> Demo:
     missing = [pip for module, pip in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         quoted = " ".join(f"'{name}'" for name in missing)
-        raise EncoderError(f"the demo needs packages that are not installed: pip install {quoted}, or 'torchprobe[demo]'")
+        raise EncoderError(f"the demo needs packages that are not installed: pip install {quoted}, or {install_hint('demo')}")
     images = photos()
 
     def tell(done: int) -> None:

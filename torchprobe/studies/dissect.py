@@ -13,11 +13,11 @@ from torch import nn
 
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, Progress, dissect
-from torchprobe.dissection.progress import Told
-from torchprobe.dissection.ranks import Ranks
+from torchprobe.common.progress import ProgressCallback
+from torchprobe.common.ranks import Ranks
 from torchprobe.dissection.walk import clear_checkpoint
-from torchprobe.rendering.files import replacing
-from torchprobe.studies.scan import dumps
+from torchprobe.common.files import replacing
+from torchprobe.common.files import to_json
 
 __all__ = ["Progress", "dissect_folder", "summary"]
 
@@ -31,7 +31,7 @@ def dissect_folder(
     out: str | os.PathLike[str],
     *,
     resume: bool = False,
-    progress: Told | None = None,
+    progress: ProgressCallback | None = None,
     **options: Any,
 ) -> dict[str, Dissection]:
     """Dissects layers of an encoder and writes, for each layer, ``<layer>.safetensors`` (:meth:`Dissection.load`), ``<layer>.csv`` (IoU,
@@ -92,7 +92,7 @@ def write(folder: Path, results: Mapping[str, Dissection]) -> dict[str, Path]:
             dissection.to_csv(folder / f"{names[layer]}-ap.csv", score="ap")
         dissection.save(folder / f"{names[layer]}.safetensors")
     with replacing(folder / "summary.json") as temporary:
-        temporary.write_text(dumps({"layers": [{"file": names[name], **summary(d)} for name, d in results.items()]}), encoding="utf-8")
+        temporary.write_text(to_json({"layers": [{"file": names[name], **summary(d)} for name, d in results.items()]}), encoding="utf-8")
     return {layer: folder / f"{names[layer]}.safetensors" for layer in results}
 
 

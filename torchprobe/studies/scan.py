@@ -16,26 +16,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchprobe.common.progress import CountCallback
 from torchprobe.analysis.intervals import LEVEL, RESAMPLES, bootstrap_interval
 from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
 from torchprobe.analysis.outliers import feature_rows
 from torchprobe.datasets import DatasetError, Images
 from torchprobe.encoders import Encoder
 from torchprobe.recording import Recording, record
-from torchprobe.rendering.files import replacing
+from torchprobe.common.files import replacing, to_json
 from torchprobe.rendering.page import Page
 from torchprobe.rendering.page import write as write_page
 from torchprobe.rendering.plots import depth_profile
 from torchprobe.rendering.plots import write as write_figure
-from torchprobe.rendering.reference import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 from torchprobe.rendering.tables import LAYER_COLUMNS, cell, write_csv
 from torchprobe.statistics import Moments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Progress = Callable[[int, int], None]
-"""Told (files done, files in all) after every batch."""
 
 DEFINITIONS = {
     "vector kurtosis": "κ(h) = mean((h − mean h)⁴) / mean((h − mean h)²)² over the features of one vector h (Pearson's, "
@@ -166,7 +164,7 @@ def write_results(folder: str | os.PathLike[str], scan: Scan, summary: Mapping[s
     recording, json_file = folder / "recording.safetensors", folder / "summary.json"
     scan.recording.save(recording)
     with replacing(json_file) as temporary:
-        temporary.write_text(dumps(summary), encoding="utf-8")
+        temporary.write_text(to_json(summary), encoding="utf-8")
     return {
         "recording": recording,
         "layers": write_csv(summary["layers"], folder / "layers.csv"),
@@ -186,7 +184,7 @@ def scan(
     device: torch.device | str = "cpu",
     workers: int = 2,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: CountCallback | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Scan:
     """Runs ``images`` through ``encoder`` once and records the moments of its layers and its representation.
@@ -259,20 +257,3 @@ def scan(
         partial=partial,
         settings={"batch_size": batch_size, "device": str(device), "seed": seed, "layers": selected},
     )
-
-
-def dumps(value: object) -> str:
-    """JSON in which nan and inf, which JSON does not know, are null.
-
-    >>> dumps({"a": math.nan})
-    '{\\n  "a": null\\n}'
-    """
-    return json.dumps(_plain(value), indent=2, ensure_ascii=True, allow_nan=False)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,8 +17,8 @@ from torchprobe.analysis.baseline import Baseline, X
 from torchprobe.analysis.embedding_run import by_first
 from torchprobe.datasets import Broden, DatasetError, Images
 from torchprobe.datasets.labelled import class_folders
-from torchprobe.dissection.progress import Told
-from torchprobe.dissection.ranks import Ranks
+from torchprobe.common.progress import ProgressCallback
+from torchprobe.common.ranks import Ranks
 from torchprobe.encoders import Encoder, EncoderError, Head
 from torchprobe.encoders.encoder import Template
 from torchprobe.encoders.suite import Row
@@ -84,7 +84,7 @@ def run_suite(
     *,
     pairs: bool = True,
     resume: bool = False,
-    progress: Told | None = None,
+    progress: ProgressCallback | None = None,
     say: Callable[[str], object] = lambda message: None,
 ) -> Comparison:
     """Interprets every encoder of a suite and compares them.
@@ -206,7 +206,7 @@ def _interpret(
     inputs: Inputs,
     out: Path,
     resume: bool,
-    progress: Told | None,
+    progress: ProgressCallback | None,
 ) -> None:
     keys = ("name", "role", "backbone", "pretraining", "source", "checkpoint")
     about = {key: getattr(row, key) for key in keys} | inputs.about()

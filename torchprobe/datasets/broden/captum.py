@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchprobe.common.distribution import install_hint
 
 if TYPE_CHECKING:
     from captum.concept import Concept
@@ -49,7 +50,7 @@ def concept(broden: Broden, name: str | int, batch_size: int = 32, limit: int | 
     try:
         from captum.concept import Concept
     except ImportError as error:
-        raise ImportError("this needs captum: pip install 'torchprobe[captum]'") from error
+        raise ImportError(f"this needs captum: {install_hint('captum')}") from error
 
     label = broden.label(name)
     indices = broden.concept_images(label.number, minimum_area)[:limit]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.rendering.files import replacing
+from torchprobe.common.files import replacing
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchprobe.datasets.broden.index import ROW_COLUMNS
-from torchprobe.rendering.files import replacing
+from torchprobe.common.files import replacing
 
 TRAIN_SHARE = 0.7
 """The part of the range of hashes that makes the training split, as in the release."""

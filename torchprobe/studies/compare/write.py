@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torchprobe.rendering.files import replacing
+from torchprobe.common.files import replacing
 from torchprobe.rendering.page import write as write_page
 from torchprobe.rendering.tables import write_csv
 from torchprobe.studies.compare.comparison import Comparison
 from torchprobe.studies.compare.page import comparison_page
 from torchprobe.studies.interpret.write import write_plots
-from torchprobe.studies.scan import dumps
+from torchprobe.common.files import to_json
 
 
 def write(found: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:
@@ -22,7 +22,7 @@ def write(found: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "comparison.json") as temporary:
-        temporary.write_text(dumps(found.summary()), encoding="utf-8")
+        temporary.write_text(to_json(found.summary()), encoding="utf-8")
     files = {"comparison": folder / "comparison.json"}
     for name in ("models", "pairs", "correlations", "overlaps"):
         if rows := getattr(found, name):

@@ -14,7 +14,7 @@ from torchprobe.datasets.images import SUFFIXES
 from torchprobe.datasets.labelled import count
 from torchprobe.encoders import Encoder, EncoderError, Head, load_head
 from torchprobe.encoders.encoder import Template
-from torchprobe.ops.digest import digest
+from torchprobe.common.digest import digest
 from torchprobe.studies.interpret.stages import Stages
 
 IMAGENET = "imagenet"

@@ -17,11 +17,11 @@ from torchprobe.analysis.directions import Directions
 from torchprobe.analysis.embeddings import Embeddings, embed
 from torchprobe.datasets import Broden, Images, LabelledImages
 from torchprobe.dissection import Dissection
-from torchprobe.dissection.progress import Clock, Progress
-from torchprobe.dissection.ranks import Ranks
+from torchprobe.common.progress import Clock, Progress
+from torchprobe.common.ranks import Ranks
 from torchprobe.dissection.walk import clear_checkpoint
 from torchprobe.encoders import Encoder, Head
-from torchprobe.ops.digest import digest
+from torchprobe.common.digest import digest
 from torchprobe.recording import RecordingWarning
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret import measures

@@ -16,8 +16,8 @@ from torchprobe.analysis.directions import Directions, privileged_directions, sp
 from torchprobe.analysis.embedding_run import by_first
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.datasets import Broden, Images, LabelledImages
-from torchprobe.dissection.progress import Clock, Progress, Told
-from torchprobe.dissection.ranks import Ranks
+from torchprobe.common.progress import Clock, Progress, ProgressCallback
+from torchprobe.common.ranks import Ranks
 from torchprobe.encoders import Encoder, Head
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret import measures
@@ -52,7 +52,7 @@ def interpret(
     workers: int = 2,
     seed: int = 0,
     resume: bool = False,
-    progress: Told | None = None,
+    progress: ProgressCallback | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Interpretation:
     """Repeats the analysis of "Interpreting CLIP" on one encoder, and writes what it found into ``out``.

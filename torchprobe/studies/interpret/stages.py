@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchprobe.rendering.files import replacing
-from torchprobe.studies.scan import dumps
+from torchprobe.common.files import replacing
+from torchprobe.common.files import to_json
 
 Plain = dict[str, Any]
 """What JSON can hold: numbers (nan and inf as None), text, lists, dicts."""
@@ -39,16 +39,16 @@ class Stages:
         """What the stage found: read where it was found from the same facts, else computed and written."""
         if (before := self.known(name, facts)) is not None:
             return before
-        found: Plain = json.loads(dumps(compute()))  # through JSON, so that a fresh and a resumed run see the same
+        found: Plain = json.loads(to_json(compute()))  # through JSON, so that a fresh and a resumed run see the same
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self._path(name)) as temporary:
-            temporary.write_text(dumps({"facts": facts, "found": found}), encoding="utf-8")
+            temporary.write_text(to_json({"facts": facts, "found": found}), encoding="utf-8")
         return found
 
     def known(self, name: str, facts: Mapping[str, Any]) -> Plain | None:
         """What the stage found from the same facts in a run that is resumed; None if there is nothing of use."""
         saved = _read(self._path(name)) if self.resume else None
-        return dict(saved["found"]) if saved is not None and saved["facts"] == json.loads(dumps(facts)) else None
+        return dict(saved["found"]) if saved is not None and saved["facts"] == json.loads(to_json(facts)) else None
 
     def forget(self, name: str) -> None:
         """Deletes what the stage found."""

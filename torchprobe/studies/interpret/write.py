@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchprobe.rendering.files import replacing
+from torchprobe.common.files import replacing
 from torchprobe.rendering.page import WIDE, Picture
 from torchprobe.rendering.page import write as write_page
 from torchprobe.rendering.plots import write as write_figure
@@ -15,7 +15,7 @@ from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret.page import interpretation_page
 from torchprobe.studies.interpret.result import Interpretation
 from torchprobe.studies.interpret.sections import accuracy_rows, robustness_rows
-from torchprobe.studies.scan import dumps
+from torchprobe.common.files import to_json
 
 TABLES = ("kurtosis", "features", "layers", "accuracy", "robustness", "directions", "pruning", "ablation", "concepts")
 """The CSV files there may be."""
@@ -31,7 +31,7 @@ def write(found: Interpretation) -> dict[str, Path]:
         for name in set(TABLES) - tables(found).keys():
             (found.folder / f"{name}.csv").unlink(missing_ok=True)
     with replacing(files["results"]) as temporary:
-        temporary.write_text(dumps(found.results), encoding="utf-8")
+        temporary.write_text(to_json(found.results), encoding="utf-8")
     for name, rows in tables(found).items():
         write_csv(rows, files[name])
     page = interpretation_page(found)

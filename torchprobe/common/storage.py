@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchprobe.rendering.files import replacing
+from torchprobe.common.files import replacing
 
 FORMAT = "1"
 

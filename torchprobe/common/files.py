@@ -1,10 +1,12 @@
-"""Writing files so that an interruption never leaves half of one."""
+"""Writing files: an interruption never leaves half of one, and JSON is valid JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -29,3 +31,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def to_json(value: object) -> str:
+    """JSON in which nan and inf, which JSON does not know, are null.
+
+    >>> to_json({"a": math.nan})
+    '{\\n  "a": null\\n}'
+    """
+    return json.dumps(_plain(value), indent=2, ensure_ascii=True, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
