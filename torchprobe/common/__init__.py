@@ -6,6 +6,8 @@
 :mod:`torchprobe.common.ranks`          the processes that share a run
 :mod:`torchprobe.common.progress`       how far a run is
 :mod:`torchprobe.common.digest`         telling tensors apart without keeping them
+:mod:`torchprobe.common.options`        the options that every long run has
+:mod:`torchprobe.common.deprecation`    old public names, which keep working with a warning
 :mod:`torchprobe.common.distribution`   the name to ``pip install``
 ======================================  ==================================================================
 """
