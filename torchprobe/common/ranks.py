@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -52,6 +54,20 @@ class Ranks:
         box = [value]
         torch.distributed.broadcast_object_list(box, 0, group=self._group)
         return box[0]
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Calls ``action`` on the first rank only. All ranks return its result, or raise its error."""
+        outcome: Any = None
+        if self.first:
+            try:
+                outcome = action()
+            except (OSError, RuntimeError, ValueError, KeyboardInterrupt) as error:
+                outcome = error
+        outcome = self.from_first(outcome)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        result: T = outcome
+        return result
 
     def to_first(self, value: Any) -> Iterator[Any]:
         """On the first rank what the others call this with, one after the other, so that only one is in memory; nothing elsewhere."""
