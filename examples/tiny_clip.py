@@ -38,8 +38,9 @@ from torchprobe.datasets import Broden, BrodenWriter
 from torchprobe.encoders import Encoder, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
 from torchprobe.studies.compare import Comparison, write
-from torchprobe.studies.compare.text import print_comparison
-from torchprobe.studies.suite import Inputs, run_suite
+from torchprobe.studies.compare.write import print_comparison
+from torchprobe.studies.interpret.inputs import Inputs
+from torchprobe.studies.suite import run_suite
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("a photo of the digit {}.", "the handwritten digit {}.", "the number {}.", "a scan of a {}.")

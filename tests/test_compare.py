@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from torchprobe.analysis.correlation import rank_correlation
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.analysis.intervals import bootstrap_interval
+from torchprobe.analysis.resampling import bootstrap_interval, rank_correlation
 from torchprobe.datasets import Broden, labelled_folder
 from torchprobe.studies.compare import Comparison, compare, load_results, write
 from torchprobe.studies.interpret import interpret
@@ -123,7 +122,7 @@ def test_models_without_a_common_part(folders: list[Path], tmp_path: Path) -> No
 
 
 def test_difference_of_accuracy_has_an_interval_over_images(found: Comparison, folders: list[Path]) -> None:
-    a, b = (load_results(folder).right for folder in folders[:2])
+    a, b = (load_results(folder).correct for folder in folders[:2])
     row = found.pairs[0]
     each = np.array([float(a[name]) - float(b[name]) for name in a])
     assert len(each) == 24 and row["accuracy"] == pytest.approx(each.mean())
@@ -174,8 +173,8 @@ def test_refusals(folders: list[Path], tmp_path: Path) -> None:
         ("{", "is damaged"),
         ("[]", "has format 'list'"),
         ('{"format": 99}', "has format 99"),
-        ('{"format": 1}', "lacks name"),
-        (json.dumps(json.loads((folders[0] / "results.json").read_text()) | {"kurtosis": {}}), "is damaged: KeyError"),
+        ('{"format": 1}', "is damaged: Results lacks 'torchprobe'"),
+        (json.dumps(json.loads((folders[0] / "results.json").read_text()) | {"kurtosis": {}}), "is damaged: kurtosis lacks 'mean'"),
     ):
         (damaged / "results.json").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -17,9 +17,9 @@ from torch import multiprocessing as mp
 from torch.utils.data import TensorDataset
 
 from torchprobe.analysis.embeddings import Embeddings, embed
+from torchprobe.common.digest import digest
 from torchprobe.datasets import DatasetError, Images, LabelledImages, image_folder, labelled_folder
 from torchprobe.encoders import Encoder
-from torchprobe.common.digest import digest
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 
@@ -92,7 +92,7 @@ def test_every_image_once_with_its_label(photos):
 
 def test_images_without_labels_have_none(photos):
     found = embed(small_encoder(), image_folder(photos), batch_size=5)
-    assert (found.y == -1).all() and len(found.labelled()) == 0 and len(found) == 21
+    assert (found.y == -1).all() and len(found.labeled()) == 0 and len(found) == 21
 
 
 def test_classes_and_groups_are_taken_over(photos):
@@ -172,7 +172,7 @@ def test_half_precision_and_nonfinite_rows_are_kept():
         (nn.Flatten(), Items((torch.ones(1), -2)), DatasetError, "the label of item 0 of the data set is -2"),
         (nn.Flatten(), Items(torch.ones(1), torch.ones(2)), DatasetError, r"0 becomes \(1,\), 1 \(2,\); resize and crop"),
         (nn.Flatten(), Items(OSError("gone"), OSError()), DatasetError, "none of the 2 images could be read; the first, 0: OSError: gone"),
-        (nn.Identity(), Items(torch.ones(2, 2)), ValueError, r"the encoder gave torch.float32 \(1, 2, 2\) for 1 images; expected"),
+        (nn.Identity(), Items(torch.ones(2, 2)), ValueError, r"the encoder returned torch.float32 \(1, 2, 2\) for 1 images; expected"),
         (nn.Identity(), Items(torch.ones(2, dtype=torch.int64)), ValueError, "torch.int64"),
     ],
 )  # fmt: skip
@@ -230,7 +230,7 @@ def test_a_file_holds_the_same_and_is_mapped(photos, tmp_path):
     images, path = labelled_folder(photos), tmp_path / "e.safetensors"
     whole = embed(small_encoder(), images, batch_size=4)
     found = embed(small_encoder(), images, batch_size=4, path=path)
-    assert same(found, whole) and same(Embeddings.load(path), whole) and found.made == whole.made
+    assert same(found, whole) and same(Embeddings.load(path), whole) and found.provenance == whole.provenance
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == [path.name]
     if Path("/proc/self/maps").exists():
         assert str(path) in Path("/proc/self/maps").read_text()
@@ -451,7 +451,7 @@ def test_no_other_file_is_replaced(photos, tmp_path):
     part = embed(small_encoder(), image_folder(photos), stop=iter([False, True]).__next__, batch_size=4)
     part.save(tmp_path / "part.safetensors")
     assert Embeddings.load(tmp_path / "part.safetensors").partial
-    with pytest.raises(ValueError, match="holds part of the embeddings only"):
+    with pytest.raises(ValueError, match="holds only a part of the embeddings"):
         embed(small_encoder(), image_folder(photos), batch_size=4, path=tmp_path / "part.safetensors")
 
 
@@ -514,7 +514,7 @@ def test_a_file_with_too_few_names_is_damaged(tmp_path):
         Embeddings.load(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         Embeddings.load(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="beyond"):
+    with pytest.raises(ValueError, match="is above 2³¹ − 1"):
         Embeddings(torch.randn(1, 8), torch.tensor([1 << 31]), ["a"]).save(path)
 
 
@@ -536,7 +536,7 @@ def test_select():
     cut = e.select(slice(1, 4))
     assert cut.ids == ["1", "2", "3"] and cut.h.untyped_storage().data_ptr() == e.h.untyped_storage().data_ptr()
     assert len(e.select([])) == 0 and e.select([]).nonfinite == 0
-    assert e.labelled().ids == ["1", "2", "4", "5"] and e.labelled().labelled().ids == ["1", "2", "4", "5"]
+    assert e.labeled().ids == ["1", "2", "4", "5"] and e.labeled().labeled().ids == ["1", "2", "4", "5"]
     for index, message in (
         (mask[:3], "a bool for each of the 6 rows"),
         ([6], "indices of the 6 rows"),
@@ -552,13 +552,13 @@ def test_merge():
     assert whole.ids == [str(i) for i in range(8)] and whole.h.shape == (8, 3) and whole.skipped == [("x", "gone"), ("z", "torn")]
     for other, message in (
         (embeddings(d=4, first=9), "of 3 and 4 features"),
-        (embeddings(first=9, classes=(1,)), "other classes"),
-        (embeddings(first=5), "3 images in common, such as '5'"),
+        (embeddings(first=9, classes=(1,)), "different classes"),
+        (embeddings(first=5), "3 common images, such as '5'"),
     ):
         with pytest.raises(ValueError, match=message):
             whole.merge(other)
-    with pytest.raises(ValueError, match="another weights: 'a' and 'b'"):
-        embeddings(made={"weights": "a"}).merge(embeddings(first=9, made={"weights": "b"}))
+    with pytest.raises(ValueError, match="different weights: 'a' and 'b'"):
+        embeddings(provenance={"weights": "a"}).merge(embeddings(first=9, provenance={"weights": "b"}))
 
 
 @pytest.mark.parametrize(
@@ -568,7 +568,7 @@ def test_merge():
         ((torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), ["a"] * 3), "torch.int64"),
         ((torch.zeros(3, 2), torch.zeros(3), ["a"] * 3), "expected 3 whole numbers as labels, got torch.float32"),
         ((torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64), ["a"] * 3), r"got torch.int64 \(2,\)"),
-        ((torch.zeros(3, 2), torch.tensor([0, 1, -2]), ["a"] * 3), "or -1 where it is not known, got -2"),
+        ((torch.zeros(3, 2), torch.tensor([0, 1, -2]), ["a"] * 3), "or -1 if unknown, got -2"),
         ((torch.zeros(3, 2), torch.tensor([0, 1, 2]), ["a"]), "expected 3 ids, got 1"),
     ],
 )

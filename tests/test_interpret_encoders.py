@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torchprobe.datasets import labelled_folder
 from torchprobe.encoders import load_encoder
 from torchprobe.studies.interpret import interpret
-from torchprobe.studies.interpret.inputs import gather
+from torchprobe.studies.interpret.inputs import Inputs
 
 pytest.importorskip("open_clip", reason="open_clip is not installed")
 
@@ -32,8 +32,8 @@ def test_from_a_checkpoint_to_the_page(name: str, features: int, tmp_path: Path,
     del source, weights
     images = sets.write_classes(tmp_path / "images", each=3)
     encoder = load_encoder(f"open_clip:{name}", tmp_path / "clip.safetensors")
-    seen, _, head = gather(encoder, images, {}, "zero-shot", ["a photo of a {} thing."])
-    found = interpret(encoder, seen, tmp_path / "out", head=head, layer_images=3, batch_size=3)
+    subject = Inputs(images, templates=["a photo of a {} thing."]).subject(encoder, "zero-shot")
+    found = interpret(encoder, subject.images, tmp_path / "out", head=subject.head, layer_images=3, batch_size=3)
     assert found.results["features"] == features and found.results["accuracy"]["imagenet"]["images"] == 9
     assert found.results["layers"]["images"] == 3 and len(found.results["layers"]["rows"]) > 4
     assert found.results["directions"]["rank"] == 3 and (tmp_path / "out" / "index.html").is_file()

@@ -330,9 +330,9 @@ def test_a_pair_for_models_that_preprocess_differently():
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
-        ([], ValueError, "there was no batch"),
+        ([], ValueError, "no batch was given"),
         ([torch.zeros(3, 6)], ValueError, "at least 4 images; 3 images were given, in smaller batches"),
-        (torch.zeros(8, 6), TypeError, r"\[x\] is one batch"),
+        (torch.zeros(8, 6), TypeError, r"give \[x\] for one batch"),
         ([(torch.zeros(8, 6), torch.zeros(7, 6))], ValueError, "batch 0 has 8 images for the first model and 7 for the second"),
         ([[torch.zeros(8, 6), torch.arange(8)]], TypeError, "looks like images and their labels"),
         ([[torch.zeros(8, 6)] * 3], TypeError, "neither a tensor nor a pair of tensors"),

@@ -15,12 +15,13 @@ from click.testing import CliRunner
 
 from torchprobe.analysis.baseline import Baseline
 from torchprobe.cli import cli
+from torchprobe.common.options import RunOptions
 from torchprobe.datasets import Broden, DatasetError
 from torchprobe.encoders import EncoderError, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
 from torchprobe.studies.compare import Comparison, load_results, write
-from torchprobe.studies.interpret.inputs import kept_head
-from torchprobe.studies.suite import Inputs, run_suite
+from torchprobe.studies.interpret.inputs import Inputs, kept_head
+from torchprobe.studies.suite import run_suite
 from torchprobe.studies.suite_pairs import ALPHAS, run_pair
 
 CONFIG = {
@@ -78,8 +79,10 @@ def inputs(folder: Path) -> Inputs:
         broden=Broden(folder / "concepts"),
         baseline=Baseline.from_csv(folder / "baseline.csv"),
         templates=["a {} picture"],
-        batch_size=12,
     )
+
+
+OPTIONS = RunOptions(batch_size=12)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Compa
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torchprobe.studies.interpret.write.write_plots", lambda *_: None)  # test_interpret.py looks at those
-        comparison = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out)
+        comparison = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out, batch_size=12)
     write(comparison, out)
     return comparison, out
 
@@ -122,9 +125,9 @@ def test_resumed(found: tuple[Comparison, Path], folder: Path, monkeypatch: pyte
     def refuse(*_: object) -> None:
         raise AssertionError("computed again")
 
-    for name in ("_cka", "_along"):
+    for name in ("layer_similarity", "along_interpolation"):
         monkeypatch.setattr(f"torchprobe.studies.suite_pairs.{name}", refuse)
-    again = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out, resume=True)
+    again = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out, batch_size=12, resume=True)
     assert again.models == comparison.models and again.extras == comparison.extras
 
 
@@ -137,7 +140,7 @@ def test_a_pair_is_computed_anew_when_one_of_them_changed(found: tuple[Compariso
     rows = {row.name: row for row in load_suite(folder / "suite.toml")}
     pair = [(rows[name], load_results(out / name)) for name in ("zero", "tuned")]
     before = {path.name: path.stat().st_mtime_ns for path in (out / "pairs" / "stages").glob("zero--tuned-*")}
-    run_pair(pair[0], pair[1], inputs(folder), out / "pairs", resume=True)
+    run_pair(pair[0], pair[1], inputs(folder), out / "pairs", replace(OPTIONS, resume=True))
     after = {path.name: path.stat().st_mtime_ns for path in (out / "pairs" / "stages").glob("zero--tuned-*")}
     assert len(before) == 13 and all(after[name] > before[name] for name in before)  # CKA, 11 steps and what they give
 
@@ -148,10 +151,10 @@ def test_zero_shot_heads_are_kept(found: tuple[Comparison, Path], folder: Path, 
 
     row = next(row for row in load_suite(folder / "suite.toml") if row.name == "zero")
     monkeypatch.setattr("torchprobe.encoders.ClipEncoder.zero_shot_head", refuse)
-    kept = inputs(folder).load(row, kept_head(found[1] / "zero", True))[3]
+    kept = inputs(folder).load(row, OPTIONS, kept_head(found[1] / "zero", True)).head
     assert kept is not None and kept.names == sets.CLASSES
     with pytest.raises(AssertionError, match="made again"):
-        inputs(folder).load(row, kept_head(found[1] / "tuned", True))
+        inputs(folder).load(row, OPTIONS, kept_head(found[1] / "tuned", True))
 
 
 def test_an_encoder_that_does_not_fit_the_images_is_skipped(folder: Path, tmp_path: Path) -> None:
@@ -234,7 +237,7 @@ def test_interpret_a_suite_and_compare(folder: Path, tmp_path: Path, found: tupl
         (["--images", "x"], "give either MODEL or --suite"),
         (["timm:x", "--suite", "paper", "--images", "x"], "give either MODEL or --suite"),
         (["--suite", "paper", "--checkpoint", "x", "--images", "x"], "the suite has its own"),
-        (["timm:x", "--only", "a", "--images", "x"], "--only chooses from a --suite"),
+        (["timm:x", "--only", "a", "--images", "x"], "--only needs a --suite to choose from"),
         (["timm:x", "--shift", "imagenet_r", "--images", "x"], "is not NAME=DIR"),
         (["timm:x", "--shift", "a=b", "--shift", "a=c", "--images", "x"], "two --shift have the same name"),
         (["--suite", "paper", "--only", "nobody", "--images", "x"], "the suite has no 'nobody'"),

@@ -103,6 +103,24 @@ def number(value: object, digits: int = 4) -> str:
     return f"{value:.{digits - 2}e}"
 
 
+def percent(share: float, digits: int = 3) -> str:
+    """A share for people.
+
+    >>> percent(0.0833), percent(float("nan"))
+    ('8.33 %', '–')
+    """
+    return "–" if number(share) == "–" else f"{number(100 * share, digits)} %"
+
+
+def counted(n: int, what: str) -> str:
+    """``n`` of something, in the singular or the plural.
+
+    >>> counted(1, "image"), counted(1200, "image")
+    ('1 image', '1,200 images')
+    """
+    return f"{number(n)} {what}" + ("" if n == 1 else "s")
+
+
 def cell(row: Row, column: Column) -> Any:
     """The value of ``column`` in ``row``: counts as int, nothing as None."""
     if column.key == "gaussian":
@@ -123,8 +141,8 @@ def shown(row: Row, column: Column) -> str:
     '8.33 %'
     """
     value = cell(row, column)
-    if column.kind == "share" and number(value) != "–":
-        return f"{number(100 * value, 3)} %"
+    if column.kind == "share":
+        return percent(value)
     return str(value) if column.kind == "index" and isinstance(value, int) else number(value)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchprobe.common.progress import CountCallback
-from torchprobe.analysis.intervals import LEVEL, RESAMPLES, bootstrap_interval
+from torchprobe.analysis.resampling import LEVEL, RESAMPLES, bootstrap_interval
 from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
 from torchprobe.analysis.outliers import feature_rows
 from torchprobe.datasets import DatasetError, Images

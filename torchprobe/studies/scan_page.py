@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchprobe.analysis.intervals import LEVEL
+from torchprobe.analysis.resampling import LEVEL
 from torchprobe.analysis.outliers import FEATURE_COLUMNS
 from torchprobe.rendering import plots
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
