@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchprobe.common.digest import digest
+from torchprobe.common.progress import ProgressCallback
+from torchprobe.common.ranks import Ranks
 from torchprobe.datasets.broden import Broden
 from torchprobe.dissection.bases import random_rotation
 from torchprobe.dissection.batches import Batches
 from torchprobe.dissection.dissection import Dissection
-from torchprobe.common.progress import ProgressCallback
-from torchprobe.common.ranks import Ranks
 from torchprobe.dissection.run import SCORES, Run, Settings
-from torchprobe.dissection.taps import Site, Taps
+from torchprobe.dissection.taps import Site, find_sites
 from torchprobe.dissection.walk import Checkpoint
-from torchprobe.common.digest import digest
-from torchprobe.recording.layers import Selection
+from torchprobe.recording.layers import Selection, select_layers
+from torchprobe.recording.reader import LayerReader
 from torchprobe.statistics.quantile import MEMORY, NETDISSECT
 
 Basis = Tensor | Mapping[str, Tensor] | str | None
@@ -132,27 +133,27 @@ def dissect(
         raise ValueError(f"images must be distinct rows of {broden!r}, at least one")
     if device is not None:
         model = model.to(device)
-    place = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     of = _shuffled(rows, shuffle_labels)
     batches = Batches(broden, rows, preprocess, batch_size, workers, of.__getitem__)
-    with Ranks() as ranks, Taps(model, layers, feature_dim) as taps:
-        sites = _sites(taps, batches.image(rows[0])[None].to(place), settings, basis)
+    with Ranks() as ranks, LayerReader(model, select_layers(model, layers, feature_dim)) as reader:
+        sites = _sites(reader, batches.image(rows[0])[None].to(reader.device), settings, basis)
         known = _thresholds_given(thresholds, sites) if thresholds is not None else None
         facts = _facts(model, broden, rows, settings, sites, known)
         saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)
-        return Run(taps, sites, batches, settings, of, facts, known, ranks, saved, place, progress, workers, keep_scores).result()
+        return Run(reader, sites, batches, settings, of, facts, known, ranks, saved, reader.device, progress, workers, keep_scores).result()
 
 
-def _sites(taps: Taps, image: Tensor, settings: Settings, basis: Basis) -> dict[str, Site]:
+def _sites(reader: LayerReader, image: Tensor, settings: Settings, basis: Basis) -> dict[str, Site]:
     """How to read each layer, in its basis; refused are layers without positions when IoU is asked for."""
-    sites = taps.sites(image, settings.positions)
+    sites = find_sites(reader, image, settings.positions)
     bases = _bases(basis, {name: site.features for name, site in sites.items()}, settings.seed)
     if bases:
-        sites = taps.sites(image, settings.positions, bases)
+        sites = find_sites(reader, image, settings.positions, bases)
     for site in sites.values():
         if "iou" in settings.score and not site.has_map:
             raise ValueError(
-                f"layer {site.layer!r} has no positions (its activation has {site.dims} dimensions, positions={settings.positions!r}), so "
+                f"layer {site.layer!r} has no positions (its activation has {site.layout.dims} dimensions, "
+                f"positions={settings.positions!r}), so "
                 'there is no overlap with label maps: score it by average precision (score="ap"), or choose a layer before the pooling'
             )
     return sites

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from torchprobe.common.distribution import install_hint
 from torchprobe.dissection.ranking import pooled
-from torchprobe.dissection.taps import Taps
+from torchprobe.dissection.taps import find_sites
+from torchprobe.recording.layers import select_layers
+from torchprobe.recording.reader import LayerReader, device_of, eval_mode
 from torchprobe.recording.tensors import first_tensor
 
 if TYPE_CHECKING:
@@ -81,25 +83,21 @@ def attribute(
     if not isinstance(kind, type) or not kind.__name__.startswith("Neuron"):
         known = sorted(name for name in dir(attr) if name.startswith("Neuron"))
         raise ValueError(f"{method!r} is no neuron attribution of captum; there are {', '.join(known)}")
-    with Taps(model, [layer], feature_dim) as taps:
-        site = taps.sites(images[:1], positions, None if basis is None else {layer: basis})[layer]
+    with LayerReader(model, select_layers(model, [layer], feature_dim)) as reader:
+        site = find_sites(reader, images[:1], positions, None if basis is None else {layer: basis})[layer]
+        module = reader.layers[layer].module
     if not 0 <= unit < site.units:
         raise ValueError(f"layer {layer!r} has the units 0 to {site.units - 1}, got {unit}")
 
     def score(output: Any) -> Tensor:
         x = first_tensor(output)
         assert x is not None
-        return pooled(site.read(x, x.shape[site.batch_dim]), pooling)[:, unit]
+        return pooled(site.read(x, x.shape[site.layout.batch_dim]), pooling)[:, unit]
 
     if kind.__name__ == METHOD:
         options = {"n_steps": STEPS, "internal_batch_size": max(len(images), STEPS), **options}
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.enable_grad():
-            found = kind(model.eval(), model.get_submodule(layer)).attribute(images.detach().clone().requires_grad_(), score, **options)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with eval_mode(model), torch.enable_grad():
+        found = kind(model, module).attribute(images.detach().clone().requires_grad_(), score, **options)
     attribution: Tensor = found.detach()
     return attribution
 
@@ -138,8 +136,7 @@ def evidence(
     preprocess: Any = broden.transform or getattr(model, "preprocess", None)
     if preprocess is None:
         raise ValueError("nothing says how a picture becomes a tensor: give Broden a transform")
-    place = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    pixels = torch.stack([preprocess(broden.image(row)) for row in ids.tolist()]).to(place)
+    pixels = torch.stack([preprocess(broden.image(row)) for row in ids.tolist()]).to(device_of(model))
     chosen = {name: dissection.metadata[name] for name in ("positions", "pooling") if name in dissection.metadata}
     attribution = attribute(model, dissection.layer, unit, pixels, method=method, basis=basis, **chosen, **options)
     return Evidence(ids, scores, pixels.cpu(), attribution.cpu())

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torchprobe.datasets.broden import ImageLabels
 from torchprobe.dissection.batches import Batches
 from torchprobe.dissection.evidence import evidence
-from torchprobe.dissection.taps import Taps
+from torchprobe.dissection.taps import find_sites
 from torchprobe.ops.overlap import upsample
+from torchprobe.recording.layers import select_layers
+from torchprobe.recording.reader import LayerReader
 from torchprobe.rendering.dissection_page import Shown, Thumbnail, thumbnail
 from torchprobe.rendering.outline import outline, reduced
 
@@ -75,14 +77,14 @@ class Pictures:
         if preprocess is None:
             raise ValueError("nothing says how a picture becomes a tensor: give Broden a transform")
         batches = Batches(self.broden, sorted(self._units), preprocess, facts.get("batch_size", 32))
-        place = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-        with Taps(model, [d.layer]) as taps:
-            first = batches.image(batches.ids[0])[None].to(place)
-            site = taps.sites(first, facts.get("positions", "patch"), None if basis is None else {d.layer: basis})[d.layer]
+        with LayerReader(model, select_layers(model, [d.layer])) as reader:
+            first = batches.image(batches.ids[0])[None].to(reader.device)
+            bases = None if basis is None else {d.layer: basis}
+            site = find_sites(reader, first, facts.get("positions", "patch"), bases)[d.layer]
             if site.units != d.units:
                 raise ValueError(f"layer {d.layer!r} has {site.units} units here and {d.units} in the dissection: another network")
             for batch in batches.read(range(len(batches))):
-                maps = site.read(taps.run(batch.images.to(place))[d.layer], len(batch.ids)).float().cpu()
+                maps = site.read(reader.activations(batch.images.to(reader.device))[d.layer][0], len(batch.ids)).float().cpu()
                 for row, own in zip(batch.ids, maps, strict=True):
                     self._outline(row, own, (batch.images.shape[-2], batch.images.shape[-1]))
         self.regions = True

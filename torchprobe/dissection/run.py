@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchprobe.common.progress import Clock, ProgressCallback
+from torchprobe.common.ranks import Ranks
 from torchprobe.datasets.broden import Presence
 from torchprobe.dissection.average_precision import NEGATIVES, SIGNS
 from torchprobe.dissection.batches import Batches
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.overlap import MODES, Counts, Overlap
-from torchprobe.common.progress import Clock, ProgressCallback
 from torchprobe.dissection.ranking import Ranking, pooled, top_images
-from torchprobe.common.ranks import Ranks
-from torchprobe.dissection.taps import POSITIONS, Site, Taps
+from torchprobe.dissection.taps import POSITIONS, Site
 from torchprobe.dissection.walk import Checkpoint, Rows, Walk
+from torchprobe.recording.reader import LayerReader
 from torchprobe.statistics import Quantile, TopInputs
 
 SCORES = ("iou", "ap")
@@ -62,7 +63,7 @@ class Run:
 
     def __init__(
         self,
-        taps: Taps,
+        reader: LayerReader,
         sites: Mapping[str, Site],
         batches: Batches,
         settings: Settings,
@@ -76,7 +77,7 @@ class Run:
         workers: int,
         keep_scores: bool,
     ) -> None:
-        self.taps, self.sites, self.batches, self.settings, self.labels_of = taps, sites, batches, settings, labels_of
+        self.reader, self.sites, self.batches, self.settings, self.labels_of = reader, sites, batches, settings, labels_of
         self.facts, self.thresholds, self.ranks, self.checkpoint, self.device = facts, thresholds, ranks, checkpoint, device
         self.workers, self.keep_scores = workers, keep_scores
         self.broden, self.ap, self.iou = batches.broden, "ap" in settings.score, "iou" in settings.score
@@ -155,9 +156,9 @@ class Run:
         self.clock.start(walk.name, done, total)
         try:
             for batch in self.batches.read(mine, labels):
-                activations = self.taps.run(batch.images.to(self.device))
+                activations = self.reader.activations(batch.images.to(self.device))
                 for i, (layer, site) in enumerate(self.sites.items()):
-                    see(i, site.read(activations.pop(layer), len(batch.ids)), batch)
+                    see(i, site.read(activations.pop(layer)[0], len(batch.ids)), batch)
                 walk.finished(batch.number)
                 done += len(batch.ids)
                 self.clock.tell(done)
