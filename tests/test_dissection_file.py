@@ -78,8 +78,8 @@ def change(path, tensors=None, values=None, metadata=None):
         ({"tensors": {"counts/activation": None}}, "'counts/activation': missing"),
         ({"tensors": {"average_precision": torch.full((2, 2), 1.5, dtype=torch.float64)}}, "numbers from 0 to 1"),
         ({"tensors": {"p_values": None}}, "'p_values': missing"),
-        ({"tensors": {"ranking/crow": torch.tensor([0, 2, 1, 1])}}, "no rows of a matrix"),
-        ({"tensors": {"ranking/column": torch.tensor([2])}}, "no rows of a matrix"),
+        ({"tensors": {"ranking/crow": torch.tensor([0, 2, 1, 1])}}, "expected the rows of a matrix"),
+        ({"tensors": {"ranking/column": torch.tensor([2])}}, "expected the rows of a matrix"),
         ({"values": {"ranking": {"sign": "?"}}}, "unknown sign"),
     ],
 )
