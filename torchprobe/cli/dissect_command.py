@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 HELP = (
     "What do the units of MODEL detect? Compares every unit of some layers with every concept of a labeled data set in the format of "
-    "Broden. The scores are the overlap of the activated region with the concept (iou), and the ranking of the images by the unit (ap). Writes "
-    f"tables, results and a page for each layer. --resume continues an interrupted run.\n\n{MODEL} Not needed with --check."
+    "Broden. The scores are the overlap of the activated region with the concept (iou), and the ranking of the images by the unit (ap). "
+    "Writes tables, results and a page for each layer. --resume continues an interrupted run.\n\n"
+    f"{MODEL} Not needed with --check."
 )
 
 
