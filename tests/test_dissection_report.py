@@ -306,6 +306,24 @@ def test_without_pictures(made, tmp_path):
     assert HOSTILE not in text
 
 
+def test_the_old_name_of_the_number_of_images_warns(made, tmp_path):
+    broden, net, d = made
+    with pytest.warns(DeprecationWarning, match="write_report: the argument 'images' is deprecated, use 'top_images'"):
+        old = d.report(tmp_path / "a.html", broden, net, images=2)
+    _, data, _ = shown_units(old)
+    assert {len(pictures) for pictures in data["units"]} == {2}
+
+
+def test_each_image_is_decoded_once(made, tmp_path, monkeypatch):
+    pytest.importorskip("captum", reason="captum is not installed")
+    broden, net, d = made
+    decoded = []
+    image = Broden.image
+    monkeypatch.setattr(Broden, "image", lambda self, row: decoded.append(row) or image(self, row))
+    write_report(d, tmp_path / "a.html", broden, net, top_images=3, evidence=2)
+    assert sorted(decoded) == sorted({row for row in d.top[0][:, :3].flatten().tolist() if row >= 0})
+
+
 # -- evidence ----------------------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +338,8 @@ def test_evidence_adds_up_to_the_score(made):
     assert found.attribution.shape == found.pixels.shape == (4, 3, 32, 32)
     assert found.heat.shape == (4, 32, 32)
     assert found.ids.tolist() == d.top[0][3, :4].tolist()
+    with pytest.warns(DeprecationWarning, match="evidence: the argument 'images' is deprecated, use 'top_images'"):
+        assert len(evidence(d, 3, broden, net, images=1, n_steps=2).ids) == 1
     with torch.no_grad():
         baseline = net[:2](torch.zeros(1, 3, 32, 32))[0, 3].amax()
     # The integral of a gradient along a path is the difference at its ends.

@@ -12,10 +12,6 @@ from torch import Tensor, nn
 
 from torchprobe.datasets.broden import Broden
 
-ImageLabels = Iterable[tuple[str, Any]]
-"""(category, labels) of one image. Labels are label planes (k, rows, columns) or (rows, columns), or whole-image labels (n,); 0 means
-unlabeled."""
-
 Preprocess = Callable[[Any], Tensor]
 """PIL image → tensor (3, H, W)."""
 
@@ -33,11 +29,12 @@ class LabelBatch(NamedTuple):
     whole: Tensor
 
     @classmethod
-    def pack(cls, images: Sequence[ImageLabels], grids: Sequence[tuple[int, int]]) -> LabelBatch:
+    def pack(cls, images: Sequence[Iterable[tuple[str, Any]]], grids: Sequence[tuple[int, int]]) -> LabelBatch:
         """The labels of each image, one image after the other.
 
         Args:
-            images: the labels of each image, from :meth:`torchprobe.datasets.Broden.image_labels`.
+            images: pairs (category, labels) of each image, see :meth:`torchprobe.datasets.Broden.image_labels`. Labels are planes
+                (k, rows, columns) or (rows, columns), or whole-image labels (n,); 0 means unlabeled.
             grids: rows and columns of the label grid of each image.
 
         Raises:
