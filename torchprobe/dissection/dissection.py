@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from torchprobe.dissection import file
 from torchprobe.dissection.report import write_report
 from torchprobe.dissection.scores import LayerScores
@@ -35,6 +37,6 @@ class Dissection(LayerScores):
         """Writes a table; for "iou" it has the columns of the original. See :func:`torchprobe.dissection.file.write_csv`."""
         return file.write_csv(self, path, score)
 
-    def report(self, path: str | os.PathLike[str], broden: Broden, encoder: Any = None, **options: Any) -> Path:
+    def report(self, path: str | os.PathLike[str], broden: Broden, encoder: nn.Module | None = None, **options: Any) -> Path:
         """Writes one self-contained HTML page; options and errors as for :func:`torchprobe.dissection.report.write_report`."""
         return write_report(self, path, broden, encoder, **options)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.progress import CountCallback
@@ -186,7 +186,7 @@ def write_report(
     dissection: LayerScores,
     path: str | os.PathLike[str],
     broden: Broden | None = None,
-    encoder: Any = None,
+    encoder: nn.Module | None = None,
     *,
     nulls: Mapping[str, LayerScores] | None = None,
     top_images: int = 5,

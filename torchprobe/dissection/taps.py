@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from torchprobe.dissection.bases import check_basis, project
 from torchprobe.ops.positions import vectors_of
-from torchprobe.recording.reader import LayerReader, Layout
+from torchprobe.recording.reader import LayerReader, Layout, hooked
 
 POSITIONS = ("patch", "class", "all")
 
@@ -126,10 +125,7 @@ def find_sites(reader: LayerReader, image: Tensor, positions: str = "patch", bas
         if isinstance(output, Tensor) and output.dim() == 4:
             grids.append((output.shape[2], output.shape[3]))
 
-    with ExitStack() as stack:
-        for module in reader.model.modules():
-            if isinstance(module, nn.Conv2d):
-                stack.callback(module.register_forward_hook(note).remove)
+    with hooked((module for module in reader.model.modules() if isinstance(module, nn.Conv2d)), note):
         activations = reader.activations(image)
     return {name: _site(name, x, layout, grids, positions, basis or {}) for name, (x, layout) in activations.items()}
 

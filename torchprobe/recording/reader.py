@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ class LayerReader:
     def __enter__(self) -> LayerReader:
         with ExitStack() as stack:
             for layer in self.layers.values():
-                stack.callback(layer.module.register_forward_hook(partial(self._hook, layer)).remove)
+                stack.enter_context(hooked([layer.module], partial(self._hook, layer)))
             stack.enter_context(eval_mode(self.model))
             stack.enter_context(torch.no_grad())
             self._stack = stack.pop_all()
@@ -182,6 +183,15 @@ def _feature_dim(layer: Layer, x: Tensor) -> int:
 
 
 @contextlib.contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
+    """A forward hook on some modules for the length of the block."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+@contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for the length of the block; afterwards every module has its own mode again. Compiled models run eagerly meanwhile, since
     their graphs do not know of hooks that were added later.
@@ -202,4 +212,4 @@ def device_of(model: nn.Module) -> torch.device:
     >>> device_of(nn.Linear(2, 2))
     device(type='cpu')
     """
-    return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))

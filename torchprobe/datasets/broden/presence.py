@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,14 @@ class Presence:
     crow: Tensor
     number: Tensor
     area: Tensor
+
+    @classmethod
+    def of(cls, images: Sequence[tuple[Tensor, Tensor]]) -> Presence:
+        """From the numbers and areas of each image, see :func:`image_areas`."""
+        counts = torch.tensor([0, *(len(number) for number, _ in images)])
+        empty = torch.empty(0)
+        numbers, areas = [number for number, _ in images], [area for _, area in images]
+        return cls(counts.cumsum(0), torch.cat([empty.int(), *numbers]), torch.cat([empty, *areas]))
 
     def __len__(self) -> int:
         return len(self.crow) - 1
@@ -61,26 +68,6 @@ def load_presence(path: str | os.PathLike[str], key: bytes = b"") -> Presence | 
         return None
 
 
-def scan_presence(
-    labels: Callable[[int], list[tuple[str, Tensor]]],
-    images: int,
-    label_size: int,
-    workers: int = 2,
-    progress: Callable[[int, int], object] | None = None,
-) -> Presence:
-    """Reads the labels of every image, in threads, since decoding releases the interpreter lock."""
-    counts, numbers, areas = [0], [], []
-    with ThreadPoolExecutor(workers, thread_name_prefix="torchprobe-labels") as threads:
-        for done, (number, area) in enumerate(_in_order(threads, lambda i: image_areas(labels(i), label_size), images), 1):
-            counts.append(len(number))
-            numbers.append(number)
-            areas.append(area)
-            if progress is not None:
-                progress(done, images)
-    empty = torch.empty(0)
-    return Presence(torch.tensor(counts).cumsum(0), torch.cat([empty.int(), *numbers]), torch.cat([empty, *areas]))
-
-
 def image_areas(labels: list[tuple[str, Tensor]], label_size: int) -> tuple[Tensor, Tensor]:
     """The label numbers of one image, ascending, and the share of the image that each covers. A pixel counts once if several maps have the
     label there."""
@@ -104,14 +91,6 @@ def pixel_counts(planes: np.ndarray[Any, Any], label_size: int) -> np.ndarray[An
         for earlier in planes[:k]:
             planes[k][planes[k] == earlier] = 0  # already counted
     return np.bincount(planes.ravel(), minlength=label_size)
-
-
-def _in_order(
-    threads: ThreadPoolExecutor, work: Callable[[int], tuple[Tensor, Tensor]], count: int, block: int = 256
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The results of ``work`` in order; at most ``block`` of them wait."""
-    for start in range(0, count, block):
-        yield from threads.map(work, range(start, min(start + block, count)))
 
 
 def _digest(key: bytes) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -17,7 +18,7 @@ from torchprobe.common.distribution import install_hint
 from torchprobe.common.progress import CountCallback
 from torchprobe.datasets.broden.files import FileError, locate, read_image, read_labels
 from torchprobe.datasets.broden.index import SPLITS, Finding, Label, Row, read_rows, read_tables
-from torchprobe.datasets.broden.presence import Presence, load_presence, scan_presence
+from torchprobe.datasets.broden.presence import Presence, image_areas, load_presence
 from torchprobe.datasets.images import DatasetError
 
 if TYPE_CHECKING:
@@ -201,10 +202,22 @@ class Broden(Dataset[Sample]):
             key = (self.root / "index.csv").read_bytes() + repr((self.split, self.categories)).encode()
             self._presence = load_presence(cache, key) if cache is not None else None
             if self._presence is None:
-                self._presence = scan_presence(self.image_labels, len(self), self.label_size, workers, progress)
+                self._presence = self._scan(workers, progress)
                 if cache is not None:
                     self._presence.save(cache, key)
         return self._presence
+
+    def _scan(self, workers: int, progress: CountCallback | None) -> Presence:
+        """Reads the labels of every image, in threads, since decoding releases the interpreter lock."""
+        found: list[tuple[Tensor, Tensor]] = []
+        with ThreadPoolExecutor(workers, thread_name_prefix="torchprobe-labels") as threads:
+            for start in range(0, len(self), 256):  # small blocks, so that few results wait
+                block = range(start, min(start + 256, len(self)))
+                for areas in threads.map(lambda row: image_areas(self.image_labels(row), self.label_size), block):
+                    found.append(areas)
+                    if progress is not None:
+                        progress(len(found), len(self))
+        return Presence.of(found)
 
     def captum_concept(self, name: str | int, batch_size: int = 32, limit: int | None = None, minimum_area: float = 0.0) -> Concept:
         """The images of a concept as a ``captum.concept.Concept``, for ``captum.concept.TCAV.interpret``.
