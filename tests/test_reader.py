@@ -110,7 +110,7 @@ def test_layers_that_cannot_be_read():
         ("unused", "layer 'unused' is not called by the forward pass of Odd: leave it out"),
         ("text", "layer 'text' gives no tensor in the forward pass of Odd"),
         ("flat", r"layer 'flat' gives shape \(12,\); expected vectors, tokens or maps"),
-        ("windows", r"layer 'windows' gives shape \(6, 2\) for 3 images, in which they cannot be told apart"),
+        ("windows", r"layer 'windows' gives shape \(6, 2\) for 3 images: no dimension of the images was found"),
     ):
         with reader(Odd(), layer) as opened, pytest.raises(ValueError, match=message):
             opened.activations(torch.zeros(3, 4))

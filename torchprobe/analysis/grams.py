@@ -69,7 +69,7 @@ class Grams:
     Args:
         model: any module.
         layers: of it, from :func:`torchprobe.recording.select_layers`.
-        pooling: "flatten": every position of a map or a sequence is a feature of its own; "mean": the mean over positions.
+        pooling: "flatten": every position of a map or a sequence has its own features; "mean": the mean over positions.
         drop: indices of features to leave out of every layer, or {name or glob: indices}.
 
     Raises:
@@ -108,12 +108,12 @@ class Grams:
         return self.reader.fired
 
     def run(self, images: Tensor) -> Tensor:
-        """One forward pass over n images: for each layer, in the order of ``names``, what is above the diagonal of its Gram matrix, the
-        sums of the rows of the whole matrix without its diagonal, and the sum of these.
+        """One forward pass over n images.
 
         Returns:
-            float64 (float32 where a device has none), shape (layers, n² + n + 1), on the device of the first layer that runs. The next
-            run overwrites it.
+            float64 (float32 if a device does not have it), shape (layers, n² + n + 1), on the device of the first layer that runs. The rows
+            are in the order of ``names``. The first n² numbers are the Gram matrix above its diagonal, otherwise 0. The next n are the sums
+            of the rows of the whole matrix without its diagonal, and the last is their sum. The next run overwrites the result.
 
         Raises:
             ValueError: see :meth:`torchprobe.recording.reader.LayerReader.read`.

@@ -161,7 +161,7 @@ def find_preprocess(broden: Broden, model: nn.Module, preprocess: Preprocess | N
     """What makes tensors of the images: ``preprocess``, else the transform of the data set, else that of the encoder.
 
     Raises:
-        ValueError: there is none of the three.
+        ValueError: all three are missing.
     """
     found: Preprocess | None = preprocess or broden.transform or getattr(model, "preprocess", None)
     if found is None:
@@ -177,7 +177,7 @@ def to_tensor(preprocess: Preprocess, image: Any) -> Tensor:
     """
     tensor = preprocess(image)
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"preprocess must give a tensor (3, H, W), it gave {type(tensor).__name__}")
+        raise TypeError(f"preprocess must return a tensor (3, H, W), got {type(tensor).__name__}")
     return tensor
 
 

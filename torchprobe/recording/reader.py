@@ -1,4 +1,4 @@
-"""Reading layers: one forward pass, and the activation of every layer with the dimensions that hold its images and its features."""
+"""Reads layers: one forward pass gives the activation of every layer, and its dimensions of the images and of the features."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class LayerReader:
         self._unclear = False
         self._images = 0  # in the running forward pass
         self._see: Callable[[Layer, Tensor], object] | None = None  # None: the running forward pass is not ours
-        self._called: dict[str, bool] = {}  # layer → whether it gave a tensor
+        self._called: dict[str, bool] = {}  # layer that ran → whether it gave a tensor
         self._stack = ExitStack()
 
     def __enter__(self) -> LayerReader:
@@ -95,11 +95,11 @@ class LayerReader:
     def read(self, images: Tensor, visit: Visit) -> None:
         """One forward pass; ``visit`` is called inside the hooks, before anything that follows can overwrite the activation.
 
-        A layer that runs several times in a pass is visited several times. In the first pass the dimension of the images may be unclear,
-        for example with as many tokens as images. Then one image is run alone, and if that changes the answer, the pass is repeated.
+        A layer that runs several times in a pass is visited several times. In the first pass the dimension of the images may be unclear, for
+        example if there are as many tokens as images. Then one image is run alone. If that changes the answer, the pass is repeated.
 
         Raises:
-            ValueError: a layer did not run, gave no tensor, or gave one without a dimension of the size of the batch.
+            ValueError: a layer did not run, did not give a tensor, or gave a tensor without a dimension for the images.
         """
 
         def see(layer: Layer, x: Tensor) -> None:
@@ -116,8 +116,8 @@ class LayerReader:
     def activations(self, images: Tensor) -> dict[str, tuple[Tensor, Layout]]:
         """One forward pass: the activation of each layer with its layout, in the order of :attr:`layers`.
 
-        A layer that runs several times counts with its last call. Nothing is copied, so an operation that overwrites an activation in
-        place (``nn.ReLU(inplace=True)``) shows in it.
+        For a layer that runs several times this is the activation of its last call. Nothing is copied: if a later operation overwrites the
+        activation in place (``nn.ReLU(inplace=True)``), the result has the overwritten values.
 
         Raises:
             ValueError: see :meth:`read`.
@@ -153,7 +153,7 @@ class LayerReader:
             self._see(layer, x.detach())
 
     def _layout(self, layer: Layer, x: Tensor) -> Layout:
-        """The dimension of the images is decided once; that of the features follows the number of dimensions."""
+        """The dimension of the images is found once for each layer. The dimension of the features depends on the number of dimensions."""
         if x.is_nested or x.dim() < 2:
             given = "a nested tensor" if x.is_nested else f"shape {tuple(x.shape)}"
             raise ValueError(f"layer {layer.name!r} gives {given}; expected vectors, tokens or maps of each image")
@@ -166,7 +166,7 @@ class LayerReader:
         batch_dim = self._batch_dim[layer.name]
         if x.shape[batch_dim] != self._images:
             count = "one image" if self._images == 1 else f"{self._images} images"
-            raise ValueError(f"layer {layer.name!r} gives shape {tuple(x.shape)} for {count}, in which they cannot be told apart")
+            raise ValueError(f"layer {layer.name!r} gives shape {tuple(x.shape)} for {count}: no dimension of the images was found")
         return Layout(x.dim(), batch_dim, feature_dim)
 
     def _look_again(self, layer: Layer, x: Tensor) -> None:
@@ -178,7 +178,7 @@ class LayerReader:
 def _feature_dim(layer: Layer, x: Tensor) -> int:
     dim = default_feature_dim(layer, x.dim()) if layer.feature_dim is None else layer.feature_dim
     if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"layer {layer.name!r} gives {x.dim()} dimensions, and feature_dim={dim} is none of them")
+        raise ValueError(f"layer {layer.name!r} gives shape {tuple(x.shape)}, which has no dimension feature_dim={dim}")
     return dim % x.dim()
 
 
