@@ -95,8 +95,8 @@ class LayerReader:
     def read(self, images: Tensor, visit: Visit) -> None:
         """One forward pass; ``visit`` is called inside the hooks, before anything that follows can overwrite the activation.
 
-        A layer that runs several times in a pass is visited several times. In the first pass the dimension of the images may be unclear, for
-        example if there are as many tokens as images. Then one image is run alone. If that changes the answer, the pass is repeated.
+        A layer that runs several times in a pass is visited several times. In the first pass the dimension of the images may be unclear,
+        for example if there are as many tokens as images. Then one image is run alone. If that changes the answer, the pass is repeated.
 
         Raises:
             ValueError: a layer did not run, did not give a tensor, or gave a tensor without a dimension for the images.
