@@ -161,8 +161,7 @@ def _sites(reader: LayerReader, image: Tensor, settings: Settings, basis: Basis)
     """How to read each layer, in its basis; for IoU, layers without positions are refused."""
     sites = find_sites(reader, image, settings.positions)
     bases = _bases(basis, {name: site.features for name, site in sites.items()}, settings.seed)
-    if bases:
-        sites = find_sites(reader, image, settings.positions, bases)
+    sites = {name: site.in_basis(bases.get(name)) for name, site in sites.items()}
     for site in sites.values():
         if "iou" in settings.score and not site.has_map:
             dims = site.layout.dims

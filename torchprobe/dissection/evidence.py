@@ -88,7 +88,7 @@ def attribute(
         raise ValueError(f"{method!r} is not a neuron attribution of captum; choose one of {', '.join(known)}")
     with LayerReader(model, select_layers(model, [layer], feature_dim)) as reader:
         name, selected = next(iter(reader.layers.items()))
-        site = find_sites(reader, images[:1], positions, None if basis is None else {name: basis})[name]
+        site = find_sites(reader, images[:1], positions)[name].in_basis(basis)
     if not 0 <= unit < site.units:
         raise ValueError(f"layer {layer!r} has the units 0 to {site.units - 1}, got {unit}")
 

@@ -146,8 +146,7 @@ class _Regions:
 
     def _find_site(self, image: Tensor) -> Site:
         d = self.dissection
-        bases = None if self.basis is None else {d.layer: self.basis}
-        site = find_sites(self.reader, image, d.metadata.get("positions", "patch"), bases)[d.layer]
+        site = find_sites(self.reader, image, d.metadata.get("positions", "patch"))[d.layer].in_basis(self.basis)
         if site.units != d.units:
             raise ValueError(f"layer {d.layer!r} has {site.units} units here and {d.units} in the dissection: this is another network")
         return site

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchprobe.dissection.bases import check_basis, project
 from torchprobe.ops.positions import vectors_of
-from torchprobe.recording.reader import LayerReader, Layout, hooked
+from torchprobe.recording.reader import LayerReader, Layout, map_sizes
 
 POSITIONS = ("patch", "class", "all")
 
@@ -75,6 +73,14 @@ class Site:
         """Whether the units have positions on a plane. Pooled vectors and the class token do not."""
         return self.layout.dims == 4 or (self.layout.dims == 3 and self.positions == "patch")
 
+    def in_basis(self, basis: Tensor | None) -> Site:
+        """The same layer in directions (k, features); None: in its units.
+
+        Raises:
+            ValueError: the directions do not fit the layer, or are nonfinite or zero.
+        """
+        return self if basis is None else replace(self, basis=check_basis(basis, self.features, self.layer))
+
     def read(self, x: Tensor, images: int) -> Tensor:
         """The activation as (images, units, h, w), or (images, units) or (images, units, positions) if it has no plane.
 
@@ -98,7 +104,7 @@ class Site:
             raise ValueError(f'layer {self.layer!r}: {error}, or score all of them by average precision (positions="all")') from error
 
 
-def find_sites(reader: LayerReader, image: Tensor, positions: str = "patch", basis: Mapping[str, Tensor] | None = None) -> dict[str, Site]:
+def find_sites(reader: LayerReader, image: Tensor, positions: str = "patch") -> dict[str, Site]:
     """How to read each layer, from a forward pass of one image (1, …), where the dimension of the images is easy to see.
 
     The grid of tokens is that of the patch embedding: of all outputs of convolutions, the largest that fits into the tokens.
@@ -107,30 +113,24 @@ def find_sites(reader: LayerReader, image: Tensor, positions: str = "patch", bas
         reader: of the layers; entered.
         image: as the network takes it.
         positions: which tokens, see :func:`torchprobe.dissection.dissect`.
-        basis: directions instead of units, by layer.
 
     Raises:
-        ValueError: a layer that gives neither maps, nor tokens, nor vectors; or a basis that does not fit.
+        ValueError: a layer that gives neither maps, nor tokens, nor vectors.
 
-    >>> from torchprobe.recording import select_layers
     >>> import torch
+    >>> from torch import nn
+    >>> from torchprobe.recording import select_layers
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     >>> with LayerReader(model, select_layers(model, "1")) as reader:
     ...     find_sites(reader, torch.zeros(1, 3, 8, 8))["1"].units
     4
     """
-    grids: list[tuple[int, int]] = []
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim() == 4:
-            grids.append((output.shape[2], output.shape[3]))
-
-    with hooked((module for module in reader.model.modules() if isinstance(module, nn.Conv2d)), note):
+    with map_sizes(reader.model) as grids:
         activations = reader.activations(image)
-    return {name: _site(name, x, layout, grids, positions, basis or {}) for name, (x, layout) in activations.items()}
+    return {name: _site(name, x, layout, grids, positions) for name, (x, layout) in activations.items()}
 
 
-def _site(name: str, x: Tensor, layout: Layout, grids: list[tuple[int, int]], positions: str, basis: Mapping[str, Tensor]) -> Site:
+def _site(name: str, x: Tensor, layout: Layout, grids: list[tuple[int, int]], positions: str) -> Site:
     if layout.dims not in (2, 3, 4):
         raise ValueError(f"layer {name!r} gives shape {tuple(x.shape)}: neither maps, nor tokens, nor one vector for each image")
     grid = None
@@ -138,6 +138,4 @@ def _site(name: str, x: Tensor, layout: Layout, grids: list[tuple[int, int]], po
         tokens = layout.images_first(x).shape[2]
         fitting = [(h, w) for h, w in grids if h * w <= tokens < h * w + max(64, h * w // 4)]
         grid = max(fitting, key=lambda size: size[0] * size[1], default=None)
-    features = x.shape[layout.feature_dim]
-    directions = check_basis(basis[name], features, name) if name in basis else None
-    return Site(name, layout, features, grid, positions, directions)
+    return Site(name, layout, x.shape[layout.feature_dim], grid, positions)

@@ -78,7 +78,7 @@ class LayerReader:
     def __enter__(self) -> LayerReader:
         with ExitStack() as stack:
             for layer in self.layers.values():
-                stack.enter_context(hooked([layer.module], partial(self._hook, layer)))
+                stack.callback(layer.module.register_forward_hook(partial(self._hook, layer)).remove)
             stack.enter_context(eval_mode(self.model))
             stack.enter_context(torch.no_grad())
             self._stack = stack.pop_all()
@@ -183,12 +183,26 @@ def _feature_dim(layer: Layer, x: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
-    """A forward hook on some modules for the length of the block."""
+def map_sizes(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
+    """During the block, collects the rows and columns of every map that a 2-D convolution of the model gives.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten())
+    >>> with map_sizes(model) as sizes:
+    ...     _ = model(torch.zeros(1, 3, 32, 16))
+    >>> sizes
+    [(4, 2)]
+    """
+    sizes: list[tuple[int, int]] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() == 4:
+            sizes.append((output.shape[2], output.shape[3]))
+
     with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_hook(hook).remove)
-        yield
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                stack.callback(module.register_forward_hook(note).remove)
+        yield sizes
 
 
 @contextlib.contextmanager
