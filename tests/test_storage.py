@@ -187,12 +187,12 @@ def layers(**values: Any) -> Callable[[str], str]:
         ("layers", "{}", "'layers': expected a JSON list, got dict"),
         ("layers", '[{"name": 3}]', "'layers': each layer has name, module"),
         ("layers", layers(features=10**15), "'layers': layer .* cannot have 10{15} features"),
-        ("layers", layers(features=7), "'blocks.0/closed/mean': missing, or not 7 features wide"),
+        ("layers", layers(features=7), "'blocks.0/closed/count': expected F64 of shape \\(7,\\), got F64 of \\(6,\\)"),
         ("layers", layers(features="6"), "'layers': a value is of the wrong kind"),
-        ("layers", layers(name="x"), "'x/closed/mean': missing"),
+        ("layers", layers(name="x"), "'x/closed/calls': missing"),
         ("layers", lambda text: json.dumps(json.loads(text)[1:]), "'blocks.0/.*': belongs to no layer"),
-        ("layers", lambda text: json.dumps([json.loads(text)[0]] * 2), "'blocks.0/closed/mean': missing"),
-        ("aliases", '{"a": 1}', "'aliases': an alias is no text"),
+        ("layers", lambda text: json.dumps([json.loads(text)[0]] * 2), "'blocks.0/closed/calls': missing"),
+        ("aliases", '{"a": 1}', "'aliases': an alias is not text"),
         ("history", '{"steps": 1}', "'history': expected the lists"),
         ("history", lambda text: text.replace("[1, 3]", "[1, 3, 5]"), "'history': expected F64 of shape \\(3, 4, 15\\)"),
         ("history", lambda text: text.replace("[1, 3]", '["x"]'), "'history': steps are numbers"),
@@ -218,7 +218,7 @@ def test_loading_other_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         torchprobe.load(tmp_path / "none")
     (tmp_path / "text").write_bytes(b"no recording at all")
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         torchprobe.load(tmp_path / "text")
     save_file({"a": torch.ones(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="'format': expected '1', got None"):
