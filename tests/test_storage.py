@@ -231,3 +231,25 @@ def test_saving_into_no_folder_says_so(tmp_path):
         model(torch.randn(3, 2))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         rec.save(tmp_path / "missing" / "run.safetensors")
+
+
+def test_what_the_version_before_wrote_still_loads() -> None:
+    """Written by 0.1.0 before statistics had a contract: tests/data/recording.json holds what it said itself."""
+    data = Path(__file__).parent / "data"
+    expected = json.loads((data / "recording.json").read_text())
+    loaded = torchprobe.load(data / "recording.safetensors")
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    resumed = torchprobe.record(model, every=2)
+    resumed.load_state_dict(torch.load(data / "recorder.pt", weights_only=True))
+    for rec in (loaded, resumed):
+        for rows, before in ((rec.rows(), expected["rows"]), (rec.total.rows(), expected["total"])):
+            for mine, theirs in zip(rows, before, strict=True):
+                numbers = {key: value for key, value in theirs.items() if not isinstance(value, str)}
+                assert [mine[key] for key in numbers] == pytest.approx(list(numbers.values()), rel=1e-12, nan_ok=True)
+        assert {name: rec.total[name].calls for name in rec} == expected["calls"]
+        assert rec.history.steps == expected["steps"]
+        assert rec.history["vector_kurtosis"].tolist() == expected["kurtosis"]
+        assert rec.history.histograms.sum((0, 1)).tolist()[:30] == expected["histogram"]
+    with resumed:
+        model(torch.zeros(2, 3))
+    assert resumed.total["0"].calls == expected["calls"]["0"] + 1
