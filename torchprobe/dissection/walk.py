@@ -97,8 +97,8 @@ class Walk:
     """A pass over batches, of which :meth:`mine` are for this rank. The caller shows each batch to ``statistics``, fills ``vectors``, and
     calls :meth:`finished`; at the end it calls :meth:`merge`.
 
-    Each rank saves its statistics, and which batches they have seen, in one file, so each file is correct by itself. New vectors are saved in
-    other files. They do not depend on when they are computed, so a vector may be in two files.
+    Each rank saves its statistics, and which batches they have seen, in one file, so each file is correct by itself. New vectors are saved
+    in other files. They do not depend on when they are computed, so a vector may be in two files.
 
     Args:
         name: of the pass; the names of its files begin with it.
