@@ -118,5 +118,5 @@ def test_old_names_warn_and_work(root, tmp_path):
         assert study.summary(found) == found.summary()
     with pytest.warns(DeprecationWarning, match=r"use torchprobe.common.progress.Progress"):
         assert study.Progress is Progress
-    with pytest.warns(DeprecationWarning, match="the argument 'unlabelled' is deprecated, use 'unlabeled'"):
+    with pytest.warns(DeprecationWarning, match="BrodenWriter.__init__: the argument 'unlabelled' is deprecated, use 'unlabeled'"):
         assert BrodenWriter(tmp_path / "set", {"object": ["sky"]}, unlabelled=(0, 9)).unlabeled == {0, 9}
