@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from torchprobe.analysis.resampling import LEVEL
 from torchprobe.analysis.outliers import FEATURE_COLUMNS
+from torchprobe.analysis.resampling import LEVEL
 from torchprobe.rendering import plots
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
 from torchprobe.rendering.tables import LAYER_COLUMNS, Column, Row, number
