@@ -1,14 +1,19 @@
-"""Names of torchprobe.analysis that were renamed still work, with a warning that says the new name."""
+"""Names of the analysis and its studies that were renamed still work, with a warning that says the new name."""
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
+import interpret_sets as sets
 import pytest
 import torch
 
 from torchprobe.analysis import Embeddings, effective_robustness, evaluate, mean_effective_robustness, robustness, summarize
 from torchprobe.analysis.baseline import FITS, SHIFTS, Baseline
+from torchprobe.datasets import labelled_folder
+from torchprobe.studies.compare import load_results
+from torchprobe.studies.interpret import interpret
 
 ACCURACIES = {"imagenet": 60.0, "imagenet_r": 40.0, "imagenet_on_r_classes": 80.0}
 
@@ -22,6 +27,7 @@ ACCURACIES = {"imagenet": 60.0, "imagenet_r": 40.0, "imagenet_on_r_classes": 80.
         ("torchprobe.analysis.kurtosis", "centred_kurtosis", "centered_kurtosis"),
         ("torchprobe.analysis.directions", "centred", "centered"),
         ("torchprobe.analysis.evaluation", "right", "is_correct"),
+        ("torchprobe.encoders.suite", "Row", "SuiteRow"),
     ],
 )
 def test_functions(module: str, old: str, new: str) -> None:
@@ -64,3 +70,18 @@ def test_the_short_name_of_effective_robustness_stays() -> None:
     """Without a warning: the test suite turns warnings into errors."""
     short = effective_robustness(40.0, 80.0, shift="imagenet_r", x="subset")
     assert short == effective_robustness(40.0, 80.0, shift="imagenet_r", imagenet_classes="subset")
+
+
+def test_studies(tmp_path: Path) -> None:
+    images = labelled_folder(sets.write_classes(tmp_path / "images", each=3), names=sets.CLASSES)
+    model = sets.encoder()
+    with pytest.warns(DeprecationWarning, match="interpret: the argument 'x' is deprecated, use 'imagenet_classes'"):
+        found = interpret(model, images, tmp_path / "out", head=sets.head(model), layer_images=0, x="subset")  # type: ignore[call-arg]
+    assert found.results.pruning is not None and found.results.pruning.imagenet_classes == "subset"
+    with pytest.warns(DeprecationWarning, match="Interpretation.right is deprecated, use correct"):
+        assert found.right == found.correct and len(found.correct) == 9
+    saved = load_results(tmp_path / "out")
+    with pytest.warns(DeprecationWarning, match="Saved.right is deprecated, use correct"):
+        assert saved.right == saved.correct == dict(zip(found.ids, found.correct, strict=True))
+    with pytest.warns(DeprecationWarning, match="Saved.made is deprecated, use provenance"):
+        assert saved.made() == saved.provenance()

@@ -98,7 +98,7 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Compa
 def test_all_that_are_there_are_run(found: tuple[Comparison, Path]) -> None:
     comparison, out = found
     assert [row["model"] for row in comparison.models] == ["zero", "tuned", "scratch"]
-    assert comparison.skipped == [{"model": "absent", "why": "it needs a checkpoint of yours: fill in its path"}]
+    assert comparison.skipped == [{"model": "absent", "why": "it needs your checkpoint: fill in its path"}]
     assert all((out / name / "index.html").is_file() for name in ("zero", "tuned", "scratch"))
     assert all(row["robustness"] is not None and row["accuracy"] is not None for row in comparison.models)
 
@@ -169,7 +169,7 @@ def test_an_encoder_that_does_not_fit_the_images_is_skipped(folder: Path, tmp_pa
 
 
 def test_the_folders_are_looked_at_before_any_encoder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchprobe.encoders.suite.Row.load", lambda self: pytest.fail("fetched"))
+    monkeypatch.setattr("torchprobe.encoders.suite.SuiteRow.load", lambda self: pytest.fail("fetched"))
     with pytest.raises(DatasetError, match="is not there"):
         run_suite(load_suite(folder / "suite.toml"), replace(inputs(folder), images=tmp_path / "absent"), tmp_path / "out")
     with pytest.raises(DatasetError, match="is not there"):
@@ -188,7 +188,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(folder: Path, tmp_path: Path, 
         except OSError as error:
             raise EncoderError("could not be fetched") from error
 
-    monkeypatch.setattr("torchprobe.encoders.suite.Row.load", unreachable)
+    monkeypatch.setattr("torchprobe.encoders.suite.SuiteRow.load", unreachable)
     with pytest.raises(EncoderError, match="0 of 4"):
         run_suite(load_suite(folder / "suite.toml"), inputs(folder), tmp_path)
     assert seen == [False, True, True] and constants.HF_HUB_OFFLINE is False
@@ -196,7 +196,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(folder: Path, tmp_path: Path, 
 
 def test_too_few(folder: Path, tmp_path: Path) -> None:
     rows = [row for row in load_suite(folder / "suite.toml") if row.name in ("zero", "absent")]
-    with pytest.raises(EncoderError, match="1 of 2 encoders .* absent: it needs a checkpoint"):
+    with pytest.raises(EncoderError, match="1 of 2 encoders .* absent: it needs your checkpoint"):
         run_suite(rows, inputs(folder), tmp_path)
 
 

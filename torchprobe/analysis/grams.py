@@ -1,4 +1,4 @@
-"""The Gram matrix of each layer of a model, batch by batch: what linear CKA needs of a layer's activations, and all it keeps of them."""
+"""The Gram matrix of each layer of a model, batch by batch. Linear CKA needs and keeps nothing else of the activations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from torchprobe.recording.layers import Layer, matches_glob
@@ -16,22 +17,21 @@ Pooling = Literal["flatten", "mean"]
 Features = Iterable[int] | Mapping[str, Iterable[int]]
 
 _BLOCK = 2**18
-"""Numbers that are shifted and multiplied at a time on the CPU: about what its caches hold."""
+"""Numbers that are shifted and multiplied at a time on the CPU: about the size of its caches."""
 
 _ROWS = 64
-"""Rows of a product at a time on the CPU, from the diagonal on: half of a symmetric matrix need not be computed."""
-
+"""Rows of a product at a time on the CPU, from the diagonal on, because half of a symmetric matrix need not be computed."""
 
 _NEAR = 8
-"""Rows whose mean is subtracted."""
+"""The number of rows whose mean is subtracted."""
 
 
 def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """What is above the diagonal of the Gram matrix X Xᵀ of features (n, d), shifted: (n, n), float64 (float32 on MPS).
+    """The Gram matrix X Xᵀ of shifted features (n, d) above its diagonal, otherwise 0: (n, n), float64 (float32 on MPS).
 
-    HSIC₁ does not depend on what is subtracted from every row, but rounding does. It is the mean of the shortest rows, which one row
-    far out does not move, in float64, so that what is constant becomes exactly 0. Products are in float32, of float64 in
-    float64; sums over blocks of features in float64.
+    The same vector is subtracted from every row. HSIC₁ does not depend on it, but rounding does. It is the mean of the shortest rows, which
+    one very long row does not move. It is computed in float64, so that constant features become exactly 0. Products are in float32 (float64
+    for float64 features), and sums over blocks of features in float64.
 
     >>> gram(torch.tensor([[1000.0], [1003.0]])).tolist()
     [[0.0, -2.25], [0.0, 0.0]]
@@ -53,7 +53,7 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
         else:
             total.copy_(product)
     for i in range(0, n, height):
-        total[i : i + height, i : i + height].triu_(1)  # nothing has been written below
+        total[i : i + height, i : i + height].triu_(1)  # nothing was written below the diagonal
     return total
 
 
@@ -145,14 +145,14 @@ class Grams:
             positions = [i for i in range(x.dim()) if i not in (batch_dim, feature_dim)]
             x = (x if x.dtype == torch.float64 else x.float()).mean(positions)
             batch_dim = 0 if batch_dim < feature_dim else 1
-        return x.movedim(batch_dim, 0).flatten(1)
+        return rearrange(x.movedim(batch_dim, 0), "images ... -> images (...)")
 
     def _kept(self, name: str, width: int, device: torch.device) -> Tensor:
         dropped = self._dropped[name]
         if wrong := sorted(i for i in dropped if not 0 <= i < width):
             raise ValueError(f"layer {name!r} has the features 0 to {width - 1}; {wrong[0]} cannot be left out")
         if len(dropped) == width:
-            raise ValueError(f"layer {name!r} has no features but those that are to be left out")
+            raise ValueError(f"all {width} features of layer {name!r} would be left out")
         if (name, device) not in self._indices:
             self._indices[name, device] = torch.tensor([i for i in range(width) if i not in dropped], device=device)
         return self._indices[name, device]
@@ -167,14 +167,14 @@ def _dropped(layers: Sequence[Layer], drop: Features | None) -> dict[str, frozen
     for pattern, features in by_pattern.items():
         matched = [layer.name for layer in layers if any(name == pattern or matches_glob(pattern, name) for name in layer.names)]
         if not matched:
-            raise ValueError(f"drop: {pattern!r} is none of the layers {', '.join(repr(layer.name) for layer in layers)}")
+            raise ValueError(f"drop: {pattern!r} matches none of the layers {', '.join(repr(layer.name) for layer in layers)}")
         indices = frozenset(int(i) for i in features)
         dropped |= {name: dropped.get(name, frozenset()) | indices for name in matched if indices}
     return dropped
 
 
 def exact_products(device: str) -> contextlib.AbstractContextManager[object]:
-    """Products of float32 matrices in float32, whatever autocast, TF32 or bfloat16 the model is run with."""
+    """Products of float32 matrices in float32, also if the model runs with autocast, TF32 or bfloat16."""
     settings: Any = torch.backends
     exact = all(part.fp32_precision in ("ieee", "none") for part in (settings, settings.mkldnn, *_products()))
     return contextlib.nullcontext() if exact and not torch.is_autocast_enabled(device) else _in_full(device)

@@ -51,7 +51,7 @@ def accuracies(
     embeddings: Embeddings,
     orders: Sequence[Tensor],
     kept: Tensor,
-    classes: Iterable[int] | None,
+    classes: Iterable[int] | None = None,
 ) -> tuple[Tensor, int]:
     """The accuracy for each order and each number of kept directions, float64 (orders, k), and the number of images evaluated."""
     weight, bias = weight_and_bias(head, embeddings.features)

@@ -19,7 +19,7 @@ from torchprobe.common.ranks import Ranks
 from torchprobe.datasets import DatasetError
 from torchprobe.datasets.labelled import class_folders
 from torchprobe.encoders import EncoderError
-from torchprobe.encoders.suite import Row
+from torchprobe.encoders.suite import SuiteRow
 from torchprobe.studies.compare import Comparison, compare
 from torchprobe.studies.compare.comparison import PairMeasures, Skipped
 from torchprobe.studies.compare.pairs import pair_name, pairs_within
@@ -33,7 +33,7 @@ __all__ = ["Inputs", "run_suite"]
 
 
 def run_suite(
-    rows: Sequence[Row],
+    rows: Sequence[SuiteRow],
     inputs: Inputs,
     out: str | os.PathLike[str],
     *,
@@ -75,7 +75,7 @@ def run_suite(
     folder.mkdir(parents=True, exist_ok=True)
     names = file_names([row.name for row in rows])
     folders = {row.name: folder / names[row.name] for row in rows}
-    done: list[Row] = []
+    done: list[SuiteRow] = []
     skipped: list[Skipped] = []
     with Ranks() as ranks, _offline_after_failure() as note:
         for row in rows:
@@ -103,7 +103,7 @@ def run_suite(
 
 
 def _load(
-    row: Row, inputs: Inputs, options: RunOptions, out: Path, ranks: Ranks, note: Callable[[BaseException], None]
+    row: SuiteRow, inputs: Inputs, options: RunOptions, out: Path, ranks: Ranks, note: Callable[[BaseException], None]
 ) -> tuple[str | None, Subject | None]:
     """The encoder with everything that it is measured on; or the reason why it is unavailable on one of the ranks."""
     why, subject = None, None
@@ -141,7 +141,7 @@ def _offline_after_failure() -> Iterator[Callable[[BaseException], None]]:
 
 
 def _extras(
-    rows: Sequence[Row],
+    rows: Sequence[SuiteRow],
     folders: dict[str, Path],
     inputs: Inputs,
     options: RunOptions,

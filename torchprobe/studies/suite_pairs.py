@@ -20,7 +20,7 @@ from torchprobe.analysis.kurtosis import vector_kurtosis
 from torchprobe.analysis.similarity import MIN_BATCH, similarity
 from torchprobe.common.options import RunOptions
 from torchprobe.encoders import Encoder, Head
-from torchprobe.encoders.suite import Row
+from torchprobe.encoders.suite import SuiteRow
 from torchprobe.studies.compare.comparison import Interpolation, LayerSimilarity, PairMeasures
 from torchprobe.studies.compare.saved import Saved
 from torchprobe.studies.dissect import file_names
@@ -35,7 +35,7 @@ PAIR_IMAGES = 512
 
 
 def run_pair(
-    one: tuple[Row, Saved], other: tuple[Row, Saved], inputs: Inputs, out: str | os.PathLike[str], options: RunOptions
+    one: tuple[SuiteRow, Saved], other: tuple[SuiteRow, Saved], inputs: Inputs, out: str | os.PathLike[str], options: RunOptions
 ) -> PairMeasures:
     """CKA of all layers of two networks, and measures along the interpolation of their weights.
 

@@ -11,12 +11,14 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from torchprobe.analysis.baseline import IMAGENET, SHIFTS, SUBSETS, Baseline, ImagenetClasses
 from torchprobe.analysis.directions import Directions, centered, privileged_directions
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.analysis.pruning import FRACTIONS, kept_directions, pruning_bands, pruning_curve
+from torchprobe.analysis.pruning import FRACTIONS, kept_directions
+from torchprobe.analysis.pruning_pass import accuracies
 from torchprobe.analysis.resampling import LEVEL, band
 from torchprobe.common.records import Key, Record
 from torchprobe.encoders import Head
@@ -266,9 +268,11 @@ def measure_pruning(
 
 
 def _curves(head: Head, found: Directions, embeddings: Embeddings, seed: int) -> dict[str, NDArray[np.float64]]:
-    """Order → accuracy, (points,), or (draws, points) for random orders."""
-    ordered = {order: pruning_curve(head, found, embeddings, FRACTIONS, order=order).accuracy.numpy() for order in ("importance", "sigma")}
-    return ordered | {"random": pruning_bands(head, found, embeddings, range(seed, seed + SEEDS), FRACTIONS).accuracy.numpy()}
+    """Order → accuracy, (points,), or (draws, points) for random orders; from one pass over the embeddings."""
+    random = [found.order("random", seed + draw) for draw in range(SEEDS)]
+    kept = torch.tensor([kept_directions(found, fraction) for fraction in FRACTIONS])
+    accuracy, _ = accuracies(head, found, embeddings, [found.order("importance"), found.order("sigma"), *random], kept)
+    return {"importance": accuracy[0].numpy(), "sigma": accuracy[1].numpy(), "random": accuracy[2:].numpy()}
 
 
 def _curve(found: Directions, what: Literal["accuracy", "effective_robustness"], values: NDArray[np.float64]) -> Curve:

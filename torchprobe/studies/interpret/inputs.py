@@ -19,7 +19,7 @@ from torchprobe.datasets.images import SUFFIXES
 from torchprobe.datasets.labelled import count
 from torchprobe.encoders import Encoder, EncoderError, Head, load_head
 from torchprobe.encoders.encoder import Template
-from torchprobe.encoders.suite import Row
+from torchprobe.encoders.suite import SuiteRow
 from torchprobe.studies.interpret.results import Stages
 
 LAYER_IMAGES = 1024
@@ -83,7 +83,7 @@ class Inputs:
         folders = {"images": str(self.images), **{f"shift {name}": str(folder) for name, folder in self.shifts.items()}}
         return folders | {"broden": None if self.broden is None else str(self.broden.root), "limit": self.limit}
 
-    def load(self, row: Row, options: RunOptions, keep: KeepHead | None = None) -> Subject:
+    def load(self, row: SuiteRow, options: RunOptions, keep: KeepHead | None = None) -> Subject:
         """An encoder of a suite, on the device, with its sets and its head; ``keep`` as for :meth:`subject`.
 
         Raises:
