@@ -4,8 +4,8 @@ The last digits of float32 logits depend on the batch size, the number of thread
 would depend on these too. Here float32 decides only if the two largest logits are further apart than rounding can move them. The other
 decisions are made in float64, and those that are still open, such as true ties, exactly. The lowest row wins a tie.
 
-The bound is the standard one of a dot product of d terms in any order, |fl(w·h) − w·h| ≤ γ_d |w|·|h| with γ_d = d·u / (1 − d·u)
-(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1), and |w|·|h| ≤ ‖w‖‖h‖.
+The bound is the standard one of a dot product of d terms in any order: |fl(w·h) − w·h| ≤ γ_d |w|·|h| with γ_d = d·u / (1 − d·u), and
+|w|·|h| ≤ ‖w‖‖h‖. See Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def rows_of(classes: Iterable[int] | None, size: int) -> list[int] | None:
     """``classes`` sorted, after a check that they are distinct rows of a head with ``size`` rows; None for None.
 
     Raises:
-        ValueError: they are not distinct rows of the head, or there is none.
+        ValueError: they are not distinct rows of the head, or empty.
     """
     if classes is None:
         return None

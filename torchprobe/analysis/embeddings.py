@@ -217,7 +217,7 @@ def embed(
         workers: threads that decode files.
         path: of the file.
         resume: a file of the same encoder, data and batch size is continued, or loaded if complete; skipped images stay skipped. False
-            starts anew and replaces the file at the end.
+            starts over and replaces the file at the end.
         progress: called with (images done, images in all) after every batch.
         stop: called before every batch. If it returns True, the run ends, and the result is marked as partial. KeyboardInterrupt does the
             same.
@@ -271,7 +271,7 @@ def _begin(file: GrowingFile, resume: bool) -> int:
             finished = Embeddings.load(file.path)
             require_same(file.path, finished.provenance, file.provenance)
             if finished.partial:
-                raise ValueError(f"{file.path} holds only a part of the embeddings: give another path, or resume=False to start anew")
+                raise ValueError(f"{file.path} holds only a part of the embeddings: give another path, or resume=False to start over")
             file.discard()
             return -1
     return file.open(resume)

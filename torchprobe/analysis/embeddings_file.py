@@ -217,7 +217,7 @@ def require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         key = "encoder" if "encoder" in other else other[0]
         raise ValueError(
             f"{path} was made with another {key}: {before.get(key)!r}, now it is {now.get(key)!r}. "
-            "Give another path, or resume=False to start anew"
+            "Give another path, or resume=False to start over"
         )
 
 

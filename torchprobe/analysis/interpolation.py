@@ -36,7 +36,7 @@ def interpolate(a: Model, b: nn.Module, alphas: Iterable[float], recalibrate: It
         a, b: of one architecture: the same names, shapes and dtypes.
         alphas: any numbers, in any order.
         recalibrate: batches of images, or of tuples that begin with images, in a list or a loader. The statistics of every batch norm are
-            computed anew from them, because the statistics of a mixture are not the mixture of the statistics. At α = 0 and 1 they stay
+            recomputed from them, because the statistics of a mixture are not the mixture of the statistics. At α = 0 and 1 they stay
             those of ``a`` and ``b``. See :func:`recalibrate_batch_norms`.
 
     Raises:
@@ -88,7 +88,7 @@ def _mix(model: nn.Module, b: nn.Module, alpha: float) -> None:
 
 
 def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Computes the running statistics of every batch norm anew, as the average over batches. Returns the number of batch norms.
+    """Recomputes the running statistics of every batch norm as the average over batches. Returns the number of batch norms.
 
     During this, all other modules are in eval mode, so dropout is off. Modes and momenta are restored afterwards. Every batch has the same
     weight, so use batches of equal size. A model without batch norms that keep statistics is not run.

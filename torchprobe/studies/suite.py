@@ -48,7 +48,7 @@ def run_suite(
 ) -> Comparison:
     """Interprets every encoder of a suite and compares them.
 
-    The results of each encoder are written into a folder of its own in ``out``. The comparison is returned, and not written
+    The results of each encoder are written into its own folder in ``out``. The comparison is returned, and not written
     (:func:`torchprobe.studies.compare.write` writes it). An unavailable encoder, for example one whose checkpoint is to be filled in, is
     skipped, and the comparison says why.
 

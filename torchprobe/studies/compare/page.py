@@ -153,8 +153,8 @@ def _pairs(found: Comparison) -> list[Section]:
         else "The first encoder minus the second. The backbone of some encoders is unknown, and differences between backbones say little. "
     )
     text += (
-        "If an interval does not contain 0, the choice of images does not explain the difference. It does not include the choice of "
-        "training runs, because there is one run of each encoder."
+        "If an interval does not contain 0, the choice of images does not explain the difference. The interval does "
+        "not include the choice of training runs, because there is only one run of each encoder."
     )
     return [Section("Pairs within a backbone", [text], tables=[Table(found.pairs, PAIR_COLUMNS)])]
 
@@ -164,7 +164,8 @@ def _correlations(found: Comparison) -> list[Section]:
         return []
     text = (
         "Do two numbers rise together over encoders? A rank correlation does not assume a line. Encoders that share data or architecture "
-        "are not independent, so the p-values are too small. If two numbers coincide, this does not show that one causes the other."
+        "are not independent, so the p-values are too small. If two numbers rise together, this does not show that one causes "
+        "the other."
     )
     return [Section("Rank correlations", [text], tables=[Table(found.correlations, CORRELATION_COLUMNS)])]
 

@@ -118,8 +118,8 @@ def reading(r: Results) -> Section:
             ("our choices", "; ".join(choices) + "."),
             (
                 "what it does not say",
-                "these numbers describe one encoder on these images. If two of them coincide across encoders, this does not show that one "
-                "causes the other.",
+                "these numbers describe one encoder on these images. If two of them rise together across encoders, this does not show "
+                "that one causes the other.",
             ),
         ],
     )

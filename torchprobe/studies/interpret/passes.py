@@ -1,7 +1,7 @@
 """The passes of one run through the encoder: representations, concepts, layers. Each is kept on disk for a resumed run.
 
 The images for the layers pass twice, once for the representations and once for the layers. Joining the two passes would change numbers,
-because a random sample of the images is recorded, in batches of its own. It would also not work for a resumed run, which reads complete
+because a random sample of the images is recorded, in its own batches. It would also not work for a resumed run, which reads complete
 representations from disk, and under ``torchrun``, where the ranks share the representations but the first rank records the layers.
 """
 

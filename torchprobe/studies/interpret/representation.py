@@ -174,7 +174,9 @@ def outlier_section(found: Outliers) -> Section:
     by_index = sorted(found.rows, key=lambda row: row.feature)
     sigma, share = f"{found.sigma:g} standard deviations", percent(found.frequency)
     if all(math.isnan(row.outlier_share) for row in found.rows):
-        sentence = f"None of {number(found.features)} features can be {sigma} from the mean of its vector, so there is no outlier feature."
+        sentence = (
+            f"None of {number(found.features)} features can be {sigma} from the mean of its vector, so no feature is an outlier feature."
+        )
     else:
         sentence = (
             f"{number(len(found.indices))} of {number(found.features)} features lie more than {sigma} from the mean of their vector in at "

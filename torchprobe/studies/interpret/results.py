@@ -153,7 +153,7 @@ class Stages:
         return decode(kind, found, name)
 
     def known(self, name: str, facts: Mapping[str, Any], kind: type[T]) -> T | None:
-        """The result of a stage with the same facts in a resumed run; None if there is none, or its file is damaged."""
+        """The result of a stage with the same facts in a resumed run; None if it is missing or its file is damaged."""
         if not self.resume:
             return None
         try:

@@ -148,7 +148,7 @@ def interpret_subject(subject: Subject, out: str | os.PathLike[str], options: Ru
 
 
 class _Halves(NamedTuple):
-    """Two halves of the images, and the directions of the head with their importance on the first half; or why there are none."""
+    """Two halves of the images, and the directions of the head with their importance on the first half; or why they are missing."""
 
     directions: Directions | None
     first: Embeddings
