@@ -14,8 +14,8 @@ import scipy.stats
 from rich.console import Console
 
 from torchprobe.common.files import replacing
-from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 from torchprobe.rendering.tables import LAYER_COLUMNS, Column, layer_table, number, printable, shown_columns, write_csv
+from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -176,7 +176,7 @@ def all_figures(names):
     rows = [row(name, vector_kurtosis=3.0 + i) for i, name in enumerate(names)]
     yield plots.depth_profile(rows, band=[rows, rows[:-1]], label=names[0], band_label=names[-1])
     yield plots.kurtosis_histogram(rng.lognormal(2, 1, 100), 64, interval=(7, 9))
-    yield plots.feature_profile(rng.random(100), rng.random(100), labelled=[3, 4, 90])
+    yield plots.feature_profile(rng.random(100), rng.random(100), named=[3, 4, 90])
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_figures_of_nothing_nan_and_one_layer(plots, width, tmp_path):
         plots.kurtosis_histogram(nothing, 1, width=width),
         plots.kurtosis_histogram([2.0], 3, interval=(math.nan, math.nan), width=width),
         plots.feature_profile(nothing, nothing, width=width),
-        plots.feature_profile(np.zeros(4), np.zeros(4), labelled=[0], width=width),
+        plots.feature_profile(np.zeros(4), np.zeros(4), named=[0], width=width),
     ]
     for figure in figures:
         assert plots.svg(figure, "a figure").startswith("<svg")
@@ -249,7 +249,7 @@ def test_svg_escapes_names_and_links_nowhere(plots):
         assert not [name for _, name, _ in parsed.attributes if name.startswith("on")]
 
 
-def test_svg_takes_its_colours_from_the_page_and_is_reproducible(plots):
+def test_svg_takes_its_colors_from_the_page_and_is_reproducible(plots):
     first, second = (plots.svg(plots.depth_profile([row("a"), row("b")]), "depth") for _ in range(2))
     assert first == second
     assert "var(--accent)" in first

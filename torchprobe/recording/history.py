@@ -124,7 +124,7 @@ class History:
         Raises:
             KeyError: no such field.
         """
-        from torchprobe.rendering.history import history_map
+        from torchprobe.rendering.heatmap import history_map
 
         return history_map(self[field], self.steps, self.layers, field.replace("_", " "), marked=self["nonfinite"] > 0, width=width)
 
@@ -134,7 +134,7 @@ class History:
         Raises:
             KeyError: the layer is in no window; the message names the nearest.
         """
-        from torchprobe.rendering.history import layer_over_time
+        from torchprobe.rendering.heatmap import layer_over_time
 
         name = layer if layer in self.layers else canonical(layer)
         if name not in self.layers:

@@ -115,7 +115,7 @@ def outlier_features(scan: Scan) -> Section:
         ],
         [
             Picture(
-                lambda width: plots.feature_profile(m.mean_abs.cpu(), m.outlier_frequency.cpu(), labelled=named, width=width),
+                lambda width: plots.feature_profile(m.mean_abs.cpu(), m.outlier_frequency.cpu(), named=named, width=width),
                 f"Relative size and outlier share of {m.features} features",
             )
         ],

@@ -96,7 +96,7 @@ def outlier_features(r: dict[str, Any]) -> list[Section]:
                     lambda width: plots.feature_profile(
                         [figures.nan(row["relative_size"]) for row in by_index],
                         [figures.nan(row["outlier_share"]) for row in by_index],
-                        labelled=named,
+                        named=named,
                         width=width,
                     ),
                     f"Relative size and outlier share of {len(by_index)} features",
