@@ -415,7 +415,7 @@ def test_demo_without_its_packages_says_what_to_install(run, monkeypatch, tmp_pa
 
 
 def test_as_a_process():
-    command = [sys.executable, "-m", "torchprobe.cli", "layers", "nonsense:x"]
+    command = [sys.executable, "-m", "torchprobe", "layers", "nonsense:x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stdout == ""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchprobe.common.progress import CountCallback
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, dissect
 from torchprobe.encoders import Encoder
@@ -47,7 +47,7 @@ class DemoDissection:
         return write_pages(folder, self.results, self.broden, self.encoder, self.nulls)
 
 
-def demo_dissection(folder: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> DemoDissection:
+def demo_dissection(folder: str | os.PathLike[str], progress: CountCallback | None = None) -> DemoDissection:
     """Dissects EfficientNet-Lite0 as trained on ImageNet, with shuffled labels, and at three random initialisations.
 
     Args:

@@ -150,7 +150,7 @@ class Passes:
                 raise KeyboardInterrupt
             result.recording.save(self.folder / "recording.safetensors")
             remarks = [str(one.message) for one in caught if issubclass(one.category, RecordingWarning)]
-            return {"rows": result.layers(), "images": result.images, "skipped": len(result.unreadable), "remarks": remarks}
+            return {"rows": result.rows(), "images": result.images, "skipped": len(result.unreadable), "remarks": remarks}
 
         facts = self.facts | {"images": identity(embedded), "layers": layers, "count": count}
         results["layers"] = self.stages.run("layers", facts, compute)

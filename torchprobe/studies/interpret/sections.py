@@ -20,7 +20,7 @@ from torchprobe.studies.interpret.columns import (
     ROBUSTNESS_COLUMNS,
 )
 from torchprobe.studies.interpret.result import Interpretation
-from torchprobe.studies.scan_page import VECTOR, layer_columns, with_vectors
+from torchprobe.studies.scan_report import VECTOR, layer_columns, with_vectors
 
 SHOWN = 20
 """Rows of a table of features or directions."""
