@@ -137,9 +137,7 @@ def _prefix(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: s
                 votes["".join(f"{part}." for part in parts[:i])] += 1
     ranking = votes.most_common(2)
     if len(ranking) == 2 and ranking[0][1] == ranking[1][1] > len(expected) / 2:
-        raise EncoderError(
-            f"{path} has the encoder twice, under {ranking[0][0]!r} and {ranking[1][0]!r}: keep only one of them in the file"
-        )
+        raise EncoderError(f"{path} has the encoder twice, under {ranking[0][0]!r} and {ranking[1][0]!r}: keep one of them in the file")
     return ranking[0][0] if ranking else ""
 
 
