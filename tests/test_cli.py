@@ -89,7 +89,7 @@ def test_wrong_usage_exits_with_2(run, arguments):
         (["layers", "timm:test_vti"], "no model 'test_vti'"),
         (["layers", "vit"], "not the name of an encoder"),
         (["layers", MODEL, "--layers", "visual.block.*"], "matches no layer"),
-        (["scan", MODEL, "--images", "{photos}/none"], "not there"),
+        (["scan", MODEL, "--images", "{photos}/none"], "does not exist"),
         (["scan", MODEL, "--images", "{photos}", "--checkpoint", "{photos}/none.pt"], "no checkpoint at"),
         (["scan", MODEL, "--images", "{photos}", "--random-init", "--layers", "visual.blcks"], "visual.blocks"),
         (["scan", MODEL, "--images", "{photos}", "--random-init", "--output", "{photos}/0.png"], "0.png"),

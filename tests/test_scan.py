@@ -95,14 +95,14 @@ def test_a_limit_takes_from_everywhere(photos):
 
 def test_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match=r"no image beneath .*empty; it is empty"):
+    with pytest.raises(DatasetError, match=r"no images in .*empty; it is empty"):
         image_folder(tmp_path / "empty")
     (tmp_path / "empty" / "a.txt").touch()
-    with pytest.raises(DatasetError, match=r"holds 1 other files.*\.jpeg"):
+    with pytest.raises(DatasetError, match=r"has 1 other files.*\.jpeg"):
         image_folder(tmp_path / "empty")
-    with pytest.raises(DatasetError, match="not there"):
+    with pytest.raises(DatasetError, match="does not exist"):
         image_folder(tmp_path / "none")
-    with pytest.raises(DatasetError, match="a file"):
+    with pytest.raises(DatasetError, match="is a file"):
         image_folder(tmp_path / "empty" / "a.txt")
 
 
