@@ -443,7 +443,7 @@ def test_no_other_file_is_replaced(photos, tmp_path):
     path = tmp_path / "precious.txt"
     path.write_text("precious")
     for resume in (True, False):
-        with pytest.raises(ValueError, match="precious.txt is no safetensors file"):
+        with pytest.raises(ValueError, match="precious.txt is not a safetensors file"):
             embed(small_encoder(), image_folder(photos), path=path, resume=resume)
     assert path.read_text() == "precious"
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -495,7 +495,7 @@ def spoil_names(header, body):
         (lambda h, b: h["__metadata__"].update(values='{"made": 3}'), "'made': expected dict, got int"),
         (lambda h, b: h["__metadata__"].update(values='{"made": {}, "classes": ["a"]}'), "is damaged"),
         (lambda h, b: h["__metadata__"].update(values='{"made": {}, "groups": {"1": [0]}}'), "is damaged: the label of a group"),
-        (lambda h, b: b[:-3], "is no safetensors file"),
+        (lambda h, b: b[:-3], "is not a safetensors file"),
     ],
 )
 def test_damaged_files_are_named_with_the_part(tmp_path, edit, message):

@@ -1,11 +1,9 @@
 """Tables, figures and pages from rows and arrays, with names that mean harm."""
 
-import contextlib
 import csv
 import math
 import os
 import re
-import stat
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,7 +11,6 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
-from torchprobe.common.files import replacing
 from torchprobe.rendering.tables import LAYER_COLUMNS, Column, layer_table, number, printable, shown_columns, write_csv
 from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
@@ -145,26 +142,6 @@ def test_csv_round_trip(tmp_path):
     assert float(back[0]["vector_kurtosis"]) == 1 / 3
     assert back[-1]["extra"] == "nan"
     assert back[-1]["vectors"] == ""
-
-
-def test_an_interruption_leaves_the_old_file(tmp_path):
-    target = tmp_path / "a.txt"
-    target.write_text("old")
-    with contextlib.suppress(KeyboardInterrupt), replacing(target) as temporary:
-        temporary.write_text("ha")
-        raise KeyboardInterrupt
-    assert target.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
-    with replacing(target) as temporary:
-        temporary.write_text("new")
-    assert target.read_text() == "new"
-    assert stat.S_IMODE(target.stat().st_mode) & 0o444 == 0o444 & ~_umask()
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # -- figures -------------------------------------------------------------------------------------------------------------

@@ -309,10 +309,6 @@ def test_the_interval_is_computed_once(photos, tmp_path, monkeypatch):
     assert (low, high) == result.headline.interval == bootstrap_interval(result.kurtosis, 3)
 
 
-def test_json_knows_no_nan():
-    assert json.loads(to_json({"a": [math.nan, math.inf, (1, 2.5)], 3: True})) == {"a": [None, None, [1, 2.5]], "3": True}
-
-
 # -- the demo ------------------------------------------------------------------------------------------------------------
 
 

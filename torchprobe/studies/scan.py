@@ -109,7 +109,8 @@ class Scan:
     @property
     def representation(self) -> Moments:
         """The moments of the output of the encoder."""
-        return self.recording[""]
+        moments: Moments = self.recording[""]
+        return moments
 
     @functools.cached_property
     def headline(self) -> Headline:
