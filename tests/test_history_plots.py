@@ -277,7 +277,7 @@ def test_cells_have_crisp_edges_and_short_numbers(heatmap, plots):
 
 
 def test_a_notebook_shows_a_figure_without_pyplot(plots):
-    """IPython asks objects for `_repr_png_`; for figures it has a way of its own only when pyplot is imported."""
+    """IPython calls `_repr_png_` of an object; it can show figures by itself only after pyplot was imported."""
     for figure in (run().plot(), run().plot("history")):
         assert figure._repr_png_().startswith(b"\x89PNG")
 

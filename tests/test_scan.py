@@ -68,7 +68,7 @@ def add_unreadable(folder):
     (folder / "<b>[red]text.png").write_text("not an image")
     (folder / "empty.jpeg").touch()
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(folder / "sixteen bits.png")
-    (folder / "notes.txt").write_text("is no image and does not claim to be")
+    (folder / "notes.txt").write_text("not an image, and does not claim to be one")
 
 
 # -- images --------------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_the_numbers_of_a_scan(photos):
     assert layers == {"visual.blocks.0": 36, "visual.blocks.1": 36, "": 1}
 
 
-def test_named_layers_come_beside_the_representation(photos):
+def test_named_layers_come_with_the_representation(photos):
     result = scan(small_encoder(), image_folder(photos), ["visual.stem", "visual.blocks.*"])
     assert result.recording.layers == ["visual.stem", "visual.blocks.0", "visual.blocks.1", ""]
     with pytest.raises(ValueError, match=r"visual\.stem"):
@@ -325,9 +325,9 @@ def demo():
 def test_the_demo_has_real_weights_and_photos(demo):
     images = demo.photos()
     assert len(images) == 36
-    labelled = Images([path for path in images.paths if path.name.startswith("imagenet_")])
+    labeled = Images([path for path in images.paths if path.name.startswith("imagenet_")])
     encoder, head = demo.trained()
-    correct, count = demo.accuracy(encoder.eval(), head.eval(), labelled)
+    correct, count = demo.accuracy(encoder.eval(), head.eval(), labeled)
     assert count == 20
     assert correct >= 17
 

@@ -75,8 +75,8 @@ def layers(model: str, pattern: tuple[str, ...], as_json: bool) -> None:
 @cli.command(
     epilog=EXIT_CODES,
     short_help="Find out whether an encoder has outlier features.",
-    help="Does MODEL have outlier features? One pass over a folder of images gives the vector kurtosis of the representation, with the "
-    f"values to compare it with, the outlier features by index, and the layers. Writes a recording, CSV tables and a page.\n\n{MODEL}",
+    help="Does MODEL have outlier features? One pass over a folder of images gives the vector kurtosis of the representation, the "
+    f"outlier features by index, and the layers, with values to compare them with. Writes a recording, CSV tables and a page.\n\n{MODEL}",
 )
 @click.argument("model")
 @click.option("--images", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Images, in subfolders too.")

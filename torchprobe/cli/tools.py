@@ -96,7 +96,7 @@ def show_warning(
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Shows on standard error that work of unknown length goes on."""
+    """Shows on standard error that work of unknown length continues."""
     with Console(stderr=True).status(what):
         yield
 
