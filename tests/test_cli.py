@@ -56,6 +56,21 @@ def test_help_documents_the_exit_codes(run, command):
         assert re.search(rf"^ +{number} ", out, re.MULTILINE)
 
 
+COMMANDS = ["scan", "layers", "dissect", "interpret", "compare", "doctor", "demo"]
+
+
+def test_help_fits_80_columns(run, monkeypatch):
+    pages = {}
+    for command in ([], *([name] for name in COMMANDS)):
+        monkeypatch.setenv("COLUMNS", "80")
+        pages[" ".join(command)] = run(*command, "--help")[1]
+    too_wide = [line for page in pages.values() for line in page.splitlines() if len(line) > 80]
+    assert too_wide == []
+    summaries = dict(re.findall(r"^  (\w+)  +(\S.*)$", pages[""].partition("Commands:")[2].partition("Exit codes:")[0], re.MULTILINE))
+    assert sorted(summaries) == sorted(COMMANDS)
+    assert [text for text in summaries.values() if not text.endswith(".") or text.endswith("...")] == []
+
+
 def test_version(run):
     assert run("--version")[1].split() == ["torchprobe", torchprobe.__version__]
 

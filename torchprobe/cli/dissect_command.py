@@ -46,7 +46,7 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
         return found
 
 
-@click.command(epilog=EXIT_CODES, help=HELP)
+@click.command(epilog=EXIT_CODES, short_help="Find out which concepts the units of an encoder detect.", help=HELP)
 @click.argument("model", required=False)
 @click.option("--layers", multiple=True, metavar="PATTERN", help="Names or globs of layers; may be repeated. See torchprobe layers.")
 @click.option("--broden", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder in the format of Broden.")

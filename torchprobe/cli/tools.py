@@ -40,13 +40,11 @@ Command = TypeVar("Command", bound=Callable[..., object])
 
 # -- options that several commands have ------------------------------------------------------------------------------------
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, and nothing else.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
 device_option = click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto uses an accelerator if there is one."
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto uses an accelerator if available."
 )
-workers_option = click.option(
-    "--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Number of threads that decode images."
-)
+workers_option = click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Threads that decode images.")
 
 
 def output_option(default: str) -> Callable[[Command], Command]:
