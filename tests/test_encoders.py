@@ -169,6 +169,22 @@ def test_an_encoder_must_pool():
         encoder(torch.zeros(1, 3, 8, 8))
 
 
+def test_a_new_source_takes_one_function_and_one_line(monkeypatch, tmp_path):
+    from torchprobe.encoders import load
+    from torchprobe.encoders.encoder import Built
+
+    def from_mine(name, model, pretrained):
+        visual = nn.Sequential(nn.Flatten(), nn.Linear(12, int(model)))
+        return Built(Encoder(visual, features=int(model), preprocess=lambda image: image, name=name), ("head.weight", "head.bias"))
+
+    monkeypatch.setitem(load.SOURCES, "mine", from_mine)
+    assert load_encoder("mine:5", pretrained=False).name == "mine:5 (random weights)"
+    torch.save({"1.weight": torch.ones(5, 12), "1.bias": torch.zeros(5), "head.weight": torch.ones(2, 5)}, tmp_path / "w.pt")
+    encoder = load_encoder("mine:5", tmp_path / "w.pt")
+    assert encoder(torch.ones(1, 3, 2, 2)).tolist() == [[12.0] * 5]
+    assert encoder.head.weight.shape == (2, 5) and not encoder.head.normalize
+
+
 # -- local weights -----------------------------------------------------------------------------------------------------
 
 
