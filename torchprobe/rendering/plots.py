@@ -51,17 +51,19 @@ POOLED_RELU = (5.4, 9.0)
 def depth_profile(
     rows: Sequence[Row],
     *,
+    field: str = "vector_kurtosis",
     band: Sequence[Sequence[Row]] = (),
-    label: str = "mean over vectors",
+    label: str | None = None,
     band_label: str = "baseline",
     width: float = 9.0,
 ) -> Figure:
-    """Vector kurtosis of each layer, in the order of ``rows``: mean, median, and the value of Gaussian features.
+    """One field of each layer, in the order of ``rows``. For the vector kurtosis also its median, and the value of Gaussian features.
 
     Args:
         rows: one mapping per layer, as ``Recording.rows()`` returns them.
+        field: the key of the field.
         band: rows of other networks with the same layers; their range is drawn as a band, their mean as a line.
-        label: name of the line of ``rows``.
+        label: name of the line of ``rows``; None: "mean over vectors" for the vector kurtosis, else the name of the field.
         band_label: name of the band.
         width: inches.
 
@@ -71,19 +73,23 @@ def depth_profile(
     """
     figure, (axes,) = new_figure(width, 3.8)
     x = np.arange(len(rows))
-    others = np.array([_aligned(rows, other) for other in band]).reshape(len(band), len(rows))
+    kurtosis = field == "vector_kurtosis"
+    label = label or ("mean over vectors" if kurtosis else field.replace("_", " "))
+    others = np.array([_aligned(rows, other, field) for other in band]).reshape(len(band), len(rows))
     if len(band):
         low, high = _nan_range(others)
         axes.fill_between(x, low, high, color=BAND, alpha=0.35, linewidth=0, label=f"{safe_text(band_label)}: range")
         axes.plot(x, _nan_mean(others), color=BAND, linewidth=1.6, marker="o", markersize=3, label=f"{safe_text(band_label)}: mean")
-    gaussian = [gaussian_kurtosis(int(row["features"])) if row.get("features") else math.nan for row in rows]
-    mean, median = _column(rows, "vector_kurtosis"), _column(rows, "vector_kurtosis_median")
-    axes.plot(x, gaussian, color=MUTED, linewidth=1, linestyle=DOTTED, label="Gaussian features")
-    axes.plot(x, median, color=ACCENT, linewidth=1, linestyle=DASHED, label="median over vectors")
-    axes.plot(x, mean, color=ACCENT, linewidth=1.8, marker="o", markersize=4, label=safe_text(label))
-    set_log_scale(axes, "y", np.concatenate([mean, median, gaussian, others.ravel()]))
+    line = _column(rows, field)
+    if kurtosis:
+        gaussian = [gaussian_kurtosis(int(row["features"])) if row.get("features") else math.nan for row in rows]
+        median = _column(rows, "vector_kurtosis_median")
+        axes.plot(x, gaussian, color=MUTED, linewidth=1, linestyle=DOTTED, label="Gaussian features")
+        axes.plot(x, median, color=ACCENT, linewidth=1, linestyle=DASHED, label="median over vectors")
+        set_log_scale(axes, "y", np.concatenate([line, median, gaussian, others.ravel()]))
+    axes.plot(x, line, color=ACCENT, linewidth=1.8, marker="o", markersize=4, label=safe_text(label))
     _name_layers(axes, [str(row.get("layer", "")) for row in rows], width)
-    axes.set_ylabel("vector kurtosis")
+    axes.set_ylabel(safe_text(field.replace("_", " ")))
     draw_legend(axes, width)
     return figure
 
@@ -260,8 +266,8 @@ def _column(rows: Sequence[Row], key: str) -> NDArray[np.float64]:
     return np.array([math.nan if row.get(key) is None else float(row[key]) for row in rows], dtype=np.float64)
 
 
-def _aligned(rows: Sequence[Row], other: Sequence[Row]) -> list[float]:
-    by_name = {row["layer"]: row.get("vector_kurtosis", math.nan) for row in other}
+def _aligned(rows: Sequence[Row], other: Sequence[Row], field: str) -> list[float]:
+    by_name = {row["layer"]: row.get(field, math.nan) for row in other}
     return [float(by_name.get(row["layer"], math.nan)) for row in rows]
 
 
