@@ -20,6 +20,8 @@ ROOT = Path(torchprobe.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = sorted({str(path.relative_to(ROOT).parent) for path in FILES})
 MOST_LINES = 400
+PUBLIC_IN_PYTHON = {"_asdict", "_fields", "_make", "_replace"}
+"""Methods of named tuples."""
 
 
 @cache
@@ -66,7 +68,7 @@ def private_names_of_the_library() -> frozenset[str]:
 
 def private_names_used(path: Path) -> Iterator[str]:
     """Private names of other files, with the line that uses them. Names of other libraries, such as ``nn.Module._apply``, do not count."""
-    elsewhere = private_names_of_the_library() - private_names_defined(path)
+    elsewhere = private_names_of_the_library() - private_names_defined(path) - PUBLIC_IN_PYTHON
     package = path.parent
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torchprobe":
