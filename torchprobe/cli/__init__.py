@@ -65,11 +65,11 @@ def layers(model: str, pattern: tuple[str, ...], as_json: bool) -> None:
     for row in rows:
         numbers = ["–" if value is None else f"{value:,}" for value in (row.features, row.feature_dim, row.vectors_per_image)]
         table.add_row(*map(text, (row.layer or "(output)", row.module, "●" if row.default else "", *numbers)))
-    out = console()
-    out.print(table)
-    out.print(text(f"{len(rows)} layers. ●: recorded by default. d: features. dim: the dimension that holds them. per image: vectors."))
+    printer = console()
+    printer.print(table)
+    printer.print(text(f"{len(rows)} layers. ●: recorded by default. d: features. dim: the dimension that holds them. per image: vectors."))
     if any(row.features is None for row in rows):
-        out.print(text("–: returns no tensor in a forward pass, so it cannot be recorded."))
+        printer.print(text("–: returns no tensor in a forward pass, so it cannot be recorded."))
 
 
 @cli.command(
@@ -103,7 +103,7 @@ def scan(
     workers: int,
     limit: int | None,
     seed: int,
-    output: Path,
+    out: Path,
     as_json: bool,
 ) -> None:
     import torch
@@ -122,7 +122,7 @@ def scan(
     torch.manual_seed(seed)
     with working("loading the model"):
         encoder = load_encoder(model, checkpoint, pretrained=not random_init)
-    output.mkdir(parents=True, exist_ok=True)  # now, so that it does not fail at the end
+    out.mkdir(parents=True, exist_ok=True)  # now, so that it does not fail at the end
     settings = {"images": str(folder), "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, "limit": limit}
     with interruptible() as stop, progress_bar(f"{len(images):,} images") as progress:
         result = study.scan(
@@ -137,7 +137,7 @@ def scan(
             stop=stop,
         )
         result.settings.update(settings)
-        files = write_scan(result, output)
+        files = write_scan(result, out)
     if as_json:
         print_json(result.summary() | {"files": {kind: str(path) for kind, path in files.items()}})
     else:
@@ -159,18 +159,18 @@ def doctor(as_json: bool) -> None:
     if as_json:
         print_json(found.summary())
     else:
-        out = console()
+        printer = console()
         for title, entries in (("versions", found.versions), ("machine", found.machine), ("kernels", found.kernels)):
             table = plain_table(title, "")
             for key, value in entries.items():
                 table.add_row(text(key), text(value or "not installed"))
-            out.print(table)
+            printer.print(table)
         table = plain_table("check", "", "error", "tolerance", "", right={"error", "tolerance"})
         for check in found.checks:
             verdict = text("passed", "green") if check.passed else text("FAILED", "bold red")
             table.add_row(text(check.name), verdict, f"{check.error:.1e}", f"{check.tolerance:.0e}", text(check.detail))
-        out.print(table)
-        out.print(text(f"{sum(check.passed for check in found.checks)} of {len(found.checks)} checks passed."))
+        printer.print(table)
+        printer.print(text(f"{sum(check.passed for check in found.checks)} of {len(found.checks)} checks passed."))
     if not found.passed:
         raise click.exceptions.Exit(CHECK_FAILED)
 
@@ -178,7 +178,7 @@ def doctor(as_json: bool) -> None:
 @cli.command(epilog=EXIT_CODES, short_help="Scan and dissect a real network on real photos.")
 @output_option("torchprobe-demo")
 @json_option
-def demo(output: Path, as_json: bool) -> None:
+def demo(out: Path, as_json: bool) -> None:
     """Scan EfficientNet-Lite0 with its ImageNet weights over real photos, and dissect two layers. The same network at random
     initialization is there for comparison."""
     from torchprobe.rendering.tables import layer_table
@@ -187,26 +187,26 @@ def demo(output: Path, as_json: bool) -> None:
     from torchprobe.studies.dissect_pages import print_dissections
     from torchprobe.studies.scan_report import print_representation
 
-    output.mkdir(parents=True, exist_ok=True)  # now, so that it does not fail at the end
+    out.mkdir(parents=True, exist_ok=True)  # now, so that it does not fail at the end
     with progress_bar("4 networks") as progress:
         result = study.demo(progress)
-        files = result.write(output)
+        files = result.write(out)
     with progress_bar("5 dissections") as progress:
-        dissection = demo_dissection(output, progress)
-        pages = dissection.write(output / "dissection")
+        dissection = demo_dissection(out, progress)
+        pages = dissection.write(out / "dissection")
     if as_json:
         paths = {"files": {kind: str(path) for kind, path in [*files.items(), *pages.items()]}}
         print_json(result.summary() | {"dissection": dissection.summary()} | paths)
         return
-    out = console()
-    out.print(text(f"EfficientNet-Lite0 over {result.trained.images} photos, trained on ImageNet and at random initialization", "bold"))
-    out.print(text(f"Sanity check: the trained network names {result.correct} of the {result.labeled} labeled photos correctly."))
-    out.print()
-    out.print(layer_table(result.rows(), columns=study.layer_table_columns(), width=out.width))
-    print_representation(result.trained, out, at_random=result.random_kurtosis())
-    out.print()
-    out.print(text(f"Dissection of two layers over {len(dissection.broden)} pictures", "bold"))
-    print_dissections(dissection.results, dissection.nulls, out)
+    printer = console()
+    printer.print(text(f"EfficientNet-Lite0 over {result.trained.images} photos, trained on ImageNet and at random initialization", "bold"))
+    printer.print(text(f"Sanity check: the trained network names {result.correct} of the {result.labeled} labeled photos correctly."))
+    printer.print()
+    printer.print(layer_table(result.rows(), columns=study.layer_table_columns(), width=printer.width))
+    print_representation(result.trained, printer, at_random=result.random_kurtosis())
+    printer.print()
+    printer.print(text(f"Dissection of two layers over {len(dissection.broden)} pictures", "bold"))
+    print_dissections(dissection.results, dissection.nulls, printer)
     print_files(pages | files)
 
 

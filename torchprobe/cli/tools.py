@@ -48,9 +48,9 @@ workers_option = click.option("--workers", type=click.IntRange(min=1), default=4
 
 
 def output_option(default: str) -> Callable[[Command], Command]:
-    """``--out``, which is called ``output`` in the command."""
+    """``--out``, also under the name ``--output``."""
     return click.option(
-        *("--out", "--output", "output"),
+        *("--out", "--output", "out"),
         type=click.Path(path_type=Path),
         default=default,
         show_default=True,
