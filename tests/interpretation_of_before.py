@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchprobe.analysis.baseline import Baseline
-from torchprobe.datasets import Broden, BrodenWriter, labelled_folder
+from torchprobe.datasets import Broden, BrodenWriter, labeled_folder
 from torchprobe.encoders import Encoder, Head
 from torchprobe.studies.compare import compare, write
 from torchprobe.studies.interpret import interpret
@@ -79,9 +79,9 @@ def cases(folder: Path) -> dict[str, Case]:
     weight = torch.zeros(2, FEATURES)
     weight[0, 1], weight[1, 10] = -2.0, 3.0  # its singular vectors are exact
     shared = {
-        "images": labelled_folder(folder / "images", names=NAMES),
+        "images": labeled_folder(folder / "images", names=NAMES),
         "head": Head(weight, torch.tensor([0.0, -1.125]), names=NAMES),
-        "shifts": {"noisy": labelled_folder(folder / "noisy", names=NAMES)},
+        "shifts": {"noisy": labeled_folder(folder / "noisy", names=NAMES)},
         "broden": Broden(folder / "concepts"),
         "baseline": Baseline({"imagenet": [40.0, 50, 60, 70, 80, 90], "noisy": [32.0, 43, 48, 59, 64, 75]}),
         "batch_size": 8,

@@ -11,7 +11,7 @@ import torch
 
 from torchprobe.analysis import Embeddings, effective_robustness, evaluate, mean_effective_robustness, robustness, summarize
 from torchprobe.analysis.baseline import FITS, SHIFTS, Baseline
-from torchprobe.datasets import labelled_folder
+from torchprobe.datasets import labeled_folder
 from torchprobe.studies.compare import load_results
 from torchprobe.studies.interpret import interpret
 
@@ -73,7 +73,7 @@ def test_the_short_name_of_effective_robustness_stays() -> None:
 
 
 def test_studies(tmp_path: Path) -> None:
-    images = labelled_folder(sets.write_classes(tmp_path / "images", each=3), names=sets.CLASSES)
+    images = labeled_folder(sets.write_classes(tmp_path / "images", each=3), names=sets.CLASSES)
     model = sets.encoder()
     with pytest.warns(DeprecationWarning, match="interpret: the argument 'x' is deprecated, use 'imagenet_classes'"):
         found = interpret(model, images, tmp_path / "out", head=sets.head(model), layer_images=0, x="subset")  # type: ignore[call-arg]

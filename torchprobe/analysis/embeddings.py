@@ -19,10 +19,11 @@ from torchprobe.analysis.reading import Source, stable_repr
 from torchprobe.common import storage
 from torchprobe.common.deprecation import RenamedAttribute, renamed_fields
 from torchprobe.common.digest import digest
+from torchprobe.common.messages import reason
 from torchprobe.common.progress import CountCallback
 from torchprobe.common.ranks import Ranks
-from torchprobe.datasets.images import Batch, DatasetError, reason
-from torchprobe.datasets.labelled import check_groups
+from torchprobe.datasets.images import Batch, DatasetError
+from torchprobe.datasets.labeled import check_groups
 
 _BLOCK = 1 << 22  # numbers at a time
 

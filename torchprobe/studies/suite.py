@@ -17,7 +17,7 @@ from torchprobe.common.options import RunOptions
 from torchprobe.common.progress import ProgressCallback
 from torchprobe.common.ranks import Ranks
 from torchprobe.datasets import DatasetError
-from torchprobe.datasets.labelled import class_folders
+from torchprobe.datasets.labeled import class_folders
 from torchprobe.encoders import EncoderError
 from torchprobe.encoders.suite import SuiteRow
 from torchprobe.studies.compare import Comparison, compare

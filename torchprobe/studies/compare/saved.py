@@ -14,8 +14,8 @@ from torchprobe.analysis.baseline import IMAGENET
 from torchprobe.analysis.concepts import UNITS
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.common.deprecation import RenamedAttribute
+from torchprobe.common.messages import counted
 from torchprobe.common.records import Record, decode
-from torchprobe.rendering.tables import counted
 from torchprobe.studies.interpret.results import FORMAT, Results
 
 _BOUND = 1 << 28  # bytes of the largest results file that is read

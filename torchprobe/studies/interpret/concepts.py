@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 from torchprobe.analysis.concepts import DIRECTIONS, ROTATION, SHUFFLED, UNITS, concept_names, concept_sweep
+from torchprobe.common.messages import counted
 from torchprobe.common.records import Record
 from torchprobe.dissection import Dissection
 from torchprobe.rendering.curves import Series, curves
 from torchprobe.rendering.page import Picture, Section, Table
-from torchprobe.rendering.tables import Column, counted
+from torchprobe.rendering.tables import Column
 
 HEADLINE = 0.9
 """Threshold of average precision of the headline numbers (we chose it)."""

@@ -20,11 +20,12 @@ from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.pruning import FRACTIONS, kept_directions
 from torchprobe.analysis.pruning_pass import accuracies
 from torchprobe.analysis.resampling import LEVEL, band
+from torchprobe.common.messages import counted
 from torchprobe.common.records import Key, Record
 from torchprobe.encoders import Head
 from torchprobe.rendering.curves import Series, curves
 from torchprobe.rendering.page import Picture, Section, Table
-from torchprobe.rendering.tables import Column, counted
+from torchprobe.rendering.tables import Column
 from torchprobe.studies.interpret.accuracy import effective_robustness_along, with_classes_of
 from torchprobe.studies.interpret.representation import SHOWN
 

@@ -12,11 +12,11 @@ import torch
 
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.common.digest import digest
+from torchprobe.common.messages import counted
 from torchprobe.common.options import RunOptions
-from torchprobe.datasets import Broden, DatasetError, Images, LabelledImages, image_folder, imagenet_set, labelled_folder
+from torchprobe.datasets import Broden, DatasetError, Images, LabeledImages, image_folder, imagenet_set, labeled_folder
 from torchprobe.datasets.imagenet import KINDS
 from torchprobe.datasets.images import SUFFIXES
-from torchprobe.datasets.labelled import count
 from torchprobe.encoders import Encoder, EncoderError, Head, load_head
 from torchprobe.encoders.encoder import Template
 from torchprobe.encoders.suite import SuiteRow
@@ -118,10 +118,10 @@ class Inputs:
         """
         imagenet = is_imagenet(self.images)
         images = load_images(self.images, None, self.limit, seed)
-        classes = [name.replace("_", " ") for name in images.names or ()] if isinstance(images, LabelledImages) and not imagenet else None
+        classes = [name.replace("_", " ") for name in images.names or ()] if isinstance(images, LabeledImages) and not imagenet else None
         found = make_head(encoder, head, classes or None, self.templates, keep)
         names: Sequence[str] | None = None
-        if found is not None and isinstance(images, LabelledImages):
+        if found is not None and isinstance(images, LabeledImages):
             if imagenet and found.out_features != 1000:
                 raise DatasetError(f"{self.images} holds ImageNet's classes, but the head has {found.out_features} rows, not 1000")
             if not imagenet:
@@ -139,14 +139,14 @@ class Inputs:
             layer_images=self.layer_images,
         )
 
-    def _matched(self, images: LabelledImages, head: Head, seed: int) -> tuple[Images, Sequence[str] | None]:
+    def _matched(self, images: LabeledImages, head: Head, seed: int) -> tuple[Images, Sequence[str] | None]:
         """The images with rows of the head as labels, and the names of these rows."""
         if head.names is not None:
             return load_images(self.images, head.names, self.limit, seed), head.names
         folders = len(images.names or ())
         if head.out_features != folders:
             raise DatasetError(
-                f"{self.images} has {count(folders, 'class folder')}, but the head has {head.out_features} rows without names, so the "
+                f"{self.images} has {counted(folders, 'class folder')}, but the head has {head.out_features} rows without names, so the "
                 "class of a folder is unknown. Give a head with names, or no head (--head none)"
             )
         return images, images.names
@@ -170,15 +170,15 @@ def load_images(folder: Path, names: Sequence[str] | None = None, limit: int | N
     if is_imagenet(folder):
         return imagenet_set(folder, IMAGENET, limit, seed)
     if folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
-        return _with_remark(labelled_folder(folder, limit, seed, names))
+        return _with_remark(labeled_folder(folder, limit, seed, names))
     return image_folder(folder, limit, seed)
 
 
-def _with_remark(images: LabelledImages) -> LabelledImages:
+def _with_remark(images: LabeledImages) -> LabeledImages:
     """With a remark about images outside the class folders."""
     assert images.root is not None
     outside = sum(entry.is_file() and entry.suffix.lower() in SUFFIXES for entry in images.root.iterdir())
-    remark = f"{count(outside, 'image')} outside the class folders left out"
+    remark = f"{counted(outside, 'image')} outside the class folders left out"
     return replace(images, remarks=[*images.remarks, remark]) if outside else images
 
 
@@ -206,7 +206,7 @@ def load_shift(name: str, folder: Path, names: Sequence[str] | None, imagenet: b
         return imagenet_set(folder, name, limit, seed)
     if imagenet and is_imagenet(folder):
         return imagenet_set(folder, IMAGENET, limit, seed)
-    return labelled_folder(folder, limit, seed, names)
+    return labeled_folder(folder, limit, seed, names)
 
 
 def sample(images: Images, count: int, seed: int) -> Images:
@@ -215,7 +215,7 @@ def sample(images: Images, count: int, seed: int) -> Images:
         return images
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
     paths = [images.paths[i] for i in chosen]
-    if isinstance(images, LabelledImages):
+    if isinstance(images, LabeledImages):
         return replace(images, paths=paths, labels=[images.labels[i] for i in chosen])
     return replace(images, paths=paths)
 

@@ -8,8 +8,9 @@ import platform
 from torchprobe.analysis.baseline import IMAGENET
 from torchprobe.analysis.concepts import SHUFFLED, UNITS
 from torchprobe.analysis.resampling import LEVEL
+from torchprobe.common.messages import counted
 from torchprobe.rendering.page import Fact, Page, Section, Table
-from torchprobe.rendering.tables import Column, counted, number, percent
+from torchprobe.rendering.tables import Column, number, percent
 from torchprobe.studies.interpret.accuracy import accuracy_section, robustness_section
 from torchprobe.studies.interpret.concepts import HEADLINE, concepts_section
 from torchprobe.studies.interpret.directions import directions_section, pruning_section

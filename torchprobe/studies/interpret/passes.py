@@ -162,7 +162,7 @@ class Passes:
                 raise KeyboardInterrupt
             result.recording.save(self.folder / "recording.safetensors")
             remarks = [str(one.message) for one in caught if issubclass(one.category, RecordingWarning)]
-            return Layers(result.layers(), result.images, len(result.unreadable), remarks)
+            return Layers(result.rows(), result.images, len(result.unreadable), remarks)
 
         facts = self.facts | {"images": identity(images), "layers": subject.layers, "count": subject.layer_images}
         found = self.stages.run("layers", facts, Layers, compute)

@@ -18,12 +18,13 @@ from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.kurtosis import summarize
 from torchprobe.analysis.outliers import PEAK, SIGMA, feature_columns, massive_activations, outlier_features, rms_kurtosis
 from torchprobe.analysis.resampling import LEVEL
+from torchprobe.common.messages import counted
 from torchprobe.common.records import Key, Record, decode
 from torchprobe.encoders import Head
 from torchprobe.rendering import plots
 from torchprobe.rendering.page import Picture, Section, Table
-from torchprobe.rendering.tables import Column, counted, number, percent
-from torchprobe.studies.scan_page import VECTOR, layer_columns, with_vectors
+from torchprobe.rendering.tables import Column, number, percent
+from torchprobe.studies.scan_report import VECTOR, layer_columns, with_vectors
 
 SHOWN = 20
 """Rows of a table of features or directions."""
@@ -186,7 +187,7 @@ def outlier_section(found: Outliers) -> Section:
         plots.feature_profile,
         [row.relative_size for row in by_index],
         [row.outlier_share for row in by_index],
-        labelled=found.indices[:6],
+        named=found.indices[:6],
     )
     return Section(
         "Outlier features",

@@ -20,7 +20,7 @@ from torchprobe.common.options import RunOptions
 from torchprobe.common.progress import Clock, Progress, ProgressCallback
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import decode, encode
-from torchprobe.datasets import Broden, Images, LabelledImages
+from torchprobe.datasets import Broden, Images, LabeledImages
 from torchprobe.dissection import Dissection
 from torchprobe.encoders import Encoder, Head
 from torchprobe.studies.interpret.accuracy import Accuracy, Robustness, measure_accuracy, measure_robustness
@@ -300,7 +300,7 @@ def _set_facts(embeddings: Embeddings, images: Images) -> SetFacts:
         labeled=int((embeddings.y >= 0).sum()),
         skipped=[Unreadable(file, reason) for file, reason in embeddings.skipped],
         classes=None if embeddings.classes is None else len(embeddings.classes),
-        remarks=list(images.remarks) if isinstance(images, LabelledImages) else [],
+        remarks=list(images.remarks) if isinstance(images, LabeledImages) else [],
     )
 
 

@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 
 from torchprobe.common.files import replacing, to_json
+from torchprobe.common.messages import counted
 from torchprobe.rendering.page import WIDE, Picture
 from torchprobe.rendering.page import write as write_page
 from torchprobe.rendering.plots import write as write_figure
-from torchprobe.rendering.tables import Column, Row, counted, plain_table, shown, shown_columns, text, write_csv
+from torchprobe.rendering.tables import Column, Row, plain_table, shown, shown_columns, text, write_csv
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret.accuracy import ACCURACY_COLUMNS, ROBUSTNESS_COLUMNS, accuracy_rows
 from torchprobe.studies.interpret.concepts import CONCEPT_COLUMNS
