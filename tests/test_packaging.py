@@ -199,7 +199,7 @@ def test_without_a_compiler_the_wheel_is_pure(tmp_path: Path, environment: dict[
 def test_an_nvcc_that_does_not_suit_torch_is_no_error(tmp_path: Path, old_nvcc: str) -> None:
     result = build(tmp_path, **{**NEITHER, "CUDA_HOME": old_nvcc})
     assert result.returncode == 0, result.stderr
-    assert f"torchprobe: cuda kernels not built: {old_nvcc}/bin/nvcc is of CUDA 8.0, but torch" in result.stderr
+    assert f"torchprobe: cuda kernels not built: {old_nvcc}/bin/nvcc is from CUDA 8.0, but torch" in result.stderr
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_unless_kernels_are_demanded(tmp_path: Path, old_nvcc: str) -> None:
     result = build(tmp_path, TORCHPROBE_BUILD="1", **{**NEITHER, "CUDA_HOME": old_nvcc})
     assert result.returncode != 0
     assert "TORCHPROBE_BUILD=1" in result.stderr
-    assert "is of CUDA 8.0" in result.stderr
+    assert "is from CUDA 8.0" in result.stderr
 
 
 @pytest.mark.slow
