@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 import torchprobe
-from torchprobe.rendering import plots
 from torchprobe.common.files import replacing
+from torchprobe.rendering import plots
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table, write
 from torchprobe.rendering.tables import LAYER_COLUMNS, number
 

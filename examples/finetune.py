@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
 import torchprobe
-from torchprobe.encoders import ClipEncoder, Encoder, Head
 from torchprobe.common.files import replacing
+from torchprobe.encoders import ClipEncoder, Encoder, Head
 
 # -- the recipe --------------------------------------------------------------------------------------------------------
 
