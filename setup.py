@@ -157,7 +157,9 @@ def cuda_obstacle():
     if not TOOLKIT.version:
         return f"{TOOLKIT.nvcc} does not run"
     if TOOLKIT.version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
-        return f"{TOOLKIT.nvcc} is from CUDA {TOOLKIT.version}, but torch {torch.__version__} needs CUDA {torch.version.cuda} (set CUDA_HOME)"
+        return (
+            f"{TOOLKIT.nvcc} is from CUDA {TOOLKIT.version}, but torch {torch.__version__} needs CUDA {torch.version.cuda} (set CUDA_HOME)"
+        )
     return None
 
 

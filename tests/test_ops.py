@@ -297,7 +297,7 @@ def test_what_does_not_fit_is_refused_in_words(call):
         call(state, x, 2)
     with pytest.raises(ValueError, match=r"float64, float32, bfloat16 and float16; got torch.int64"):
         call(state, x.long())
-    with pytest.raises(ValueError, match=r"no state of observe_"):
+    with pytest.raises(ValueError, match=r"not a state of observe_"):
         call(torch.zeros(17, dtype=torch.float64), x)
     with pytest.raises(ValueError, match=r"every must be at least 1, got 0"):
         call(state, x, every=0)

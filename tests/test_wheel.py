@@ -20,8 +20,10 @@ import torch
 from packaging.utils import parse_wheel_filename
 from wheels import Build
 
-OLD = ("2.10.0", "2.11.0", "2.13.0")  # the first that can be had
-# What manylinux promises beside glibc of its own version: the newest GLIBCXX and CXXABI of the oldest distribution that counts.
+from torchprobe.common.distribution import DISTRIBUTION
+
+OLD = ("2.10.0", "2.11.0", "2.13.0")  # the first that is available
+# What manylinux promises in addition to its glibc version: the newest GLIBCXX and CXXABI of the oldest distribution that counts.
 CXX = {
     17: ((3, 4, 19), (1, 3, 7)),
     28: ((3, 4, 24), (1, 3, 11)),
@@ -114,7 +116,7 @@ def glibc_of(wheel: Path) -> int:
 
 def test_name_and_tags(built: Build, modules: dict[str, Module]) -> None:
     name, _, _, tags = parse_wheel_filename(built.wheel.name)
-    assert name == "torchprobe"
+    assert name == DISTRIBUTION
     assert {(tag.interpreter, tag.abi) for tag in tags} == {("cp310", "abi3")}
     assert all(tag.platform.startswith("manylinux_2_") for tag in tags)
     assert {module.path.name for module in modules.values()} <= {"_C.abi3.so", "_C_cuda.abi3.so"}
@@ -126,7 +128,7 @@ def test_contents(built: Build) -> None:
         names = archive.namelist()
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL")]
         reasons = json.loads(archive.read("torchprobe/_build.json"))
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"torchprobe"}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"torchprobe", DISTRIBUTION.replace("-", "_")}
     assert {"torchprobe/py.typed", "torchprobe/ops/observe.py"} <= set(names)
     assert not [name for name in names if name.endswith((".cu", ".cuh", ".cpp", ".h", ".pyc"))]
     assert "Root-Is-Purelib: false" in metadata
@@ -193,7 +195,7 @@ for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
     error = max(error, abs(rec["0"].vector_kurtosis / expected - 1))
     assert rec["0"].vectors == 192
 
-# Where the CUDA kernels cannot run, the call goes on to the reference. No tensor is on such a device here, so the dispatcher is told.
+# Where the CUDA kernels cannot run, the call runs the reference. No tensor is on such a device here, so the test names the dispatch key.
 fallback = None
 if kernels()["cuda"].startswith("not used"):
     key, x, mask = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.randn(6, 7, 5), torch.rand(6, 14)[:, ::2] < 0.5
@@ -265,7 +267,7 @@ def check(result: dict[str, object], environment: Environment, with_cuda: bool) 
     if result["fallback"] is not None:
         reason = kernels["cuda"].removeprefix("not used: ")
         assert reason
-        assert result["fallback"] == [f"torchprobe: cuda:-1 takes the PyTorch reference instead of the CUDA kernel: {reason}"]
+        assert result["fallback"] == [f"torchprobe: cuda:-1 uses the PyTorch reference instead of the CUDA kernel: {reason}"]
     assert (result["fallback"] is None) == (bool(result["devices"]) or not with_cuda or not result["cuda"])
 
 

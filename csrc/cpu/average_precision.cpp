@@ -233,10 +233,10 @@ Tensor average_precision(Tensor scores, Tensor crow, Tensor col, int64_t concept
   labels.images = scores.size(1);
   labels.concepts = concepts;
   for (int64_t n = 0; n <= labels.images; ++n) labels.inverse.push_back(1 / double(n));
-  STD_TORCH_CHECK(concepts >= 0 && concepts < INT32_MAX && labels.images < INT32_MAX, "there cannot be so many images or concepts");
-  STD_TORCH_CHECK(eligible.has_value() == group.has_value(), "eligible and group come together");
+  STD_TORCH_CHECK(concepts >= 0 && concepts < INT32_MAX && labels.images < INT32_MAX, "too many images or concepts");
+  STD_TORCH_CHECK(eligible.has_value() == group.has_value(), "eligible and group must be given together");
   if (eligible) {
-    STD_TORCH_CHECK(eligible->size(0) == labels.images && group->numel() == concepts, "eligible is for other images, or group for other concepts");
+    STD_TORCH_CHECK(eligible->size(0) == labels.images && group->numel() == concepts, "eligible or group does not fit the images or the concepts");
     labels.groups = eligible->size(1);
     labels.eligible = const_elements<uint8_t>(*eligible, 2, "eligible");
     const int64_t* groups = const_elements<int64_t>(*group, 1, "group");
@@ -253,7 +253,7 @@ Tensor average_precision(Tensor scores, Tensor crow, Tensor col, int64_t concept
   double* to = static_cast<double*>(result.mutable_data_ptr());
   const int64_t invalid = wide ? all_units(labels, static_cast<const double*>(score), units, to, both)
                                : all_units(labels, static_cast<const float*>(score), units, to, both);
-  STD_TORCH_CHECK(invalid == units, "the scores of unit ", invalid, " hold nan");
+  STD_TORCH_CHECK(invalid == units, "the scores of unit ", invalid, " contain nan");
   return result;
 }
 
