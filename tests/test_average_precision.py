@@ -1,4 +1,4 @@
-"""Average precision against scikit-learn and against its definition, ties and all."""
+"""Average precision, compared with scikit-learn and with its definition, also with ties."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.fixture(params=["operator", "reference"])
 def ap_of(request, monkeypatch):
-    """Both ways to the numbers: what the dispatcher has for this device, and plain PyTorch."""
+    """Both implementations: the one that the dispatcher selects, and the reference."""
 
     def through_reference(scores, *arguments):
         return reference(scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores, *arguments)

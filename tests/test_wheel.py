@@ -1,4 +1,4 @@
-"""One wheel for everyone: what is in it, what it needs, and whether it runs beside an old PyTorch as well as beside the newest."""
+"""One wheel for everyone: what is in it, what it needs, and whether it runs with an old PyTorch as well as with the newest."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "devic
 
 @dataclass(frozen=True)
 class Environment:
-    """An environment of its own, with pip."""
+    """A separate environment, with pip."""
 
     folder: Path
 
@@ -229,14 +229,14 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def pip(self, *arguments: object) -> str:
-        """Installs something; returns what stops it, or nothing."""
+        """Installs something; returns the error messages, or an empty text."""
         options = ["--disable-pip-version-check", "--quiet", "--only-binary=:all:", "--no-compile"]  # little of it is ever imported
         command = [self.python, "-m", "pip", "install", *options, *arguments]
         result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1200)
         return result.stdout + result.stderr if result.returncode else ""
 
     def version(self, requirement: str) -> str:
-        """Of what pip would install for a requirement; empty when it finds nothing."""
+        """The version that pip would install for a requirement; empty if there is none."""
         options = ["--quiet", "--dry-run", "--no-deps", "--only-binary=:all:", "--report=-"]
         result = subprocess.run([self.python, "-m", "pip", "install", *options, requirement], capture_output=True, text=True, timeout=300)
         return "" if result.returncode else str(json.loads(result.stdout)["install"][0]["metadata"]["version"])
@@ -271,7 +271,7 @@ def check(result: dict[str, object], environment: Environment, with_cuda: bool) 
     assert (result["fallback"] is None) == (bool(result["devices"]) or not with_cuda or not result["cuda"])
 
 
-def test_runs_beside_an_old_torch(built: Build, modules: dict[str, Module]) -> None:
+def test_runs_with_an_old_torch(built: Build, modules: dict[str, Module]) -> None:
     with tempfile.TemporaryDirectory(prefix="torchprobe-") as name:  # several GB: not one of the folders that pytest keeps
         venv.create(name, with_pip=True)
         environment = Environment(Path(name))
@@ -285,7 +285,7 @@ def test_runs_beside_an_old_torch(built: Build, modules: dict[str, Module]) -> N
         check(result, environment, "_C_cuda" in modules)
 
 
-def test_runs_beside_a_torch_without_cuda(built: Build, modules: dict[str, Module]) -> None:
+def test_runs_with_a_torch_without_cuda(built: Build, modules: dict[str, Module]) -> None:
     with tempfile.TemporaryDirectory(prefix="torchprobe-") as name:
         venv.create(name, with_pip=True)
         environment = Environment(Path(name))
@@ -298,7 +298,7 @@ def test_runs_beside_a_torch_without_cuda(built: Build, modules: dict[str, Modul
         check(result, environment, "_C_cuda" in modules)
 
 
-def test_runs_beside_the_newest_torch(tmp_path: Path, built: Build, modules: dict[str, Module]) -> None:
+def test_runs_with_the_newest_torch(tmp_path: Path, built: Build, modules: dict[str, Module]) -> None:
     """The newest is what the tests themselves run with. To save the time of installing it again, the environment sees it, and what else
     torchprobe needs, through a .pth file; torchprobe itself comes from the wheel."""
     venv.create(tmp_path / "env", with_pip=True)

@@ -28,8 +28,9 @@ BINS = 18 * BINS_PER_OCTAVE
 HEADER = HISTOGRAM + BINS
 
 ROWS = ("count", "nonfinite", "outliers", "min", "max", "abs_sum", "mean", "m2", "m3", "m4")
-"""Per-feature rows, in order: number of finite values; number of nonfinite values; number of vectors in which the feature was an outlier;
-smallest and largest finite value (meaningless while the count is 0); Σ|x|; mean; Σ(x − mean)^k for k = 2, 3, 4."""
+"""The per-feature rows, in order. The first three are the numbers of finite values, of nonfinite values, and of vectors in which the
+feature was an outlier. Then follow the smallest and the largest finite value, which mean nothing while the count is 0. The last five are
+Σ|x|, the mean, and Σ(x − mean)^k for k = 2, 3, 4."""
 
 
 def size(features: int) -> int:
