@@ -19,7 +19,7 @@ for package in ("PIL", "foolbox", "imgviz", "skimage", "sklearn"):
         *[((245, 140, 20), "orange-c"), ((130, 40, 160), "purple-c"), ((250, 160, 190), "pink-c")],
     ],
 )
-def test_colours_have_the_names_that_most_would_give(pixel, name):
+def test_colors_have_the_names_that_most_would_give(pixel, name):
     assert list(COLORS)[color_names(np.array([[pixel]], np.uint8)).item() - 1] == name
 
 

@@ -75,7 +75,7 @@ def test_an_outline_is_numbers_and_commands_only():
     assert re.fullmatch(r"[Mhvz \d-]*", outline(np.random.default_rng(1).random((30, 30)) < 0.5))
 
 
-def test_reduced_takes_the_centres():
+def test_reduced_takes_the_centers():
     mask = np.arange(112 * 64).reshape(112, 64)
     np.testing.assert_array_equal(reduced(mask, 56), mask[1::2, 1::2])
     assert reduced(mask, 200) is not mask

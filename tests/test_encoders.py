@@ -85,7 +85,7 @@ def test_the_representation_times_the_head_is_the_model():
         torch.testing.assert_close(model.head(encoder(x)), model(x))
 
 
-def test_open_clip_gives_the_projected_image_before_normalisation(tmp_path, tiny_clip):
+def test_open_clip_gives_the_projected_image_before_normalization(tmp_path, tiny_clip):
     torch.save(
         {"epoch": 3, "name": "run", "state_dict": {f"module.{k}": v for k, v in tiny_clip.state_dict().items()}},
         tmp_path / "clip.pt",

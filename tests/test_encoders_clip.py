@@ -66,7 +66,7 @@ def double_head(clip, names):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 256])
-def test_text_is_embedded_before_normalisation(clip, encoder, batch_size):
+def test_text_is_embedded_before_normalization(clip, encoder, batch_size):
     texts = [caption for name in NAMES for caption in captions(name)]
     tokens = open_clip.get_tokenizer("tiny-digits")(texts)
     assert tokens.shape == (28, 16)

@@ -233,7 +233,7 @@ def test_one_vector_in_ten_thousand_is_seen(history):
     assert painted(axes, 1, 12) > painted(axes, 0, 12) + 0.05
 
 
-def test_neighbours_of_a_long_run_are_added_up(history):
+def test_neighbors_of_a_long_run_are_added_up(history):
     counts = np.zeros((900, 2))
     counts[:, 0] = 1
     counts[450, :] = (0, 1)
@@ -259,7 +259,7 @@ def test_pictures_of_nothing_and_of_hostile_names(history, plots, width, tmp_pat
     assert plots.write(figures[-1], tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_page_gives_the_pictures_its_colours(history, plots):
+def test_a_page_gives_the_pictures_its_colors(history, plots):
     rec = run()
     for figure in (rec.history.plot(), rec.history.plot_layer("blocks.1"), rec.plot()):
         text = plots.svg(figure, "a picture")

@@ -1,4 +1,4 @@
-"""Labelled folders, and the ImageNet sets in the layouts of their releases; the lists come from timm."""
+"""Labeled folders, and the ImageNet sets in the layouts of their releases; the lists come from timm."""
 
 import importlib
 import json
@@ -105,7 +105,7 @@ def test_roots_that_cannot_be_used(tmp_path):
     assert "no image in the 1 class folders" in refusal(tmp_path)
 
 
-def test_labelled_images_are_checked():
+def test_labeled_images_are_checked():
     with pytest.raises(ValueError, match="a label for each path, got 1 labels and 0 paths"):
         LabelledImages([], labels=[1])
     for groups, message in (({3: (2, 3)}, "lowest"), ({1: (1, 2), 2: (2, 5)}, "row 2 is in two groups"), ({1: ()}, "lowest")):

@@ -249,7 +249,7 @@ def test_svg_escapes_names_and_links_nowhere(plots):
         assert not [name for _, name, _ in parsed.attributes if name.startswith("on")]
 
 
-def test_svg_takes_its_colours_from_the_page_and_is_reproducible(plots):
+def test_svg_takes_its_colors_from_the_page_and_is_reproducible(plots):
     first, second = (plots.svg(plots.depth_profile([row("a"), row("b")]), "depth") for _ in range(2))
     assert first == second
     assert "var(--accent)" in first

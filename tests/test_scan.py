@@ -311,9 +311,9 @@ def demo():
 def test_the_demo_has_real_weights_and_photos(demo):
     images = demo.photos()
     assert len(images) == 36
-    labelled = Images([path for path in images.paths if path.name.startswith("imagenet_")])
+    labeled = Images([path for path in images.paths if path.name.startswith("imagenet_")])
     encoder, head = demo.trained()
-    correct, count = demo.accuracy(encoder.eval(), head.eval(), labelled)
+    correct, count = demo.accuracy(encoder.eval(), head.eval(), labeled)
     assert count == 20
     assert correct >= 17
 
