@@ -25,7 +25,7 @@ WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 2, 5, 20_000
 # By default glibc maps every large tensor anew and unmaps it when it is freed. Touching the new pages then costs several times the
 # arithmetic. Users who care about speed tune this, or use an allocator that caches. ``observe_`` is compared with PyTorch in that state.
 TUNED_MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",  # no tensor gets a mapping of its own
+    "MALLOC_MMAP_MAX_": "0",  # no tensor gets its own mapping
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),  # nothing goes back to the system
     "MALLOC_TOP_PAD_": str(1 << 28),  # the heap grows in large steps
 }

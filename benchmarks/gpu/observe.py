@@ -181,7 +181,7 @@ def _issue_slots(found: Found, device: Device, bandwidth: float) -> Iterator[Fig
     clock = found.clock or device.clock
     if not clock:
         return
-    yield Figure("clock", clock, "Hz", note="under load" if found.clock else "the highest: nvidia-smi gave none under load")
+    yield Figure("clock", clock, "Hz", note="under load" if found.clock else "the highest: nvidia-smi reported none under load")
     slots = device.multiprocessors * LANES * clock
     how = f"{device.multiprocessors} multiprocessors × {LANES} lanes × {clock / 1e9:.3f} GHz"
     for name, dtype in DTYPES.items():
@@ -248,7 +248,7 @@ class Rivals:
                 try:
                     compiled = torch.compile(formulas.eager, fullgraph=True, dynamic=False)
                     contestants["inductor"] = rotating(compiled, buffers, where, self.replay_bytes)
-                except Exception as error:  # the compiler needs a C compiler and more, and raises errors of its own
+                except Exception as error:  # the compiler needs a C compiler and more, and raises its own errors
                     failure = error
             times = race(contestants, self.seconds, where)
             for what, timing in times.items():
