@@ -1,7 +1,7 @@
 """A training step of a ViT-B/16 with and without recording every block; eager, and captured in a CUDA graph.
 
-The added time is a small difference of two large ones, so it is measured twice. From outside, it is the median difference of steps that take
-turns. From inside, it is the time between two events around the recorder's hook, summed over the blocks.
+The added time is a small difference of two large ones, so it is measured twice. From outside, it is the median difference of steps that
+take turns. From inside, it is the time between two events around the recorder's hook, summed over the blocks.
 """
 
 from __future__ import annotations
