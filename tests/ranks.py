@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from statistic_kinds import kinds
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -115,7 +116,7 @@ def one_layer_did_not_fire_on_rank_0(rank: int, path: Path) -> None:
 
 def other_layers(rank: int, path: Path) -> None:
     rec = record(Net(), share(rank), ["blocks.0", "head"] if rank == 0 else ["blocks.0", "blocks.1"])
-    with pytest.raises(ValueError, match=r"rank 1 lacks \['head'\] and has \['blocks.1'\] beside those of rank 0; .*union=True"):
+    with pytest.raises(ValueError, match=r"rank 1 lacks \['head'\] and has \['blocks.1'\] in addition to those of rank 0; .*union=True"):
         rec.all_reduce()
     rec.all_reduce(union=True).save(path / f"{rank}.safetensors")
 
@@ -244,7 +245,35 @@ def a_rank_is_killed(rank: int, path: Path) -> None:
     raise AssertionError("no error")
 
 
+def assert_rows(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for mine, theirs in zip(rows, expected, strict=True):
+        numbers = {key: value for key, value in theirs.items() if not isinstance(value, str)}
+        assert {key: mine[key] for key in numbers} == pytest.approx(numbers, rel=1e-9, abs=1e-12, nan_ok=True)
+
+
+def every_statistic(rank: int, path: Path) -> None:
+    for kind in kinds().values():
+        for compiled in (False, True):
+            torch.compiler.reset()
+            model = Net()
+            call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+            with torchprobe.record(model, "**", statistic=kind.statistic) as rec:
+                for step, x in enumerate(BATCHES[rank::2]):
+                    call(x)
+                    if step == 1:
+                        rec.snapshot(step)
+            before = rec.total.rows()
+            together = rec.all_reduce()
+            assert_rows(rec.total.rows(), before)
+            with torchprobe.record(model, "**", statistic=kind.statistic) as alone:
+                for x in BATCHES:
+                    model(x)
+            assert together.layers == alone.layers
+            assert_rows(together.total.rows(), alone.rows())
+
+
 TWO = (
+    every_statistic,
     same_batches,
     uneven_batches,
     union_of_the_data,

@@ -11,7 +11,7 @@ from models import COMPILER_WARNINGS, X, mlp
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.recording import capture
+from torchprobe.recording import control, hook
 
 
 class Graph:
@@ -19,7 +19,7 @@ class Graph:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: nn.Module, recorder: torchprobe.Recorder, x: Tensor) -> None:
         with monkeypatch.context() as during:
-            during.setattr(capture, "capturing", lambda x: True)
+            during.setattr(hook, "capturing", lambda x: True)
             model(x)
         self.model, self.x = model, x
         self.states = {name: slot.state for name, hook in recorder._hooks.items() for slot in hook.slots.values()}
@@ -58,7 +58,9 @@ def test_replays_count(monkeypatch: pytest.MonkeyPatch, running: tuple[nn.Sequen
 def test_a_state_is_not_made_in_the_memory_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     with (
-        pytest.raises(RuntimeError, match="layer '0': it is met for the first time while a CUDA graph is captured: start recording before"),
+        pytest.raises(
+            RuntimeError, match="layer '0': it is called for the first time while a CUDA graph is captured: start recording before"
+        ),
         torchprobe.record(model, "*") as rec,
     ):
         Graph(monkeypatch, model, rec, X)
@@ -95,7 +97,7 @@ def test_replays_after_the_end_do_not_count_and_write_to_memory_that_is_still_th
         model(X)
     assert rec["0"].vectors == 5
     addresses = [state.data_ptr() for state in graph.states.values()]
-    held = {state.data_ptr() for state in capture._held}
+    held = {state.data_ptr() for state in control._held}
     del graph, rec, running
     gc.collect()
     assert held.issuperset(addresses)

@@ -17,9 +17,9 @@ from broden_sets import write_trap_set
 from torch import distributed
 
 import torchprobe
-from torchprobe.dissection import Dissection
 from torchprobe.common.progress import Clock
 from torchprobe.common.ranks import Ranks
+from torchprobe.dissection import Dissection
 from torchprobe.dissection.walk import Checkpoint, Rows, Walk, clear_checkpoint
 from torchprobe.statistics import TopInputs
 

@@ -153,7 +153,9 @@ def test_different_layers_are_an_error_on_every_rank_unless_united(ran: Path) ->
     assert {layer: merged[layer].vectors for layer in merged} == {"blocks.0": 75, "head": 15, "blocks.1": 60}
 
 
-@pytest.mark.parametrize("scenario", [ranks.other_widths, ranks.other_settings, ranks.of_a_part_of_the_ranks], ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "scenario", [ranks.every_statistic, ranks.other_widths, ranks.other_settings, ranks.of_a_part_of_the_ranks], ids=lambda s: s.__name__
+)
 def test_what_does_not_fit_is_an_error_on_every_rank(ran: Path, scenario: Scenario) -> None:
     merged_by(ran, scenario)
 

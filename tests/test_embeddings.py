@@ -17,9 +17,9 @@ from torch import multiprocessing as mp
 from torch.utils.data import TensorDataset
 
 from torchprobe.analysis.embeddings import Embeddings, embed
+from torchprobe.common.digest import digest
 from torchprobe.datasets import DatasetError, Images, LabelledImages, image_folder, labelled_folder
 from torchprobe.encoders import Encoder
-from torchprobe.common.digest import digest
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 

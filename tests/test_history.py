@@ -90,7 +90,7 @@ def test_windows_history_and_total() -> None:
     assert rec["blocks.1"].vectors == 15
     assert {row["step"] for row in rec.history.rows()} == {10, 20, 30}
     assert len(rec.history.rows()) == 12
-    with pytest.raises(KeyError, match="'kurtosis' is no field of the history; it has vectors"):
+    with pytest.raises(KeyError, match="'kurtosis' is not a field of the history; it has vectors"):
         rec.history["kurtosis"]
 
 

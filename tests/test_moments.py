@@ -15,7 +15,7 @@ from oracle import assert_close, moments
 from torchprobe import Moments
 from torchprobe.ops import layout
 from torchprobe.statistics import Statistic
-from torchprobe.statistics.moments import FIELDS, summarise
+from torchprobe.statistics.moments import FIELDS, summarize
 
 
 def observed(x: torch.Tensor, **options) -> Moments:
@@ -92,9 +92,9 @@ def test_merge_is_the_union():
 
 
 def test_merge_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="3 and 4 features"):
+    with pytest.raises(ValueError, match="features 3 and 4"):
         Moments(3).merge(Moments(4))
-    with pytest.raises(ValueError, match="outlier_sigma 6 and 5"):
+    with pytest.raises(ValueError, match="outlier_sigma 6.0 and 5.0"):
         Moments(3).merge(Moments(3, outlier_sigma=5.0))
     with pytest.raises(TypeError, match="dict"):
         Moments(3).merge({})
@@ -127,12 +127,12 @@ def test_state_dict_round_trip():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features": 13}, "features=13, these have features=12"),
+        ({"features": 13}, "features=13, this one has features=12"),
         ({"outlier_sigma": 5.0}, "outlier_sigma=5.0"),
-        ({"mean": torch.zeros(11)}, r"mean of the saved Moments has shape \(11,\), expected \(12,\)"),
-        ({"mean": "text"}, r"mean of the saved Moments has shape"),
+        ({"mean": torch.zeros(11)}, r"mean in the saved state of Moments has shape \(11,\), expected \(12,\)"),
+        ({"mean": "text"}, r"mean in the saved state of Moments has shape"),
         ({"extra": torch.zeros(1)}, r"unknown \['extra'\]"),
-        ({"m2": None}, r"lack \['m2'\]"),
+        ({"m2": None}, r"lacks \['m2'\]"),
     ],
 )
 def test_a_state_dict_that_does_not_fit_changes_nothing(change, message):
@@ -159,7 +159,7 @@ def test_summary_of_several_layers_is_the_summary_of_each():
     x[1, :, 7] += 30
     x[2, 5, 5] = math.nan
     layers = [*(observed(part) for part in x), Moments(50)]
-    together = summarise(torch.stack([m.state for m in layers]), 50)
+    together = summarize(torch.stack([m.state for m in layers]), 50)
     assert together.shape == (4, len(FIELDS))
     for row, m in zip(together, layers, strict=True):
         f = dict(zip(FIELDS, row.tolist(), strict=True))

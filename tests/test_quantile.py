@@ -494,7 +494,7 @@ def test_refusals():
             q.update(x)
     with pytest.raises(ValueError, match="mask must be bool of shape"):
         q.update(torch.zeros(4, 3), mask=torch.ones(3, dtype=torch.bool))
-    with pytest.raises(TypeError, match="merge a Quantile with dict"):
+    with pytest.raises(TypeError, match="merge Quantile with dict"):
         q.merge({})
     for other, message in ((Quantile(4), "features 3 and 4"), (Quantile(3, 0.1), "quantile"), (Quantile(3, memory=10**6), "capacity")):
         with pytest.raises(ValueError, match=message):

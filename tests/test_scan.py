@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import torchprobe
+from torchprobe.common.files import to_json
 from torchprobe.datasets import DatasetError, Images, image_folder
 from torchprobe.encoders import Encoder
-from torchprobe.common.files import to_json
 from torchprobe.studies.scan import bootstrap_interval, scan, vector_kurtosis
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")

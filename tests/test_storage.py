@@ -187,12 +187,12 @@ def layers(**values: Any) -> Callable[[str], str]:
         ("layers", "{}", "'layers': expected a JSON list, got dict"),
         ("layers", '[{"name": 3}]', "'layers': each layer has name, module"),
         ("layers", layers(features=10**15), "'layers': layer .* cannot have 10{15} features"),
-        ("layers", layers(features=7), "'blocks.0/closed/mean': missing, or not 7 features wide"),
+        ("layers", layers(features=7), "'blocks.0/closed/count': expected F64 of shape \\(7,\\), got F64 of \\(6,\\)"),
         ("layers", layers(features="6"), "'layers': a value is of the wrong kind"),
-        ("layers", layers(name="x"), "'x/closed/mean': missing"),
+        ("layers", layers(name="x"), "'x/closed/calls': missing"),
         ("layers", lambda text: json.dumps(json.loads(text)[1:]), "'blocks.0/.*': belongs to no layer"),
-        ("layers", lambda text: json.dumps([json.loads(text)[0]] * 2), "'blocks.0/closed/mean': missing"),
-        ("aliases", '{"a": 1}', "'aliases': an alias is no text"),
+        ("layers", lambda text: json.dumps([json.loads(text)[0]] * 2), "'blocks.0/closed/calls': missing"),
+        ("aliases", '{"a": 1}', "'aliases': an alias is not text"),
         ("history", '{"steps": 1}', "'history': expected the lists"),
         ("history", lambda text: text.replace("[1, 3]", "[1, 3, 5]"), "'history': expected F64 of shape \\(3, 4, 15\\)"),
         ("history", lambda text: text.replace("[1, 3]", '["x"]'), "'history': steps are numbers"),
@@ -218,7 +218,7 @@ def test_loading_other_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         torchprobe.load(tmp_path / "none")
     (tmp_path / "text").write_bytes(b"no recording at all")
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         torchprobe.load(tmp_path / "text")
     save_file({"a": torch.ones(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="'format': expected '1', got None"):
@@ -231,3 +231,25 @@ def test_saving_into_no_folder_says_so(tmp_path):
         model(torch.randn(3, 2))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         rec.save(tmp_path / "missing" / "run.safetensors")
+
+
+def test_what_the_version_before_wrote_still_loads() -> None:
+    """Written by 0.1.0 before statistics had a contract: tests/data/recording.json holds what it said itself."""
+    data = Path(__file__).parent / "data"
+    expected = json.loads((data / "recording.json").read_text())
+    loaded = torchprobe.load(data / "recording.safetensors")
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    resumed = torchprobe.record(model, every=2)
+    resumed.load_state_dict(torch.load(data / "recorder.pt", weights_only=True))
+    for rec in (loaded, resumed):
+        for rows, before in ((rec.rows(), expected["rows"]), (rec.total.rows(), expected["total"])):
+            for mine, theirs in zip(rows, before, strict=True):
+                numbers = {key: value for key, value in theirs.items() if not isinstance(value, str)}
+                assert [mine[key] for key in numbers] == pytest.approx(list(numbers.values()), rel=1e-12, nan_ok=True)
+        assert {name: rec.total[name].calls for name in rec} == expected["calls"]
+        assert rec.history.steps == expected["steps"]
+        assert rec.history["vector_kurtosis"].tolist() == expected["kurtosis"]
+        assert rec.history.histograms.sum((0, 1)).tolist()[:30] == expected["histogram"]
+    with resumed:
+        model(torch.zeros(2, 3))
+    assert resumed.total["0"].calls == expected["calls"]["0"] + 1

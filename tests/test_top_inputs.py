@@ -169,7 +169,7 @@ def test_saving():
         ({"scores": torch.zeros(5, 20)}, "scores of the saved TopInputs is torch.float32"),
         ({"ids": torch.zeros(5, 19, dtype=torch.int64)}, r"expected torch.int64 of shape \(5, 20\)"),
         ({"unscored": None}, "unscored of the saved TopInputs is NoneType"),
-        ({"inputs": -1}, "inputs of the saved TopInputs are -1"),
+        ({"inputs": -1}, "inputs of the saved TopInputs is -1"),
         ({"extra": 1}, r"unknown \['extra'\]"),
     ],
 )

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torchprobe.analysis.embedding_run import by_first, finish, run
 from torchprobe.analysis.embeddings_file import KIND, GrowingFile, Part, packed, require_alike, small, values
 from torchprobe.analysis.reading import Source, stable_repr
-from torchprobe.datasets.labelled import check_groups
 from torchprobe.common import storage
-from torchprobe.common.ranks import Ranks
 from torchprobe.common.digest import digest
+from torchprobe.common.ranks import Ranks
+from torchprobe.datasets.labelled import check_groups
 
 _BLOCK = 1 << 22  # numbers looked at at a time
 

@@ -14,15 +14,15 @@ import contextlib
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torchprobe.common.progress import CountCallback
 from torchprobe.analysis.grams import Features, Grams, Pooling
+from torchprobe.common.progress import CountCallback
 from torchprobe.recording.layers import Layer, Selection, select_layers
 
 if TYPE_CHECKING:

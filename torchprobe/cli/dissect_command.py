@@ -149,13 +149,13 @@ def _dissect(
 ) -> None:
     import torch
 
+    from torchprobe.common.ranks import torchrun
     from torchprobe.datasets import Broden
     from torchprobe.encoders import load_encoder
     from torchprobe.rendering import page
     from torchprobe.studies.dissect import dissect_folder, summary
     from torchprobe.studies.dissect_pages import earlier, recalibrate, write_pages
     from torchprobe.studies.dissect_text import print_dissections
-    from torchprobe.common.ranks import torchrun
 
     page.require()
     broden: Broden = Broden(folder, split, categories or None)

@@ -135,9 +135,9 @@ def interpret(
     import torch
 
     from torchprobe.analysis.baseline import Baseline
+    from torchprobe.common.ranks import torchrun
     from torchprobe.datasets import Broden
     from torchprobe.rendering import page
-    from torchprobe.common.ranks import torchrun
     from torchprobe.studies.suite import Inputs
 
     page.require()

@@ -197,8 +197,7 @@ def _listed(file: str) -> list[str]:
 
 def _missing(what: str, error: Exception) -> DatasetError:
     return DatasetError(
-        f"the classes of ImageNet are read from timm ({what}), which is not there: {error}. "
-        f"pip install timm, or {install_hint('vision')}"
+        f"the classes of ImageNet are read from timm ({what}), which is not there: {error}. pip install timm, or {install_hint('vision')}"
     )
 
 

@@ -18,6 +18,7 @@
 ==========================  ====================================================================
 """
 
+from torchprobe.common.progress import Progress
 from torchprobe.dissection.average_precision import average_precision, concept_matrix, gain, pool, support
 from torchprobe.dissection.bases import random_rotation, singular_vectors
 from torchprobe.dissection.dissect import dissect
@@ -26,7 +27,6 @@ from torchprobe.dissection.labels import LabelBatch
 from torchprobe.dissection.maps import as_maps
 from torchprobe.dissection.nulls import correct, p_values, permutation_test
 from torchprobe.dissection.overlap import Counts, Overlap
-from torchprobe.common.progress import Progress
 from torchprobe.dissection.summaries import best_labels, encoded, polysemanticity, unique_concepts, unique_detectors
 
 __all__ = [

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchprobe.dissection.summaries import best_labels
 from torchprobe.common.files import replacing
+from torchprobe.dissection.summaries import best_labels
 
 if TYPE_CHECKING:
     from torchprobe.dissection.dissection import Dissection

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchprobe.common.digest import digest
+from torchprobe.common.progress import ProgressCallback
+from torchprobe.common.ranks import Ranks
 from torchprobe.datasets.broden import Broden
 from torchprobe.dissection.bases import random_rotation
 from torchprobe.dissection.batches import Batches
 from torchprobe.dissection.dissection import Dissection
-from torchprobe.common.progress import ProgressCallback
-from torchprobe.common.ranks import Ranks
 from torchprobe.dissection.run import SCORES, Run, Settings
 from torchprobe.dissection.taps import Site, Taps
 from torchprobe.dissection.walk import Checkpoint
-from torchprobe.common.digest import digest
 from torchprobe.recording.layers import Selection
 from torchprobe.statistics.quantile import MEMORY, NETDISSECT
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from torchprobe.datasets.broden import Label
 from torchprobe.common import storage
+from torchprobe.datasets.broden import Label
 from torchprobe.dissection.average_precision import NEGATIVES, SIGNS, Support
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.overlap import Counts

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchprobe.common.progress import Clock, ProgressCallback
+from torchprobe.common.ranks import Ranks
 from torchprobe.datasets.broden import Presence
 from torchprobe.dissection.average_precision import NEGATIVES, SIGNS
 from torchprobe.dissection.batches import Batches
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.overlap import MODES, Counts, Overlap
-from torchprobe.common.progress import Clock, ProgressCallback
 from torchprobe.dissection.ranking import Ranking, pooled, top_images
-from torchprobe.common.ranks import Ranks
 from torchprobe.dissection.taps import POSITIONS, Site, Taps
 from torchprobe.dissection.walk import Checkpoint, Rows, Walk
 from torchprobe.statistics import Quantile, TopInputs

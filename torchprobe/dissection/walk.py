@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from torchprobe.common import storage
-from torchprobe.common.ranks import Ranks
 from torchprobe.common.files import replacing
+from torchprobe.common.ranks import Ranks
 
 _KIND = "torchprobe.dissection.walk"
 _SETTINGS = "settings.json"

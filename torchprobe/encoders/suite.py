@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchprobe.encoders.checkpoint import load_head
 from torchprobe.common.progress import CountCallback
+from torchprobe.encoders.checkpoint import load_head
 from torchprobe.encoders.encoder import Encoder
 from torchprobe.encoders.errors import EncoderError, nearest, reason
 from torchprobe.encoders.head import Head

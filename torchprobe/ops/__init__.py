@@ -12,8 +12,8 @@
 import torch as _torch
 
 from torchprobe.ops import average_precision as _average_precision
-from torchprobe.ops import gradient as _gradient
 from torchprobe.ops import observe as _observe
+from torchprobe.ops import observers as _observers
 from torchprobe.ops import overlap as _overlap
 from torchprobe.ops import quantile as _quantile
 from torchprobe.ops._library import kernels, load_kernels
@@ -25,7 +25,7 @@ __all__ = ["average_precision", "kernels", "new_state", "observe_", "overlap_tal
 
 _registrations = _torch.library.Library("torchprobe", "DEF")  # they live as long as this object
 _observe.register(_registrations)
-_gradient.register(_registrations)
+_observers.register(_registrations)
 _overlap.register(_registrations)
 _average_precision.register(_registrations)
 _quantile.register(_registrations)

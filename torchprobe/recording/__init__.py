@@ -13,8 +13,7 @@ from torchprobe.recording.diagnosis import RecordingWarning
 from torchprobe.recording.history import History
 from torchprobe.recording.layers import named_layers, select_layers
 from torchprobe.recording.recorder import Recorder, record
-from torchprobe.recording.recording import Recording
-from torchprobe.recording.storage import load
+from torchprobe.recording.recording import Recording, load
 
 __all__ = [
     "record",

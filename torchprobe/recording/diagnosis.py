@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchprobe.ops import layout
-from torchprobe.recording import compiled, windows
+from torchprobe.recording import compiled
 from torchprobe.recording.compiled import Inert, at_trace_time, never_compile_alone
 from torchprobe.recording.control import Skipped, Slot
-from torchprobe.recording.history import to_host
 from torchprobe.recording.hook import Hook, takes_hooks
-from torchprobe.statistics import Moments
+from torchprobe.recording.transfer import to_host
 
 if TYPE_CHECKING:
     from torchprobe.recording.layers import Layer
@@ -104,11 +102,11 @@ def _calls(hooks: Sequence[Hook]) -> list[tuple[int, bool]]:
 
 
 def _seen(slot: Slot) -> Tensor:
-    if not isinstance(slot.statistic, Moments):  # of another class one only knows that its state is no longer empty
-        return torch.stack([slot.state.count_nonzero()] * 2).to(torch.float64)
-    states = [slot.state] if slot.closed is None else [slot.state, slot.closed.state]
-    anything = windows.seen_anything(torch.stack(states)).any()
-    return torch.stack([slot.state[layout.CALLS], anything.to(slot.state.dtype)])
+    anything = slot.statistic.anything()
+    if slot.closed is not None:
+        anything = anything | slot.closed.anything().to(anything.device)
+    calls = slot.call_count().to(anything.device)
+    return torch.stack([calls, anything.to(calls.dtype)])
 
 
 _NOT_CALLED = "the model was not called while it was recorded"

@@ -1,43 +1,42 @@
-"""One recording from those of all ranks."""
+"""The recordings of all ranks as one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
-from torchprobe.ops import layout
-from torchprobe.ops.observe import merge_states
-from torchprobe.recording import windows
-from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
-from torchprobe.statistics import Moments
+from torchprobe.recording.entries import Entry, Settings
+from torchprobe.recording.windows import merged
+from torchprobe.statistics import Statistic
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_GATHERED = 1 << 28  # bytes that a rank receives at a time
+_AT_ONCE = 1 << 26  # bytes of one rank that travel at a time, unless one layer alone has more
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a rank tells of one of its layers."""
+    """What a rank says of one of its layers."""
 
     module: str
     feature_dim: int | None
     features: int
     closed: bool  # whether it has closed windows
+    size: int  # bytes of its state
 
 
 @dataclass(frozen=True)
 class _Summary:
     """What every rank tells the others before any number travels."""
 
-    moments: bool
     settings: Settings
     selected: list[str]
     layers: dict[str, _Layer]
@@ -51,37 +50,92 @@ class _Summary:
         return cls(**parts)
 
 
-def all_reduce(recording: Recording, selected: list[str], group: ProcessGroup | None, union: bool, timeout: float | None) -> Recording:
-    """The states of all ranks, merged in the order of the ranks: the same on every rank."""
+def all_reduce(
+    entries: Sequence[Entry],
+    settings: Settings,
+    selected: Sequence[str],
+    aliases: Mapping[str, str],
+    make: Callable[[int, torch.device], Statistic],
+    group: ProcessGroup | None,
+    union: bool,
+    timeout: float | None,
+) -> tuple[list[Entry], dict[str, str]]:
+    """The layers of all ranks, merged in the order of the ranks, on the CPU; and all aliases. The same on every rank.
+
+    Args:
+        entries: the layers of this rank that fired.
+        selected: the layers that this rank watches.
+        make: makes an empty statistic of a width.
+        group, union, timeout: see :meth:`torchprobe.Recorder.all_reduce`.
+    """
     ranks = _Ranks(group, timeout)
-    entries = {entry.name: entry for entry in recording._entries()}
-    mine = _Summary(
-        all(isinstance(entry.statistic, Moments) for entry in entries.values()),
-        recording.settings,
-        selected,
-        {e.name: _Layer(e.module, e.feature_dim, e.statistic.features, e.closed is not None) for e in entries.values()},
-        dict(recording._aliases),
-    )
-    summaries = [_Summary.from_json(text) for text in ranks.gather_text(json.dumps(asdict(mine)))]
-    if not all(summary.moments for summary in summaries):
-        only_moments([entry.statistic for entry in entries.values()])  # says why, on the rank that is the cause
-        raise TypeError("all_reduce merges Moments; another rank recorded another statistic")
-    layers = _agreed(summaries, union)
-    merged: dict[str, Entry] = {}
-    with torch.inference_mode(False), torch.no_grad():
-        for width in sorted({layer.features for layer in layers.values()}):
-            alike = [name for name, layer in layers.items() if layer.features == width]
-            at_once = max(1, _GATHERED // (2 * 8 * layout.size(width) * ranks.count))
-            for start in range(0, len(alike), at_once):
-                names = alike[start : start + at_once]
-                closed = any(layers[name].closed for name in names)
-                first, *rest = ranks.gather(_stacked([entries.get(name) for name in names], width, closed, ranks.device))
-                for states in rest:
-                    first = merge_states(first, states)
-                for index, name in enumerate(names):
-                    merged[name] = _entry(name, layers[name], first[:, index], recording.settings)
-    aliases = {alias: name for summary in summaries for alias, name in summary.aliases.items()}
-    return Recording([merged[name] for name in layers], recording.settings, aliases)
+    packed = {entry.name: _packed(entry) for entry in entries}
+    layers = {e.name: _Layer(e.module, e.feature_dim, e.statistic.features, e.closed is not None, len(packed[e.name])) for e in entries}
+    mine = _Summary(settings, list(selected), layers, dict(aliases))
+    summaries = [_Summary.from_json(text.decode()) for text in ranks.gather_bytes(json.dumps(asdict(mine)).encode())]
+    agreed = _agreed(summaries, union)
+    result: list[Entry] = []
+    for names in _batches(agreed, summaries):
+        gathered = ranks.gather_bytes(b"".join(packed.get(name, b"") for name in names))
+        states: dict[str, list[bytes]] = {name: [] for name in names}
+        for summary, received in zip(summaries, gathered, strict=True):
+            start = 0
+            for name in names:
+                if name in summary.layers:
+                    states[name].append(received[start : start + summary.layers[name].size])
+                    start += summary.layers[name].size
+        result += [_merged(name, agreed[name], states[name], make) for name in names]
+    return result, {alias: name for summary in summaries for alias, name in summary.aliases.items()}
+
+
+def _packed(entry: Entry) -> bytes:
+    """The state of one layer: the length of a JSON text, the text, and a safetensors file in memory."""
+    tensors, values = dict[str, Tensor](), dict[str, Any]()
+    for prefix, statistic in (("window/", entry.statistic), ("closed/", entry.closed)):
+        for key, value in ({} if statistic is None else statistic.state_dict()).items():
+            if isinstance(value, Tensor):
+                tensors[prefix + key] = value.detach().cpu().contiguous()
+            else:
+                values[prefix + key] = value
+    text = json.dumps({**values, "calls": entry.calls}).encode()
+    return len(text).to_bytes(8, "little") + text + save(tensors)
+
+
+def _merged(name: str, layer: _Layer, states: Sequence[bytes], make: Callable[[int, torch.device], Statistic]) -> Entry:
+    """One layer, from what each rank packed."""
+    windows, closed, calls = list[Statistic](), list[Statistic](), 0
+    for state in states:
+        end = 8 + int.from_bytes(state[:8], "little")
+        values = {**json.loads(state[8:end]), **load(state[end:])}
+        calls += values.pop("calls")
+        parts: dict[str, dict[str, Any]] = {"window": {}, "closed": {}}
+        for key, value in values.items():
+            which, _, part = key.partition("/")
+            parts[which][part] = value
+        windows.append(_loaded(parts["window"], layer.features, make))
+        if parts["closed"]:
+            closed.append(_loaded(parts["closed"], layer.features, make))
+    window = merged(windows)
+    assert window is not None
+    return Entry(name, layer.module, layer.feature_dim, window, merged(closed), calls)
+
+
+def _loaded(state: Mapping[str, Any], features: int, make: Callable[[int, torch.device], Statistic]) -> Statistic:
+    statistic = make(features, torch.device("cpu"))
+    statistic.load_state_dict(state)
+    return statistic
+
+
+def _batches(layers: Mapping[str, _Layer], summaries: Sequence[_Summary]) -> list[list[str]]:
+    """The layers in parts that travel at once; every rank finds the same."""
+    batches, room = list[list[str]](), 0
+    for name in layers:
+        size = max(summary.layers[name].size for summary in summaries if name in summary.layers)
+        if not batches or size > room:
+            batches, room = [*batches, []], _AT_ONCE
+        batches[-1].append(name)
+        room -= size
+    return batches
 
 
 class _Ranks:
@@ -123,17 +177,17 @@ class _Ranks:
             ) from error
         return received
 
-    def gather_text(self, text: str) -> list[str]:
-        """A text of each rank."""
-        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        lengths = [int(n) for n in torch.cat(self.gather(torch.tensor([len(own)], device=self.device))).tolist()]
-        sent = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
-        sent[: len(own)] = own.to(self.device)
-        gathered = torch.stack(self.gather(sent)).cpu().numpy()
-        return [bytes(row[:n]).decode() for row, n in zip(gathered, lengths, strict=True)]
+    def gather_bytes(self, sent: bytes) -> list[bytes]:
+        """Bytes of each rank, of any length."""
+        lengths = [int(n) for n in torch.cat(self.gather(torch.tensor([len(sent)], device=self.device))).tolist()]
+        padded = torch.zeros(max(*lengths, 1), dtype=torch.uint8)
+        if sent:
+            padded[: len(sent)] = torch.frombuffer(bytearray(sent), dtype=torch.uint8)
+        gathered = self.gather(padded.to(self.device))
+        return [part.cpu().numpy()[:n].tobytes() for part, n in zip(gathered, lengths, strict=True)]
 
 
-def _agreed(ranks: list[_Summary], union: bool) -> Mapping[str, _Layer]:
+def _agreed(ranks: Sequence[_Summary], union: bool) -> dict[str, _Layer]:
     """Every layer that fired anywhere. The same error on every rank."""
     first = ranks[0]
     layers: dict[str, _Layer] = {}
@@ -144,27 +198,11 @@ def _agreed(ranks: list[_Summary], union: bool) -> Mapping[str, _Layer]:
             lacks = sorted(set(first.selected) - set(rank.selected))
             more = sorted(set(rank.selected) - set(first.selected))
             raise ValueError(
-                f"the ranks recorded different layers: rank {number} lacks {lacks} and has {more} beside those of rank 0; "
-                f"all_reduce(union=True) merges them all the same"
+                f"the ranks recorded different layers: rank {number} lacks {lacks} and has {more} in addition to those of rank 0; "
+                f"all_reduce(union=True) merges them nevertheless"
             )
         for name, layer in rank.layers.items():
             known = layers.setdefault(name, layer)
             if known.features != layer.features:
                 raise ValueError(f"layer {name!r} is {known.features} features wide on one rank and {layer.features} on rank {number}")
-            layers[name] = _Layer(known.module, known.feature_dim, known.features, known.closed or layer.closed)
     return layers
-
-
-def _stacked(entries: list[Entry | None], width: int, closed: bool, device: torch.device) -> Tensor:
-    """Running windows, and closed ones if any rank has some: (1 or 2, layers, slots); zeros where nothing fired."""
-    empty = torch.zeros(layout.size(width), dtype=torch.float64, device=device)
-    statistics = [[None if entry is None else entry.statistic for entry in entries]]
-    if closed:
-        statistics.append([None if entry is None else entry.closed for entry in entries])
-    return torch.stack([torch.stack([empty if s is None else s.state.to(empty) for s in part]) for part in statistics])
-
-
-def _entry(name: str, layer: _Layer, states: Tensor, settings: Settings) -> Entry:
-    template = Moments(layer.features, states.device, settings.outlier_sigma)
-    window, *rest = [windows.with_state(template, state.clone()) for state in states]
-    return Entry(name, layer.module, layer.feature_dim, window, rest[0] if layer.closed and rest else None)

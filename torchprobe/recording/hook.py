@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.ops.gradient import register_observer
 from torchprobe.ops.observe import check
+from torchprobe.ops.observers import register_observer
 from torchprobe.ops.positions import vectors_of
-from torchprobe.recording import capture
 from torchprobe.recording.compiled import Inert, allow_graphs, at_trace_time, is_tracing, make_static, never_compile_alone, register
-from torchprobe.recording.control import Control, Skipped, Slot
+from torchprobe.recording.control import Control, Skipped, Slot, capturing, hold
 from torchprobe.recording.layers import Layer, default_feature_dim
 from torchprobe.recording.tensors import cut, first_tensor, fit_mask, holds, is_plain, plain, replaced
-from torchprobe.statistics import Moments
 
 _observe = torch.ops.torchprobe.observe_.default
+_observe_activation = torch.ops.torchprobe.observe_activation_.default
 _observe_gradient = torch.ops.torchprobe.observe_gradient.default
 _current_backward = torch._C._current_graph_task_id
 _allocating = threading.Lock()
@@ -43,9 +42,8 @@ class Hook:
         self.skipped = Skipped(0)
         self.key = register(self)
         self.every = control.every
-        self.sigma = control.outlier_sigma
-        # Moments of every position need nothing but the operator.
-        self.direct = control.statistic is Moments and control.positions == "all"
+        self.fused = control.factory.template.fused
+        self.direct = self.fused and control.positions == "all"  # nothing but the operator is needed then
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -97,12 +95,23 @@ class Hook:
     def observe(self, x: Tensor, mask: Tensor | None) -> None:
         """Reads one tensor: the shortest way when nothing special is asked for."""
         slot, dim = self.slots.get(x.device), self.dims.get(x.dim())
-        if capture.capturing(x):
-            capture.hold(slot)
+        if capturing(x):
+            hold(slot, self.every)
         if self.direct and slot is not None and dim is not None and mask is None and is_plain(x):
-            _observe(slot.state, x, dim, self.sigma, self.every)
+            _observe(slot.state, x, dim, slot.sigma, self.every)
         else:
             self._observe_any(x, mask)
+
+    def activation(self, x: Tensor, mask: Tensor | None) -> None:
+        """Called by a compiled graph, for a statistic without an operator of its own."""
+        if self.control.live:
+            try:
+                self.observe(x, mask)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise self.explained(error, x) from error
+
+    def gradient(self, grad: Tensor, mask: Tensor | None) -> None:
+        raise NotImplementedError("an output or an input has no gradient here")  # see GradientHook
 
     def _observe_any(self, x: Tensor, mask: Tensor | None) -> None:
         if x.is_meta or type(x).__name__ == "FakeTensor":
@@ -122,22 +131,23 @@ class Hook:
         if not readable(self.key, x.dim()):
             return
         dim = axis(self.key, x.dim())
-        control = self.control
-        if mask is not None:
-            mask = fit_mask(mask, x, dim)
-        kept = cut(mask, control.positions)
-        vectors = vectors_of(x, control.positions, dim, mask)
         allocate(self.key, x.shape[dim], x.device)
         slot = self.slots[x.device]
-        if control.statistic is Moments:
-            _observe(slot.state, vectors, dim, self.sigma, self.every, kept)
+        if not slot.fused:  # the operator counts calls itself
+            slot.calls += 1
+            if (slot.calls - 1) % self.every:
+                return
+        positions = self.control.positions
+        if mask is not None:
+            mask = fit_mask(mask, x, dim)
+        kept = cut(mask, positions)
+        vectors = vectors_of(x, positions, dim, mask)
+        if slot.fused:
+            _observe(slot.state, vectors, dim, slot.sigma, self.every, kept)
+        elif kept is None:
+            slot.statistic.update(vectors, dim)
         else:
-            slot.statistic.update(vectors, dim, **self._extra(kept))
-
-    def _extra(self, mask: Tensor | None) -> dict[str, Any]:
-        """What a statistic of another class is told only if the user asked for it."""
-        every: dict[str, Any] = {} if self.every == 1 else {"every": self.every}
-        return every if mask is None else {**every, "mask": mask}
+            slot.statistic.update(vectors, dim, mask=kept)
 
     def explained(self, error: Exception, x: Tensor | None) -> Exception:
         """The error with the name of the layer; in words, if a tensor that cannot be read was the cause."""
@@ -147,7 +157,8 @@ class Hook:
             try:
                 dim = axis(self.key, x.dim())
                 allocate(self.key, x.shape[dim], x.device)
-                check(self.slots[x.device].state, x, dim, self.every, None)
+                if self.fused:
+                    check(self.slots[x.device].state, x, dim, self.every, None)
             except (IndexError, ValueError) as reason:
                 error = reason
         return type(error)(f"layer {self.layer.name!r}: {error}")
@@ -178,18 +189,18 @@ class Hook:
             x = plain(x, self.layer.feature_dim)
         if not readable(self.key, x.dim()):
             return
-        positions, sigma, every = settings(self.key)
         dim = axis(self.key, x.dim())
+        allocate(self.key, len(range(x.shape[dim])), x.device)  # len(range(n)) is n, made a constant of the graph
+        slot = self.slots[x.device]
+        if not fused(self.key):
+            _observe_activation(slot.token, x, observer_number(self.key), mask)
+            return
+        positions, sigma, every = settings(self.key)
         if mask is not None:
             mask = fit_mask(mask, x, dim)
         kept = cut(mask, positions)
-        allocate(self.key, len(range(x.shape[dim])), x.device)  # len(range(n)) is n, made a constant of the graph
-        slot = self.slots[x.device]
         vectors = vectors_of(x, positions, dim, mask)
-        if self.control.statistic is Moments:
-            _observe(slot.state, vectors, dim, sigma, every, kept)
-        else:
-            slot.statistic.update(vectors, dim, **self._extra(kept))
+        _observe(slot.state, vectors, dim, sigma, every, kept)
 
 
 class InputHook(Hook):
@@ -308,8 +319,14 @@ def traced_open(hook: Hook, paused: bool, training: bool) -> bool:
 
 
 @at_trace_time
+def fused(hook: Hook) -> bool:
+    """Whether the statistic is an operator, which a compiled graph can hold."""
+    return hook.fused
+
+
+@at_trace_time
 def settings(hook: Hook) -> tuple[str, float, int]:
-    return hook.control.positions, hook.sigma, hook.every
+    return hook.control.positions, next(iter(hook.slots.values())).sigma, hook.every
 
 
 @at_trace_time
@@ -343,8 +360,7 @@ def allocate(hook: Hook, width: int, device: torch.device) -> None:
     with _allocating, torch.inference_mode(False), torch.no_grad():
         slot = hook.slots.get(device)
         if slot is None:
-            control = hook.control
-            slot = Slot(control.statistic(width, device, control.outlier_sigma))
+            slot = Slot(hook.control.factory(width, device))
             hook.slots[device] = slot
             hook.take_place()
         elif slot.statistic.features != width:
@@ -353,12 +369,13 @@ def allocate(hook: Hook, width: int, device: torch.device) -> None:
                 f"probably along another dimension; pass feature_dim={{{hook.layer.name!r}: …}}"
             )
     if is_tracing():
-        make_static(slot.state)
+        for tensor in slot.static_tensors():
+            make_static(tensor)
         allow_graphs(hook.control.graphs)
 
 
 @at_trace_time
-def observer_number(hook: GradientHook) -> int:
+def observer_number(hook: Hook) -> int:
     """Another number for every call: two calls with equal arguments (a shared layer may get one gradient twice) would be merged."""
     return register_observer(hook)
 

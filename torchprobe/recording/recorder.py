@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from torchprobe.ops.positions import POSITIONS
-from torchprobe.recording import capture, compiled, diagnosis, resume, windows
-from torchprobe.recording.arguments import check_batch_first, needs_argument, one_of
+from torchprobe.recording import compiled, control, diagnosis, windows
 from torchprobe.recording.control import NOTHING_TO_READ, Control, Skipped, Slot
+from torchprobe.recording.distributed import all_reduce
+from torchprobe.recording.entries import Entry, Settings
 from torchprobe.recording.history import History, Step
 from torchprobe.recording.hook import GradientHook, Hook, InputHook, allocate, takes_hooks
-from torchprobe.recording.layers import Selection, named_layers, select_layers
-from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
-from torchprobe.statistics import Moments, Statistic
-from torchprobe.statistics.moments import FIELDS
+from torchprobe.recording.layers import Layer, Selection, named_layers, select_layers
+from torchprobe.recording.recording import FORMAT, Recording
+from torchprobe.statistics import Moments
+from torchprobe.statistics.factory import Factory, Wanted
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,21 +34,12 @@ _HOOKS: dict[str, type[Hook]] = {"output": Hook, "input": InputHook, "gradient":
 _WHEN = ("always", "train", "eval")
 
 
-def record(
-    model: nn.Module,
-    layers: Selection | None = None,
-    *,
-    of: str = "output",
-    statistic: type[Statistic] = Moments,
-    positions: str = "all",
-    feature_dim: int | Mapping[str, int] | None = None,
-    every: int = 1,
-    when: str = "always",
-    select: Callable[..., Tensor] | None = None,
-    outlier_sigma: float = 6.0,
-    keep: int | None = None,
-) -> Recorder:
+class Recorder(Recording):
     """Records the activations of ``model`` while it runs; use it in a ``with`` statement, or call ``start`` and ``stop``.
+
+    ``torchprobe.record`` is this class: a :class:`Recording` that grows while its model runs. What it shows is the running window:
+    everything since the last :meth:`snapshot`. Hooks, ``snapshot``, ``reset`` and ``paused`` never wait for the device; reading does.
+    ``recorder[layer]`` is a copy of what was seen until now.
 
     Args:
         model: any module; compiled, parallel and wrapped ones too.
@@ -54,7 +48,9 @@ def record(
             ``ModuleList`` and ``Sequential`` that holds at least two modules of one class (the outermost such), and the
             model itself, whose name is ``""``.
         of: "output", "input", or "gradient" (of whatever ``backward`` is called on, with respect to the output).
-        statistic: the class of the statistics, one for each layer.
+        statistic: what is kept of each layer. A class such as :class:`~torchprobe.Moments`; a function ``(features, device) -> Statistic``,
+            such as ``functools.partial(Quantile, quantile=0.01)``; or a list of them, which one hook reads together. See
+            :class:`torchprobe.statistics.Statistic`.
         positions: what one vector is: "all" (each token, each position of a map), "class" (the first token), "patch" (the
             other tokens), "mean" (one pooled vector for each input).
         feature_dim: the dimension of the features, for all layers or as ``{name or glob: dim}``; by default it follows
@@ -63,11 +59,12 @@ def record(
         when: "always", or only while the layer is in "train" or in "eval" mode.
         select: from what the module gives to the tensor to read; for inputs it is called with ``(args, kwargs)``. Default:
             the first floating-point tensor that is more than a single number.
-        outlier_sigma: see :class:`torchprobe.Moments`.
+        outlier_sigma: see :class:`torchprobe.Moments`; used where ``statistic`` is that class.
         keep: how many windows ``history`` keeps, the newest; default: all of them. ``total`` is over all of them in any case.
 
     Raises:
         ValueError: a layer the model does not have, or an argument outside its range. No hook is placed then.
+        TypeError: ``statistic`` does not give a statistic.
 
     >>> import torch, torchprobe
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
@@ -77,27 +74,6 @@ def record(
     >>> rec.layers, rec["2"].vectors, tuple(rec["2"].kurtosis.shape)
     (['0', '2'], 30, (4,))
     """
-    return Recorder(
-        model,
-        layers,
-        of=of,
-        statistic=statistic,
-        positions=positions,
-        feature_dim=feature_dim,
-        every=every,
-        when=when,
-        select=select,
-        outlier_sigma=outlier_sigma,
-        keep=keep,
-    )
-
-
-class Recorder(Recording):
-    """A :class:`Recording` that grows while its model runs. Arguments as in :func:`torchprobe.record`.
-
-    What it shows is the running window: everything since the last :meth:`snapshot`. Hooks, ``snapshot``, ``reset`` and
-    ``paused`` never synchronise with the device; reading does. ``recorder[layer]`` is a copy of what was seen until now.
-    """
 
     def __init__(
         self,
@@ -105,7 +81,7 @@ class Recorder(Recording):
         layers: Selection | None = None,
         *,
         of: str = "output",
-        statistic: type[Statistic] = Moments,
+        statistic: Wanted | Sequence[Wanted] = Moments,
         positions: str = "all",
         feature_dim: int | Mapping[str, int] | None = None,
         every: int = 1,
@@ -114,18 +90,17 @@ class Recorder(Recording):
         outlier_sigma: float = 6.0,
         keep: int | None = None,
     ) -> None:
-        one_of("of", of, _HOOKS)
-        one_of("positions", positions, POSITIONS)
-        one_of("when", when, _WHEN)
+        for name, value, choices in (("of", of, _HOOKS), ("positions", positions, POSITIONS), ("when", when, _WHEN)):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-        if every > 1:
-            needs_argument(statistic, "every")
         if not outlier_sigma > 0:
             raise ValueError(f"outlier_sigma must be positive, got {outlier_sigma}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"record takes a torch.nn.Module, got {type(model).__name__}")
-        history = History(keep)
+        factory = Factory(statistic, outlier_sigma)
+        history = History(keep, factory.template)
         selected = select_layers(model, layers, feature_dim)
         if all(isinstance(layer.module, torch.jit.ScriptModule) for layer in selected):
             raise ValueError(
@@ -133,15 +108,16 @@ class Recorder(Recording):
                 "record the model before torch.jit.script, or wrap it, nn.Sequential(scripted), and record the wrapper"
             )
         aliases = {alias: layer.name for layer in selected for alias in layer.names[1:]}
-        super().__init__([], Settings(of, positions, float(outlier_sigma), statistic.__name__), aliases)
+        sigma = getattr(factory.template, "outlier_sigma", float(outlier_sigma))
+        super().__init__([], Settings(of, positions, sigma, factory.name), aliases, factory.template)
         self.history = history
-        self._control = Control(statistic, positions, every, when, select, float(outlier_sigma), lenient=layers is None)
+        self._control = Control(factory, positions, every, when, select, lenient=layers is None)
         self._hooks = {layer.name: _HOOKS[of](layer, self._control) for layer in selected}
         self._model = weakref.ref(model)
         self._witness = diagnosis.Witness()
         self._undo: list[Callable[[], object]] = []
         if positions != "all":
-            check_batch_first(selected, positions)
+            _check_batch_first(selected, positions)
 
     # -- starting and stopping -----------------------------------------------------------------------------------------
 
@@ -195,7 +171,7 @@ class Recorder(Recording):
         model = self._model()
         hooks = list(self._hooks.values())
         for hook in hooks:
-            capture.leave(hook.slots)
+            control.leave(hook.slots)
         if self._control.graphs:  # they hold operators of this recorder, and would only fill the cache of the compiler
             compiled.drop_graphs({type(hook) for hook in hooks})
             compiled.forget_graphs(self._control.graphs)
@@ -216,7 +192,7 @@ class Recorder(Recording):
     def paused(self) -> Iterator[None]:
         """``with rec.paused(): validate()`` – calls in between do not count. In a compiled model the first pause compiles."""
         before, self._control.paused = self._control.paused, True
-        put_back = capture.keep_contents(self._slots())  # replays of a CUDA graph ask no Python whether they count
+        put_back = control.keep_contents(self._slots())  # replays of a CUDA graph ask no Python whether they count
         try:
             yield
         finally:
@@ -239,7 +215,9 @@ class Recorder(Recording):
                 raise TypeError(f"a mask is a bool tensor that is True for the tokens that count, got {what}; try mask.bool()")
             if mask.dim() != 2:
                 raise ValueError(f"a mask has the shape (batch, tokens), got {tuple(mask.shape)}")
-            needs_argument(self._control.statistic, "mask")
+            update = self._control.factory.template.update
+            if "mask" not in inspect.signature(update).parameters:
+                raise ValueError(f"{self.settings.statistic}.update takes no mask, so it cannot be recorded with one")
         before, self._control.mask = self._control.mask, mask
         return _restored(self._control, before)
 
@@ -249,22 +227,25 @@ class Recorder(Recording):
         ``history`` keeps the summary of each window, ``total`` the sum of all.
 
         Raises:
-            TypeError: ``step`` is no finite number, or the statistic is not :class:`~torchprobe.Moments`.
+            TypeError: ``step`` is not a finite number.
             RuntimeError: inside ``paused()`` after a CUDA graph was captured.
         """
         self._check_no_replay()
         entries = self._entries()
-        only_moments([entry.statistic for entry in entries])
-        moments = [cast(Moments, entry.statistic) for entry in entries]
-        parts = windows.summaries(moments, True)
+        parts = windows.summaries([entry.statistic for entry in entries], True)
         self.history.append(step, [entry.name for entry in entries], [([entries[i].name for i in group], part) for group, part in parts])
-        windows.close(self._slots())
+        slots = self._slots()
+        closed = windows.close([slot.statistic for slot in slots], [slot.closed for slot in slots])
+        for slot, statistic in zip(slots, closed, strict=True):
+            slot.closed = statistic
 
     def reset(self) -> None:
         """Forgets everything: the running window, the closed ones, the history and the counters of ``every``."""
         self._check_no_replay()
-        windows.erase(self._slots())
-        self.history = History(self.history.keep)
+        windows.erase([slot.statistic for slot in self._slots()])
+        for slot in self._slots():
+            slot.closed, slot.calls = None, 0
+        self.history = History(self.history.keep, self._control.factory.template)
 
     def _check_no_replay(self) -> None:
         if self._control.paused and any(slot.captured for slot in self._slots()):
@@ -291,21 +272,34 @@ class Recorder(Recording):
                 on every rank, naming the difference.
             RuntimeError: a rank has ended, or does not come within ``timeout``; the process group is of no use then.
         """
-        from torchprobe.recording.distributed import all_reduce
-
-        return all_reduce(self, list(self._hooks), group, union, timeout)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, to resume: plain numbers, text and tensors, for ``torch.save``."""
-        return resume.state_of(self)
+        factory = self._control.factory
+        entries, aliases = all_reduce(self._entries(), self.settings, list(self._hooks), self._aliases, factory, group, union, timeout)
+        return Recording(entries, self.settings, aliases, factory.template)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave, in place of everything this recorder has seen; ``keep`` stays its own.
+        """Restores what :meth:`state_dict` returned, in place of everything this recorder has seen; ``keep`` stays its own.
 
         Raises:
             ValueError: it was recorded with other settings, or of layers that this recorder does not watch.
         """
-        resume.restore(self, state)
+        if state.get("format") != FORMAT:
+            raise ValueError(f"expected the state of a recorder, format {FORMAT}; got format {state.get('format')!r}")
+        if state["settings"] != asdict(self.settings):
+            raise ValueError(f"the state was recorded with {state['settings']}, this recorder has {asdict(self.settings)}")
+        unknown = [name for name in state["layers"] if name not in self._hooks]
+        if unknown:
+            raise ValueError(f"the state holds layers that this recorder does not watch: {', '.join(map(repr, unknown))}")
+        self.reset()
+        for name, saved in state["layers"].items():
+            hook = self._hooks[name]
+            slot = self._slot(hook, saved["features"])
+            slot.statistic.load_state_dict(saved["window"])
+            slot.calls = saved.get("calls", 0)
+            hook.loaded_dim = saved["feature_dim"]
+            if saved["closed"] is not None:
+                slot.closed = slot.statistic.clone()
+                slot.closed.load_state_dict(saved["closed"])
+        self.history.load_state_dict(state["history"])
 
     # -- what a Recording asks for -------------------------------------------------------------------------------------
 
@@ -313,10 +307,10 @@ class Recorder(Recording):
         """As :meth:`Recording.metrics`, with nan also for layers that have never fired: the keys are the same always and on every rank."""
         numbers = super().metrics(prefix)
         silent = [hook.layer.name for hook in self._hooks.values() if not hook.slots and not hook.skipped & NOTHING_TO_READ]
-        return {**numbers, **{f"{prefix}{layer}/{field}": math.nan for layer in silent for field in FIELDS}}
+        return {**numbers, **{f"{prefix}{layer}/{field}": math.nan for layer in silent for field in self.fields}}
 
-    def __getitem__(self, layer: str) -> Moments:
-        return cast(Moments, windows.duplicate(self._entry(layer).statistic))
+    def __getitem__(self, layer: str) -> Any:
+        return windows.duplicate(self._entry(layer).statistic)
 
     def _entries(self) -> list[Entry]:
         fired = sorted((hook for hook in self._hooks.values() if hook.slots), key=lambda hook: hook.order)
@@ -334,6 +328,7 @@ class Recorder(Recording):
         with torch.inference_mode(False), torch.no_grad():
             slot.statistic.merge(theirs.statistic)
         slot.closed = windows.merged([slot.closed, theirs.closed])
+        slot.calls += theirs.calls
 
     def _slots(self) -> list[Slot]:
         return [slot for hook in self._hooks.values() for slot in hook.slots.values()]
@@ -349,13 +344,25 @@ class Recorder(Recording):
 
 
 def _entry(hook: Hook) -> Entry:
-    first, *rest = hook.slots.values()
-    statistic, closed = first.statistic, first.closed
-    if rest:
-        statistic = cast(Statistic, windows.merged([slot.statistic for slot in hook.slots.values()]))
-        closed = windows.merged([slot.closed for slot in hook.slots.values()])
+    slots = list(hook.slots.values())
+    statistic, closed = slots[0].statistic, slots[0].closed
+    if len(slots) > 1:
+        statistic = windows.merged([slot.statistic for slot in slots]) or statistic
+        closed = windows.merged([slot.closed for slot in slots])
     feature_dim = next(iter(hook.dims.values()), hook.loaded_dim)
-    return Entry(hook.layer.name, hook.layer.kind, feature_dim, statistic, closed)
+    return Entry(hook.layer.name, hook.layer.kind, feature_dim, statistic, closed, sum(slot.calls for slot in slots))
+
+
+def _check_batch_first(selected: list[Layer], positions: str) -> None:
+    """Tokens are looked for in the second dimension; attention that keeps them in the first is found here."""
+    for layer in selected:
+        for family in (layer.module, layer.parent):
+            for module in () if family is None else (family, *family.children()):
+                if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+                    raise ValueError(
+                        f'positions="{positions}" looks for (batch, tokens, features), but layer {layer.name!r} works on '
+                        f'(tokens, batch, features): its attention has batch_first=False. Use positions="all" for it'
+                    )
 
 
 @contextlib.contextmanager
@@ -364,3 +371,6 @@ def _restored(control: Control, mask: Tensor | None) -> Iterator[None]:
         yield
     finally:
         control.mask = mask
+
+
+record = Recorder

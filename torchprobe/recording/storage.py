@@ -1,99 +1,139 @@
 """Recordings in files: safetensors, which holds nothing but numbers and text.
 
-Tensors, all float64: ``"{layer}/{field}"`` for every field of :meth:`torchprobe.Moments.parts` of the running window,
-``"{layer}/closed/{field}"`` for the windows that are closed, ``"history"`` (steps, layers, fields), ``"history_histograms"``
-(steps, layers, bins used). Metadata: ``format`` = "1", and the JSON texts ``settings``, ``layers``, ``aliases``, ``history``.
+Tensors: ``"{layer}/{name}"`` for every tensor of the ``state_dict`` of the running window, ``"{layer}/closed/{name}"`` for the closed
+windows, ``"history"`` (steps, layers, fields), ``"history_histograms"`` (steps, layers, bins used). Metadata: ``format`` = "1", and the
+JSON texts ``settings``, ``layers``, ``aliases``, ``history``. With statistics other than Moments there is also ``statistics``, the names of
+their classes, and ``layers`` holds the numbers and texts of their ``state_dict``.
 
-A file may come from anywhere. Everything in it is checked before it is believed, and what does not fit is a ``ValueError``
-that names the file and the key.
+A file may come from anywhere. Everything in it is checked before it is used. What does not fit is a ``ValueError`` that names the file and
+the key.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
-from torchprobe.statistics import Moments
-from torchprobe.statistics.moments import BINS
+from torchprobe.common.files import replacing
+from torchprobe.recording.entries import Entry, Settings
+from torchprobe.statistics import Moments, Several, Statistic
+from torchprobe.statistics.factory import statistic_class
 
 FORMAT = "1"
 _MAX_LAYERS = 1 << 17
 _MAX_FEATURES = 1 << 26
 _MAX_HISTORY = 1 << 31  # numbers
-_SIGNED = ("min", "max", "mean", "m3")
+_MAX_UNSEEN = 1 << 16  # the width of a statistic that keeps nothing for each feature
+_WIDTH = 3
+_PARTS = {name: tuple(part.shape) for name, part in Moments(_WIDTH, "cpu").parts().items()}  # 3 stands for the features
+_PLAIN = (bool, int, float, str, type(None))
 
 
-def save(recording: Recording, path: str | os.PathLike[str]) -> None:
-    """Writes a recording; a file of that name is replaced only when everything is written."""
+@dataclass
+class Saved:
+    """What a file holds. ``history`` is what :meth:`torchprobe.recording.History.load_state_dict` takes, or None."""
+
+    entries: list[Entry]
+    settings: Settings
+    aliases: dict[str, str]
+    history: dict[str, Any] | None = None
+
+
+def save(saved: Saved, path: str | os.PathLike[str]) -> None:
+    """Writes a recording; a file of that name is replaced only when everything is written.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        TypeError: the ``state_dict`` of a statistic holds something else than tensors, numbers and text.
+    """
     if not Path(path).resolve().parent.is_dir():
         raise FileNotFoundError(f"cannot save to {os.fspath(path)!r}: there is no folder {str(Path(path).resolve().parent)!r}")
-    entries = recording._entries()
-    only_moments([entry.statistic for entry in entries])
-    tensors = {}
-    for entry in entries:
-        for key, part in _parts(entry):
-            tensors[key] = part.detach().to("cpu", torch.float64, copy=True)
-    history = recording.history.state_dict()
-    values, histograms = history.pop("values"), history.pop("histograms")
-    if history["steps"]:
-        tensors["history"], tensors["history_histograms"] = values, histograms
-    described = [
-        {
+    tensors: dict[str, Tensor] = {}
+    described = []
+    for entry in saved.entries:
+        layer = {
             "name": entry.name,
             "module": entry.module,
             "features": entry.statistic.features,
             "feature_dim": entry.feature_dim,
             "closed": entry.closed is not None,
         }
-        for entry in entries
-    ]
+        for key, statistic in (("", entry.statistic), ("closed/", entry.closed)):
+            if statistic is not None:
+                numbers, texts = _divided(statistic)
+                tensors.update({f"{entry.name}/{key}{name}": tensor for name, tensor in numbers.items()})
+                if type(statistic) is not Moments:
+                    layer[f"{key.strip('/') or 'window'}_state"] = {"values": texts, "tensors": list(numbers)}
+        if type(entry.statistic) is not Moments:
+            layer["calls"] = entry.calls
+        described.append(layer)
     metadata = {
         "format": FORMAT,
-        "settings": json.dumps(asdict(recording.settings)),
+        "settings": json.dumps(asdict(saved.settings)),
         "layers": json.dumps(described),
-        "aliases": json.dumps(recording._aliases),
-        "history": json.dumps(history),
+        "aliases": json.dumps(saved.aliases),
     }
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    kinds = {tuple(_kinds(entry.statistic)) for entry in saved.entries} - {("Moments",)}
+    if kinds:
+        metadata["statistics"] = json.dumps(list(kinds.pop()))
+    if saved.history is not None:
+        history = dict(saved.history)
+        values, histograms = history.pop("values"), history.pop("histograms", None)
+        if history["steps"]:
+            tensors["history"] = values
+            if histograms is not None:
+                tensors["history_histograms"] = histograms
+        metadata["history"] = json.dumps(history)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
-def _parts(entry: Entry) -> Iterator[tuple[str, Tensor]]:
-    for prefix, statistic in ((f"{entry.name}/", entry.statistic), (f"{entry.name}/closed/", entry.closed)):
-        if isinstance(statistic, Moments):
-            for name, part in statistic.parts().items():
-                yield prefix + name, part
+def _kinds(statistic: Statistic) -> list[str]:
+    parts: Sequence[Statistic] = list(statistic) if isinstance(statistic, Several) else [statistic]
+    return [type(part).__name__ for part in parts]
 
 
-def load(path: str | os.PathLike[str]) -> Recording:
-    """Reads what :meth:`torchprobe.Recording.save` wrote: the same mapping, on the CPU, without hooks.
+def _divided(statistic: Statistic) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state as tensors, and as numbers and texts."""
+    tensors, values = {}, {}
+    for key, value in statistic.state_dict().items():
+        if isinstance(value, Tensor):
+            on_disk = value.detach().cpu().contiguous()
+            tensors[key] = on_disk.double() if type(statistic) is Moments else on_disk  # float32 where the device has no float64
+        elif isinstance(value, _PLAIN):
+            values[key] = value
+        else:
+            name = type(statistic).__name__
+            raise TypeError(f"{key} in the state_dict of {name} is {type(value).__name__}; a file holds tensors, numbers and text")
+    return tensors, values
+
+
+def load(path: str | os.PathLike[str], kinds: Sequence[type[Statistic]] | None = None) -> Saved:
+    """Reads what :func:`save` wrote; the statistics are on the CPU.
+
+    Args:
+        path: of the file.
+        kinds: the classes of the statistics; default: those of the names in the file, which must have been imported.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no recording, or something in it does not fit; the message names the file and the key.
+        ValueError: it is not a recording, or something in it does not fit; the message names the file and the key.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {os.fspath(path)}")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            return _read(_File(file, os.fspath(path)))
+            return _read(_File(file, os.fspath(path)), kinds)
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is no safetensors file: {error}") from error
+        raise ValueError(f"{os.fspath(path)} is not a safetensors file: {error}") from error
 
 
 class _File:
@@ -109,7 +149,7 @@ class _File:
 
     def text(self, key: str, kind: type) -> Any:
         if key not in self.metadata:
-            raise self.error(key, "missing from the metadata; this is no recording of torchprobe")
+            raise self.error(key, "missing from the metadata; this is not a recording of torchprobe")
         try:
             value = json.loads(self.metadata[key])
         except (ValueError, RecursionError) as error:
@@ -122,33 +162,57 @@ class _File:
         """Checks what the header says before anything is read."""
         if key not in self.keys:
             raise self.error(key, "missing")
-        self.keys.remove(key)
+        self.expect(key, shape)
+        return self.take(key)
+
+    def expect(self, key: str, shape: tuple[int, ...]) -> None:
+        """Checks what the header says."""
         part = self.file.get_slice(key)
         if tuple(part.get_shape()) != shape or part.get_dtype() != "F64":
             raise self.error(key, f"expected F64 of shape {shape}, got {part.get_dtype()} of {tuple(part.get_shape())}")
+
+    def take(self, key: str) -> Tensor:
+        """A tensor of any shape, which is not larger than the file."""
+        self.keys.discard(key)
         tensor: Tensor = self.file.get_tensor(key)
         return tensor
 
 
-def _read(file: _File) -> Recording:
+def _read(file: _File, kinds: Sequence[type[Statistic]] | None) -> Saved:
     if file.metadata.get("format") != FORMAT:
         raise file.error("format", f"expected {FORMAT!r}, got {file.metadata.get('format')!r}")
     settings = _settings(file)
+    found = _found(file, settings, kinds)
     described = file.text("layers", list)
     if len(described) > _MAX_LAYERS:
         raise file.error("layers", f"{len(described)} layers are more than a model has")
-    entries = [_entry(file, layer, settings) for layer in described]
+    entries = [_entry(file, layer, settings, found) for layer in described]
     names = {entry.name for entry in entries}
     if len(names) < len(entries):
         raise file.error("layers", "a name occurs twice")
     aliases = file.text("aliases", dict)
     if not all(isinstance(name, str) for name in aliases.values()):
-        raise file.error("aliases", "an alias is no text")
-    recording = Recording(entries, settings, aliases)
-    _history(file, recording)
+        raise file.error("aliases", "an alias is not text")
+    history = _history(file)
     if file.keys:
         raise file.error(min(file.keys), "belongs to no layer")
-    return recording
+    return Saved(entries, settings, aliases, history)
+
+
+def _found(file: _File, settings: Settings, kinds: Sequence[type[Statistic]] | None) -> list[type[Statistic]]:
+    """The classes of the statistics."""
+    names = file.text("statistics", list) if "statistics" in file.metadata else ["Moments"]
+    if not names or not all(isinstance(name, str) for name in names) or "+".join(names) != settings.statistic:
+        raise file.error("statistics", f"expected the names in {settings.statistic!r}, got {names}")
+    if kinds is not None:
+        if [kind.__name__ for kind in kinds] != names:
+            raise file.error("statistics", f"recorded with {', '.join(names)}, not {', '.join(kind.__name__ for kind in kinds)}")
+        return list(kinds)
+    found = [statistic_class(name) for name in names]
+    for name, kind in zip(names, found, strict=True):
+        if kind is None:
+            raise file.error("statistics", f"recorded with {name}: import the module that defines it, or call load(path, statistic={name})")
+    return [kind for kind in found if kind is not None]
 
 
 def _settings(file: _File) -> Settings:
@@ -156,40 +220,57 @@ def _settings(file: _File) -> Settings:
     expected = {field.name: str if field.name != "outlier_sigma" else (int, float) for field in fields(Settings)}
     if found.keys() != expected.keys() or not all(isinstance(found[k], kind) for k, kind in expected.items()):
         raise file.error("settings", f"expected {', '.join(expected)}, got {found}")
-    if not 0 < found["outlier_sigma"] < float("inf") or found["statistic"] != "Moments":
-        raise file.error("settings", f"outlier_sigma must be positive and the statistic Moments, got {found}")
+    if not 0 < found["outlier_sigma"] < float("inf"):
+        raise file.error("settings", f"outlier_sigma must be positive, got {found}")
     return Settings(**found)
 
 
-def _entry(file: _File, layer: Any, settings: Settings) -> Entry:
-    kinds: dict[str, Any] = {"name": str, "module": str, "features": int, "feature_dim": (int, type(None)), "closed": bool}
-    if not isinstance(layer, dict) or layer.keys() != kinds.keys():
-        raise file.error("layers", f"each layer has {', '.join(kinds)}; got {str(layer)[:200]}")
-    if not all(isinstance(layer[key], kind) for key, kind in kinds.items()):
+def _entry(file: _File, layer: Any, settings: Settings, kinds: list[type[Statistic]]) -> Entry:
+    expected: dict[str, Any] = {"name": str, "module": str, "features": int, "feature_dim": (int, type(None)), "closed": bool}
+    if kinds != [Moments]:
+        expected |= {"window_state": dict, "calls": int}
+        if isinstance(layer, dict) and layer.get("closed"):
+            expected["closed_state"] = dict
+    if not isinstance(layer, dict) or layer.keys() != expected.keys():
+        raise file.error("layers", f"each layer has {', '.join(expected)}; got {str(layer)[:200]}")
+    if not all(isinstance(layer[key], kind) for key, kind in expected.items()):
         raise file.error("layers", f"a value is of the wrong kind: {str(layer)[:200]}")
     name, features = layer["name"], layer["features"]
     if not 0 < features <= _MAX_FEATURES:
         raise file.error("layers", f"layer {name!r} cannot have {features} features")
-    closed = _moments(file, f"{name}/closed/", features, settings) if layer["closed"] else None
-    return Entry(name, layer["module"], layer["feature_dim"], _moments(file, f"{name}/", features, settings), closed)
+    moments = {"values": {"features": features, "outlier_sigma": float(settings.outlier_sigma)}, "tensors": list(_PARTS)}
+    closed = None
+    if layer["closed"]:
+        closed = _statistic(file, f"{name}/closed/", layer.get("closed_state", moments), features, kinds)
+    window = _statistic(file, f"{name}/", layer.get("window_state", moments), features, kinds)
+    return Entry(name, layer["module"], layer["feature_dim"], window, closed, layer.get("calls", 0))
 
 
-def _moments(file: _File, prefix: str, features: int, settings: Settings) -> Moments:
-    if prefix + "mean" not in file.keys or tuple(file.file.get_slice(prefix + "mean").get_shape()) != (features,):
-        raise file.error(prefix + "mean", f"missing, or not {features} features wide")  # before anything is allocated
-    moments = Moments(features, "cpu", settings.outlier_sigma)
-    parts = moments.parts()
-    for name, part in parts.items():
-        value = file.tensor(prefix + name, tuple(part.shape))
-        if name not in _SIGNED and not bool((value >= 0).all()):
-            raise file.error(prefix + name, "holds negative numbers or nan")
-        part.copy_(value)
-    if float(parts["vector_kurtosis_histogram"].sum()) != moments.vectors:
-        raise file.error(prefix + "vector_kurtosis_histogram", f"does not add up to the {moments.vectors} vectors counted")
-    return moments
+def _statistic(file: _File, prefix: str, saved: Mapping[str, Any], features: int, kinds: list[type[Statistic]]) -> Statistic:
+    values, names = saved.get("values"), saved.get("tensors")
+    if not isinstance(values, dict) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise file.error("layers", f"expected values and the names of tensors for {prefix!r}")
+    for name in names:
+        if prefix + name not in file.keys:
+            raise file.error(prefix + name, "missing")
+        if kinds == [Moments]:
+            file.expect(prefix + name, tuple(features if size == _WIDTH else size for size in _PARTS[name]))
+    shapes = [file.file.get_slice(prefix + name).get_shape() for name in names]
+    if features > _MAX_UNSEEN and not any(features in shape for shape in shapes):  # before anything is allocated
+        raise file.error(prefix.rstrip("/"), f"no tensor is {features} features wide")
+    state = {**values, **{name: file.take(prefix + name) for name in names}}
+    try:
+        statistic = Several.from_states(kinds, state) if len(kinds) > 1 else kinds[0].from_state(state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise file.error(prefix.rstrip("/"), str(error)) from error
+    if statistic.features != features:
+        raise file.error(prefix.rstrip("/"), f"the statistic is {statistic.features} features wide, not {features}")
+    if problem := statistic.problem():
+        raise file.error(prefix + problem[0], problem[1])
+    return statistic
 
 
-def _history(file: _File, recording: Recording) -> None:
+def _history(file: _File) -> dict[str, Any] | None:
     state = file.text("history", dict)
     lists = [state.get(key) for key in ("steps", "layers", "fields")]
     if not all(isinstance(part, list) for part in lists):
@@ -204,12 +285,11 @@ def _history(file: _File, recording: Recording) -> None:
     dropped = state.get("dropped", 0)  # missing from files of an earlier version
     if isinstance(dropped, bool) or not isinstance(dropped, int) or dropped < 0:
         raise file.error("history", f"dropped counts windows, got {dropped!r}")
-    if steps:
-        values = file.tensor("history", (len(steps), len(layers), len(names)))
-        saved = {"steps": steps, "layers": layers, "fields": names, "dropped": dropped, "values": values}
-        if "history_histograms" in file.keys:
-            bins = file.file.get_slice("history_histograms").get_shape()[-1:]
-            if bins and bins[0] > BINS:
-                raise file.error("history_histograms", f"has {bins[0]} bins, at most {BINS} are known")
-            saved["histograms"] = file.tensor("history_histograms", (len(steps), len(layers), *bins))
-        recording.history.load_state_dict(saved)
+    if not steps:
+        return None
+    values = file.tensor("history", (len(steps), len(layers), len(names)))
+    saved = {"steps": steps, "layers": layers, "fields": names, "dropped": dropped, "values": values}
+    if "history_histograms" in file.keys:
+        shape = file.file.get_slice("history_histograms").get_shape()
+        saved["histograms"] = file.tensor("history_histograms", (len(steps), len(layers), *shape[-1:]))
+    return saved

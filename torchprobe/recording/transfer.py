@@ -121,3 +121,14 @@ def _started(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(numbers.device))
     return host, event
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Array]:
+    """The tensors as float64 arrays, with one copy for each device."""
+    out: dict[int, Array] = {}
+    for device in {tensor.device for tensor in tensors}:
+        chosen = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        flat = torch.cat([tensors[i].reshape(-1) for i in chosen]).to("cpu", torch.float64).numpy()
+        for i, part in zip(chosen, np.split(flat, np.cumsum([tensors[i].numel() for i in chosen])[:-1]), strict=True):
+            out[i] = part.reshape(tuple(tensors[i].shape))
+    return [out[i] for i in range(len(tensors))]

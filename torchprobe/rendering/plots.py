@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from torchprobe.common.files import replacing
-from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 from torchprobe.rendering.tables import Row, printable
+from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,17 +45,19 @@ POOLED_RELU = (5.4, 9.0)
 def depth_profile(
     rows: Sequence[Row],
     *,
+    field: str = "vector_kurtosis",
     band: Sequence[Sequence[Row]] = (),
-    label: str = "mean over vectors",
+    label: str | None = None,
     band_label: str = "baseline",
     width: float = 9.0,
 ) -> Figure:
-    """Vector kurtosis of each layer, in the order of ``rows``: mean, median, and what Gaussian features would give.
+    """A field of each layer, in the order of ``rows``. For the vector kurtosis also its median, and what Gaussian features would give.
 
     Args:
         rows: one mapping per layer, as ``Recording.rows()`` gives them.
+        field: which number.
         band: rows of other networks with the same layers, drawn as their range and their average.
-        label: what the line of ``rows`` is called.
+        label: what the line of ``rows`` is called; default: "mean over vectors" for the vector kurtosis, else the name of the field.
         band_label: what the band is called.
         width: inches.
 
@@ -65,7 +67,9 @@ def depth_profile(
     """
     figure, (axes,) = _figure(width, 3.8)
     x = np.arange(len(rows))
-    others = np.array([_aligned(rows, other) for other in band]).reshape(len(band), len(rows))
+    kurtosis = field == "vector_kurtosis"
+    label = label or ("mean over vectors" if kurtosis else field.replace("_", " "))
+    others = np.array([_aligned(rows, other, field) for other in band]).reshape(len(band), len(rows))
     if len(band):
         low, high = _nan_range(others)
         axes.fill_between(x, low, high, color=BAND, alpha=0.35, linewidth=0, label=f"{_plain(band_label)}: range")
@@ -78,24 +82,18 @@ def depth_profile(
             markersize=3,
             label=f"{_plain(band_label)}: mean",
         )
-    null = [gaussian_kurtosis(int(row["features"])) if row.get("features") else math.nan for row in rows]
-    axes.plot(x, null, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), label="Gaussian features")
-    axes.plot(
-        x,
-        _column(rows, "vector_kurtosis_median"),
-        color=ACCENT,
-        linewidth=1,
-        linestyle=(0, (4, 2)),
-        label="median over vectors",
-    )
-    axes.plot(x, _column(rows, "vector_kurtosis"), color=ACCENT, linewidth=1.8, marker="o", markersize=4, label=_plain(label))
-    _log_scale(
-        axes,
-        "y",
-        np.concatenate([_column(rows, "vector_kurtosis"), _column(rows, "vector_kurtosis_median"), null, others.ravel()]),
-    )
+    shown = [_column(rows, field), others.ravel()]
+    if kurtosis:
+        null = [gaussian_kurtosis(int(row["features"])) if row.get("features") else math.nan for row in rows]
+        median = _column(rows, "vector_kurtosis_median")
+        axes.plot(x, null, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), label="Gaussian features")
+        axes.plot(x, median, color=ACCENT, linewidth=1, linestyle=(0, (4, 2)), label="median over vectors")
+        shown += [median, np.array(null)]
+    axes.plot(x, _column(rows, field), color=ACCENT, linewidth=1.8, marker="o", markersize=4, label=_plain(label))
+    if kurtosis:
+        _log_scale(axes, "y", np.concatenate(shown))
     _name_layers(axes, [str(row.get("layer", "")) for row in rows], width)
-    axes.set_ylabel("vector kurtosis")
+    axes.set_ylabel(_plain(field.replace("_", " ")))
     _legend(axes, width)
     return figure
 
@@ -350,8 +348,8 @@ def _column(rows: Sequence[Row], key: str) -> NDArray[np.float64]:
     return np.array([math.nan if row.get(key) is None else float(row[key]) for row in rows], dtype=np.float64)
 
 
-def _aligned(rows: Sequence[Row], other: Sequence[Row]) -> list[float]:
-    by_name = {row["layer"]: row.get("vector_kurtosis", math.nan) for row in other}
+def _aligned(rows: Sequence[Row], other: Sequence[Row], field: str) -> list[float]:
+    by_name = {row["layer"]: row.get(field, math.nan) for row in other}
     return [float(by_name.get(row["layer"], math.nan)) for row in rows]
 
 

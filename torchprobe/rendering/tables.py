@@ -133,6 +133,18 @@ def shown_columns(rows: Sequence[Row], columns: Iterable[Column] = LAYER_COLUMNS
     return [c for c in columns if not c.optional or any(shown(row, c) not in ("–", "0") for row in rows)]
 
 
+def statistic_columns(fields: Mapping[str, str]) -> tuple[Column, ...]:
+    """The columns of a table of layers whose rows hold these fields (name → help).
+
+    >>> [column.key for column in statistic_columns({"zero_share": "share of values that are exactly 0"})]
+    ['layer', 'module', 'features', 'feature_dim', 'zero_share']
+    """
+    given = {"layer", "module", "features", "feature_dim", *fields, *(["gaussian"] if "vector_kurtosis" in fields else [])}
+    known = {column.key for column in LAYER_COLUMNS}
+    others = (Column(name, name.replace("_", " "), text) for name, text in fields.items() if name not in known)
+    return (*(column for column in LAYER_COLUMNS if column.key in given), *others)
+
+
 def layer_table(
     rows: Sequence[Row],
     *,

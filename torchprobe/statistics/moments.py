@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from torchprobe.common.deprecation import renamed
 from torchprobe.ops import layout
 from torchprobe.ops.observe import merge_states, new_state, observe_
+from torchprobe.statistics.statistic import State, Statistic
 
-FIELDS = (
-    "vectors",
-    "constant_vectors",
-    "invalid_vectors",
-    "vector_kurtosis",
-    "vector_kurtosis_std",
-    "vector_kurtosis_median",
-    "kurtosis_median",
-    "kurtosis_max",
-    "skewness_median",
-    "std",
-    "mean_abs_max",
-    "min",
-    "max",
-    "nonfinite",
-    "outlier_features",
-)
-"""The numbers that sum up one layer, in the order of :func:`summarise`."""
+HELP = {
+    "vectors": "activation vectors counted in",
+    "constant_vectors": "vectors left out because their variance is 0",
+    "invalid_vectors": "vectors left out because an element is nonfinite",
+    "vector_kurtosis": "kurtosis across the features of one vector, mean over vectors",
+    "vector_kurtosis_std": "its standard deviation over vectors",
+    "vector_kurtosis_median": "its median over vectors",
+    "kurtosis_median": "kurtosis of one feature over all its values, median over features",
+    "kurtosis_max": "the largest kurtosis of a feature over all its values",
+    "skewness_median": "skewness of one feature over all its values, median over features",
+    "std": "square root of the mean variance of the features",
+    "mean_abs_max": "the largest mean |x| of a feature",
+    "min": "smallest value",
+    "max": "largest value",
+    "nonfinite": "nan and inf values seen; left out of everything else",
+    "outlier_features": "features that are outliers in at least half of the vectors",
+}
+"""The numbers that sum up one layer, each with one line of help."""
+
+FIELDS = tuple(HELP)
+"""Their names, in the order of :func:`summarize`."""
 
 OUTLIER_SHARE = 0.5
-"""``outlier_features`` counts the features that are outliers in at least this share of the vectors (a choice of ours)."""
+"""``outlier_features`` counts the features that are outliers in at least this share of the vectors. We chose the value."""
+
+_SIGNED = ("min", "max", "mean", "m3")  # the parts of a state that may be negative
 
 BINS_PER_OCTAVE = 8
 BINS = layout.BINS // layout.BINS_PER_OCTAVE * BINS_PER_OCTAVE
-"""Of :func:`histogram`: an eighth of those that the state has, so that one may be kept for every window (a choice of ours)."""
+"""Bins of :func:`histogram`: we chose an eighth of the state's, so that a history can keep them for every window."""
 
 
-class Moments:
+class Moments(Statistic):
     """Mean, variance, skewness, kurtosis, extremes of each feature, and the kurtosis across the features of each vector.
 
     Args:
@@ -66,65 +72,69 @@ class Moments:
     ([0.5, 0.5, 0.5, 8.5], 2.333)
     """
 
+    states = MappingProxyType({"state": State((), None)})
+    fields = MappingProxyType(HELP)
+    arguments = ("outlier_sigma",)
+    headline = "vector_kurtosis"
+    table_fields = tuple(name for name in FIELDS if name not in ("skewness_median", "min", "max"))
+    fused = True
+    bins = BINS
+
     def __init__(self, features: int, device: torch.device | str | None = None, outlier_sigma: float = 6.0) -> None:
         if not outlier_sigma > 0:
             raise ValueError(f"outlier_sigma must be positive, got {outlier_sigma}")
         self.features = int(features)
         self.outlier_sigma = float(outlier_sigma)
         self.state = new_state(self.features, device)
+        self._window_of: Tensor | None = None  # the state that `_window` is a view of
 
-    # -- the verbs of a statistic ----------------------------------------------------------------------------------
+    # -- the contract of a statistic -------------------------------------------------------------------------------
 
     def update(self, x: Tensor, feature_dim: int = -1, mask: Tensor | None = None, every: int = 1) -> None:
         """Adds every vector of ``x``; arguments as in :func:`torchprobe.ops.observe_`."""
         observe_(self.state, x, feature_dim, self.outlier_sigma, every, mask)
 
-    def merge(self, other: Moments) -> Moments:
-        """Adds, in place, everything ``other`` saw; returns self. ``other`` may lie on another device.
+    def summarize(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return _fields(states["state"], self.features, self.outlier_sigma)
 
-        Raises:
-            TypeError: ``other`` is no :class:`Moments`.
-            ValueError: another width or another ``outlier_sigma``.
-        """
-        if not isinstance(other, Moments):
-            raise TypeError(f"cannot merge Moments with {type(other).__name__}")
-        if other.features != self.features:
-            raise ValueError(f"cannot merge Moments of {self.features} and {other.features} features")
-        if other.outlier_sigma != self.outlier_sigma:
-            raise ValueError(f"cannot merge Moments with outlier_sigma {self.outlier_sigma:g} and {other.outlier_sigma:g}")
-        self.state.copy_(merge_states(self.state, other.state.to(self.state)))
-        return self
+    def merge_states(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"state": merge_states(a["state"], b["state"])}
 
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.state.zero_()
+    def histogram(self, states: Mapping[str, Tensor]) -> Tensor:
+        return histogram(states["state"])
 
-    def state_dict(self) -> dict[str, Any]:
-        """``features``, ``outlier_sigma`` and every part of the state under its name, cloned."""
-        parts = {name: part.clone() for name, part in self.parts().items()}
-        return {"features": self.features, "outlier_sigma": self.outlier_sigma, **parts}
+    def bin_edges(self) -> Tensor:
+        return bin_edges()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave.
+    def seen(self, states: Mapping[str, Tensor]) -> Tensor:
+        """Which layers saw a value; a count of calls alone is not one."""
+        rows = layout.rows(states["state"])
+        return (rows[..., layout.ROWS.index("count"), :] + rows[..., layout.ROWS.index("nonfinite"), :]).sum(-1) > 0
 
-        Raises:
-            ValueError: another width or ``outlier_sigma``, a part missing, unknown or of the wrong shape. Nothing is changed then.
-        """
-        for key in ("features", "outlier_sigma"):
-            if state.get(key) != getattr(self, key):
-                raise ValueError(f"the saved Moments have {key}={state.get(key)}, these have {key}={getattr(self, key)}")
+    @property
+    def call_counter(self) -> Tensor:
+        return self.state[layout.CALLS]
+
+    def window_tensors(self) -> dict[str, Tensor]:
+        """All but the counter of calls, by which ``every`` selects."""
+        if self._window_of is not self.state:  # a view costs a call of the dispatcher
+            self._window, self._window_of = self.state[layout.CALLS + 1 :], self.state
+        return {"state": self._window}
+
+    def merge_windows(self, closed: Mapping[str, Tensor], window: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The counter of the window was never set back, so it holds the calls of all windows."""
+        merged = merge_states(closed["state"], window["state"])
+        merged[..., layout.CALLS] = window["state"][..., layout.CALLS]
+        return {"state": merged}
+
+    def problem(self) -> tuple[str, str] | None:
         parts = self.parts()
-        saved = {key: value for key, value in state.items() if key not in ("features", "outlier_sigma")}
-        if saved.keys() != parts.keys():
-            raise ValueError(
-                f"the saved Moments lack {sorted(parts.keys() - saved.keys())} and have unknown {sorted(saved.keys() - parts.keys())}"
-            )
         for name, part in parts.items():
-            if not isinstance(saved[name], Tensor) or saved[name].shape != part.shape:
-                shape = tuple(getattr(saved[name], "shape", ()))
-                raise ValueError(f"{name} of the saved Moments has shape {shape}, expected {tuple(part.shape)}")
-        for name, part in parts.items():
-            part.copy_(saved[name])
+            if name not in _SIGNED and not bool((part >= 0).all()):
+                return name, "holds negative numbers or nan"
+        if float(parts["vector_kurtosis_histogram"].sum()) != self.vectors:
+            return "vector_kurtosis_histogram", f"does not add up to the {self.vectors} vectors counted"
+        return None
 
     def parts(self) -> dict[str, Tensor]:
         """Views of the state under lasting names: what is saved, and what a file holds."""
@@ -248,9 +258,9 @@ class Moments:
     # -- display ---------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        f = dict(zip(FIELDS, summarise(self.state[None], self.features, self.outlier_sigma)[0].tolist(), strict=True))
+        f = self.summary()
         rows = self._rows()
-        if not float(rows["count"].sum()) and not f["nonfinite"]:
+        if not self.anything():
             return f"Moments({self.features} features, empty)"
         notes = [f"{f['outlier_features']:.0f} outlier features"] if f["outlier_features"] > 0 else []
         notes += [f"{f[k]:.0f} {k.split('_')[0]} vectors" for k in ("constant_vectors", "invalid_vectors") if f[k]]
@@ -262,22 +272,19 @@ class Moments:
             f"κ={f['kurtosis_median']:.3g} vector κ={f['vector_kurtosis']:.4g}{''.join(', ' + note for note in notes)})"
         )
 
-    def _repr_html_(self) -> str:
-        values = summarise(self.state[None], self.features, self.outlier_sigma)[0].tolist()
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:right'>{value:.6g}</td></tr>"
-            for name, value in zip(FIELDS, values, strict=True)
-        )
-        return f"<table><caption>Moments of {self.features} features</caption>{cells}</table>"
 
+def summarize(states: Tensor, features: int, outlier_sigma: float = 6.0) -> Tensor:
+    """:data:`FIELDS` of several layers of one width at once: states (layers, slots) → (layers, len(FIELDS)).
 
-def summarise(states: Tensor, features: int, outlier_sigma: float = 6.0) -> Tensor:
-    """:data:`FIELDS` of several layers of one width at once: states (L, slots) → (L, len(FIELDS)).
-
-    On their device, without synchronisation. ``kurtosis_median``, ``skewness_median`` and ``kurtosis_max`` are over features; ``std``
-    is the root of the mean variance; ``mean_abs_max`` the largest mean abs(x) of a feature; ``outlier_features`` counts features with
-    ``outlier_frequency`` ≥ :data:`OUTLIER_SHARE`, nan for a layer too narrow to have any. Nan where nothing was seen.
+    On their device, without synchronization. ``kurtosis_median``, ``skewness_median`` and ``kurtosis_max`` are over features. ``std`` is
+    the root of the mean variance. ``mean_abs_max`` is the largest mean abs(x) of a feature. ``outlier_features`` counts features with
+    ``outlier_frequency`` ≥ :data:`OUTLIER_SHARE`; it is nan for a layer too narrow to have any. Nan where nothing was seen.
     """
+    fields = _fields(states, features, outlier_sigma)
+    return torch.stack([fields[name] for name in FIELDS], -1)
+
+
+def _fields(states: Tensor, features: int, outlier_sigma: float) -> dict[str, Tensor]:
     rows = dict(zip(layout.ROWS, layout.rows(states).unbind(-2), strict=True))
     seen = rows["count"] > 0
     nan = states.new_full((), math.nan)
@@ -287,7 +294,7 @@ def summarise(states: Tensor, features: int, outlier_sigma: float = 6.0) -> Tens
     frequency = _outlier_frequency(states, features, outlier_sigma)
     any_seen = seen.any(-1)
     vectors = states[..., layout.VECTORS]
-    fields = {
+    return {
         "vectors": vectors,
         "constant_vectors": states[..., layout.CONSTANT],
         "invalid_vectors": states[..., layout.INVALID],
@@ -304,7 +311,9 @@ def summarise(states: Tensor, features: int, outlier_sigma: float = 6.0) -> Tens
         "nonfinite": rows["nonfinite"].sum(-1),
         "outlier_features": (frequency >= OUTLIER_SHARE).sum(-1).to(states.dtype).where(~frequency.isnan().any(-1), nan),
     }
-    return torch.stack([fields[name] for name in FIELDS], -1)
+
+
+__getattr__ = renamed(__name__, {"summarise": "summarize"})
 
 
 def histogram(states: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchprobe.statistics.statistic import Unstacked
 from torchprobe.statistics.tail import Tail, slots
 
 NETDISSECT = Fraction(5, 999)
@@ -24,7 +27,7 @@ _FIXED = 4 * slots(0) + 4  # values that the buffers need beside their capacitie
 _updating = threading.Lock()  # threads may share a statistic
 
 
-class Quantile:
+class Quantile(Unstacked):
     """The value that the share ``quantile`` of all values of a feature exceeds, over all positions of all inputs.
 
     Of n values (nan left out), it is the smallest seen that at most ⌊quantile · n⌋ exceed: ``numpy.quantile(x, 1 - quantile,
@@ -56,6 +59,17 @@ class Quantile:
     tensor([ 89., -10.])
     """
 
+    fields = MappingProxyType(
+        {
+            "quantile_max": "the largest quantile of a feature",
+            "quantile_median": "the median over features of the quantile",
+            "quantile_error": "standard deviation of its level, as a share of all values; 0 while it is exact",
+            "positions": "values of each feature seen, nan included",
+            "nan": "nan values seen; left out",
+        }
+    )
+    arguments = ("quantile", "capacity")
+
     def __init__(
         self,
         features: int,
@@ -84,18 +98,11 @@ class Quantile:
         Raises:
             ValueError: another width or type; a mask of another shape.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise ValueError(f"a quantile is of floating-point tensors, got {getattr(x, 'dtype', type(x).__name__)}")
-        if not -x.dim() <= feature_dim < x.dim() or x.shape[feature_dim] != self.features:
-            raise ValueError(f"expected {self.features} features along dimension {feature_dim}, got a tensor of shape {tuple(x.shape)}")
-        x = x.detach()
+        x, mask = self.checked(x, feature_dim, mask)
         if x.dim() == 1:
-            x, feature_dim = x[None], -1
+            x, feature_dim, mask = x[None], -1, None if mask is None else mask[None]
         if mask is not None:
-            vectors = x.movedim(feature_dim, -1)
-            if mask.dtype != torch.bool or mask.shape != vectors.shape[:-1]:
-                raise ValueError(f"mask must be bool of shape {tuple(vectors.shape[:-1])}, got {mask.dtype} of shape {tuple(mask.shape)}")
-            x, feature_dim = vectors[mask], -1
+            x, feature_dim = x.movedim(feature_dim, -1)[mask], -1
         with _updating:
             self.positions += x.numel() // self.features
             self._fit()
@@ -112,11 +119,7 @@ class Quantile:
             TypeError: ``other`` is no :class:`Quantile`.
             ValueError: another width, quantile or memory.
         """
-        if not isinstance(other, Quantile):
-            raise TypeError(f"cannot merge a Quantile with {type(other).__name__}")
-        for name in ("features", "quantile", "capacity"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"cannot merge quantiles with {name} {getattr(self, name)} and {getattr(other, name)}")
+        self.check_mergeable(other)
         with _updating:
             self.positions += other.positions
             for mine, theirs in zip(self._tails, other._tails, strict=True):
@@ -172,6 +175,35 @@ class Quantile:
         except (RuntimeError, TypeError) as error:
             raise ValueError("generator of the saved Quantile is no state of a random generator") from error
         self.positions, self._tails, self._generator = positions, tails, generator
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> Quantile:
+        try:
+            new = cls(state["features"], Fraction(state["quantile"]), device)
+            new.capacity = int(state["capacity"])
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"the saved Quantile is damaged: {error!r}") from error
+        new.reset()
+        new.load_state_dict(state)
+        return new
+
+    @property
+    def empty(self) -> bool:
+        return self.positions == 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._main.values.device
+
+    def summary(self) -> dict[str, float]:
+        """:attr:`fields` as plain numbers; nan where nothing was seen."""
+        if self.empty:
+            return dict.fromkeys(self.fields, math.nan)
+        value, error = self._read(None)
+        known = value[~value.isnan()]
+        largest, median = (known.max(), known.median()) if len(known) else (math.nan, math.nan)
+        numbers = (largest, median, error.max(), self.positions, self.nan.sum())
+        return dict(zip(self.fields, map(float, numbers), strict=True))
 
     # -- reads -----------------------------------------------------------------------------------------------------
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchprobe.statistics.statistic import Unstacked
 
 SCORES = ("max", "mean")
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -15,7 +19,7 @@ _BLOCK = 1 << 20  # elements that are widened to float64 at a time
 _updating = threading.Lock()  # threads may share a statistic
 
 
-class TopInputs:
+class TopInputs(Unstacked):
     """The ``k`` inputs with the largest score of each feature, with their ids.
 
     Args:
@@ -29,7 +33,7 @@ class TopInputs:
     once, with its larger score.
 
     ``scores`` is float64 (features, k), descending; ``ids`` int64 (features, k). Where fewer than k inputs had a score, the rest is −inf
-    and −1. ``inputs`` counts what was seen; ``unscored``, int64 (features,), the inputs whose map was nan all over.
+    and −1. ``inputs`` counts what was seen. ``unscored``, int64 (features,), the inputs whose map was nan all over.
 
     >>> import torch
     >>> from torchprobe.statistics import TopInputs
@@ -39,12 +43,24 @@ class TopInputs:
     [[11, 12], [10, 12]]
     """
 
+    fields = MappingProxyType(
+        {
+            "score_max": "the largest score of any feature",
+            "score_median": "the median over features of the largest score",
+            "inputs": "inputs seen",
+            "unscored": "inputs whose map was nan all over, summed over features",
+        }
+    )
+    arguments = ("k", "score")
+
     def __init__(self, features: int, k: int = 20, device: torch.device | str | None = None, score: str = "max") -> None:
         if features < 1 or k < 1:
             raise ValueError(f"features and k must be at least 1, got {features} and {k}")
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
         self.features, self.k, self.score = int(features), int(k), score
+        self.inputs = 0
+        self.numbered = 0  # the next default id, which continues across the windows of a recording
         device = torch.device(device) if device is not None else torch.get_default_device()
         with torch.inference_mode(False):
             self._scores = torch.empty(self.features, self.k, dtype=torch.float64, device=device)
@@ -54,12 +70,14 @@ class TopInputs:
 
     # -- the verbs of a statistic ----------------------------------------------------------------------------------
 
-    def update(self, x: Tensor, feature_dim: int = -1, ids: Tensor | Sequence[int] | None = None) -> None:
+    def update(self, x: Tensor, feature_dim: int = -1, ids: Tensor | Sequence[int] | None = None, *, mask: Tensor | None = None) -> None:
         """Adds inputs.
 
         Args:
             x: floating point; the first dimension is the inputs, ``feature_dim`` the features, the rest positions.
-            ids: int ≥ 0, one for each input. Default: their numbers in the order of the calls, which does for a single process only.
+            ids: int ≥ 0, one for each input. Default: their numbers in the order of the calls, across the
+                windows of a recording; enough for a single process only.
+            mask: bool, the shape of ``x`` without ``feature_dim``; positions where it is False are left out.
 
         Raises:
             ValueError: shapes or ids do not fit.
@@ -70,16 +88,21 @@ class TopInputs:
             raise ValueError(
                 f"expected {self.features} features along dimension {feature_dim}, not 0, got a tensor of shape {tuple(x.shape)}"
             )
-        inputs = x.shape[0]
-        numbers = torch.arange(self.inputs, self.inputs + inputs) if ids is None else torch.as_tensor(ids)
+        x, mask = self.checked(x, feature_dim, mask)
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(feature_dim % x.dim()), torch.nan)
+        inputs, start = x.shape[0], max(self.inputs, self.numbered)
+        numbers = torch.arange(start, start + inputs) if ids is None else torch.as_tensor(ids)
         if numbers.shape != (inputs,) or (inputs and (numbers.dtype not in _WHOLE or int(numbers.min()) < 0)):
             raise ValueError(f"ids must be {inputs} whole numbers ≥ 0, one for each input, got {_shape(numbers)}")
         if not inputs:
             return
-        maps = x.detach().movedim(feature_dim, 1).flatten(2) if x.dim() > 2 else x.detach()[:, :, None]
+        maps = x.movedim(feature_dim, 1).flatten(2) if x.dim() > 2 else x[:, :, None]
         scores = (_largest if self.score == "max" else _mean)(maps)
         with _updating:
             self.inputs += inputs
+            if ids is None:
+                self.numbered = start + inputs
             self._unscored += scores.isnan().sum(0)
             ids_of = numbers.to(self._ids).expand(self.features, inputs)
             self._take(scores.T.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), ids_of.where(~scores.T.isnan(), -1))
@@ -91,27 +114,24 @@ class TopInputs:
             TypeError: ``other`` is no :class:`TopInputs`.
             ValueError: another width, k or score.
         """
-        if not isinstance(other, TopInputs):
-            raise TypeError(f"cannot merge TopInputs with {type(other).__name__}")
-        for name in ("features", "k", "score"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"cannot merge TopInputs with {name} {getattr(self, name)} and {getattr(other, name)}")
+        self.check_mergeable(other)
         with _updating:
             self.inputs += other.inputs
+            self.numbered = max(self.numbered, other.numbered)
             self._unscored += other._unscored.to(self._unscored)
             self._take(other._scores.to(self._scores), other._ids.to(self._ids))
         return self
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.inputs = 0
+        self.inputs = self.numbered = 0
         self._scores.fill_(-torch.inf)
         self._ids.fill_(-1)
         self._unscored.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """``features``, ``k``, ``score``, ``inputs``, and the tensors ``scores``, ``ids`` and ``unscored``, cloned."""
-        numbers = {"features": self.features, "k": self.k, "score": self.score, "inputs": self.inputs}
+        """``features``, ``k``, ``score``, ``inputs``, ``numbered``, and the tensors ``scores``, ``ids`` and ``unscored``, cloned."""
+        numbers = {"features": self.features, "k": self.k, "score": self.score, "inputs": self.inputs, "numbered": self.numbered}
         return {**numbers, **{name: part.clone() for name, part in self._parts().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -123,6 +143,7 @@ class TopInputs:
         for name in ("features", "k", "score"):
             if state.get(name) != getattr(self, name):
                 raise ValueError(f"the saved TopInputs have {name}={state.get(name)}, these have {name}={getattr(self, name)}")
+        state = {"numbered": state.get("inputs"), **state}  # missing from states of an earlier version
         if state.keys() != (expected := self.state_dict().keys()):
             raise ValueError(
                 f"the saved TopInputs lack {sorted(expected - state.keys())} and have unknown {sorted(state.keys() - expected)}"
@@ -130,11 +151,46 @@ class TopInputs:
         for name, part in self._parts().items():
             if not isinstance(state[name], Tensor) or state[name].shape != part.shape or state[name].dtype != part.dtype:
                 raise ValueError(f"{name} of the saved TopInputs is {_shape(state[name])}, expected {_shape(part)}")
-        if not isinstance(state["inputs"], int) or state["inputs"] < 0:
-            raise ValueError(f"inputs of the saved TopInputs are {state['inputs']!r}")
-        self.inputs = state["inputs"]
+        for name in ("inputs", "numbered"):
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise ValueError(f"{name} of the saved TopInputs is {state[name]!r}")
+        self.inputs, self.numbered = state["inputs"], state["numbered"]
         for name, part in self._parts().items():
             part.copy_(state[name])
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> TopInputs:
+        try:
+            new = cls(state["features"], state["k"], device, state["score"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the saved TopInputs are damaged: {error!r}") from error
+        new.load_state_dict(state)
+        return new
+
+    @property
+    def empty(self) -> bool:
+        return self.inputs == 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._scores.device
+
+    def summary(self) -> dict[str, float]:
+        """:attr:`fields` as plain numbers; nan where nothing was seen."""
+        if self.empty:
+            return dict.fromkeys(self.fields, math.nan)
+        best = self._scores[self._ids[:, 0] >= 0, 0]
+        largest, median = (best.max(), best.median()) if len(best) else (math.nan, math.nan)
+        numbers = (largest, median, self.inputs, self._unscored.sum())
+        return dict(zip(self.fields, map(float, numbers), strict=True))
+
+    @classmethod
+    def close_windows(cls, windows: Sequence[TopInputs], closed: Sequence[TopInputs | None]) -> list[TopInputs]:
+        numbered = [window.numbered for window in windows]
+        result = super().close_windows(windows, closed)
+        for window, number in zip(windows, numbered, strict=True):
+            window.numbered = number
+        return result
 
     # -- reads -----------------------------------------------------------------------------------------------------
 

@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprobe.common.distribution import install_hint
 from torchprobe.analysis.interpolation import recalibrate_batch_norms
+from torchprobe.common.distribution import install_hint
+from torchprobe.common.progress import CountCallback
 from torchprobe.datasets import Images
 from torchprobe.encoders import Encoder, EncoderError, read_checkpoint
 from torchprobe.rendering.page import Fact, Page, Section, Table
 from torchprobe.rendering.plots import depth_profile
 from torchprobe.rendering.tables import Column, number
-from torchprobe.common.progress import CountCallback
 from torchprobe.studies.scan import Scan, scan, write_results
-from torchprobe.common.progress import CountCallback
 from torchprobe.studies.scan_page import (
     PER_IMAGE,
     VECTOR,

@@ -11,13 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from torchprobe.datasets import Broden
-from torchprobe.dissection import Dissection, Progress, dissect
+from torchprobe.common.files import replacing, to_json
 from torchprobe.common.progress import ProgressCallback
 from torchprobe.common.ranks import Ranks
+from torchprobe.datasets import Broden
+from torchprobe.dissection import Dissection, Progress, dissect
 from torchprobe.dissection.walk import clear_checkpoint
-from torchprobe.common.files import replacing
-from torchprobe.common.files import to_json
 
 __all__ = ["Progress", "dissect_folder", "summary"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -16,21 +15,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.common.progress import CountCallback
 from torchprobe.analysis.intervals import LEVEL, RESAMPLES, bootstrap_interval
 from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
 from torchprobe.analysis.outliers import feature_rows
+from torchprobe.common.files import replacing, to_json
+from torchprobe.common.progress import CountCallback
 from torchprobe.datasets import DatasetError, Images
 from torchprobe.encoders import Encoder
 from torchprobe.recording import Recording, record
-from torchprobe.common.files import replacing, to_json
 from torchprobe.rendering.page import Page
 from torchprobe.rendering.page import write as write_page
 from torchprobe.rendering.plots import depth_profile
 from torchprobe.rendering.plots import write as write_figure
-from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 from torchprobe.rendering.tables import LAYER_COLUMNS, cell, write_csv
 from torchprobe.statistics import Moments
+from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +83,8 @@ class Scan:
     @property
     def representation(self) -> Moments:
         """The moments of the encoder's output."""
-        return self.recording[""]
+        moments: Moments = self.recording[""]
+        return moments
 
     def interval(self) -> tuple[float, float]:
         """Bootstrap interval of the mean vector kurtosis, over images; see :data:`DEFINITIONS`."""

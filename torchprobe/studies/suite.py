@@ -15,10 +15,10 @@ import torch
 
 from torchprobe.analysis.baseline import Baseline, X
 from torchprobe.analysis.embedding_run import by_first
-from torchprobe.datasets import Broden, DatasetError, Images
-from torchprobe.datasets.labelled import class_folders
 from torchprobe.common.progress import ProgressCallback
 from torchprobe.common.ranks import Ranks
+from torchprobe.datasets import Broden, DatasetError, Images
+from torchprobe.datasets.labelled import class_folders
 from torchprobe.encoders import Encoder, EncoderError, Head
 from torchprobe.encoders.encoder import Template
 from torchprobe.encoders.suite import Row

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
 from torchprobe.common.distribution import install_hint
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchprobe.datasets.broden.index import ROW_COLUMNS
 from torchprobe.common.files import replacing
+from torchprobe.datasets.broden.index import ROW_COLUMNS
 
 TRAIN_SHARE = 0.7
 """The part of the range of hashes that makes the training split, as in the release."""

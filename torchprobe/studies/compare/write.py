@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torchprobe.common.files import replacing
+from torchprobe.common.files import replacing, to_json
 from torchprobe.rendering.page import write as write_page
 from torchprobe.rendering.tables import write_csv
 from torchprobe.studies.compare.comparison import Comparison
 from torchprobe.studies.compare.page import comparison_page
 from torchprobe.studies.interpret.write import write_plots
-from torchprobe.common.files import to_json
 
 
 def write(found: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:

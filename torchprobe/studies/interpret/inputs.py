@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torchprobe.common.digest import digest
 from torchprobe.datasets import DatasetError, Images, LabelledImages, image_folder, imagenet_set, labelled_folder
 from torchprobe.datasets.imagenet import KINDS
 from torchprobe.datasets.images import SUFFIXES
 from torchprobe.datasets.labelled import count
 from torchprobe.encoders import Encoder, EncoderError, Head, load_head
 from torchprobe.encoders.encoder import Template
-from torchprobe.common.digest import digest
 from torchprobe.studies.interpret.stages import Stages
 
 IMAGENET = "imagenet"

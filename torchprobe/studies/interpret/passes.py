@@ -15,13 +15,13 @@ import torchprobe
 from torchprobe.analysis.concepts import DIRECTIONS, ROTATION, SHUFFLED, UNITS, concepts
 from torchprobe.analysis.directions import Directions
 from torchprobe.analysis.embeddings import Embeddings, embed
-from torchprobe.datasets import Broden, Images, LabelledImages
-from torchprobe.dissection import Dissection
+from torchprobe.common.digest import digest
 from torchprobe.common.progress import Clock, Progress
 from torchprobe.common.ranks import Ranks
+from torchprobe.datasets import Broden, Images, LabelledImages
+from torchprobe.dissection import Dissection
 from torchprobe.dissection.walk import clear_checkpoint
 from torchprobe.encoders import Encoder, Head
-from torchprobe.common.digest import digest
 from torchprobe.recording import RecordingWarning
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret import measures

@@ -15,9 +15,9 @@ from torchprobe.analysis.baseline import Baseline, X
 from torchprobe.analysis.directions import Directions, privileged_directions, split
 from torchprobe.analysis.embedding_run import by_first
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.datasets import Broden, Images, LabelledImages
 from torchprobe.common.progress import Clock, Progress, ProgressCallback
 from torchprobe.common.ranks import Ranks
+from torchprobe.datasets import Broden, Images, LabelledImages
 from torchprobe.encoders import Encoder, Head
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret import measures

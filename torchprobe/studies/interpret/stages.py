@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchprobe.common.files import replacing
-from torchprobe.common.files import to_json
+from torchprobe.common.files import replacing, to_json
 
 Plain = dict[str, Any]
 """What JSON can hold: numbers (nan and inf as None), text, lists, dicts."""

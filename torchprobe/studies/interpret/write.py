@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchprobe.common.files import replacing
+from torchprobe.common.files import replacing, to_json
 from torchprobe.rendering.page import WIDE, Picture
 from torchprobe.rendering.page import write as write_page
 from torchprobe.rendering.plots import write as write_figure
@@ -15,7 +15,6 @@ from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret.page import interpretation_page
 from torchprobe.studies.interpret.result import Interpretation
 from torchprobe.studies.interpret.sections import accuracy_rows, robustness_rows
-from torchprobe.common.files import to_json
 
 TABLES = ("kurtosis", "features", "layers", "accuracy", "robustness", "directions", "pruning", "ablation", "concepts")
 """The CSV files there may be."""

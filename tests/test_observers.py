@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchprobe.ops.gradient import register_observer
+from torchprobe.ops.observers import register_observer
 
 observe_gradient = torch.ops.torchprobe.observe_gradient
 

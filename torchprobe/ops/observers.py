@@ -1,16 +1,20 @@
-"""``torchprobe::observe_gradient``: the identity, whose backward shows the gradient to an observer.
+"""Operators that stand in a compiled graph for Python code: they show an activation or a gradient to an observer.
 
-Schema::
+Schemas::
 
+    observe_activation_(Tensor(a!) token, Tensor x, int observer, Tensor? mask=None) -> ()
     observe_gradient(Tensor x, int observer, Tensor? mask=None) -> Tensor
     observe_gradient_backward(Tensor grad, int observer, Tensor? mask=None) -> Tensor
 
-In eager mode a tensor hook on the output reads its gradient for free. A compiled graph cannot hold such a hook, but it can hold an
-operator with a backward of its own, at the price of a copy of the activation and one of the gradient: that is this operator, and only
-compiled graphs use it.
+``observe_activation_`` runs a statistic that has no operator of its own, whatever its Python does. ``token`` is a number that the operator
+counts up: an operator that changes nothing would be left out of the graph.
 
-The observer is named by a number, and its state is no argument of the operator. Were it one, autograd would save it for backward and refuse
-when anything changed it in between: the backward of another micro-batch, or the end of a window.
+``observe_gradient`` is the identity, whose backward shows the gradient. In eager mode a tensor hook on the output reads its gradient for
+free. A compiled graph cannot hold such a hook. It can hold an operator with its own backward, which costs a copy of the activation and one
+of the gradient. Only compiled graphs use this operator.
+
+The observer is named by a number, and its state is not an argument of the operator. Otherwise autograd would save the state for backward,
+and refuse when anything changed it in between: the backward of another micro-batch, or the end of a window.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+ACTIVATION = "observe_activation_(Tensor(a!) token, Tensor x, int observer, Tensor? mask=None) -> ()"
 SCHEMAS = (
     "observe_gradient(Tensor x, int observer, Tensor? mask=None) -> Tensor",
     "observe_gradient_backward(Tensor grad, int observer, Tensor? mask=None) -> Tensor",
@@ -29,7 +34,10 @@ SCHEMAS = (
 
 
 class Observer(Protocol):
-    """What reads the gradient."""
+    """What reads the activation, or its gradient."""
+
+    def activation(self, x: Tensor, mask: Tensor | None) -> None:
+        """Called in every forward."""
 
     def gradient(self, grad: Tensor, mask: Tensor | None) -> None:
         """Called in every backward, with the mask that was given to the forward."""
@@ -46,6 +54,7 @@ def register_observer(observer: Observer) -> int:
 
     >>> import torch
     >>> class Print:
+    ...     def activation(self, x, mask): ...
     ...     def gradient(self, grad, mask):
     ...         print(grad.tolist())
     >>> observer = Print()
@@ -69,6 +78,16 @@ def _backward(grad: Tensor, observer: int, mask: Tensor | None = None) -> Tensor
     return grad.clone()
 
 
+def _activation(token: Tensor, x: Tensor, observer: int, mask: Tensor | None = None) -> None:
+    token += 1
+    if (target := _observers.get(observer)) is not None:
+        target.activation(x, mask)
+
+
+def _fake_activation(token: Tensor, x: Tensor, observer: int, mask: Tensor | None = None) -> None:
+    pass
+
+
 def _fake(x: Tensor, observer: int, mask: Tensor | None = None) -> Tensor:
     return x.clone()
 
@@ -88,7 +107,11 @@ def _autograd_again(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def register(library: torch.library.Library) -> None:
-    """Defines both operators; every device shares one implementation, since the observer does the work."""
+    """Defines the operators; every device shares one implementation, since the observer does the work."""
+    library.define(ACTIVATION)
+    library.impl("observe_activation_", _activation, "CompositeExplicitAutograd")
+    library.impl("observe_activation_", torch.library.fallthrough_kernel, "Autograd")  # nothing here is differentiable
+    torch.library.register_fake("torchprobe::observe_activation_", _fake_activation, lib=library)
     names = ("observe_gradient", "observe_gradient_backward")
     for schema, name, kernel in zip(SCHEMAS, names, (_forward, _backward), strict=True):
         library.define(schema)
