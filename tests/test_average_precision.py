@@ -188,7 +188,7 @@ def test_nan_is_refused(ap_of):
 
 def test_what_does_not_fit_is_refused_in_words(ap_of):
     x, labels = problem()
-    with pytest.raises(ValueError, match=r"scores of shape \(3, 399\) do not go with labels of 400 images: expected \(units, 400\)"):
+    with pytest.raises(ValueError, match=r"scores of shape \(3, 399\) do not fit labels of 400 images: expected \(units, 400\)"):
         ap_of(x[:, 1:], labels)
     with pytest.raises(ValueError, match=r"scores must be floating point.*torch.int64"):
         ap_of(x.long(), labels)

@@ -266,7 +266,7 @@ def test_dissect_prints_and_writes(run, broden, tmp_path):
     assert "nothing to resume" in err
     code, _, err = run(*dissecting(broden, tmp_path / "out", "--null", broden))
     assert code == 1
-    assert "holds no finished dissection" in err
+    assert "does not hold a finished dissection" in err
 
 
 def test_dissect_as_json_by_average_precision(run, broden, tmp_path):

@@ -228,7 +228,7 @@ def test_pooling():
         torch.testing.assert_close(got, exact([[x]], [[y]]), rtol=1e-5, atol=1e-5)
     got = cka(a, Replay(tokens), numbers, "0", "layers.0", pooling="mean", feature_dim_a=1, feature_dim_b={"layers.*": 1})
     torch.testing.assert_close(got, exact([[maps.mean((2, 3))]], [[tokens.mean(2)]]), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="feature_dim=4 is none of them"):
+    with pytest.raises(ValueError, match="has no dimension feature_dim=4"):
         cka(a, Replay(tokens), numbers, "0", "layers.0", feature_dim_a=4)
     with pytest.raises(ValueError, match='pooling is "flatten" or "mean"'):
         cka(a, a, numbers, pooling="max")
@@ -264,7 +264,7 @@ def test_images_that_cannot_be_told_apart():
         def forward(self, x):
             return x.reshape(-1, 2)
 
-    with pytest.raises(ValueError, match=r"layer '0' gives shape \(18, 2\) for 6 images, in which they cannot be told apart"):
+    with pytest.raises(ValueError, match=r"layer '0' gives shape \(18, 2\) for 6 images: no dimension of the images was found"):
         cka(nn.Sequential(Windows()), nn.Sequential(nn.Linear(6, 2)), [torch.randn(6, 6)], "0", "0")
     with pytest.raises(ValueError, match=r"layer '0' gives shape \(6,\)"):
         cka(nn.Sequential(nn.Flatten(0)), nn.Sequential(nn.Linear(1, 2)), [torch.randn(6, 1)], "0", "0")

@@ -194,7 +194,7 @@ def demo(output: Path, as_json: bool) -> None:
     from torchprobe.rendering.tables import layer_table
     from torchprobe.studies import demo as study
     from torchprobe.studies.demo_dissection import demo_dissection
-    from torchprobe.studies.dissect_text import print_dissections
+    from torchprobe.studies.dissect_pages import print_dissections
     from torchprobe.studies.scan_text import print_representation
 
     output.mkdir(parents=True, exist_ok=True)  # rather than fail at the end

@@ -60,8 +60,8 @@ def renamed_arguments(**names: str) -> Callable[[Callable[Arguments, Result]], C
             for old in names.keys() & kwargs.keys():
                 new = names[old]
                 if new in kwargs:
-                    raise TypeError(f"{function.__name__}: {old!r} is the old name of {new!r}; give {new!r} alone")
-                warnings.warn(f"{function.__name__}: the argument {old!r} is deprecated, use {new!r}", DeprecationWarning, stacklevel=2)
+                    raise TypeError(f"{function.__qualname__}: {old!r} is the old name of {new!r}; give {new!r} alone")
+                warnings.warn(f"{function.__qualname__}: the argument {old!r} is deprecated, use {new!r}", DeprecationWarning, stacklevel=2)
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 

@@ -7,7 +7,6 @@
 :mod:`torchprobe.rendering.history`          a run: layers over steps, and the distribution of one layer over them
 :mod:`torchprobe.rendering.page`             one self-contained HTML file (jinja2)
 :mod:`torchprobe.rendering.dissection_page`  the page of a dissection: bars, units, pictures drawn when they come into view
-:mod:`torchprobe.rendering.outline`          a region of pixels as the path of its outline
 :mod:`torchprobe.statistics.bounds`        the values a kurtosis is read against
 ===========================================  ===========================================================================
 
