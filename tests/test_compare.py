@@ -16,7 +16,7 @@ import torch
 from torchprobe.analysis.correlation import rank_correlation
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.intervals import bootstrap_interval
-from torchprobe.datasets import Broden, labelled_folder
+from torchprobe.datasets import Broden, labeled_folder
 from torchprobe.studies.compare import Comparison, compare, load_results, write
 from torchprobe.studies.interpret import interpret
 
@@ -45,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, _no_plots: None) -> list[P
         name = HOSTILE if seed == 2 else f"model {seed}"
         interpret(
             model,
-            labelled_folder(images, names=sets.CLASSES),
+            labeled_folder(images, names=sets.CLASSES),
             root / role,
             head=sets.head(model),
             broden=broden,
@@ -116,7 +116,7 @@ def test_long_names_leave_room_for_the_figures(folders: list[Path], tmp_path: Pa
 
 
 def test_models_without_a_common_part(folders: list[Path], tmp_path: Path) -> None:
-    bare = interpret(sets.encoder(), labelled_folder(sets.write_classes(tmp_path / "images", 4)), tmp_path / "bare", layer_images=0)
+    bare = interpret(sets.encoder(), labeled_folder(sets.write_classes(tmp_path / "images", 4)), tmp_path / "bare", layer_images=0)
     other = compare([folders[0], bare.folder])
     assert other.models[1]["accuracy"] is None and other.pairs == [] and other.overlaps == []
     write(other, tmp_path / "out")
@@ -145,7 +145,7 @@ def test_encoders_that_were_not_shown_the_same(folders: list[Path], found: Compa
     assert found.remarks == []
     other = interpret(
         sets.encoder(1, "other"),
-        labelled_folder(sets.write_classes(tmp_path / "images", 5), names=sets.CLASSES),
+        labeled_folder(sets.write_classes(tmp_path / "images", 5), names=sets.CLASSES),
         tmp_path / "out",
         broden=Broden(sets.write_concepts(tmp_path / "concepts", 24)),
         layer_images=0,

@@ -94,7 +94,7 @@ def test_files_that_cannot_be_believed(tmp_path, what, message):
 
 def test_other_files(tmp_path):
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         Dissection.load(tmp_path / "text")
     with pytest.raises(FileNotFoundError, match="no such file"):
         Dissection.load(tmp_path / "none")

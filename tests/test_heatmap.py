@@ -13,8 +13,9 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from matplotlib.colors import to_rgb
 from test_rendering import HOSTILE, Tags
 
+from torchprobe.rendering.axes import ACCENT, BAND
 from torchprobe.rendering.heatmap import LEVELS, MOST, _shades, heat_map
-from torchprobe.rendering.plots import ACCENT, BAND, svg, write
+from torchprobe.rendering.plots import svg, write
 
 
 def ticks(axis):

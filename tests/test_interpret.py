@@ -23,7 +23,7 @@ from torchprobe.analysis.evaluation import evaluate
 from torchprobe.analysis.kurtosis import vector_kurtosis
 from torchprobe.analysis.pruning import prune
 from torchprobe.analysis.robustness import effective_robustness
-from torchprobe.datasets import Broden, DatasetError, Images, image_folder, labelled_folder
+from torchprobe.datasets import Broden, DatasetError, Images, image_folder, labeled_folder
 from torchprobe.encoders import Encoder, EncoderError, Head
 from torchprobe.studies.interpret import Interpretation, interpret
 from torchprobe.studies.interpret.inputs import gather, is_imagenet
@@ -47,12 +47,12 @@ def run(data: Path, out: Path, encoder: Encoder | None = None, **options: object
     model = encoder or sets.encoder()
     given: dict[str, object] = {
         "head": options.pop("head", None) or sets.head(model),
-        "shifts": {"noisy": labelled_folder(data / "noisy", names=sets.CLASSES)},
+        "shifts": {"noisy": labeled_folder(data / "noisy", names=sets.CLASSES)},
         "broden": Broden(data / "concepts"),
         "baseline": Baseline.from_csv(data / "baseline.csv"),
         "batch_size": 8,
     }
-    return interpret(model, labelled_folder(data / "images", names=sets.CLASSES), out, **given | options)  # type: ignore[arg-type]
+    return interpret(model, labeled_folder(data / "images", names=sets.CLASSES), out, **given | options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_unshifted_accuracy_on_the_classes_of_the_shift(data: Path, images: Embe
     """With x="subset" that is the x axis, along pruning too, and rows that stand for one class do so on both axes."""
     x = np.linspace(40.0, 90.0, 6)
     columns = {"imagenet": x, "imagenet_r": 0.7 * x + np.arange(6) % 2, "imagenet_on_r_classes": x + 5}
-    shift = replace(labelled_folder(data / "noisy", names=sets.CLASSES), classes=(0, 1), groups={0: (0, 1)})
+    shift = replace(labeled_folder(data / "noisy", names=sets.CLASSES), classes=(0, 1), groups={0: (0, 1)})
     blue_and_green = [i for i, label in enumerate(shift.labels) if label < 2]
     shift = replace(shift, paths=[shift.paths[i] for i in blue_and_green], labels=[0 for _ in blue_and_green])
     options = {"shifts": {"imagenet_r": shift}, "baseline": Baseline(columns), "broden": None, "layer_images": 0}
@@ -240,7 +240,7 @@ def test_mean_robustness_leaves_out_what_there_is_not() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_very_few_images(data: Path, tmp_path: Path, count: int) -> None:
-    all_of_them = labelled_folder(data / "images", names=sets.CLASSES)
+    all_of_them = labeled_folder(data / "images", names=sets.CLASSES)
     few = replace(all_of_them, paths=all_of_them.paths[:count], labels=all_of_them.labels[:count])
     found = interpret(sets.encoder(), few, tmp_path, head=sets.head(sets.encoder()), layer_images=1).results
     assert found["accuracy"]["imagenet"]["images"] == count
@@ -250,7 +250,7 @@ def test_very_few_images(data: Path, tmp_path: Path, count: int) -> None:
 
 
 def test_heads_that_say_little(data: Path, tmp_path: Path) -> None:
-    images = labelled_folder(data / "images")
+    images = labeled_folder(data / "images")
     alike = interpret(sets.encoder(), images, tmp_path / "alike", head=Head(torch.ones(3, sets.FEATURES)), layer_images=0).results
     assert alike["directions"]["centred"] == [] and alike["directions"]["rank"] == 1
     zeros = interpret(sets.encoder(), images, tmp_path / "zeros", head=Head(torch.zeros(3, sets.FEATURES)), layer_images=0).results
@@ -266,7 +266,7 @@ def test_unlabeled_shift_is_left_out(data: Path, tmp_path: Path) -> None:
 def test_narrow_representation_has_no_outlier_feature(data: Path, tmp_path: Path) -> None:
     narrow = Encoder(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), features=3, preprocess=sets.pixels, name="narrow")
     head = Head(torch.eye(3)[[2, 1, 0]])
-    found = interpret(narrow, labelled_folder(data / "images"), tmp_path, head=head, layer_images=0).results
+    found = interpret(narrow, labeled_folder(data / "images"), tmp_path, head=head, layer_images=0).results
     assert "among 3 features none can be 6 standard deviations out" in found["skipped"]["ablation"]
     assert found["outliers"]["rows"][0]["outlier_share"] is None
     assert "Among 3 features none can be" in (tmp_path / "index.html").read_text()
@@ -278,7 +278,7 @@ def test_remarks_on_folders_reach_the_page(data: Path, tmp_path: Path) -> None:
     (folder / "loose.png").write_bytes((folder / "red" / "00.png").read_bytes())
     images, _, _ = gather(sets.encoder(), folder, {}, "none")
     found = interpret(sets.encoder(), images, tmp_path / "out", layer_images=0).results
-    assert found["data"]["imagenet"]["remarks"] == ["1 file that is no image left out", "1 image beside the class folders left out"]
+    assert found["data"]["imagenet"]["remarks"] == ["left out: 1 file that is not an image", "1 image beside the class folders left out"]
     assert "1 image beside the class folders" in (tmp_path / "out" / "index.html").read_text()
 
 
@@ -293,9 +293,9 @@ def test_a_layer_that_never_fired_is_told(data: Path, tmp_path: Path) -> None:
 
 def test_names_of_sets_that_are_one_file_name(data: Path, tmp_path: Path) -> None:
     shifts = {
-        "a:b": labelled_folder(data / "noisy"),
-        "a/b": labelled_folder(data / "images"),
-        "imagenet$<i>\n": labelled_folder(data / "noisy"),
+        "a:b": labeled_folder(data / "noisy"),
+        "a/b": labeled_folder(data / "images"),
+        "imagenet$<i>\n": labeled_folder(data / "noisy"),
     }
     options = {"shifts": shifts, "broden": None, "layer_images": 0}
     first = run(data, tmp_path, **options)  # type: ignore[arg-type]
@@ -351,7 +351,7 @@ def test_killed_in_any_stage_and_resumed(whole: Interpretation, data: Path, tmp_
 def test_what_cannot_be_read_is_counted(data: Path, tmp_path: Path) -> None:
     folder = sets.write_classes(tmp_path / "images", each=4)
     (folder / "red" / "torn <b>.png").write_bytes((folder / "red" / "00.png").read_bytes()[:60])
-    found = interpret(sets.encoder(), labelled_folder(folder), tmp_path / "out", head=sets.head(sets.encoder()), layer_images=0)
+    found = interpret(sets.encoder(), labeled_folder(folder), tmp_path / "out", head=sets.head(sets.encoder()), layer_images=0)
     (skipped,) = found.results["data"]["imagenet"]["skipped"]
     assert skipped["file"] == "red/torn <b>.png" and found.results["data"]["imagenet"]["images"] == 12
     page = (tmp_path / "out" / "index.html").read_text()
@@ -405,7 +405,7 @@ def test_words_that_mean_no_head(data: Path, tmp_path: Path) -> None:
 def test_a_folder_of_imagenet_that_is_not_a_wnid(tmp_path: Path) -> None:
     sets.write_classes(tmp_path / "images", each=1)
     (tmp_path / "images" / "red").rename(tmp_path / "images" / "n01440764")
-    with pytest.raises(DatasetError, match="blue is no class of imagenet"):
+    with pytest.raises(DatasetError, match="blue is not a class of imagenet"):
         gather(sets.encoder(), tmp_path / "images", {}, "none")
 
 

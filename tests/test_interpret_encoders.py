@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from torchprobe.datasets import labelled_folder
+from torchprobe.datasets import labeled_folder
 from torchprobe.encoders import load_encoder
 from torchprobe.studies.interpret import interpret
 from torchprobe.studies.interpret.inputs import gather
@@ -50,13 +50,13 @@ def test_ranks_share_the_images(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import interpret_sets as sets
-from torchprobe.datasets import Broden, labelled_folder
+from torchprobe.datasets import Broden, labeled_folder
 from torchprobe.studies.interpret import interpret
 from torchprobe.common.ranks import torchrun
 
 with torchrun():
     model = sets.encoder()
-    images = labelled_folder({str(tmp_path / "images")!r}, names=sets.CLASSES)
+    images = labeled_folder({str(tmp_path / "images")!r}, names=sets.CLASSES)
     broden = Broden({str(tmp_path / "concepts")!r})
     found = interpret(model, images, {str(tmp_path / "two")!r}, head=sets.head(model), broden=broden, batch_size=4)
     assert found.results["accuracy"]["imagenet"]["images"] == 21
@@ -68,6 +68,6 @@ with torchrun():
     from torchprobe.datasets import Broden
 
     model = sets.encoder()
-    images = labelled_folder(tmp_path / "images", names=sets.CLASSES)
+    images = labeled_folder(tmp_path / "images", names=sets.CLASSES)
     one = interpret(model, images, tmp_path / "one", head=sets.head(model), broden=Broden(tmp_path / "concepts"), batch_size=4)
     assert json.loads((tmp_path / "two" / "results.json").read_text()) == one.results

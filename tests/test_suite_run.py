@@ -162,14 +162,14 @@ def test_an_encoder_that_does_not_fit_the_images_is_skipped(folder: Path, tmp_pa
     shown = replace(inputs(folder), shifts={}, broden=None, layer_images=0)
     comparison = run_suite(chosen, shown, tmp_path, pairs=False)
     assert [row["model"] for row in comparison.models] == ["zero", "scratch"]
-    assert comparison.skipped[0]["model"] == "strange" and "none of the 2 classes" in comparison.skipped[0]["why"]
+    assert comparison.skipped[0]["model"] == "strange" and "not one of the 2 classes" in comparison.skipped[0]["why"]
 
 
 def test_the_folders_are_looked_at_before_any_encoder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchprobe.encoders.suite.Row.load", lambda self: pytest.fail("fetched"))
-    with pytest.raises(DatasetError, match="is not there"):
+    with pytest.raises(DatasetError, match="does not exist"):
         run_suite(load_suite(folder / "suite.toml"), replace(inputs(folder), images=tmp_path / "absent"), tmp_path / "out")
-    with pytest.raises(DatasetError, match="is not there"):
+    with pytest.raises(DatasetError, match="does not exist"):
         run_suite(load_suite(folder / "suite.toml"), replace(inputs(folder), shifts={"noisy": tmp_path / "absent"}), tmp_path / "out")
 
 

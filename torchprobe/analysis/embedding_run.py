@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from torchprobe.analysis.embeddings_file import GrowingFile, Part
 from torchprobe.analysis.reading import Source
+from torchprobe.common.messages import reason
 from torchprobe.common.ranks import Ranks
-from torchprobe.datasets.images import Batch, DatasetError, reason
+from torchprobe.datasets.images import Batch, DatasetError
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from torchprobe.analysis.reading import Source, stable_repr
 from torchprobe.common import storage
 from torchprobe.common.digest import digest
 from torchprobe.common.ranks import Ranks
-from torchprobe.datasets.labelled import check_groups
+from torchprobe.datasets.labeled import check_groups
 
 _BLOCK = 1 << 22  # numbers looked at at a time
 
@@ -34,7 +34,7 @@ class Embeddings:
         ids: what the images are called.
         skipped: images that could not be read, with the reason.
         classes: the rows of the head to choose from; None: all.
-        groups: rows that stand for the same class, by label; see :class:`torchprobe.datasets.LabelledImages`.
+        groups: rows that stand for the same class, by label; see :class:`torchprobe.datasets.LabeledImages`.
         made: how they were made – encoder, data, batch size – as far as it is known.
         partial: it was stopped before the end.
 
@@ -201,7 +201,7 @@ def embed(
 
     Args:
         encoder: a :class:`torchprobe.Encoder`, or any module: images → (N, d). It is run in eval mode and then put back.
-        dataset: :class:`torchprobe.datasets.Images` or :class:`torchprobe.datasets.LabelledImages`; or a map-style PyTorch data set of
+        dataset: :class:`torchprobe.datasets.Images` or :class:`torchprobe.datasets.LabeledImages`; or a map-style PyTorch data set of
             (image, label) or images. PIL images go through ``encoder.preprocess``, tensors are taken as they are; a label is a row of
             the head. Items that cannot be read are skipped and counted; an item of a PyTorch data set is called by its index.
         batch_size: images in a batch. Part of the definition: a network gives slightly different numbers in batches of another size.

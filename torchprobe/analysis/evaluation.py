@@ -130,7 +130,7 @@ def right(predicted: Tensor, y: Tensor, groups: Mapping[int, tuple[int, ...]] | 
     Args:
         predicted: int64, rows of the head; −1 is never right.
         y: int64, labels.
-        groups: see :class:`torchprobe.datasets.LabelledImages`.
+        groups: see :class:`torchprobe.datasets.LabeledImages`.
 
     >>> right(torch.tensor([409, 530, 3]), torch.tensor([409, 409, 409]), {409: (409, 530)})
     tensor([ True,  True, False])

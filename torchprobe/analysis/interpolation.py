@@ -71,7 +71,7 @@ def _models(a: Model, b: nn.Module, alphas: list[float], recalibrate: Iterable[A
 def _mix(model: nn.Module, b: nn.Module, alpha: float) -> None:
     """Turns a copy of ``a`` into the mixture."""
     for encoder, other in _encoders(model, b).values():
-        for part in encoder._companions:
+        for part in encoder.companions:
             if getattr(other, part, None) is None:
                 setattr(encoder, part, None)
     if alpha == 0:
@@ -150,7 +150,7 @@ def _parts(a: nn.Module, b: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]
     """The two models, and what both have beside their layers, with the prefix of their names."""
     parts = [("", a, b)]
     for name, (encoder, other) in _encoders(a, b).items():
-        for part in encoder._companions:
+        for part in encoder.companions:
             mine, theirs = getattr(encoder, part), getattr(other, part, None)
             if mine is not None and theirs is not None:
                 parts.append((f"{name}.{part}." if name else f"{part}.", mine, theirs))

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from torchprobe.datasets.images import Batch, DatasetError, Images, reason, rgb, stack
-from torchprobe.datasets.labelled import LabelledImages
+from torchprobe.common.messages import reason
+from torchprobe.datasets.images import Batch, DatasetError, Images, rgb, stack
+from torchprobe.datasets.labeled import LabeledImages
 
 _UNKNOWN = -1
 
@@ -46,8 +47,8 @@ class Source:
         if isinstance(dataset, Images) and preprocess is None:
             raise ValueError("nothing says how an image becomes a tensor: the encoder has no .preprocess; give a data set of tensors")
         self.dataset, self.preprocess, self.size, self.workers = dataset, preprocess, size, workers
-        self.classes = dataset.classes if isinstance(dataset, LabelledImages) else None
-        self.groups = dict(dataset.groups) if isinstance(dataset, LabelledImages) and dataset.groups else None
+        self.classes = dataset.classes if isinstance(dataset, LabeledImages) else None
+        self.groups = dict(dataset.groups) if isinstance(dataset, LabeledImages) and dataset.groups else None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -61,7 +62,7 @@ class Source:
         """The batches of these numbers, in this order, each with the labels of what could be read."""
         if isinstance(self.dataset, Images):
             assert self.preprocess is not None
-            labels = self.dataset.labels if isinstance(self.dataset, LabelledImages) else None
+            labels = self.dataset.labels if isinstance(self.dataset, LabeledImages) else None
             for batch in self.dataset.batches(self.preprocess, self.size, self.workers, only):
                 yield batch, [_UNKNOWN if labels is None else int(labels[i]) for i in batch.indices]
             return
@@ -80,7 +81,7 @@ class Source:
         described: list[Any]
         if isinstance(self.dataset, Images):
             described = [[self.dataset.name(path), _bytes(path)] for path in self.dataset.paths]
-            if isinstance(self.dataset, LabelledImages):
+            if isinstance(self.dataset, LabeledImages):
                 described += [[int(label) for label in self.dataset.labels], self.dataset.border]
                 described += [self.classes, sorted((self.groups or {}).items())]
         else:

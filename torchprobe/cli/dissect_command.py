@@ -15,12 +15,16 @@ from torchprobe.cli.tools import (
     MODEL,
     console,
     device_named,
+    device_option,
     interruptible,
+    json_option,
+    output_option,
     print_files,
     print_json,
     progress_bar,
     say,
     stage_bar,
+    workers_option,
     working,
 )
 from torchprobe.rendering.tables import printable
@@ -48,11 +52,11 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
         return found
 
 
-@click.command(epilog=EXIT_CODES, help=HELP)
+@click.command(epilog=EXIT_CODES, short_help="Find out which concepts the units of an encoder detect.", help=HELP)
 @click.argument("model", required=False)
 @click.option("--layers", multiple=True, metavar="PATTERN", help="Name or glob of layers; may be repeated. See torchprobe layers.")
 @click.option("--broden", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder in the format of Broden.")
-@click.option("--out", type=click.Path(path_type=Path), default="torchprobe-dissection", show_default=True, metavar="DIR")
+@output_option("torchprobe-dissection")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in --out.")
 @click.option("--score", type=Scores(), default="iou,ap", show_default=True, help="iou needs layers with positions.")
 @click.option("--check", is_flag=True, help="Only list every problem of the data set.")
@@ -111,10 +115,10 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
     metavar="MIB",
     help="Memory for the thresholds of a layer; if it is too small, they are estimated.  [default: 256]",
 )
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto takes an accelerator if available.")
-@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Threads that decode images.")
+@device_option
+@workers_option
 @click.option("--seed", type=int, default=0, show_default=True, help="For --random-init and --rotate.")
-@click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+@json_option
 def dissect(model: str | None, layers: tuple[str, ...], folder: Path, check: bool, as_json: bool, **options: Any) -> None:
     if check:
         return _check(folder, options["workers"], as_json)

@@ -53,7 +53,7 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
         return name, Path(folder)
 
 
-@click.command(epilog=EXIT_CODES, help=HELP)
+@click.command(epilog=EXIT_CODES, short_help="Repeat the analysis of “Interpreting CLIP” on an encoder.", help=HELP)
 @click.argument("model", required=False)
 @click.option("--images", required=True, type=click.Path(path_type=Path), metavar="DIR", help="One folder for each class, or just images.")
 @click.option(
@@ -245,7 +245,7 @@ def _suite(
         _print_comparison(found, out, as_json)
 
 
-@click.command(epilog=EXIT_CODES, help=COMPARE_HELP)
+@click.command(epilog=EXIT_CODES, short_help="Compare encoders that were interpreted.", help=COMPARE_HELP)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDERS…")
 @click.option("--out", type=click.Path(path_type=Path), default="torchprobe-compare", show_default=True, metavar="DIR")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of bootstrap and permutations.")

@@ -27,13 +27,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torchprobe.common.messages import did_you_mean, reason
 from torchprobe.common.progress import CountCallback
-from torchprobe.encoders.checkpoint import load_head
 from torchprobe.encoders.encoder import Encoder
-from torchprobe.encoders.errors import EncoderError, nearest, reason
-from torchprobe.encoders.head import Head
-from torchprobe.encoders.libraries import SOURCES
-from torchprobe.encoders.load import load_encoder
+from torchprobe.encoders.errors import EncoderError
+from torchprobe.encoders.head import Head, load_head
+from torchprobe.encoders.load import SOURCES, load_encoder
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -149,7 +148,7 @@ def load_suite(path: str | os.PathLike[str] = PAPER) -> list[Row]:
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise EncoderError(f"{file} cannot be read as TOML: {reason(error)}") from error
     entries = content.get("encoder")
-    problems = [f"unknown key {key!r}" + nearest(key, ["encoder"]) for key in content if key != "encoder"]
+    problems = [f"unknown key {key!r}" + did_you_mean(key, ["encoder"]) for key in content if key != "encoder"]
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         problems.append("expected at least one [[encoder]]")
         entries = []
@@ -177,7 +176,7 @@ def _row(entry: Mapping[str, Any], folder: Path) -> Row:
 def _problems(entry: Mapping[str, Any]) -> list[str]:
     """What is wrong with one entry, by itself."""
     known = [*_TEXTS, "normalize", "accuracy"]
-    problems = [f"unknown key {key!r}" + nearest(key, known) for key in entry if key not in known]
+    problems = [f"unknown key {key!r}" + did_you_mean(key, known) for key in entry if key not in known]
     for key, required in _TEXTS.items():
         if key in entry and not isinstance(entry[key], str):
             problems.append(f"{key} is a string, got {entry[key]!r}")
@@ -188,7 +187,7 @@ def _problems(entry: Mapping[str, Any]) -> list[str]:
     texts = {key: value for key, value in entry.items() if key in _TEXTS and isinstance(value, str)}
     role, source, head = (texts.get(key, "") for key in ("role", "source", "head"))
     if role and role not in ROLES:
-        problems.append(f"unknown role {role!r}, expected one of {', '.join(ROLES)}" + nearest(role, ROLES))
+        problems.append(f"unknown role {role!r}, expected one of {', '.join(ROLES)}" + did_you_mean(role, ROLES))
     kind, _, rest = source.partition(":")
     if source and (kind not in SOURCES or not rest):
         problems.append(f"{source!r} is not the name of an encoder: expected one of {', '.join(f'{s}:NAME' for s in SOURCES)}")
@@ -203,7 +202,7 @@ def _problems(entry: Mapping[str, Any]) -> list[str]:
 def _accuracy_problems(accuracy: object) -> list[str]:
     if not isinstance(accuracy, Mapping):
         return [f"accuracy is a table of test sets, got {accuracy!r}"]
-    problems = [f"unknown test set {key!r}" + nearest(key, TEST_SETS) for key in accuracy if key not in TEST_SETS]
+    problems = [f"unknown test set {key!r}" + did_you_mean(key, TEST_SETS) for key in accuracy if key not in TEST_SETS]
     for key, value in accuracy.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
             problems.append(f"the accuracy on {key} is in per cent, 0 to 100, got {value!r}")

@@ -129,7 +129,7 @@ class History:
         Raises:
             KeyError: no such field.
         """
-        from torchprobe.rendering.history import history_map
+        from torchprobe.rendering.heatmap import history_map
 
         field = field or self.headline
         marked = self["nonfinite"] > 0 if "nonfinite" in self.fields else None
@@ -142,7 +142,7 @@ class History:
             KeyError: the layer is in no window; the message names the nearest.
             ValueError: the statistic keeps no histogram.
         """
-        from torchprobe.rendering.history import layer_over_time
+        from torchprobe.rendering.heatmap import layer_over_time
 
         if not self.statistic.bins:
             raise ValueError(f"{type(self.statistic).__name__} keeps no histogram of its windows; plot(field) shows a field of all layers")

@@ -273,7 +273,7 @@ class Recorder(Recording):
             RuntimeError: a rank has ended, or does not come within ``timeout``; the process group is of no use then.
         """
         factory = self._control.factory
-        entries, aliases = all_reduce(self._entries(), self.settings, list(self._hooks), self._aliases, factory, group, union, timeout)
+        entries, aliases = all_reduce(self._entries(), self.settings, list(self._hooks), self.aliases, factory, group, union, timeout)
         return Recording(entries, self.settings, aliases, factory.template)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -320,7 +320,7 @@ class Recorder(Recording):
         return layer in self._hooks
 
     def _missing(self, layer: str) -> str:
-        name = self._aliases.get(layer, layer)
+        name = self.aliases.get(layer, layer)
         return f"layer {name!r} is recorded, but has not fired" if name in self._hooks else super()._missing(layer)
 
     def _absorb(self, theirs: Entry) -> None:

@@ -14,7 +14,8 @@
 from torchprobe.statistics.moments import Moments
 from torchprobe.statistics.quantile import Quantile
 from torchprobe.statistics.several import Several
-from torchprobe.statistics.statistic import FEATURES, State, Statistic
+from torchprobe.statistics.state import FEATURES, State
+from torchprobe.statistics.statistic import Statistic
 from torchprobe.statistics.top_inputs import TopInputs
 
 __all__ = ["FEATURES", "Moments", "Quantile", "Several", "State", "Statistic", "TopInputs"]

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchprobe.common.deprecation import renamed
 from torchprobe.ops import layout
 from torchprobe.ops.observe import merge_states, new_state, observe_
-from torchprobe.statistics.statistic import State, Statistic
+from torchprobe.statistics.state import State
+from torchprobe.statistics.statistic import Statistic
 
 HELP = {
     "vectors": "activation vectors counted in",

@@ -18,7 +18,7 @@ from torchprobe.analysis.embedding_run import by_first
 from torchprobe.common.progress import ProgressCallback
 from torchprobe.common.ranks import Ranks
 from torchprobe.datasets import Broden, DatasetError, Images
-from torchprobe.datasets.labelled import class_folders
+from torchprobe.datasets.labeled import class_folders
 from torchprobe.encoders import Encoder, EncoderError, Head
 from torchprobe.encoders.encoder import Template
 from torchprobe.encoders.suite import Row

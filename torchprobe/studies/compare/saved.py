@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.datasets.labelled import count
+from torchprobe.common.messages import counted
 from torchprobe.studies.interpret.measures import IMAGENET, mean_robustness
 from torchprobe.studies.interpret.result import FORMAT
 
@@ -92,7 +92,7 @@ class Saved:
             row["robustness"], row["shifts"] = mean_robustness(r["robustness"])
             row["extrapolated"] = any(one["extrapolated"] for one in r["robustness"]["rows"])
             beyond = ", extrapolated" if row["extrapolated"] else ""
-            row["robustness_note"] = f"{r['robustness']['accuracies']}, {count(row['shifts'], 'shift')}{beyond}"
+            row["robustness_note"] = f"{r['robustness']['accuracies']}, {counted(row['shifts'], 'shift')}{beyond}"
         if "concepts" in r:
             headline = next(one for one in r["concepts"]["sweep"]["units"] if one["threshold"] == r["concepts"]["threshold"])
             row |= {"concepts": headline["unique"], "polysemanticity": headline["polysemanticity"]}

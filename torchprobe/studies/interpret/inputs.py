@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from torchprobe.common.digest import digest
-from torchprobe.datasets import DatasetError, Images, LabelledImages, image_folder, imagenet_set, labelled_folder
+from torchprobe.common.messages import counted
+from torchprobe.datasets import DatasetError, Images, LabeledImages, image_folder, imagenet_set, labeled_folder
 from torchprobe.datasets.imagenet import KINDS
 from torchprobe.datasets.images import SUFFIXES
-from torchprobe.datasets.labelled import count
 from torchprobe.encoders import Encoder, EncoderError, Head, load_head
 from torchprobe.encoders.encoder import Template
 from torchprobe.studies.interpret.stages import Stages
@@ -41,15 +41,15 @@ def load_images(folder: Path, names: Sequence[str] | None = None, limit: int | N
     if is_imagenet(folder):
         return imagenet_set(folder, IMAGENET, limit, seed)
     if folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
-        return _with_loose(labelled_folder(folder, limit, seed, names))
+        return _with_loose(labeled_folder(folder, limit, seed, names))
     return image_folder(folder, limit, seed)
 
 
-def _with_loose(images: LabelledImages) -> LabelledImages:
+def _with_loose(images: LabeledImages) -> LabeledImages:
     """With a remark on images beside the class folders, which are in none of them."""
     assert images.root is not None
     loose = sum(entry.is_file() and entry.suffix.lower() in SUFFIXES for entry in images.root.iterdir())
-    remark = f"{count(loose, 'image')} beside the class folders left out"
+    remark = f"{counted(loose, 'image')} beside the class folders left out"
     return replace(images, remarks=[*images.remarks, remark]) if loose else images
 
 
@@ -77,7 +77,7 @@ def load_shift(name: str, folder: Path, names: Sequence[str] | None, imagenet: b
         return imagenet_set(folder, name, limit, seed)
     if imagenet and is_imagenet(folder):
         return imagenet_set(folder, IMAGENET, limit, seed)
-    return labelled_folder(folder, limit, seed, names)
+    return labeled_folder(folder, limit, seed, names)
 
 
 def make_head(
@@ -146,9 +146,9 @@ def gather(
     """
     imagenet = is_imagenet(images)
     seen = load_images(images, None, limit, seed)
-    classes = [name.replace("_", " ") for name in seen.names or ()] if isinstance(seen, LabelledImages) and not imagenet else None
+    classes = [name.replace("_", " ") for name in seen.names or ()] if isinstance(seen, LabeledImages) and not imagenet else None
     made = make_head(encoder, head, classes or None, templates, keep)
-    if made is None or not isinstance(seen, LabelledImages):
+    if made is None or not isinstance(seen, LabeledImages):
         return seen, {name: load_shift(name, folder, None, imagenet, limit, seed) for name, folder in shifts.items()}, made
     names: Sequence[str] | None = None
     if not imagenet:
@@ -160,7 +160,8 @@ def gather(
             names = seen.names
         else:
             raise DatasetError(
-                f"{images} has {count(folders, 'class folder')}, the head {made.out_features} classes without names: which folder is which "
+                f"{images} has {counted(folders, 'class folder')}, the head {made.out_features} classes without names: which folder is "
+                "which "
                 "class is not known. Without a head (--head none) the folders mean nothing"
             )
     if imagenet and made.out_features != 1000:

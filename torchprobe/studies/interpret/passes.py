@@ -18,7 +18,7 @@ from torchprobe.analysis.embeddings import Embeddings, embed
 from torchprobe.common.digest import digest
 from torchprobe.common.progress import Clock, Progress
 from torchprobe.common.ranks import Ranks
-from torchprobe.datasets import Broden, Images, LabelledImages
+from torchprobe.datasets import Broden, Images, LabeledImages
 from torchprobe.dissection import Dissection
 from torchprobe.dissection.walk import clear_checkpoint
 from torchprobe.encoders import Encoder, Head
@@ -150,7 +150,7 @@ class Passes:
                 raise KeyboardInterrupt
             result.recording.save(self.folder / "recording.safetensors")
             remarks = [str(one.message) for one in caught if issubclass(one.category, RecordingWarning)]
-            return {"rows": result.layers(), "images": result.images, "skipped": len(result.unreadable), "remarks": remarks}
+            return {"rows": result.rows(), "images": result.images, "skipped": len(result.unreadable), "remarks": remarks}
 
         facts = self.facts | {"images": identity(embedded), "layers": layers, "count": count}
         results["layers"] = self.stages.run("layers", facts, compute)
@@ -170,7 +170,7 @@ def sample(images: Images, count: int, seed: int) -> Images:
         return images
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
     paths = [images.paths[i] for i in chosen]
-    if isinstance(images, LabelledImages):
+    if isinstance(images, LabeledImages):
         return replace(images, paths=paths, labels=[images.labels[i] for i in chosen])
     return replace(images, paths=paths)
 

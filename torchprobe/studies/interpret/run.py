@@ -17,7 +17,7 @@ from torchprobe.analysis.embedding_run import by_first
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.common.progress import Clock, Progress, ProgressCallback
 from torchprobe.common.ranks import Ranks
-from torchprobe.datasets import Broden, Images, LabelledImages
+from torchprobe.datasets import Broden, Images, LabeledImages
 from torchprobe.encoders import Encoder, Head
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret import measures
@@ -225,7 +225,7 @@ class _Run(Passes):
                     "labelled": int((one.y >= 0).sum()),
                     "skipped": [{"file": file, "reason": reason} for file, reason in one.skipped],
                     "classes": None if one.classes is None else len(one.classes),
-                    "remarks": list(source.remarks) if isinstance(source := sources[name], LabelledImages) else [],
+                    "remarks": list(source.remarks) if isinstance(source := sources[name], LabeledImages) else [],
                 }
                 for name, one in sets.items()
             },

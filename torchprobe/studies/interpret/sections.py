@@ -20,7 +20,7 @@ from torchprobe.studies.interpret.columns import (
     ROBUSTNESS_COLUMNS,
 )
 from torchprobe.studies.interpret.result import Interpretation
-from torchprobe.studies.scan_page import VECTOR, layer_columns, with_vectors
+from torchprobe.studies.scan_report import VECTOR, layer_columns, with_vectors
 
 SHOWN = 20
 """Rows of a table of features or directions."""
@@ -96,7 +96,7 @@ def outlier_features(r: dict[str, Any]) -> list[Section]:
                     lambda width: plots.feature_profile(
                         [figures.nan(row["relative_size"]) for row in by_index],
                         [figures.nan(row["outlier_share"]) for row in by_index],
-                        labelled=named,
+                        named=named,
                         width=width,
                     ),
                     f"Relative size and outlier share of {len(by_index)} features",

@@ -1,4 +1,4 @@
-"""Image files with labels: one folder a class."""
+"""Image files with labels: one folder for each class."""
 
 from __future__ import annotations
 
@@ -13,30 +13,35 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from torchprobe.datasets.images import SUFFIXES, Batch, DatasetError, Images
+from torchprobe.common.messages import counted, listing
+from torchprobe.datasets.images import SUFFIXES, Batch, DatasetError, Images, image_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MOST_NAMES = 5
+"""Names of folders or classes in a message."""
+
 
 @dataclass(frozen=True)
-class LabelledImages(Images):
-    """Image files with a label each, which is a row of the head.
+class LabeledImages(Images):
+    """Image files with labels. A label is a row of the head.
 
     Args:
         paths, root: see :class:`Images`.
-        labels: one for each path, −1 where it is not known.
-        names: what the rows of the head are called, in order; None where nobody knows.
-        classes: the rows that a head is to choose from, ascending; None: all.
-        groups: rows that stand for the same class, by the label that stands for them, which is the lowest: ObjectNet's "Alarm clock" is
-            both "analog clock" and "digital clock". Any of them is right.
+        labels: one for each path; −1 if unknown.
+        names: the names of the rows of the head, in order; None if unknown.
+        classes: the rows that the head may choose, ascending; None: all.
+        groups: label → all rows that stand for the same class. The label is the lowest of them, and each of them is correct. For
+            example, "Alarm clock" of ObjectNet is both "analog clock" and "digital clock".
         border: pixels to cut from each side before preprocessing.
-        remarks: what is not as expected, such as a class without images.
+        remarks: unexpected findings, such as a class without images.
 
     Raises:
-        ValueError: not one label for each path; groups that share a row or whose label is not their lowest row.
+        ValueError: the number of labels differs from the number of paths; two groups share a row; or the label of a group is not its
+            lowest row.
 
-    >>> LabelledImages([Path("a.png"), Path("b.png")], labels=[1, 0], names=("cat", "dog")).labels
+    >>> LabeledImages([Path("a.png"), Path("b.png")], labels=[1, 0], names=("cat", "dog")).labels
     [1, 0]
     """
 
@@ -55,49 +60,49 @@ class LabelledImages(Images):
     def batches(
         self, preprocess: Callable[[Image], Tensor], size: int, workers: int = 2, only: Sequence[int] | None = None
     ) -> Iterator[Batch]:
-        """As :meth:`Images.batches`, without the border."""
+        """As :meth:`Images.batches`, with the border cut off."""
 
         def cropped(image: Image) -> Tensor:
             left, right, top, bottom = self.border, image.width - self.border, self.border, image.height - self.border
             if left >= right or top >= bottom:
-                raise ValueError(f"nothing is left of {image.width} × {image.height} pixels without the border of {self.border}")
+                raise ValueError(f"{image.width} × {image.height} pixels are too small to cut {self.border} pixels from each side")
             return preprocess(image.crop((left, top, right, bottom)))
 
         return super().batches(cropped if self.border else preprocess, size, workers, only)
 
 
 def check_groups(groups: Mapping[int, tuple[int, ...]] | None) -> None:
-    """Refuses groups of rows that share one, or whose label is not their lowest.
+    """Checks the groups of :class:`LabeledImages`.
 
     Raises:
-        ValueError: they do.
+        ValueError: two groups share a row, or the label of a group is not its lowest row.
     """
     for label, rows in (groups or {}).items():
         if not rows or label != min(rows):
-            raise ValueError(f"the label of a group of rows is the lowest of them, got {label} for {list(rows)}")
+            raise ValueError(f"the label of a group of rows must be the lowest of them, got {label} for {list(rows)}")
     shared = [row for row, count in Counter(row for rows in (groups or {}).values() for row in set(rows)).items() if count > 1]
     if shared:
         raise ValueError(f"row {shared[0]} is in two groups")
 
 
-def labelled_folder(
+def labeled_folder(
     root: str | os.PathLike[str], limit: int | None = None, seed: int = 0, names: Sequence[str] | None = None
-) -> LabelledImages:
-    """The images beneath the folders of ``root``, one folder a class; links to folders are followed.
+) -> LabeledImages:
+    """The images in the folders of ``root``, one folder for each class. Links to folders are followed.
 
-    Without ``names`` the classes are numbered in the order of their folders' names, as torchvision's ImageFolder does; a folder without
-    images keeps its number and is remarked on.
+    Without ``names`` the classes are numbered in the order of the names of their folders, as in torchvision's ImageFolder. A folder
+    without images keeps its number, and a remark says so.
 
     Args:
         root: a folder of folders of images.
-        limit: take so many of the images, chosen at random.
-        seed: of that choice.
-        names: what the rows of the head are called: folders are matched to them, by name as it is or regardless of case and of "_", "-"
-            and spaces. Rows without a folder are left out of :attr:`LabelledImages.classes`.
+        limit: take this number of images, chosen at random.
+        seed: of the random choice.
+        names: the names of the rows of the head. Each folder is matched to the row of the same name, or else to a name that differs only
+            in case, "_", "-" and spaces. Rows without a folder are not in :attr:`LabeledImages.classes`.
 
     Raises:
-        DatasetError: no such folder, no folders in it or no images in those; folders that match none of ``names`` or more than one,
-            or two folders that match the same.
+        DatasetError: the folder does not exist, or has no folders, or these have no images; a folder matches no name or several names;
+            or two folders match the same name.
         ValueError: ``limit`` below 1.
 
     >>> import tempfile
@@ -105,36 +110,36 @@ def labelled_folder(
     >>> for name in ("a/1.png", "b/1.png", "b/2.png"):
     ...     (folder / name).parent.mkdir(exist_ok=True)
     ...     (folder / name).touch()
-    >>> labelled_folder(folder).labels
+    >>> labeled_folder(folder).labels
     [0, 1, 1]
     """
     folders = class_folders(Path(root))
     if names is None:
         rows = {folder.name: row for row, folder in enumerate(folders)}
-        return gather(Path(root), folders, rows, tuple(rows), None, limit=limit, seed=seed)
+        return collect(Path(root), folders, rows, tuple(rows), None, limit=limit, seed=seed)
     rows = _matched([folder.name for folder in folders], names)
     classes = None if len(rows) == len(names) else tuple(sorted(rows.values()))
-    return gather(Path(root), folders, rows, tuple(names), classes, limit=limit, seed=seed)
+    return collect(Path(root), folders, rows, tuple(names), classes, limit=limit, seed=seed)
 
 
 def class_folders(root: Path) -> list[Path]:
-    """The folders of ``root`` by name, hidden ones left out.
+    """The folders in ``root``, sorted by name, without hidden folders.
 
     Raises:
-        DatasetError: there is no such folder, or none in it.
+        DatasetError: ``root`` is not a folder, or it has no folders.
     """
     if not root.is_dir():
-        raise DatasetError(f"{root} is {'a file' if root.exists() else 'not there'}; expected a folder with one folder for each class")
+        raise DatasetError(f"{root} {'is a file' if root.exists() else 'does not exist'}; expected a folder with one folder for each class")
     entries = sorted(root.iterdir())
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if not folders:
         images = sum(entry.suffix.lower() in SUFFIXES for entry in entries)
-        seen = f"{count(images, 'image')} right in it" if images else "it holds no image" if entries else "it is empty"
-        raise DatasetError(f"no class folders in {root}: {seen}. Expected one folder for each class, with its images in it")
+        found = f"it has {counted(images, 'image')} outside class folders" if images else "it has no images" if entries else "it is empty"
+        raise DatasetError(f"no class folders in {root}: {found}. Expected one folder for each class, with its images in it")
     return folders
 
 
-def gather(
+def collect(
     root: Path,
     folders: Sequence[Path],
     rows: Mapping[str, int],
@@ -145,11 +150,11 @@ def gather(
     limit: int | None = None,
     seed: int = 0,
     remarks: Sequence[str] = (),
-) -> LabelledImages:
-    """The images of ``folders``, labelled by ``rows[folder.name]``.
+) -> LabeledImages:
+    """The images in ``folders`` with the labels ``rows[folder.name]``; see :class:`LabeledImages` for the other arguments.
 
     Raises:
-        DatasetError: there is none.
+        DatasetError: there are no images.
         ValueError: ``limit`` below 1.
     """
     if limit is not None and limit < 1:
@@ -158,50 +163,28 @@ def gather(
     empty: list[str] = []
     others = 0
     for folder in folders:
-        files = [Path(where, file) for where, _, inside in _walk(folder) for file in inside]
-        images = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+        images, other_files = image_files(folder)
         found += [(image, rows[folder.name]) for image in images]
-        others += len(files) - len(images)
+        others += other_files
         if not images:
             empty.append(folder.name)
     if not found:
         raise DatasetError(
-            f"no image in the {len(folders)} class folders of {root}, but {others} other files. "
+            f"no images in the {counted(len(folders), 'class folder')} of {root}, but {others} other files. "
             f"Expected files ending in {', '.join(sorted(SUFFIXES))}"
         )
-    said = list(remarks)
+    remarks = list(remarks)
     if empty:
-        said.append(f"{count(len(empty), 'class folder')} without an image: {some(empty)}")
+        remarks.append(f"{counted(len(empty), 'class folder')} without images: {listing(empty, MOST_NAMES)}")
     if others:
-        said.append(f"{count(others, 'file')} that {'is' if others == 1 else 'are'} no image left out")
+        remarks.append("left out: " + ("1 file that is not an image" if others == 1 else f"{others} files that are not images"))
     if limit is not None and limit < len(found):
-        said.append(f"{limit} of {len(found)} images, chosen at random")
+        remarks.append(f"{limit} of {len(found)} images, chosen at random")
         found = [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), limit))]
-    return LabelledImages(
+    return LabeledImages(
         [path for path, _ in found], root, labels=[row for _, row in found], names=names, classes=classes, groups=groups, border=border,
-        remarks=said,
+        remarks=remarks,
     )  # fmt: skip
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few names."""
-    return ", ".join(names[:most]) + (f" … and {len(names) - most} more" if len(names) > most else "")
-
-
-def count(n: int, what: str) -> str:
-    """``n`` of something, in the singular or the plural."""
-    return f"{n} {what}" + ("" if n == 1 else "s")
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As os.walk, through links, each folder once."""
-    visited: set[str] = set()
-    for where, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(where)) in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        yield where, folders, files
 
 
 def _matched(folders: Sequence[str], names: Sequence[str]) -> dict[str, int]:
@@ -216,10 +199,10 @@ def _matched(folders: Sequence[str], names: Sequence[str]) -> dict[str, int]:
         rows = exact.get(folder) or loose.get(_loose(folder)) or []
         if len(rows) != 1:
             if rows:
-                raise DatasetError(f"class folder {folder!r} matches the rows {rows} of the head alike: rename what is called the same")
+                raise DatasetError(f"class folder {folder!r} matches several rows of the head, {rows}: give these rows different names")
             near = difflib.get_close_matches(folder, names, n=3)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f" ({some(list(names))})"
-            raise DatasetError(f"class folder {folder!r} is none of the {len(names)} classes of the head{hint}")
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f" ({listing(names, MOST_NAMES)})"
+            raise DatasetError(f"class folder {folder!r} is not one of the {len(names)} classes of the head{hint}")
         matched[folder] = rows[0]
     if twice := [row for row, times in Counter(matched.values()).items() if times > 1]:
         same = [folder for folder, row in matched.items() if row == twice[0]]
