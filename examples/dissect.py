@@ -71,7 +71,7 @@ def main() -> None:
     images = torch.stack([to_tensor(image) for image, _, _ in drawn])
     discs = torch.tensor([[(shape == 1).mean() * 20] for _, shape, _ in drawn], dtype=torch.float32)
     with torch.no_grad():
-        model(images)  # gives the batch norms statistics to start with
+        model(images)  # gives the batch norms their first statistics
     before = dissect(model, "1", broden)["1"]
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -115,7 +115,7 @@ def test_a_rotation_is_the_one_of_its_seed_and_keeps_what_has_no_direction_out()
         rotation_control(h, rotations=0)
 
 
-def test_centring_takes_out_what_is_always_large():
+def test_centering_takes_out_what_is_always_large():
     h = with_outlier(size=50.0)
     wide = h.double().numpy()
     np.testing.assert_allclose(centered_kurtosis(h), scipys(wide - wide.mean(0)), rtol=1e-6)
@@ -127,7 +127,7 @@ def test_centring_takes_out_what_is_always_large():
     assert centered_kurtosis(spoiled)[-1].isnan()
 
 
-def test_vectors_that_are_all_the_same_leave_nothing_when_centred():
+def test_vectors_that_are_all_the_same_leave_nothing_when_centered():
     assert centered_kurtosis(torch.randn(1, 33).repeat(7, 1)).isnan().all()
     assert centered_kurtosis(torch.full((2, 4), math.nan)).isnan().all()
     assert centered_kurtosis(torch.randn(0, 4)).shape == (0,)

@@ -154,7 +154,7 @@ def test_transform_and_workers(pristine):
     assert repr(other).startswith(f"Broden({len(pristine.data_rows)} images, 330 labels in object, color, part")
 
 
-def test_optimised_pngs_mean_the_same(trap):
+def test_optimized_pngs_mean_the_same(trap):
     """A palette or grayscale PNG holds the same colors."""
     numbers = np.random.default_rng(0).choice([0, 1, 319, 256], (20, 30))
     path = trap.root / "a.png"

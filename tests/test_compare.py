@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, _no_plots: None) -> list[P
     images, broden = sets.write_classes(root / "images", each=8), Broden(sets.write_concepts(root / "concepts", 30))
     made = []
     for seed, role in enumerate(ROLES):
-        model = sets.encoder(seed, f"colours {seed}")
+        model = sets.encoder(seed, f"colors {seed}")
         if seed:
             with torch.no_grad():
                 model.visual.mix.bias[sets.OUTLIER] = 40 / (1 + seed)  # type: ignore[union-attr, index]
@@ -49,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, _no_plots: None) -> list[P
             head=sets.head(model),
             broden=broden,
             layer_images=0,
-            about={"name": name, "role": role, "backbone": "colours", "pretraining": "none"},
+            about={"name": name, "role": role, "backbone": "colors", "pretraining": "none"},
             published={"imagenet": 60.0 + seed, "imagenet_v2": 50.0 + 2 * seed},
         )
         made.append(root / role)

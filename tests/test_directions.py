@@ -148,7 +148,7 @@ def test_gaps_tell_which_directions_are_determined():
     assert privileged_directions(torch.ones(1, 1), torch.ones(1, 1)).gaps().isnan().all()
 
 
-def test_a_centred_head_says_the_same_differences():
+def test_a_centered_head_says_the_same_differences():
     whole = Head(torch.randn(9, 13) + 5, torch.randn(9) + 3, normalize=True, names=[str(i) for i in range(9)])
     less = centered(whole)
     assert less.normalize and less.names == whole.names

@@ -39,13 +39,13 @@ def hostile():
     far = randn(60, 16, seed=2) + 1e4
     symmetric = torch.cat([randn(30, 8, seed=3)] * 2, dim=1)
     symmetric = (symmetric + symmetric.flip(1)) / 2
-    cancelling = torch.tensor([[1e8, 1.0, -1e8, 0.0], [1e8, 0.0, -1e8, 1.0], [0.0, 0.75, 0.0, 0.0]])
+    canceling = torch.tensor([[1e8, 1.0, -1e8, 0.0], [1e8, 0.0, -1e8, 1.0], [0.0, 0.75, 0.0, 0.0]])
     return {
         "ties of whole numbers": (small[:12], None, small),
         "ties with a bias": (small[:12], small[:12, 0], small),
         "close rows and an offset": (randn(1, 16, seed=6) + 1e-6 * near, None, far),
         "another order": (near, None, symmetric),
-        "cancellation": (cancelling, None, torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0 + 2**-20], [1.0, 0.0, 1.0, 0.0]])),
+        "cancellation": (canceling, None, torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0 + 2**-20], [1.0, 0.0, 1.0, 0.0]])),
         "zeros": (near, None, torch.zeros(3, 16)),
         "zeros with a bias": (near, torch.arange(20.0) % 7, torch.zeros(3, 16)),
         "zero weights": (torch.zeros(5, 16), None, far),
@@ -93,7 +93,7 @@ def test_large_heads_are_cut_into_blocks(monkeypatch):
     assert torch.equal(whole, predict(weight, None, h))
 
 
-def test_normalising_matters_only_with_a_bias():
+def test_normalizing_matters_only_with_a_bias():
     weight, bias, h = randn(20, 16), randn(20, seed=1) * 0.3, randn(300, 16, seed=2) * 30
     h[5] = 0
     reference = (functional.normalize(h.double()) @ weight.double().T + bias.double()).argmax(1)
@@ -173,9 +173,9 @@ def test_what_a_head_may_be():
     assert torch.equal(weight, linear.weight) and torch.equal(bias, linear.bias) and not weight.requires_grad
     assert weight_and_bias(torch.eye(3).half())[0].dtype == torch.float32
     assert weight_and_bias(torch.eye(3).double())[0].dtype == torch.float64
-    normalising = Head(torch.eye(3), normalize=True, names=["a", "b", "c"])
-    assert normalizes(normalising) and not normalizes(linear) and not normalizes(torch.eye(3))
-    assert as_head(normalising) is normalising
+    normalizing = Head(torch.eye(3), normalize=True, names=["a", "b", "c"])
+    assert normalizes(normalizing) and not normalizes(linear) and not normalizes(torch.eye(3))
+    assert as_head(normalizing) is normalizing
     x = randn(5, 4)
     assert torch.equal(as_head(linear)(x), linear(x)) and isinstance(as_head(linear), Head)
 

@@ -1,4 +1,4 @@
-"""Labelled folders, and the ImageNet sets in the layouts of their releases; the lists come from timm."""
+"""Labeled folders, and the ImageNet sets in the layouts of their releases; the lists come from timm."""
 
 import importlib
 import json

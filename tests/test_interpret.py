@@ -264,7 +264,7 @@ def test_heads_that_say_little(data: Path, tmp_path: Path) -> None:
     assert "all 192 weights of the head are 0" in zeros["skipped"]["directions"] and "accuracy" in zeros
 
 
-def test_unlabelled_shift_is_left_out(data: Path, tmp_path: Path) -> None:
+def test_unlabeled_shift_is_left_out(data: Path, tmp_path: Path) -> None:
     found = run(data, tmp_path, shifts={"noisy": image_folder(data / "noisy")}, broden=None, layer_images=0).results
     assert set(found["accuracy"]) == {"imagenet"} and set(found["pruning"]["curves"]) == {"imagenet"}
     assert "robustness" in found["skipped"]
@@ -367,7 +367,7 @@ def test_what_cannot_be_read_is_counted(data: Path, tmp_path: Path) -> None:
 
 def test_refusals(data: Path, tmp_path: Path) -> None:
     images = image_folder(data / "images")
-    with pytest.raises(ValueError, match="the head takes 5 features, but the representation of colours has 64"):
+    with pytest.raises(ValueError, match="the head takes 5 features, but the representation of colors has 64"):
         interpret(sets.encoder(), images, tmp_path, head=Head(torch.randn(3, 5)))
     with pytest.raises(ValueError, match="the name of the unshifted images"):
         interpret(sets.encoder(), images, tmp_path, shifts={"imagenet": images})

@@ -260,7 +260,7 @@ def test_feature_dim_of_no_layer() -> None:
         select_layers(Encoder(), feature_dim={"": "last"})
 
 
-def test_a_misspelt_glob_suggests_the_nearest():
+def test_a_misspelled_glob_suggests_the_nearest():
     model = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
     with pytest.raises(ValueError, match=r"'block\.\*' matches no layer; did you mean 'blocks\.\*'\?"):
         torchprobe.record(model, "block.*")

@@ -25,7 +25,7 @@ def shown(images, positives, seed=0):
 
 
 def broden_like(images, concepts=300, seed=0):
-    """Colours on nearly every image, and a long tail of what is rare; which category each is of."""
+    """Colors on nearly every image, and a long tail of what is rare; which category each is of."""
     rng = np.random.default_rng(seed)
     frequent = np.r_[0.985, 0.97, rng.uniform(0.8, 0.96, 7), 0.6, 0.3]
     rare = np.clip(3.0 / np.arange(1, concepts - 10), 10 / images, 0.3)

@@ -1,4 +1,4 @@
-"""Overlap: the counts against brute force, exactly, whatever the maps, the labels and the machine."""
+"""Overlap: exactly the counts of brute force, for all maps, labels and machines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODES = ("default", "netdissect", "global")
 
 @pytest.fixture(params=["operator", "reference"])
 def overlap_class(request, monkeypatch):
-    """Both ways to the counts: what the dispatcher has for this device, and plain PyTorch."""
+    """Both implementations of the counts: the one that the dispatcher selects, and the reference."""
 
     def through_reference(intersection, activation, truth, maps, *arguments, **options):
         widened = maps.float() if maps.is_floating_point() else maps

@@ -295,7 +295,7 @@ def test_rows_for_tables():
 
 
 def test_the_benchmark_runs():
-    sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are no part of the installed package
+    sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not part of the installed package
     from benchmarks import pruning, report
 
     section = pruning.run(0.01, images=200, features=16, classes=10)

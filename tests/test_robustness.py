@@ -95,7 +95,7 @@ def test_the_fits_are_those_of_the_published_models(key):
     for name in ("slope", "intercept", "r2", "lowest_x", "highest_x", "residual_std", "x_mean", "x_squares"):
         assert getattr(fit, name) == pytest.approx(getattr(published, name), rel=1e-8), name
     assert fit.n == published.n
-    rounded = {  # as Taori et al.'s results were summarised
+    rounded = {  # as Taori et al.'s results were summarized
         ("imagenet_v2", "full"): (0.923, -0.498, 0.996),
         ("imagenet_r", "full"): (0.912, -1.600, 0.877),
         ("imagenet_sketch", "full"): (1.071, -2.370, 0.869),

@@ -15,11 +15,15 @@ from torchprobe.cli.tools import (
     MODEL,
     console,
     device_named,
+    device_option,
     interruptible,
+    json_option,
+    output_option,
     print_files,
     print_json,
     say,
     stage_bar,
+    workers_option,
     working,
 )
 
@@ -74,7 +78,7 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
     "shifts",
     multiple=True,
     type=NamedFolder(),
-    help="Images under a shift: imagenet_v2, imagenet_r, imagenet_sketch, objectnet, imagenet_a, or any name; repeatable.",
+    help="Images under a shift: imagenet_v2, imagenet_r, imagenet_sketch, objectnet, imagenet_a, or any name; may be repeated.",
 )
 @click.option("--broden", "broden_folder", type=click.Path(path_type=Path), metavar="DIR", help="Concepts, in the format of Broden.")
 @click.option(
@@ -93,11 +97,11 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
     show_default=True,
     help="Unshifted accuracy on all classes, or on the subset of the shift.",
 )
-@click.option("--template", "templates", multiple=True, metavar="TEXT", help="Caption with {} of a zero-shot head; repeatable.")
+@click.option("--template", "templates", multiple=True, metavar="TEXT", help="Caption with {} of a zero-shot head; may be repeated.")
 @click.option("--suite", metavar="FILE", help="Many encoders: a TOML file, or paper for the built-in suite.")
-@click.option("--only", multiple=True, metavar="NAME", help="Only this encoder of the suite; repeatable.")
+@click.option("--only", multiple=True, metavar="NAME", help="Only this encoder of the suite; may be repeated.")
 @click.option("--pairs/--no-pairs", default=True, show_default=True, help="With --suite: CKA and interpolation within each backbone.")
-@click.option("--layers", multiple=True, metavar="PATTERN", help="Layers to record over depth; repeatable.  [default: the blocks]")
+@click.option("--layers", multiple=True, metavar="PATTERN", help="Layers to record over depth; may be repeated.  [default: the blocks]")
 @click.option(
     "--layer-images", type=click.IntRange(min=0), default=1024, show_default=True, help="Number of images to record the layers on."
 )
@@ -105,8 +109,8 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
 @click.option("--random-init", is_flag=True, help="Random weights from --seed.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N images of each set, chosen at random.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto takes an accelerator if there is one.")
-@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Threads that decode images.")
+@device_option
+@workers_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 @click.option("--name", help="Name of MODEL in a comparison.  [default: MODEL]")
 @click.option(
@@ -114,9 +118,9 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--backbone", metavar="NAME", help="Backbone of MODEL; differences are taken within one backbone.")
 @click.option("--pretraining", metavar="NAME", help="The data that MODEL was trained on first.")
-@click.option("--out", type=click.Path(path_type=Path), default="torchprobe-interpret", show_default=True, metavar="DIR")
+@output_option("torchprobe-interpret")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in --out.")
-@click.option("--json", "as_json", is_flag=True, help="JSON on standard output, nothing else.")
+@json_option
 def interpret(
     model: str | None,
     suite: str | None,
@@ -251,9 +255,9 @@ def _suite(
 
 @click.command(epilog=EXIT_CODES, short_help="Compare encoders that were interpreted.", help=COMPARE_HELP)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDERS…")
-@click.option("--out", type=click.Path(path_type=Path), default="torchprobe-compare", show_default=True, metavar="DIR")
+@output_option("torchprobe-compare")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of bootstrap and permutations.")
-@click.option("--json", "as_json", is_flag=True, help="JSON on standard output, nothing else.")
+@json_option
 def compare(folders: tuple[Path, ...], out: Path, seed: int, as_json: bool) -> None:
     from torchprobe.rendering import page
     from torchprobe.studies.compare import compare as study

@@ -1,5 +1,4 @@
-// Work dealt out to threads piece by piece: whoever is free takes the next, so that none waits for a thread that the system holds up. Only for
-// pieces whose results do not depend on who does them, or in which order.
+// A parallel loop with a dynamic schedule, for work that PyTorch's static schedule would spread unevenly.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,9 +9,10 @@
 
 namespace torchprobe::cpu {
 
-// Does pieces 0 … n − 1. make() gives a thread what it works with: something to be called with the number of a piece.
+// Runs items 0 … n − 1. Each thread calls make() once and then calls the result with the number of an item. A free thread takes the next item,
+// so no thread waits for another that the system has paused. Use it only where results depend neither on the thread nor on the order.
 template <class Make>
-void deal_out(int64_t n, const Make& make) {
+void parallel_dynamic(int64_t n, const Make& make) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(n, int64_t(torch::stable::get_num_threads()));
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
