@@ -212,9 +212,7 @@ def _one(
         encoder = encoder if options.device is None else encoder.to(options.device)
         subject = inputs.subject(encoder, head, options.seed, kept_head(out, options.resume))
     with interruptible() as stop, stage_bar(quiet=rank > 0) as progress:
-        found = interpret_subject(
-            replace(subject, about={**about, **inputs.about()}), out, replace(options, progress=progress, stop=stop)
-        )  # fmt: skip
+        found = interpret_subject(replace(subject, about={**about, **inputs.about()}), out, replace(options, progress=progress, stop=stop))
     if rank > 0:
         return
     files = paths(found)

@@ -65,13 +65,13 @@ def run_pair(
     try:
         cka = stages.run(
             f"{name}-cka", facts, LayerSimilarity, lambda: layer_similarity(*subjects(), options, (one[0].name, other[0].name))
-        )  # fmt: skip
+        )
     except (ValueError, RuntimeError) as error:
         skipped["cka"] = str(error)
     try:
         interpolation = stages.run(
             f"{name}-interpolation", facts, Interpolation, lambda: along_interpolation(*subjects(), options, stages, f"{name}-along", facts)
-        )  # fmt: skip
+        )
     except (ValueError, RuntimeError) as error:
         skipped["interpolation"] = str(error)
     return PairMeasures(skipped, cka, interpolation)

@@ -259,7 +259,7 @@ class _Sections:
         else:
             ablation = self.stages.run(
                 "ablation", self.image_facts, Ablation, lambda: measure_ablation(head, second, first, features, seed)
-            )  # fmt: skip
+            )
         others = {name: _without(one, first) for name, one in self.labeled.items() if name != IMAGENET}
         sets = {IMAGENET: second} | {name: one for name, one in others.items() if one is not None}
         pruning = self.stages.run(
@@ -284,9 +284,7 @@ class _Sections:
             return None
         facts = self.set_facts | {"accuracies": accuracies, "shifts": shifts}
         classes, baseline = subject.imagenet_classes, subject.baseline
-        found = self.stages.run(
-            "robustness", facts, Robustness, lambda: measure_robustness(accuracies, shifts, classes, baseline, source)
-        )  # fmt: skip
+        found = self.stages.run("robustness", facts, Robustness, lambda: measure_robustness(accuracies, shifts, classes, baseline, source))
         if not found.rows:
             self.skipped["robustness"] = "; ".join(f"{name}: {reason}" for name, reason in found.left_out.items())
             return None
