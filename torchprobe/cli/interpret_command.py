@@ -76,7 +76,7 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
     "baseline_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="CSV",
-    help="Standard models of your own: columns model, imagenet and one for each shift, per cent.",
+    help="Standard models of your own: columns model, imagenet and one for each shift, in percent.",
 )
 @click.option(
     "--x",

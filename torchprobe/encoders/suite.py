@@ -11,7 +11,7 @@
     checkpoint = "weights/finetuned.pt"       # optional; relative to this file; "" is to be filled in, and skipped until then
     head = "own"                              # or zero-shot, none, a file; by default zero-shot where the role trains none
     normalize = true                          # optional: does the head see vectors of length 1? by default what is known of it
-    accuracy = { imagenet = 80.1, imagenet_v2 = 69.3 }   # optional; per cent
+    accuracy = { imagenet = 80.1, imagenet_v2 = 69.3 }   # optional; percent
 
 Its name is ``"paper"`` for the built-in one: the 17 zero-shot CLIP encoders whose accuracies OpenCLIP publishes, their
 twins from torchvision and timm, and rows to fill in.
@@ -71,7 +71,7 @@ class Row:
         head: one of :data:`HEADS`, or a file for :func:`~torchprobe.encoders.load_head`.
         normalize: whether an own head or one from a file sees vectors of length 1; None for what is known of it: a layer
             in a CLIP checkpoint does, unless this says otherwise, others as they were saved.
-        accuracy: published accuracies, per cent, by test set (:data:`TEST_SETS`); empty where there are none.
+        accuracy: published accuracies in percent, by test set (:data:`TEST_SETS`); empty where there are none.
     """
 
     name: str
@@ -205,7 +205,7 @@ def _accuracy_problems(accuracy: object) -> list[str]:
     problems = [f"unknown test set {key!r}" + did_you_mean(key, TEST_SETS) for key in accuracy if key not in TEST_SETS]
     for key, value in accuracy.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
-            problems.append(f"the accuracy on {key} is in per cent, 0 to 100, got {value!r}")
+            problems.append(f"the accuracy on {key} is in percent, 0 to 100, got {value!r}")
     return problems
 
 
