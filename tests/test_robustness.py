@@ -23,7 +23,7 @@ from torchprobe.analysis.robustness import (
     robustness,
 )
 
-# Published accuracies of OpenAI's encoders (OpenCLIP's table), per cent.
+# Published accuracies of OpenAI's encoders (OpenCLIP's table), percent.
 VIT_B_32 = {"imagenet": 63.32, "imagenet_v2": 55.92, "imagenet_r": 69.33, "imagenet_sketch": 42.29, "objectnet": 44.31, "imagenet_a": 31.55}
 VIT_L_14 = {"imagenet": 75.54, "imagenet_v2": 69.83, "imagenet_r": 87.84, "imagenet_sketch": 59.59, "objectnet": 68.89, "imagenet_a": 70.75}
 RN50_YFCC = {"imagenet": 32.75, "imagenet_v2": 27.93, "imagenet_r": 22.20, "imagenet_sketch": 7.15, "objectnet": 17.72, "imagenet_a": 13.73}
@@ -221,7 +221,7 @@ def test_accuracies_near_the_ends():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((-1, 50), "-1 is not an accuracy on imagenet_r: accuracies are in per cent"),
+        ((-1, 50), "-1 is not an accuracy on imagenet_r: accuracies are in percent"),
         ((50, 101), "101 is not an accuracy on ImageNet"),
         ((50, math.inf), "inf is not an accuracy"),
         ((50, 0), "accuracy of 0 % has no logit"),

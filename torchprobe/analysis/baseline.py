@@ -2,7 +2,7 @@
 
 Effective robustness is measured from a line through their accuracies, in logits. The line is a least squares fit to models trained on
 ImageNet without extra data and without an intervention for robustness (Taori et al. 2020, https://arxiv.org/abs/2007.00644). All accuracies
-are in per cent.
+are in percent.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Fit:
         slope, intercept: of the line.
         r2: share of the variance of the logits that the line explains.
         n: number of models that it was fitted to.
-        lowest_x, highest_x: their lowest and highest ImageNet accuracy, per cent.
+        lowest_x, highest_x: their lowest and highest ImageNet accuracy, percent.
         residual_std: standard deviation of the residuals with n − 2 degrees of freedom, in logits.
         x_mean, x_squares: mean of the logits of the ImageNet accuracies, and Σ (logit − mean)²; for :meth:`interval`.
         source: a description of the models.
@@ -75,7 +75,7 @@ class Fit:
     x = RenamedAttribute("imagenet_classes")
 
     def predict(self, imagenet_accuracy: Floats) -> Floats:
-        """The accuracy under the shift of a standard model with this ImageNet accuracy, per cent."""
+        """The accuracy under the shift of a standard model with this ImageNet accuracy, percent."""
         return _accuracy(self.slope * _logit(imagenet_accuracy) + self.intercept)
 
     def interval(self, imagenet_accuracy: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
@@ -133,7 +133,7 @@ class Baseline:
     """Your own standard models: their accuracies, and the lines through them.
 
     Args:
-        accuracies: name → accuracies in per cent, all of one length, nan if unknown. The names are ``"imagenet"``, the shifts of
+        accuracies: name → accuracies in percent, all of one length, nan if unknown. The names are ``"imagenet"``, the shifts of
             :data:`SHIFTS` or any other shifts, and for ``imagenet_classes="subset"`` those in :data:`SUBSETS`.
         models: their names, for messages.
         minimum: models with a smaller ImageNet accuracy are left out. The published fits use 55.
@@ -172,7 +172,7 @@ class Baseline:
             for i in np.nonzero(~np.isnan(values) & ~((values >= 0) & (values <= 100)))[0]:
                 raise ValueError(f"{self.models[i]}, {name}: {values[i]:g} is not a percentage; accuracies are 0 to 100")
             if np.nanmax(values, initial=0.0) <= 1 and (values > 0).any():
-                raise ValueError(f"{name} is never above 1: these look like fractions; accuracies are in per cent, so multiply by 100")
+                raise ValueError(f"{name} is never above 1: these look like fractions; accuracies are in percent, so multiply by 100")
 
     @property
     def shifts(self) -> tuple[str, ...]:

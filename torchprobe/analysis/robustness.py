@@ -2,7 +2,7 @@
 
     ER = accuracy − logit⁻¹(slope · logit(ImageNet accuracy) + intercept)
 
-with the line of standard models (Taori et al. 2020, https://arxiv.org/abs/2007.00644). Accuracies are in per cent, effective
+with the line of standard models (Taori et al. 2020, https://arxiv.org/abs/2007.00644). Accuracies are in percent, effective
 robustness in percentage points.
 
 =====================================  =================================================================================
@@ -48,8 +48,8 @@ class RobustnessRow:
 
     Attributes:
         shift: one of :data:`SHIFTS`, or ``"mean"``.
-        accuracy: under the shift, per cent.
-        imagenet: ImageNet accuracy, per cent; on the classes of the shift if the fit is for "subset".
+        accuracy: under the shift, percent.
+        imagenet: ImageNet accuracy, percent; on the classes of the shift if the fit is for "subset".
         predicted: the accuracy under the shift of a standard model with the same ImageNet accuracy; nan if ``imagenet`` is 0 or 100, which
             have no logit.
         effective_robustness: ``accuracy − predicted``, percentage points.
@@ -142,8 +142,8 @@ def effective_robustness(
     """The accuracy of a model under a shift, minus that of standard models with the same ImageNet accuracy, in percentage points.
 
     Args:
-        shift_accuracy: top-1 accuracy under the shift, per cent, 0 to 100; a number, or an array over models (the result is float64).
-        imagenet_accuracy: top-1 accuracy on the ImageNet validation set, per cent, above 0 and below 100; nan stays nan.
+        shift_accuracy: top-1 accuracy under the shift, percent, 0 to 100; a number, or an array over models (the result is float64).
+        imagenet_accuracy: top-1 accuracy on the ImageNet validation set, percent, above 0 and below 100; nan stays nan.
         shift: ``"imagenet_v2"``, ``"imagenet_r"``, ``"imagenet_sketch"``, ``"objectnet"`` or ``"imagenet_a"``, or another shift of the
             baseline. ``"mean"`` if ``shift_accuracy`` is the mean over these five. The result is then the ER of the mean, not the mean of
             the ERs (:func:`mean_effective_robustness`).
@@ -207,7 +207,7 @@ def robustness(
     """Effective robustness under every measured shift.
 
     Args:
-        accuracies: name → top-1 accuracy in per cent: ``"imagenet"`` and some of :data:`SHIFTS`, and for ``imagenet_classes="subset"`` the
+        accuracies: name → top-1 accuracy in percent: ``"imagenet"`` and some of :data:`SHIFTS`, and for ``imagenet_classes="subset"`` the
             names in :data:`SUBSETS`. Other names are ignored.
         imagenet_classes, baseline: as for :func:`effective_robustness`.
 
@@ -285,10 +285,10 @@ def _row(shift: str, accuracy: float, imagenet: float, fit: Fit) -> RobustnessRo
 def _percentages(values: ArrayLike, what: str) -> NDArray[np.float64]:
     array = np.asarray(values, dtype=np.float64)
     if (bad := array[~np.isnan(array) & ~((array >= 0) & (array <= 100))]).size:
-        raise ValueError(f"{bad.flat[0]:g} is not an accuracy on {what}: accuracies are in per cent, 0 to 100")
+        raise ValueError(f"{bad.flat[0]:g} is not an accuracy on {what}: accuracies are in percent, 0 to 100")
     return array
 
 
 def _warn_of_fractions(*accuracies: NDArray[np.float64]) -> None:
     if 0 < max(np.nanmax(values, initial=0.0) for values in accuracies) <= 1:
-        warnings.warn("no accuracy is above 1: these look like fractions; accuracies are in per cent, so multiply by 100", stacklevel=3)
+        warnings.warn("no accuracy is above 1: these look like fractions; accuracies are in percent, so multiply by 100", stacklevel=3)

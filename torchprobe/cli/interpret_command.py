@@ -86,7 +86,7 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
     "baseline_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="CSV",
-    help="Your own standard models: columns model, imagenet and one for each shift, per cent.",
+    help="Your own standard models: columns model, imagenet and one for each shift, percent.",
 )
 @click.option(
     "--imagenet-classes",

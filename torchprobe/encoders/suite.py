@@ -11,7 +11,7 @@
     checkpoint = "weights/finetuned.pt"       # optional; relative to this file; "": to be filled in, and skipped until then
     head = "own"                              # or zero-shot, none, a file; default: own, or zero-shot if the role trains no head
     normalize = true                          # optional: whether the head sees vectors of length 1; default: as saved
-    accuracy = { imagenet = 80.1, imagenet_v2 = 69.3 }   # optional; per cent
+    accuracy = { imagenet = 80.1, imagenet_v2 = 69.3 }   # optional; percent
 
 The built-in suite is ``"paper"``: the 17 zero-shot CLIP encoders whose accuracies OpenCLIP publishes, their twins from torchvision and
 timm, and rows to fill in.
@@ -74,7 +74,7 @@ class SuiteRow:
         head: one of :data:`HEADS`, or a file for :func:`~torchprobe.encoders.load_head`.
         normalize: whether an own head or a head from a file sees vectors of length 1. None: a layer in a CLIP checkpoint does, other heads
             as they were saved.
-        accuracy: published accuracies, per cent, by test set (:data:`TEST_SETS`); empty if there are none.
+        accuracy: published accuracies, percent, by test set (:data:`TEST_SETS`); empty if there are none.
     """
 
     name: str
@@ -208,7 +208,7 @@ def _accuracy_problems(accuracy: object) -> list[str]:
     problems = [f"unknown test set {key!r}" + did_you_mean(key, TEST_SETS) for key in accuracy if key not in TEST_SETS]
     for key, value in accuracy.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
-            problems.append(f"the accuracy on {key} must be in per cent, 0 to 100, got {value!r}")
+            problems.append(f"the accuracy on {key} must be in percent, 0 to 100, got {value!r}")
     return problems
 
 

@@ -197,7 +197,7 @@ def _match(named: Mapping[str, Layer], called: Mapping[str, Layer], pattern: str
 
 
 def _nearest_glob(pattern: str, called: Mapping[str, Layer]) -> str:
-    """The same glob with each misspelt component replaced by the nearest one that names have; empty when that matches nothing either."""
+    """The same glob with each misspelled component replaced by the nearest one that names have; empty when that matches nothing either."""
     components = {component for name in called for component in name.split(".")}
     parts = pattern.split(".")
     mended = ".".join(part if set(part) & set("*?[") else (difflib.get_close_matches(part, components, 1) or [part])[0] for part in parts)

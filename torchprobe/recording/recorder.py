@@ -222,7 +222,7 @@ class Recorder(Recording):
         return _restored(self._control, before)
 
     def snapshot(self, step: Step) -> None:
-        """Closes the running window under the name ``step`` and starts the next. Does not synchronise.
+        """Closes the running window under the name ``step`` and starts the next. Does not synchronize.
 
         ``history`` keeps the summary of each window, ``total`` the sum of all.
 

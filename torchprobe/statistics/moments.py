@@ -63,7 +63,7 @@ class Moments(Statistic):
     CLIP", TMLR 2024), ``vector_kurtosis_std`` (its population spread), ``vector_kurtosis_quantile(q)``, ``vectors`` (counted in),
     ``constant_vectors`` and ``invalid_vectors`` (left out: variance 0; a nonfinite element).
 
-    ``update``, ``merge`` and ``reset`` never synchronise with the device; reading a plain number does. Merging follows Chan et al.
+    ``update``, ``merge`` and ``reset`` never synchronize with the device; reading a plain number does. Merging follows Chan et al.
     (1982) and Pébay (SAND2008-6212). For numerics and their limits see :func:`torchprobe.ops.observe_`.
 
     >>> import torch, torchprobe
@@ -318,7 +318,7 @@ __getattr__ = renamed(__name__, {"summarise": "summarize"})
 
 
 def histogram(states: Tensor) -> Tensor:
-    """Vectors by their kurtosis: states (L, slots) → (L, BINS), between :func:`bin_edges`. Without synchronisation."""
+    """Vectors by their kurtosis: states (L, slots) → (L, BINS), between :func:`bin_edges`. Without synchronization."""
     counts: Tensor = layout.histogram(states).unflatten(-1, (BINS, -1)).sum(-1)
     return counts
 

@@ -308,7 +308,7 @@ def _floor(x: Fraction) -> int:
 
 def _nans(x: Tensor, feature_dim: int) -> Tensor:
     """Nan of each feature, int64 (features,)."""
-    if x.device.type == "cpu" and not x.sum().isnan():  # the usual case, in one read; elsewhere, asking would synchronise
+    if x.device.type == "cpu" and not x.sum().isnan():  # the usual case, in one read; elsewhere, asking would synchronize
         return torch.zeros(x.shape[feature_dim], dtype=torch.int64)
     return x.isnan().movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim]).sum(0)
 

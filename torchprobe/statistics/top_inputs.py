@@ -213,7 +213,7 @@ class TopInputs(Unstacked):
 
     def _take(self, scores: Tensor, ids: Tensor) -> None:
         """Candidates (features, n); −1 is no input."""
-        if scores.device.type == "cpu":  # most features keep what they have; elsewhere, asking would synchronise
+        if scores.device.type == "cpu":  # most features keep what they have; elsewhere, asking would synchronize
             rows = (scores.amax(1) >= self._scores[:, -1]).nonzero().flatten()
         else:
             rows = torch.arange(self.features, device=scores.device)

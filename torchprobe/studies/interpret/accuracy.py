@@ -183,8 +183,8 @@ class Robustness(Record):
 
 ROBUSTNESS_COLUMNS = (
     Column("shift", "shift", "the shifted images; “mean”: the mean accuracy over the five ImageNet shifts", "text"),
-    Column("accuracy", "accuracy %", "accuracy under the shift, per cent"),
-    Column("imagenet", "unshifted %", "accuracy on the unshifted images, per cent: the x axis of the fit"),
+    Column("accuracy", "accuracy %", "accuracy under the shift, percent"),
+    Column("imagenet", "unshifted %", "accuracy on the unshifted images, percent: the x axis of the fit"),
     Column("predicted", "predicted %", "accuracy under the shift of a standard model with the same unshifted accuracy"),
     Column("effective_robustness", "ER", "accuracy − predicted, percentage points"),
     Column("low", "from", f"{LEVEL:.0%} prediction interval of one more standard model, lower end of ER"),
@@ -196,7 +196,7 @@ ROBUSTNESS_COLUMNS = (
 def measure_robustness(
     accuracies: Mapping[str, float], shifts: Sequence[str], classes: ImagenetClasses, baseline: Baseline | None, source: str
 ) -> Robustness:
-    """Effective robustness of accuracies in per cent.
+    """Effective robustness of accuracies in percent.
 
     Args:
         accuracies: by set.
@@ -226,7 +226,7 @@ def measure_robustness(
 def effective_robustness_along(
     accuracy: ArrayLike, base: ArrayLike, shift: str, classes: ImagenetClasses, baseline: Baseline | None
 ) -> NDArray[np.float64]:
-    """Effective robustness point by point, of accuracies in per cent; nan if the unshifted accuracy is 0 or 100, which have no logit."""
+    """Effective robustness point by point, of accuracies in percent; nan if the unshifted accuracy is 0 or 100, which have no logit."""
     base = np.asarray(base, dtype=np.float64)
     usable = np.where((base > 0) & (base < 100), base, math.nan)
     with _near_chance():

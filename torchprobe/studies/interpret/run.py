@@ -87,7 +87,7 @@ def interpret(
         layers: the layers to record over depth, see :func:`torchprobe.record`.
         layer_images: number of images to record them on, chosen at random; 0 leaves the layers out.
         about: facts to keep with the results, such as ``role``, ``backbone`` and ``pretraining``.
-        published: accuracies in per cent, ``"imagenet"`` and shifts, for effective robustness if no shifts are given.
+        published: accuracies in percent, ``"imagenet"`` and shifts, for effective robustness if no shifts are given.
         batch_size, device, workers: of the passes through the encoder.
         seed: of everything random.
         resume: continue an interrupted run in ``out``. Stages that were finished with the same inputs are not computed again.
