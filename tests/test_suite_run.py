@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from torchprobe.analysis.baseline import Baseline
 from torchprobe.cli import cli
-from torchprobe.common.options import RunOptions
+from torchprobe.common.runs import RunOptions
 from torchprobe.datasets import Broden, DatasetError
 from torchprobe.encoders import EncoderError, Head, load_encoder
 from torchprobe.encoders.suite import load_suite

@@ -28,7 +28,7 @@ from torchprobe.cli.tools import (
 )
 
 if TYPE_CHECKING:
-    from torchprobe.common.options import RunOptions
+    from torchprobe.common.runs import RunOptions
     from torchprobe.studies.compare import Comparison
     from torchprobe.studies.interpret.inputs import Inputs
 
@@ -153,8 +153,8 @@ def interpret(
     import torch
 
     from torchprobe.analysis.baseline import Baseline
-    from torchprobe.common.options import RunOptions
     from torchprobe.common.ranks import torchrun
+    from torchprobe.common.runs import RunOptions
     from torchprobe.datasets import Broden
     from torchprobe.rendering import page
     from torchprobe.studies.interpret.inputs import Inputs

@@ -18,7 +18,7 @@
 ==========================  ====================================================================
 """
 
-from torchprobe.common.progress import Progress
+from torchprobe.common.runs import Progress
 from torchprobe.dissection.average_precision import average_precision, concept_matrix, gain, pool, support
 from torchprobe.dissection.bases import random_rotation, singular_vectors
 from torchprobe.dissection.batches import LabelBatch

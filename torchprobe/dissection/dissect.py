@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.common.deprecation import renamed_arguments
-from torchprobe.common.digest import digest
-from torchprobe.common.options import RunOptions
-from torchprobe.common.progress import ProgressCallback
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import ProgressCallback, RunOptions
+from torchprobe.common.storage import digest
 from torchprobe.datasets.broden import Broden
 from torchprobe.dissection.bases import random_rotation
 from torchprobe.dissection.batches import Batches, Preprocess, find_preprocess

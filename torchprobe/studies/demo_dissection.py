@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchprobe.common.progress import CountCallback
+from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, dissect
 from torchprobe.encoders import Encoder

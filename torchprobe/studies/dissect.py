@@ -114,4 +114,4 @@ def summary(dissection: Dissection, thresholds: Sequence[float] = (0.5, 0.6, 0.7
     return dissection.summary(thresholds)
 
 
-__getattr__ = renamed(__name__, {"Progress": "torchprobe.common.progress:Progress"})
+__getattr__ = renamed(__name__, {"Progress": "torchprobe.common.runs:Progress"})

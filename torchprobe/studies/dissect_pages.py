@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from torchprobe.analysis.interpolation import recalibrate_batch_norms
-from torchprobe.common.progress import CountCallback
+from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, random_rotation
 from torchprobe.dissection.batches import find_preprocess, stack, to_tensor

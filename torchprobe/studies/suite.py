@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from torchprobe.common.options import RunOptions
-from torchprobe.common.progress import ProgressCallback
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import ProgressCallback, RunOptions
 from torchprobe.datasets import DatasetError
 from torchprobe.datasets.labeled import class_folders
 from torchprobe.encoders import EncoderError

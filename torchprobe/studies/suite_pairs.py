@@ -18,7 +18,7 @@ from torchprobe.analysis.evaluation import evaluate
 from torchprobe.analysis.interpolation import interpolate
 from torchprobe.analysis.kurtosis import vector_kurtosis
 from torchprobe.analysis.similarity import MIN_BATCH, similarity
-from torchprobe.common.options import RunOptions
+from torchprobe.common.runs import RunOptions
 from torchprobe.encoders import Encoder, Head
 from torchprobe.encoders.suite import SuiteRow
 from torchprobe.studies.compare.comparison import Interpolation, LayerSimilarity, PairMeasures

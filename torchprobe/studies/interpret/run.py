@@ -16,10 +16,9 @@ from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.directions import Directions, privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.common.deprecation import renamed_arguments
-from torchprobe.common.options import RunOptions
-from torchprobe.common.progress import Clock, Progress, ProgressCallback
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import decode, encode
+from torchprobe.common.runs import Clock, Progress, ProgressCallback, RunOptions
 from torchprobe.datasets import Broden, Images, LabeledImages
 from torchprobe.dissection import Dissection
 from torchprobe.encoders import Encoder, Head
