@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 DISTRIBUTION = "torchprobe-interp"
-"""The name for ``pip install``, for every hint to install something: on the public index, ``torchprobe`` is another project.
+"""The name of the distribution, which every hint to install something uses. On the public index, ``torchprobe`` is another project.
 
 ``pyproject.toml`` has the same name; ``tests/test_packaging.py`` compares them.
 """

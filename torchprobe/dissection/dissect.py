@@ -18,12 +18,11 @@ from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import ProgressCallback, RunOptions
 from torchprobe.common.storage import digest
 from torchprobe.datasets.broden import Broden
-from torchprobe.dissection.bases import random_rotation
 from torchprobe.dissection.batches import Batches, Preprocess, find_preprocess
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.run import Run, Settings
 from torchprobe.dissection.scores import SCORES
-from torchprobe.dissection.taps import Site, find_sites
+from torchprobe.dissection.taps import Site, find_sites, random_rotation
 from torchprobe.dissection.walk import Checkpoint
 from torchprobe.recording.layers import Selection, select_layers
 from torchprobe.recording.reader import LayerReader
