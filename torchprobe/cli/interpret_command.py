@@ -203,8 +203,8 @@ def _one(
     from torchprobe.common.records import encode
     from torchprobe.encoders import load_encoder
     from torchprobe.studies.interpret.inputs import kept_head, load_images
+    from torchprobe.studies.interpret.report import paths, print_interpretation
     from torchprobe.studies.interpret.run import interpret_subject
-    from torchprobe.studies.interpret.write import paths, print_interpretation
 
     with working("loading the model"):
         load_images(inputs.images)  # before the weights are fetched
@@ -269,7 +269,7 @@ def compare(folders: tuple[Path, ...], out: Path, seed: int, as_json: bool) -> N
 
 
 def _print_comparison(found: Comparison, out: Path, as_json: bool) -> None:
-    from torchprobe.studies.compare.write import print_comparison, write
+    from torchprobe.studies.compare.report import print_comparison, write
 
     files = write(found, out)
     if as_json:

@@ -27,6 +27,7 @@ from torchprobe.studies.interpret.concepts import Concepts, summarize_concepts
 from torchprobe.studies.interpret.directions import HeadDirections, Pruning, measure_directions, measure_pruning
 from torchprobe.studies.interpret.inputs import LAYER_IMAGES, Subject
 from torchprobe.studies.interpret.passes import Passes, identity
+from torchprobe.studies.interpret.report import write
 from torchprobe.studies.interpret.representation import (
     Ablation,
     Kurtosis,
@@ -37,7 +38,6 @@ from torchprobe.studies.interpret.representation import (
     why_no_ablation,
 )
 from torchprobe.studies.interpret.results import HeadFacts, Interpretation, Results, SetFacts, Settings, Stages, Unreadable
-from torchprobe.studies.interpret.write import write
 
 __all__ = ["Interpretation", "Progress", "interpret", "interpret_subject"]
 
