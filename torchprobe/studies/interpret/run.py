@@ -16,10 +16,9 @@ from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.directions import Directions, privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.common.deprecation import renamed_arguments
-from torchprobe.common.options import RunOptions
-from torchprobe.common.progress import Clock, Progress, ProgressCallback
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import decode, encode
+from torchprobe.common.runs import Clock, Progress, ProgressCallback, RunOptions
 from torchprobe.datasets import Broden, Images, LabeledImages
 from torchprobe.dissection import Dissection
 from torchprobe.encoders import Encoder, Head
@@ -28,6 +27,7 @@ from torchprobe.studies.interpret.concepts import Concepts, summarize_concepts
 from torchprobe.studies.interpret.directions import HeadDirections, Pruning, measure_directions, measure_pruning
 from torchprobe.studies.interpret.inputs import LAYER_IMAGES, Subject
 from torchprobe.studies.interpret.passes import Passes, identity
+from torchprobe.studies.interpret.report import write
 from torchprobe.studies.interpret.representation import (
     Ablation,
     Kurtosis,
@@ -38,7 +38,6 @@ from torchprobe.studies.interpret.representation import (
     why_no_ablation,
 )
 from torchprobe.studies.interpret.results import HeadFacts, Interpretation, Results, SetFacts, Settings, Stages, Unreadable
-from torchprobe.studies.interpret.write import write
 
 __all__ = ["Interpretation", "Progress", "interpret", "interpret_subject"]
 
