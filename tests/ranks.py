@@ -218,7 +218,7 @@ def a_rank_that_does_not_come(rank: int, path: Path) -> None:
         rec = record(Net(), share(rank))
         start = time.monotonic()
         with pytest.raises(
-            RuntimeError, match=r"rank 0 of 2 had no answer from the others \(it waits 1 s\). A rank has ended, or does not call"
+            RuntimeError, match=r"rank 0 of 2 got no answer from the others \(it waits 1 s\). A rank has ended, or did not call"
         ):
             rec.all_reduce(group, timeout=1)
         assert time.monotonic() - start < 10

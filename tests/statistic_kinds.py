@@ -130,7 +130,7 @@ def _covariance(x: np.ndarray) -> dict[str, float]:
 
 def _quantile(x: np.ndarray) -> dict[str, float]:
     values = np.quantile(x.astype(np.float32), 0.9, axis=0, method="inverted_cdf")
-    return {"quantile_max": values.max(), "positions": len(x), "nan": 0}
+    return {"quantile_max": values.max(), "values": len(x), "nan": 0}
 
 
 def _top(x: np.ndarray) -> dict[str, float]:

@@ -188,8 +188,8 @@ def test_a_killed_rank_leaves_a_clear_error_and_the_last_checkpoint(ran: Path) -
     merged_by(ran, ranks.a_rank_is_killed)
     folder = ran / ranks.a_rank_is_killed.__name__
     message = (folder / "message").read_text()
-    assert "all_reduce: rank 0 of 2 had no answer from the others" in message
-    assert "start all of them again (torchrun does), and resume from the last checkpoint" in message
+    assert "all_reduce: rank 0 of 2 got no answer from the others" in message
+    assert "start all processes again (torchrun does), and resume from the last checkpoint" in message
     model = Net()
     rec = torchprobe.record(model, "**")
     rec.load_state_dict(torch.load(folder / "0.pt", weights_only=True))

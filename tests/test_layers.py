@@ -85,12 +85,12 @@ def test_two_stars_select_everything_that_is_called() -> None:
     [
         ("block.1", ValueError, "no layer 'block.1'; did you mean 'blocks.1'"),
         (["head", "blocks.0.atn"], ValueError, "no layer 'blocks.0.atn'; did you mean 'blocks.0.attn'"),
-        ("zzz", ValueError, r"its layers are 'stem', 'blocks.0', .* \(23 in all\)"),
+        ("zzz", ValueError, r"its layers are 'stem', 'blocks.0', .* \(23 in total\)"),
         ("blocks.*.nope", ValueError, r"'blocks.\*.nope' matches no layer"),
         (re.compile("blocks"), ValueError, "'blocks' matches no whole name"),
         (lambda name, module: False, ValueError, "predicate selects no layer"),
         ([], ValueError, "empty"),
-        ("blocks", ValueError, r"'blocks' is a ModuleList, which is never called; name its children, 'blocks.\*'"),
+        ("blocks", ValueError, r"'blocks' is a ModuleList, which is never called; select its children, 'blocks.\*'"),
         ([3], TypeError, "holds names and globs, not int"),
         (3, TypeError, "takes names, globs, a compiled regular expression or a predicate"),
         (nn.Linear(1, 1), TypeError, "not a module"),
@@ -254,13 +254,13 @@ def test_feature_dim_is_overridden_and_stated() -> None:
 
 
 def test_feature_dim_of_no_layer() -> None:
-    with pytest.raises(ValueError, match="feature_dim: 'heat' is none of the selected layers; did you mean 'head'"):
+    with pytest.raises(ValueError, match="feature_dim: 'heat' is not one of the selected layers; did you mean 'head'"):
         select_layers(Encoder(), feature_dim={"heat": 1}, layers="head")
     with pytest.raises(TypeError, match="must be an int"):
         select_layers(Encoder(), feature_dim={"": "last"})
 
 
-def test_a_misspelt_glob_suggests_the_nearest():
+def test_a_misspelled_glob_suggests_the_nearest():
     model = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
     with pytest.raises(ValueError, match=r"'block\.\*' matches no layer; did you mean 'blocks\.\*'\?"):
         torchprobe.record(model, "block.*")

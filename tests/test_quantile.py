@@ -233,7 +233,7 @@ def test_smaller_quantiles_of_the_same_pass():
     q = observed(x, quantile=0.05)
     for quantile in (0.05, 0.01, NETDISSECT):
         assert torch.equal(q.value(quantile), brute(x, quantile))
-    with pytest.raises(ValueError, match=r"keeps the upper 0.05 only; 0.06"):
+    with pytest.raises(ValueError, match=r"keeps only the upper 0.05 of the values; 0.06 is below it"):
         q.value(0.06)
 
 

@@ -122,7 +122,7 @@ def test_what_is_shown(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     for field in (None, list(rec.fields)[-1]):
         for figure in (rec.plot(field=field), rec.plot("history", field=field), rec.history.plot(field)):
             assert figure.axes
-    if rec.history.statistic.bins:
+    if rec.history.statistic.histogram_bins:
         assert rec.history.histograms.shape == (3, 5, len(rec.history.bin_edges) - 1)
         assert rec.history.plot_layer("head").axes
     else:
@@ -194,7 +194,7 @@ def test_merging(kind: Kind) -> None:
     rec = run(model, data[:2], kind)
     assert rec.merge(run(model, data[2:], kind)) is rec
     right(rec, model, data, kind)
-    with pytest.raises(ValueError, match="made differently"):
+    with pytest.raises(ValueError, match="made with different settings"):
         rec.merge(torchprobe.record(model, "**", statistic=KINDS["extremes" if kind.name != "Extremes" else "moments"].statistic))
     other = Net(width=8)
     with pytest.raises(ValueError, match="layer 'blocks.0' is 6 features wide here and 8 there"):
@@ -321,8 +321,8 @@ def test_copies(kind: Kind) -> None:
         assert statistic.summary() == pytest.approx(before, nan_ok=True)
     empty = statistic.clone()
     empty.reset()
-    assert not empty.anything()
-    assert statistic.anything()
+    assert not empty.saw_anything()
+    assert statistic.saw_anything()
     assert all(math.isnan(value) for value in empty.summary().values())
     assert empty.merge(statistic).summary() == pytest.approx(before, nan_ok=True)
 
@@ -332,7 +332,7 @@ def test_it_is_told_when_it_never_fired(kind: Kind) -> None:
     model = Net()
     with pytest.warns(RecordingWarning, match="none of the 5 layers fired: the model was not called"):
         run(model, [], kind)
-    with pytest.warns(RecordingWarning, match="its 1 calls brought empty batches"):
+    with pytest.warns(RecordingWarning, match="its 1 calls had empty batches"):
         run(model, [torch.empty(0, 3, 6)], kind)
 
 
@@ -381,7 +381,7 @@ def test_a_factory_chooses_by_width() -> None:
     [
         (3, "takes a class, a function"),
         ([], "empty list"),
-        (lambda features, device: None, "gave NoneType, not a torchprobe.statistics.Statistic"),
+        (lambda features, device: None, "returned NoneType, not a torchprobe.statistics.Statistic"),
         (dict, "dict is not a torchprobe.statistics.Statistic and has no merge"),
     ],
 )
@@ -410,7 +410,7 @@ def test_what_a_class_forgets_is_said() -> None:
         Statistic(2).update(torch.ones(1, 2))
     Half.summarize = lambda self, states: {}  # type: ignore[method-assign]
     try:
-        with pytest.raises(ValueError, match="Half.summarize does not give total, which its fields name"):
+        with pytest.raises(ValueError, match=r"Half.summarize must return tensors of shape \(1,\) for 1 layers; 'total' is NoneType"):
             half.summary()
     finally:
         del Half.summarize

@@ -60,9 +60,9 @@ def test_merge_into_a_recorder_that_never_ran_and_goes_on() -> None:
 def test_merge_refuses_what_does_not_belong_together() -> None:
     model, data = Net(), batches(1)
     rec = record(model, data, "blocks.*")
-    with pytest.raises(ValueError, match="other recording has layers that this one has not: 'head'"):
+    with pytest.raises(ValueError, match="other recording has layers that this one does not have: 'head'"):
         rec.merge(record(model, data, "head"))
-    with pytest.raises(ValueError, match="made differently"):
+    with pytest.raises(ValueError, match="made with different settings"):
         rec.merge(record(model, data, "blocks.*", outlier_sigma=3.0))
     with pytest.raises(ValueError, match="layer 'blocks.0' is 6 features wide here and 8 there"):
         rec.merge(record(Net(8), batches(1, width=8), "blocks.*"))
@@ -195,7 +195,7 @@ def layers(**values: Any) -> Callable[[str], str]:
         ("aliases", '{"a": 1}', "'aliases': an alias is not text"),
         ("history", '{"steps": 1}', "'history': expected the lists"),
         ("history", lambda text: text.replace("[1, 3]", "[1, 3, 5]"), "'history': expected F64 of shape \\(3, 4, 15\\)"),
-        ("history", lambda text: text.replace("[1, 3]", '["x"]'), "'history': steps are numbers"),
+        ("history", lambda text: text.replace("[1, 3]", '["x"]'), "'history': steps are finite numbers"),
         ("blocks.0/m2", None, "'blocks.0/m2': missing"),
         ("blocks.0/m2", torch.ones(5, dtype=torch.float64), r"'blocks.0/m2': expected F64 of shape \(6,\), got F64 of \(5,\)"),
         ("blocks.0/m2", torch.ones(6), "'blocks.0/m2': expected F64 of .*, got F32"),

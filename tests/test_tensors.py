@@ -106,7 +106,7 @@ def test_no_tensor_where_one_was_asked_for() -> None:
     ):
         model(X)
     with (
-        pytest.raises(TypeError, match="layer '': select gave no tensor"),
+        pytest.raises(TypeError, match="layer '': select must return a tensor"),
         torchprobe.record(model, "", select=lambda out: out),
     ):
         model(X)
@@ -155,13 +155,13 @@ def test_a_single_number_has_no_features() -> None:
     assert text.endswith("'': it holds no floating-point tensor with features; pick one with select=")
     assert recorder.layers == [f"blocks.{i}" for i in range(6)]
     model = Calls(lambda self, x: x.sum())
-    with pytest.raises(ValueError, match="layer '': it gives a single number"), torchprobe.record(model, ""):
+    with pytest.raises(ValueError, match="layer '': it holds a single number, which has no features"), torchprobe.record(model, ""):
         model(X)
 
 
 def test_feature_dim_outside_the_activation() -> None:
     with (
-        pytest.raises(ValueError, match="layer '': its activations have 2 dimensions, and feature_dim=3 is none of them"),
+        pytest.raises(ValueError, match="layer '': its activations have 2 dimensions, and feature_dim=3 is not one of them"),
         torchprobe.record(model := nn.Linear(6, 6), "", feature_dim=3),
     ):
         model(X)

@@ -18,7 +18,7 @@ from torchprobe.analysis.blocks import blocks, representations
 from torchprobe.analysis.intervals import LEVEL, bootstrap_interval
 from torchprobe.dissection.bases import random_rotation
 from torchprobe.statistics import Moments
-from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 if TYPE_CHECKING:
     from torchprobe.analysis.embeddings import Embeddings

@@ -1,4 +1,4 @@
-"""Operators that stand in a compiled graph for Python code: they show an activation or a gradient to an observer.
+"""Operators that call Python code from a compiled graph: they pass an activation or a gradient to an observer.
 
 Schemas::
 
@@ -6,15 +6,15 @@ Schemas::
     observe_gradient(Tensor x, int observer, Tensor? mask=None) -> Tensor
     observe_gradient_backward(Tensor grad, int observer, Tensor? mask=None) -> Tensor
 
-``observe_activation_`` runs a statistic that has no operator of its own, whatever its Python does. ``token`` is a number that the operator
-counts up: an operator that changes nothing would be left out of the graph.
+``observe_activation_`` runs a statistic that has no operator, with any Python code. ``token`` is a number that the operator increments: the
+compiler would remove an operator that changes nothing.
 
-``observe_gradient`` is the identity, whose backward shows the gradient. In eager mode a tensor hook on the output reads its gradient for
-free. A compiled graph cannot hold such a hook. It can hold an operator with its own backward, which costs a copy of the activation and one
-of the gradient. Only compiled graphs use this operator.
+``observe_gradient`` is the identity; its backward passes the gradient to the observer. In eager mode a tensor hook on the output reads the
+gradient at no cost. A compiled graph cannot contain such a hook, but it can contain an operator with its own backward. That costs a copy of
+the activation and one of the gradient. Only compiled graphs use this operator.
 
-The observer is named by a number, and its state is not an argument of the operator. Otherwise autograd would save the state for backward,
-and refuse when anything changed it in between: the backward of another micro-batch, or the end of a window.
+The observer is given by a number, and its state is not an argument of the operator. Otherwise autograd would save the state for backward,
+and raise an error if anything changed it in between, such as the backward of another micro-batch or the end of a window.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SCHEMAS = (
 
 
 class Observer(Protocol):
-    """What reads the activation, or its gradient."""
+    """Reads activations and gradients."""
 
     def activation(self, x: Tensor, mask: Tensor | None) -> None:
         """Called in every forward."""
 
     def gradient(self, grad: Tensor, mask: Tensor | None) -> None:
-        """Called in every backward, with the mask that was given to the forward."""
+        """Called in every backward, with the mask of the forward."""
 
 
 _observers: weakref.WeakValueDictionary[int, Observer] = weakref.WeakValueDictionary()
@@ -48,9 +48,9 @@ _numbers = itertools.count()
 
 
 def register_observer(observer: Observer) -> int:
-    """A number under which the operator finds ``observer``, which must be kept alive; afterwards the operator is the identity.
+    """A number by which the operators find ``observer``. Keep the observer alive; without it the operators are identities.
 
-    The compiler merges calls with equal arguments: take another number for every call.
+    Register it again for every call in a graph: the compiler merges calls with equal arguments.
 
     >>> import torch
     >>> class Print:
@@ -107,7 +107,7 @@ def _autograd_again(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def register(library: torch.library.Library) -> None:
-    """Defines the operators; every device shares one implementation, since the observer does the work."""
+    """Defines the operators. All devices share one implementation, since the observer does the work."""
     library.define(ACTIVATION)
     library.impl("observe_activation_", _activation, "CompositeExplicitAutograd")
     library.impl("observe_activation_", torch.library.fallthrough_kernel, "Autograd")  # nothing here is differentiable

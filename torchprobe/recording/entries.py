@@ -1,4 +1,4 @@
-"""One layer of a recording, and how the recording was made; as plain numbers, text and tensors, and back."""
+"""The layers of a recording, and how the recording was made."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torchprobe.statistics import Statistic
 
 @dataclass(frozen=True)
 class Settings:
-    """How a recording was made; two recordings merge only if theirs are equal.
+    """How a recording was made. Two recordings merge only if their settings are equal.
 
-    ``statistic`` is the name of its class, or of several joined by "+". ``outlier_sigma`` is that of :class:`~torchprobe.Moments`.
+    ``statistic`` is the name of the class, or several names joined by "+". ``outlier_sigma`` is that of :class:`~torchprobe.Moments`.
     """
 
     of: str = "output"
@@ -31,7 +31,7 @@ class Entry:
     feature_dim: int | None  # the dimension that held the features
     statistic: Statistic  # the running window
     closed: Statistic | None = None  # all windows that a snapshot has closed
-    calls: int = 0  # of the layer, where the statistic does not count them itself
+    calls: int = 0  # of the layer, if the statistic does not count them itself
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, text and tensors, for ``torch.save``."""
@@ -44,8 +44,8 @@ class Entry:
         }
 
 
-def check_widths(mine: Sequence[Entry], theirs: Sequence[Entry]) -> None:
-    """Raises ValueError for a layer whose statistics cannot merge."""
+def check_mergeable(mine: Sequence[Entry], theirs: Sequence[Entry]) -> None:
+    """Raises ValueError for a layer of both whose statistics cannot merge."""
     known = {entry.name: entry.statistic for entry in mine}
     for entry in theirs:
         statistic = known.get(entry.name)

@@ -1,4 +1,7 @@
-"""Many layers at once: every function makes the same few launches for any number of layers, and none waits for the device."""
+"""Many layers at once: each function makes the same few launches for any number of layers, and does not wait for the device.
+
+This holds for statistics with states of a fixed shape; a :class:`~torchprobe.statistics.DynamicStatistic` is handled layer by layer.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from torchprobe.statistics import Statistic
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def plainly(function: Function) -> Function:
-    """Without autograd, and outside inference mode, whose tensors could not be changed later."""
+def without_grad(function: Function) -> Function:
+    """Runs the function without autograd, and outside inference mode, whose tensors could not be changed later."""
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -25,61 +28,61 @@ def plainly(function: Function) -> Function:
     return cast(Function, call)
 
 
-def alike(statistics: Sequence[Statistic]) -> list[list[int]]:
-    """Indices of the statistics that can be handled together."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
+def groups(statistics: Sequence[Statistic]) -> list[list[int]]:
+    """The indices of the statistics, in groups that can be handled together."""
+    by_key: dict[tuple[Any, ...], list[int]] = {}
     for index, statistic in enumerate(statistics):
-        groups.setdefault(statistic.alike(), []).append(index)
-    return list(groups.values())
+        by_key.setdefault(statistic.group_key(), []).append(index)
+    return list(by_key.values())
 
 
-@plainly
+@without_grad
 def summaries(statistics: Sequence[Statistic], histograms: bool = False) -> list[tuple[list[int], Tensor]]:
-    """For every group that is alike: which they are, and their fields, (n, fields); nan for those that saw nothing.
+    """For each group: the indices of its statistics, and their fields, (n, fields); nan if nothing was seen.
 
-    With ``histograms`` those follow the fields: (n, fields + bins).
+    With ``histograms`` these follow the fields: (n, fields + bins).
     """
     return [
-        (group, type(statistics[group[0]]).summaries([statistics[index] for index in group], histograms)) for group in alike(statistics)
+        (group, type(statistics[group[0]]).summaries([statistics[index] for index in group], histograms)) for group in groups(statistics)
     ]
 
 
-@plainly
+@without_grad
 def close(windows: Sequence[Statistic], closed: Sequence[Statistic | None]) -> list[Statistic]:
-    """Adds the windows to what is closed, and empties them. A counter of calls continues."""
+    """Adds the windows to what is closed, and empties the windows. A counter of calls continues."""
     result: dict[int, Statistic] = {}
-    for group in alike(windows):
+    for group in groups(windows):
         chosen = [windows[index] for index in group]
         result.update(zip(group, type(chosen[0]).close_windows(chosen, [closed[index] for index in group]), strict=True))
     return [result[index] for index in range(len(windows))]
 
 
-@plainly
+@without_grad
 def erase(statistics: Sequence[Statistic]) -> None:
-    """Forgets everything, a counter of calls too."""
-    for group in alike(statistics):
+    """Forgets everything, including a counter of calls."""
+    for group in groups(statistics):
         type(statistics[group[0]]).reset_all([statistics[index] for index in group])
 
 
-@plainly
+@without_grad
 def merged(parts: Iterable[Statistic | None]) -> Statistic | None:
-    """All parts in one new statistic on the device of the first, or None when there is none."""
-    found = [part for part in parts if part is not None]
-    if not found:
+    """A new statistic of all parts, on the device of the first one; None if all parts are None."""
+    present = [part for part in parts if part is not None]
+    if not present:
         return None
-    total = found[0].clone()
-    for part in found[1:]:
-        total.merge(part)
-    return total
+    result = present[0].clone()
+    for part in present[1:]:
+        result.merge(part)
+    return result
 
 
-@plainly
+@without_grad
 def total(closed: Statistic | None, window: Statistic) -> Statistic:
     """A new statistic of all windows."""
     return window.clone() if closed is None else closed.clone().add_window(window)
 
 
-@plainly
+@without_grad
 def duplicate(statistic: Statistic) -> Statistic:
     """An independent copy."""
     return statistic.clone()

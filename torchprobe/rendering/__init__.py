@@ -8,7 +8,7 @@
 :mod:`torchprobe.rendering.page`             one self-contained HTML file (jinja2)
 :mod:`torchprobe.rendering.dissection_page`  the page of a dissection: bars, units, pictures drawn when they come into view
 :mod:`torchprobe.rendering.outline`          a region of pixels as the path of its outline
-:mod:`torchprobe.statistics.bounds`        the values a kurtosis is read against
+:mod:`torchprobe.statistics.moments`         the values a kurtosis is read against
 ===========================================  ===========================================================================
 
 Nothing here knows a recording or a model. matplotlib and jinja2 are the ``report`` extra; they are imported when a

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from torchprobe.common.files import replacing
 from torchprobe.rendering.tables import Row, printable
-from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

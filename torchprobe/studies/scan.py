@@ -29,7 +29,7 @@ from torchprobe.rendering.plots import depth_profile
 from torchprobe.rendering.plots import write as write_figure
 from torchprobe.rendering.tables import LAYER_COLUMNS, cell, write_csv
 from torchprobe.statistics import Moments
-from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
