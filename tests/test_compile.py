@@ -355,7 +355,9 @@ def test_select_of_a_new_tensor_cannot_give_a_compiled_gradient() -> None:
     model = Net(depth=1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with (
-        pytest.raises(Exception, match=r"layer 'blocks\.0': under torch.compile only the gradient of a tensor that is part of the output can be read"),
+        pytest.raises(
+            Exception, match=r"layer 'blocks\.0': under torch.compile only the gradient of a tensor that is part of the output can be read"
+        ),
         torchprobe.record(model, "blocks.0", of="gradient", select=lambda out: out[:, :2]),
     ):
         compiled(BATCHES[0])

@@ -298,6 +298,21 @@ def test_a_bounded_history_is_saved_and_resumed(tmp_path: Any) -> None:
     assert (second.history.keep, second.history.dropped, len(second.history)) == (4, 0, 0)
 
 
+def test_steps_of_numpy_and_what_is_no_step(tmp_path: Any) -> None:
+    model = Net()
+    with torchprobe.record(model, "head") as rec:
+        for step in (np.int64(3), np.float32(4.5), 5):
+            model(batches(1)[0])
+            rec.snapshot(step)
+        for wrong in (True, "6", math.inf, None):
+            with pytest.raises(TypeError, match="a step is a finite number, got"):
+                rec.snapshot(wrong)
+    assert rec.history.steps == [3, 4.5, 5]
+    assert [type(step) for step in rec.history.steps] == [int, float, int]
+    rec.save(tmp_path / "run.safetensors")
+    assert torchprobe.load(tmp_path / "run.safetensors").history.steps == [3, 4.5, 5]
+
+
 @pytest.mark.parametrize("keep", [0, -1, 2.0, True, "all"])
 def test_a_bound_out_of_range(keep: Any) -> None:
     with pytest.raises(ValueError, match="keep must be a whole number of at least 1, or None for all windows"):

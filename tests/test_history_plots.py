@@ -290,7 +290,7 @@ def test_a_recording_plots_its_history(plots):
     axes = rec.plot("history").axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "2", "output"]
     assert rec.history.plot("std").axes[0].child_axes[0].get_ylabel() == "std"
-    with pytest.raises(KeyError, match="'kurtosis' is no field of the history"):
+    with pytest.raises(KeyError, match="'kurtosis' is not a field of the history"):
         rec.history.plot("kurtosis")
     with pytest.raises(ValueError, match=r'what must be "depth" or "history", got \'blocks.0\'; for one layer: history.plot_layer'):
         rec.plot("blocks.0")

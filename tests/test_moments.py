@@ -129,7 +129,10 @@ def test_state_dict_round_trip():
     [
         ({"features": 13}, "features=13, this one has features=12"),
         ({"outlier_sigma": 5.0}, "outlier_sigma=5.0"),
-        ({"mean": torch.zeros(11)}, r"mean in the saved state of Moments is torch.float32 of shape \(11,\), expected torch.float64 of shape \(12,\)"),
+        (
+            {"mean": torch.zeros(11)},
+            r"mean in the saved state of Moments is torch.float32 of shape \(11,\), expected torch.float64 of shape \(12,\)",
+        ),
         ({"mean": "text"}, r"mean in the saved state of Moments is str, expected torch.float64 of shape \(12,\)"),
         ({"extra": torch.zeros(1)}, r"unknown \['extra'\]"),
         ({"m2": None}, r"lacks \['m2'\]"),

@@ -455,7 +455,7 @@ def _damage(state, key, value):
         ("capacity", 3, "capacity=3"),
         ("extra", 1, r"unknown \['extra'\]"),
         ("positions", 3, "positions of the saved Quantile are 3"),
-        ("generator", torch.zeros(3, dtype=torch.uint8), "no state of a random generator"),
+        ("generator", torch.zeros(3, dtype=torch.uint8), "not the state of a random generator"),
         ("0/values", lambda v: v.double(), "0/values of the saved Quantile is torch.float64"),
         ("0/values", lambda v: v[:3], "expected torch.float32 of shape"),
         ("0/values", "text", "0/values of the saved Quantile is str"),
@@ -486,7 +486,7 @@ def test_refusals():
             Quantile(3, quantile)
     with pytest.raises(ValueError, match="at least 1"):
         Quantile(0)
-    with pytest.raises(ValueError, match="room for 25 values of a feature"):
+    with pytest.raises(ValueError, match="room for only 25 values of a feature"):
         Quantile(10, memory=1000)
     q = Quantile(3)
     for x in (torch.zeros(4, 5), torch.zeros(5), torch.zeros(()), torch.zeros(2, 3, dtype=torch.int64), [1.0, 2.0, 3.0]):

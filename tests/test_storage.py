@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import torchprobe
+from torchprobe.statistics import FEATURES, State, Statistic
 
 
 def test_merge_equals_one_recording_of_everything() -> None:
@@ -192,7 +193,14 @@ def layers(**values: Any) -> Callable[[str], str]:
         ("layers", layers(name="x"), "'x/closed/calls': missing"),
         ("layers", lambda text: json.dumps(json.loads(text)[1:]), "'blocks.0/.*': belongs to no layer"),
         ("layers", lambda text: json.dumps([json.loads(text)[0]] * 2), "'blocks.0/closed/calls': missing"),
+        ("layers", layers(outlier_sigma=-1.0), "'layers': outlier_sigma of layer 'blocks.0' must be positive, got -1.0"),
+        ("layers", layers(calls=3), "'layers': each layer has name, module"),
+        ("settings", lambda text: text.replace("6.0", "1" + 400 * "0"), "'settings': outlier_sigma must be positive"),
+        ("settings", lambda text: text.replace("Moments", "Zeros"), "'statistics': expected the names in 'Zeros'"),
         ("aliases", '{"a": 1}', "'aliases': an alias is not text"),
+        ("history", lambda text: text.replace("[1, 3]", "[1, NaN]"), "'history': steps are finite numbers"),
+        ("history", lambda text: text.replace("[1, 3]", f"[1, 1{400 * '0'}]"), "'history': steps are finite numbers"),
+        ("history", lambda text: text.replace('"dropped": 0', '"dropped": -1'), "'history': dropped counts windows, got -1"),
         ("history", '{"steps": 1}', "'history': expected the lists"),
         ("history", lambda text: text.replace("[1, 3]", "[1, 3, 5]"), "'history': expected F64 of shape \\(3, 4, 15\\)"),
         ("history", lambda text: text.replace("[1, 3]", '["x"]'), "'history': steps are finite numbers"),
@@ -211,6 +219,37 @@ def test_loading_believes_nothing(tmp_path: Path, key: str, value: Any, message:
     recorded_windows(Net()).save(path)
     with pytest.raises(ValueError, match=message) as caught:
         torchprobe.load(tampered(path, edit(key, value)))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layers", layers(calls=-1), "layer 'blocks.0' cannot have -1 calls"),
+        ("layers", layers(calls=10**400), "cannot have 10{400} calls"),
+        ("layers", layers(window_state={"values": [], "tensors": []}), "expected values and the names of tensors for 'blocks.0/'"),
+        ("layers", layers(window_state={"values": {"features": 6}, "tensors": ["no"]}), "'blocks.0/no': missing"),
+        ("layers", layers(window_state={"values": {"features": 10**9}, "tensors": []}), "'blocks.0': the saved state of Wide"),
+        ("layers", layers(window_state={"values": {"features": [6]}, "tensors": []}), "'blocks.0': TypeError: "),
+        ("layers", layers(window_state={"values": {}, "tensors": []}), r"'blocks.0': the saved state of Wide lacks \['features'\]"),
+        ("blocks.0/matrix", torch.ones(6, 7, dtype=torch.float64), r"'blocks.0': matrix in .* \(6, 7\), expected .* \(6, 6\)"),
+        ("blocks.0/matrix", torch.ones(6, 6, dtype=torch.int64), "'blocks.0': matrix in the saved state of Wide is torch.int64"),
+        ("statistics", '"Statistic"', "'statistics': expected the names in 'Wide'"),
+        ("statistics", "[]", "'statistics': expected the names in 'Wide'"),
+        ("statistics", "3", "'statistics': expected a JSON str, got int"),
+    ],
+)
+def test_loading_believes_nothing_of_any_statistic(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    class Wide(Statistic):
+        states = {"matrix": State((FEATURES, FEATURES))}
+
+        def accumulate(self, x: Tensor, kept: Tensor) -> None:
+            self.matrix += x.T @ x
+
+    path = tmp_path / "run.safetensors"
+    record(Net(), batches(1), "blocks.0", statistic=Wide).save(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        torchprobe.load(tampered(path, edit(key, value)), statistic=Wide)
     assert str(path) in str(caught.value)
 
 

@@ -196,10 +196,10 @@ class Hook:
         dim = axis(self.key, x.dim())
         allocate(self.key, len(range(x.shape[dim])), x.device)  # len(range(n)) is n, made a constant of the graph
         slot = self.slots[x.device]
-        if not fused(self.key):
+        positions, sigma, every = settings(self.key)
+        if sigma is None:
             _observe_activation(slot.token, x, observer_number(self.key), mask)
             return
-        positions, sigma, every = settings(self.key)
         if mask is not None:
             mask = fit_mask(mask, x, dim)
         kept = cut(mask, positions)
@@ -323,14 +323,9 @@ def traced_open(hook: Hook, paused: bool, training: bool) -> bool:
 
 
 @at_trace_time
-def fused(hook: Hook) -> bool:
-    """Whether the statistic is an operator, which a compiled graph can contain."""
-    return hook.fused
-
-
-@at_trace_time
-def settings(hook: Hook) -> tuple[str, float, int]:
-    return hook.control.positions, next(iter(hook.slots.values())).sigma, hook.every
+def settings(hook: Hook) -> tuple[str, float | None, int]:
+    """``positions``, ``outlier_sigma`` and ``every``; no ``outlier_sigma`` if the statistic is not an operator."""
+    return hook.control.positions, next(iter(hook.slots.values())).sigma if hook.fused else None, hook.every
 
 
 @at_trace_time

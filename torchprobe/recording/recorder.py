@@ -179,8 +179,7 @@ class Recorder(Recording):
             diagnosis.report(hooks, named_layers(model), self._witness, stacklevel)
 
     def _traced(self, modules: set[int]) -> bool:
-        hooks = (hook for hook in self._hooks.values() if Skipped.TRACED in hook.skipped)
-        return any(id(hook.layer.module) in modules for hook in hooks)
+        return any(id(hook.layer.module) in modules for hook in self._hooks.values() if Skipped.TRACED in hook.skipped)
 
     def _remove_hooks(self) -> None:
         while self._undo:

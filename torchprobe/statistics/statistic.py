@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import html
-import inspect
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,18 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from torchprobe.statistics.tensors import State, check_input, clear, describe, hashable, number_dtype, reduced, stacked, without_autocast
-
-VECTORS = "vectors"
-"""The state that every statistic has without naming it: how many vectors it has seen."""
+from torchprobe.statistics.tensors import (
+    State,
+    arguments_of,
+    check_input,
+    clear,
+    describe,
+    hashable,
+    no_autocast,
+    number_dtype,
+    reduced,
+    stacked,
+)
 
 _updating = threading.RLock()  # threads may share a statistic, and a statistic may update another one
 
@@ -82,18 +89,16 @@ class Statistic:
     histogram_bins: int = 0
     """Bins of the histogram that a history keeps of every window; 0: none. See :meth:`window_histogram`."""
 
-    _counts_vectors = False
-
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
         if features < 1:
             raise ValueError(f"features must be at least 1, got {features}")
         self.features = int(features)
-        if not hasattr(type(self), VECTORS) and VECTORS not in (*self.states, *self.arguments):
-            self.states = {**self.states, VECTORS: State()}
-            self._counts_vectors = True
+        self._counts_vectors = not hasattr(type(self), "vectors") and "vectors" not in (*self.states, *self.arguments)
+        if self._counts_vectors:
+            self.states = {**self.states, "vectors": State()}
         place = torch.device(device) if device is not None else torch.get_default_device()
         for name, state in self.states.items():
-            if hasattr(Statistic, name) or name in self.arguments:
+            if hasattr(Statistic, name) or name in ("features", *self.arguments):
                 what = "an argument" if name in self.arguments else "an attribute of every Statistic"
                 raise TypeError(f"{type(self).__name__}: the state {name!r} has the name of {what}; choose another name")
             setattr(self, name, state.new(self.features, place))
@@ -103,10 +108,7 @@ class Statistic:
         if "update" in cls.__dict__ and "fused" not in cls.__dict__:
             cls.fused = False
         if "__init__" in cls.__dict__ and "arguments" not in cls.__dict__:
-            parameters = list(inspect.signature(cls).parameters.values())
-            named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-            inherited = cls.arguments if any(p.kind == p.VAR_KEYWORD for p in parameters) else ()
-            cls.arguments = (*inherited, *(name for name in named if name not in ("features", "device", *inherited)))
+            cls.arguments = arguments_of(cls, cls.arguments)
 
     # -- what a subclass writes ----------------------------------------------------------------------------------------
 
@@ -152,7 +154,7 @@ class Statistic:
             ValueError: another width or type, or a mask that does not fit.
         """
         check_input(type(self).__name__, self.features, x, feature_dim, mask)
-        with torch.no_grad(), _updating, without_autocast(x.device.type):
+        with torch.no_grad(), _updating, no_autocast(x.device.type):
             vectors = x.detach().movedim(feature_dim, -1).reshape(-1, self.features)
             if not len(vectors):
                 return
@@ -163,7 +165,7 @@ class Statistic:
             self.accumulate(vectors, kept[:, None])
             self._keep_tensors(before)
             if self._counts_vectors:
-                getattr(self, VECTORS).add_(len(vectors) if mask is None else kept.sum())
+                before["vectors"] += len(vectors) if mask is None else kept.sum()
 
     def _keep_tensors(self, before: Mapping[str, Tensor]) -> None:
         """Copies states that were assigned into their first tensors: those have the right dtype, and CUDA graphs write to them."""

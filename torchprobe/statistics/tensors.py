@@ -1,8 +1,9 @@
-"""The tensors that a statistic reads, and those that it keeps."""
+"""The tensors that a statistic reads and keeps, and other parts of its contract."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,15 @@ def check_input(name: str, features: int, x: Tensor, feature_dim: int, mask: Ten
             raise ValueError(f"mask must be bool of shape {tuple(lead)} on {x.device}, got {found}")
 
 
+def arguments_of(kind: type, inherited: tuple[str, ...]) -> tuple[str, ...]:
+    """The parameters of a constructor without width and device. Those of its base class are included if it takes ``**options``."""
+    parameters = inspect.signature(kind).parameters.values()
+    width = next((p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD), "features")
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    base = inherited if any(p.kind == p.VAR_KEYWORD for p in parameters) else ()
+    return (*base, *(name for name in named if name not in ("device", width, *base)))
+
+
 def number_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on a device without it."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -114,7 +124,7 @@ def hashable(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def without_autocast(device_type: str) -> Iterator[None]:
+def no_autocast(device_type: str) -> Iterator[None]:
     """The block computes in the precision of its tensors; autocast would compute matrix products in half precision."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
