@@ -108,7 +108,7 @@ def test_replays_after_the_end_do_not_count_and_write_to_memory_that_is_still_th
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("of", ["output", "gradient"])
-def test_a_training_step_is_captured_so_it_does_not_synchronise(of: str) -> None:
+def test_a_training_step_is_captured_so_it_does_not_synchronize(of: str) -> None:
     model = mlp(4, 64).cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     x = torch.randn(32, 64, device="cuda")

@@ -56,6 +56,21 @@ def test_help_documents_the_exit_codes(run, command):
         assert re.search(rf"^ +{number} ", out, re.MULTILINE)
 
 
+COMMANDS = ["scan", "layers", "dissect", "interpret", "compare", "doctor", "demo"]
+
+
+def test_help_fits_80_columns(run, monkeypatch):
+    pages = {}
+    for command in ([], *([name] for name in COMMANDS)):
+        monkeypatch.setenv("COLUMNS", "80")
+        pages[" ".join(command)] = run(*command, "--help")[1]
+    too_wide = [line for page in pages.values() for line in page.splitlines() if len(line) > 80]
+    assert too_wide == []
+    summaries = dict(re.findall(r"^  (\w+)  +(\S.*)$", pages[""].partition("Commands:")[2].partition("Exit codes:")[0], re.MULTILINE))
+    assert sorted(summaries) == sorted(COMMANDS)
+    assert [text for text in summaries.values() if not text.endswith(".") or text.endswith("...")] == []
+
+
 def test_version(run):
     assert run("--version")[1].split() == ["torchprobe", torchprobe.__version__]
 
@@ -89,7 +104,7 @@ def test_wrong_usage_exits_with_2(run, arguments):
         (["layers", "timm:test_vti"], "no model 'test_vti'"),
         (["layers", "vit"], "not the name of an encoder"),
         (["layers", MODEL, "--layers", "visual.block.*"], "matches no layer"),
-        (["scan", MODEL, "--images", "{photos}/none"], "not there"),
+        (["scan", MODEL, "--images", "{photos}/none"], "does not exist"),
         (["scan", MODEL, "--images", "{photos}", "--checkpoint", "{photos}/none.pt"], "no checkpoint at"),
         (["scan", MODEL, "--images", "{photos}", "--random-init", "--layers", "visual.blcks"], "visual.blocks"),
         (["scan", MODEL, "--images", "{photos}", "--random-init", "--output", "{photos}/0.png"], "0.png"),
@@ -266,7 +281,7 @@ def test_dissect_prints_and_writes(run, broden, tmp_path):
     assert "nothing to resume" in err
     code, _, err = run(*dissecting(broden, tmp_path / "out", "--null", broden))
     assert code == 1
-    assert "holds no finished dissection" in err
+    assert "does not hold a finished dissection" in err
 
 
 def test_dissect_as_json_by_average_precision(run, broden, tmp_path):
@@ -415,7 +430,7 @@ def test_demo_without_its_packages_says_what_to_install(run, monkeypatch, tmp_pa
 
 
 def test_as_a_process():
-    command = [sys.executable, "-m", "torchprobe.cli", "layers", "nonsense:x"]
+    command = [sys.executable, "-m", "torchprobe", "layers", "nonsense:x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stdout == ""

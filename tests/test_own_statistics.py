@@ -281,6 +281,7 @@ ONE = Total(16)
         ([Moments, Range], "Range must be derived from torchprobe.statistics.Statistic to be in a list"),
         ([Moments, [Total]], "takes a class, a function"),
         (variant(DynamicStatistic), "must define"),
+        (lambda features, device: variant(Norms, setup=lambda self: {"features": {}})(features), "Bad was tried .* unhashable type"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:torchprobe. Range is not a subclass:DeprecationWarning")
@@ -341,6 +342,78 @@ def test_a_dynamic_statistic_loses_nothing_silently() -> None:
     for call in calls:
         with pytest.raises(NotImplementedError, match="Bad is a DynamicStatistic and must define"):
             call()
+
+
+class Norms(DynamicStatistic):
+    """The norm of every vector."""
+
+    fields = {"longest": "the largest norm", "seen": "vectors seen"}
+
+    def __init__(self, features: int, device: Any = None) -> None:
+        self.features, self.place = features, torch.device(device or "cpu")
+        self.reset()
+
+    def update(self, x: Tensor, feature_dim: int = -1, *, mask: Tensor | None = None) -> None:
+        assert not x.requires_grad
+        norms = x.double().norm(dim=feature_dim)
+        self.norms = torch.cat([self.norms, norms.flatten() if mask is None else norms[mask]])
+
+    def merge(self, other: Any) -> Any:
+        self.check_mergeable(other)
+        self.norms = torch.cat([self.norms, other.norms.to(self.norms)])
+        return self
+
+    def reset(self) -> None:
+        self.norms = torch.empty(0, dtype=torch.float64, device=self.place)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"features": self.features, "norms": self.norms.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.norms = state["norms"].to(self.place)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: Any = "cpu") -> Norms:
+        new = cls(state["features"], device)
+        new.load_state_dict(state)
+        return new
+
+    @property
+    def empty(self) -> bool:
+        return not len(self.norms)
+
+    def summary(self) -> dict[str, float]:
+        return {"seen": len(self.norms), "longest": float(self.norms.max()) if len(self.norms) else 0.0}  # in another order
+
+
+def test_a_dynamic_statistic_does_everything(tmp_path: Path) -> None:
+    model, data = net(), batches(3)
+    mask = torch.tensor([[True, True, False]] * 5)
+    with torchprobe.record(model, "**", statistic=Norms) as rec:
+        model(data[0])
+        rec.snapshot(0)
+        with rec.mask(mask):
+            model(data[1])
+    x = activations(model, data[:2])["head"]
+    norms = (x**2).sum(1) ** 0.5
+    expected = [*norms[:15], *norms[15:][mask.flatten().numpy()]]
+    for recording in (rec, saved_and_loaded(rec, tmp_path)):
+        total = recording.total
+        assert total["head"].norms.tolist() == pytest.approx(expected)
+        assert total.rows()[3]["longest"] == pytest.approx(max(expected))
+        assert (total.rows()[3]["seen"], recording.rows()[3]["seen"]) == (25, 10)
+        assert recording.history["longest"][0, 3] == pytest.approx(max(expected[:15]))
+        assert recording.merge(recorded(Norms))["head"].norms.tolist()[10:] == pytest.approx(expected[:15])
+
+
+def test_a_dynamic_statistic_that_no_file_can_hold(tmp_path: Path) -> None:
+    class Sizes(Norms):
+        def state_dict(self) -> dict[str, Any]:
+            return {**super().state_dict(), "sizes": {} if len(self.norms) else None}
+
+    with pytest.raises(TypeError, match="layer 'blocks.0' cannot be saved: in the state_dict of Sizes, sizes is dict; a file holds"):
+        recorded(Sizes).save(tmp_path / "run.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 # -- copies ------------------------------------------------------------------------------------------------------------------
@@ -580,7 +653,7 @@ def test_default_ids_of_ranks_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_examples_of_the_docs_run() -> None:
-    section = DOCS.read_text().split("## A statistic of your own")[1]
+    section = DOCS.read_text().split("## Your own statistic")[1]
     names: dict[str, Any] = {"__name__": "docs"}
     for block in section.split("```python\n")[1:]:
         code = block.split("```")[0]

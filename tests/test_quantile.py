@@ -312,7 +312,7 @@ def test_merge_leaves_the_other_and_takes_itself():
 
 
 def level_error(q: Quantile, x: Tensor, quantile: Fraction | float = 0.005) -> Tensor:
-    """By how many standard deviations, as stated, the level of the value is off; ties count in its favour."""
+    """By how many standard deviations, as stated, the level of the value is off; ties count in its favor."""
     value = q.value(quantile)
     share = float(quantile)
     above, reached = (x > value).double().mean(0), (x >= value).double().mean(0)

@@ -1,6 +1,6 @@
-"""A head that reads only some of its directions, and how accurate it still is.
+"""A head that keeps only some of its directions, and its accuracy.
 
-W_p = Σ_{i kept} σ_i u_i v_iᵀ, which is the same as projecting the representation on the kept directions ("Interpreting CLIP", TMLR 2024).
+W_p = Σ_{i kept} σ_i u_i v_iᵀ. This is the same as projecting the representation onto the kept directions ("Interpreting CLIP", TMLR 2024).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from torchprobe.analysis.directions import Directions
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.analysis.heads import HeadLike, as_head, normalizes, weight_and_bias
-from torchprobe.analysis.intervals import band
+from torchprobe.analysis.inputs import HeadLike, as_head, normalizes, weight_and_bias
 from torchprobe.analysis.pruning_pass import accuracies, check_directions, pruned_weight
+from torchprobe.analysis.resampling import band
 from torchprobe.encoders import Head
 
 FRACTIONS = tuple(i / 20 for i in range(1, 21))
-"""Of the rank: 5 %, 10 % … all (a choice of ours)."""
+"""Fractions of the rank: 5 %, 10 % … 100 % (we chose the steps)."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class PruningCurve:
     """Accuracy against the share of the directions that is kept.
 
     Attributes:
-        keep: the fractions, as asked for, float64 (k,).
-        kept: how many directions that is, int64 (k,).
+        keep: the given fractions, float64 (k,).
+        kept: the number of directions for each fraction, int64 (k,).
         accuracy: of the pruned head, a share of the images, float64 (k,).
-        order: what decided which directions are kept.
-        seed: of the random order; without meaning for the others.
+        order: the order in which directions are kept.
+        seed: of the random order; without meaning for the other orders.
         rank: of the head; ``keep`` is a fraction of it.
-        n: images evaluated.
+        n: number of images evaluated.
     """
 
     keep: Tensor
@@ -54,14 +54,14 @@ class PruningCurve:
 
 @dataclass(frozen=True)
 class PruningBands:
-    """As :class:`PruningCurve`, with the directions in random order, several times.
+    """As :class:`PruningCurve`, for several draws of a random order.
 
     Attributes:
-        keep, kept, rank, n: as there.
+        keep, kept, rank, n: as in :class:`PruningCurve`.
         accuracy: of each draw, float64 (draws, k).
         seeds: of the draws.
         mean: over the draws, float64 (k,).
-        low, high: the 95 % band of the draws, float64 (k,); of few draws about the smallest and the largest.
+        low, high: the 95 % band of the draws, float64 (k,). For few draws this is approximately the smallest and the largest.
     """
 
     keep: Tensor
@@ -82,12 +82,12 @@ class PruningBands:
 
 
 def kept_directions(directions: Directions, keep: float) -> int:
-    """How many directions a fraction of the rank is: rounded to the nearest, half of one up, at least one (a choice of ours).
+    """The number of directions for a fraction of the rank: rounded to the nearest number, half up, at least one (we chose this rule).
 
-    ``keep`` = 1 keeps those beyond the rank too, so that the head stays what it is.
+    ``keep`` = 1 also keeps the directions beyond the rank, so that the head does not change.
 
     Raises:
-        ValueError: ``keep`` outside (0, 1].
+        ValueError: ``keep`` is outside (0, 1].
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep is a fraction of the rank, above 0 and at most 1, got {keep}")
@@ -95,21 +95,22 @@ def kept_directions(directions: Directions, keep: float) -> int:
 
 
 def prune(head: HeadLike, directions: Directions, keep: float, order: str = "importance", seed: int = 0) -> Head:
-    """The head without some of its directions; bias, normalisation and names stay.
+    """The head with only some of its directions. Bias, normalization and names stay the same.
 
     Args:
         head: a linear layer, or its weight (C, d).
-        directions: its :func:`~torchprobe.analysis.directions.privileged_directions`, with the importance on other images than those it
-            will be evaluated on.
-        keep: which fraction of the rank stays; see :func:`kept_directions`.
-        order: which directions come first: "importance", "sigma" or "random".
+        directions: its :func:`~torchprobe.analysis.privileged_directions`. Measure their importance on other images than those on which
+            the pruned head will be evaluated.
+        keep: the fraction of the rank that is kept; see :func:`kept_directions`.
+        order: the directions to keep first: "importance", "sigma" or "random".
         seed: of "random".
 
     Returns:
-        The weight is computed in float64 and rounded once, to float32 (float64 if the head is); ``keep`` = 1 gives that of the head.
+        The pruned head. Its weight is computed in float64 and rounded once, to float32 (float64 if the head is). With ``keep`` = 1 it is
+        the weight of the head.
 
     Raises:
-        ValueError: directions of another head, or ``keep`` or ``order`` that mean nothing.
+        ValueError: directions of another head, or an unknown ``order``, or ``keep`` outside (0, 1].
 
     >>> from torchprobe.analysis.directions import privileged_directions
     >>> weight = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
@@ -136,15 +137,15 @@ def pruning_curve(
 
     Args:
         head, directions, order, seed: as in :func:`prune`.
-        embeddings: labelled; may be memory-mapped.
+        embeddings: with labels; may be memory-mapped.
         fractions: of the rank, in any order.
         classes: the rows of the head to choose from, as in :func:`torchprobe.analysis.evaluate`.
 
     Returns:
-        Accuracies equal to ``evaluate(prune(head, directions, keep, order, seed), embeddings, classes).accuracy`` for every ``keep``.
+        The curve. The accuracy for ``keep`` is that of ``evaluate(prune(head, directions, keep, order, seed), embeddings, classes)``.
 
     Raises:
-        ValueError: no fraction, and whatever :func:`prune` and ``evaluate`` refuse.
+        ValueError: no fraction, or as :func:`prune` and ``evaluate``.
 
     >>> from torchprobe.analysis.directions import privileged_directions
     >>> weight = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
@@ -165,14 +166,14 @@ def pruning_bands(
     fractions: Sequence[float] = FRACTIONS,
     classes: Iterable[int] | None = None,
 ) -> PruningBands:
-    """The curve with the directions in random order, what the other two are held against; the embeddings are read and projected once.
+    """The curve with the directions in random order, the control for the other two orders. The embeddings are read and projected once.
 
     Args:
-        seeds: of the draws, or how many (then 0, 1, …).
+        seeds: of the draws, or the number of draws (then the seeds are 0, 1, …).
         head, directions, embeddings, fractions, classes: as in :func:`pruning_curve`.
 
     Raises:
-        ValueError: no draw, and whatever :func:`pruning_curve` refuses.
+        ValueError: no draw, or as :func:`pruning_curve`.
     """
     drawn = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     if not drawn:

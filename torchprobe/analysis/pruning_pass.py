@@ -1,9 +1,9 @@
 """Accuracies of a pruned head at many fractions from one pass over the embeddings.
 
-They are projected on all directions once, in float64, and the logits of a block gather one direction after the other, each once. Such
-logits are rounded otherwise than those of the pruned head, so they decide only where the right logit and the others are further apart than
-rounding can move them; the rest is left to :func:`torchprobe.analysis.decisions.predict`, which decides by the exact logits of the pruned
-head. So every accuracy is the one that :func:`torchprobe.analysis.evaluate` finds for that head, to the last image.
+The embeddings are projected onto all directions once, in float64. The logits of a block are then sums to which one direction after the
+other is added. Their rounding differs from that of the logits of the pruned head. So they decide only if the logit of the correct class and
+the others are further apart than rounding can move them. :func:`torchprobe.analysis.decisions.predict` decides the rest by the exact logits
+of the pruned head. So every accuracy is exactly that of :func:`torchprobe.analysis.evaluate` for the pruned head.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from torch import Tensor
 from torchprobe.analysis.decisions import predict, rows_of
 from torchprobe.analysis.directions import Directions
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.analysis.evaluation import right
-from torchprobe.analysis.heads import HeadLike, normalizes, weight_and_bias
+from torchprobe.analysis.evaluation import is_correct
+from torchprobe.analysis.inputs import HeadLike, normalizes, weight_and_bias
 
-_LOGITS = 1 << 19  # in work at a time; 2 MB in float32, so that they stay in the cache while directions are added
-_EPS = 1e-12  # torch.nn.functional.normalize divides by no less
-_HUGE = 1e37  # sums beyond may overflow in float32
+_LOGITS = 1 << 19  # at a time; 2 MB in float32, so that they stay in the cache while directions are added
+_EPS = 1e-12  # the smallest number that torch.nn.functional.normalize divides by
+_HUGE = 1e37  # larger sums may overflow in float32
 
 
 def check_directions(directions: Directions, weight: Tensor) -> None:
-    """Refuses directions of a head of another shape.
+    """Checks that the directions are those of a head of this shape.
 
     Raises:
-        ValueError: they are.
+        ValueError: the head has another shape.
     """
     of = (len(directions.left), directions.directions.shape[1])
     if of != tuple(weight.shape):
-        raise ValueError(f"the directions are those of a head (classes, features) of {of}, this one is {tuple(weight.shape)}")
+        raise ValueError(f"the directions are those of a head (classes, features) of {of}, but this head is {tuple(weight.shape)}")
 
 
 def pruned_weight(weight: Tensor, directions: Directions, kept: Tensor) -> Tensor:
     """Σ_{i kept} σ_i u_i v_iᵀ in float64, rounded to the type of ``weight``, (C, d)."""
-    kept = kept.sort().values  # so that the same directions give the same bits, whatever the order they were chosen in
+    kept = kept.sort().values  # so that the same directions give the same bits, independent of their order
     return ((directions.left[:, kept] * directions.singular_values[kept]) @ directions.directions[kept]).to(weight)
 
 
@@ -51,14 +51,14 @@ def accuracies(
     embeddings: Embeddings,
     orders: Sequence[Tensor],
     kept: Tensor,
-    classes: Iterable[int] | None,
+    classes: Iterable[int] | None = None,
 ) -> tuple[Tensor, int]:
-    """The accuracy for each order and each number of kept directions, float64 (orders, k), and how many images were evaluated."""
+    """The accuracy for each order and each number of kept directions, float64 (orders, k), and the number of images evaluated."""
     weight, bias = weight_and_bias(head, embeddings.features)
     check_directions(directions, weight)
     targets = _Targets(embeddings, rows_of(embeddings.classes if classes is None else classes, len(weight)), len(weight))
     counts, point = kept.unique(return_inverse=True)
-    place = embeddings.h.device if embeddings.h.device.type in ("cpu", "cuda") else torch.device("cpu")  # others may have no float64
+    place = embeddings.h.device if embeddings.h.device.type in ("cpu", "cuda") else torch.device("cpu")  # other devices may lack float64
     sums = _Sums(directions, bias, normalizes(head), targets.columns, orders, counts, weight.dtype, place)
     n = len(targets.rows)
     correct, certain = (torch.zeros(len(orders), n, len(counts), dtype=torch.bool) for _ in range(2))
@@ -84,17 +84,17 @@ def accuracies(
             at = (~certain[o, :, k]).nonzero().flatten()
             rows = targets.rows[at]
             predicted = predict(weights[k], bias, embeddings.h[rows.to(embeddings.h.device)], targets.classes, normalizes(head)).cpu()
-            correct[o, at, k] = right(predicted, y[rows], embeddings.groups)
+            correct[o, at, k] = is_correct(predicted, y[rows], embeddings.groups)
 
         _in_threads(settle, points, threads)
     return correct.sum(1)[:, point].double() / n, n
 
 
 def _in_threads(work: Callable[[int], None], items: Sequence[int], threads: int) -> None:
-    """``work`` on each item, on several at a time, with one thread each.
+    """Calls ``work`` with each item, several at a time, with one thread each.
 
-    The operators on a block are so many and so short that threads which wait for each other at the end of every one would mostly wait
-    as soon as anything else runs on the machine.
+    Each block needs many short operators. If several threads shared an operator, they would wait for each other at its end. On a machine
+    with other work they would mostly wait.
     """
     if threads == 1 or len(items) <= 1:
         for item in items:
@@ -106,16 +106,16 @@ def _in_threads(work: Callable[[int], None], items: Sequence[int], threads: int)
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # of threads that are yet to start: the number is theirs as well
+        torch.set_num_threads(threads)  # the initializer also changes the number for threads that start later
 
 
 class _Targets:
-    """Which embeddings are evaluated, and which logits are right for each.
+    """The embeddings to evaluate, and the correct logits of each.
 
     Attributes:
         rows: of the embeddings, ascending, int64 (n,).
         classes: rows of the head to choose from, ascending; None: all.
-        columns: the same as a tensor, int64 (C,); logits are in this order.
+        columns: the same rows as a tensor, int64 (C,); the order of the logits.
     """
 
     def __init__(self, embeddings: Embeddings, classes: list[int] | None, size: int) -> None:
@@ -123,31 +123,31 @@ class _Targets:
         self.columns = torch.arange(size) if classes is None else torch.tensor(classes)
         self._y = embeddings.y.cpu()
         if len(self._y) and int(self._y.max()) >= size:
-            raise ValueError(f"label {int(self._y.max())} is no row of the head, which has {size} (0 to {size - 1})")
+            raise ValueError(f"label {int(self._y.max())} is not a row of the head, which has {size} rows (0 to {size - 1})")
         labels = torch.arange(size)
-        fitting = right(self.columns[None], labels[:, None], embeddings.groups)
+        fitting = is_correct(self.columns[None], labels[:, None], embeddings.groups)
         known = self._y >= 0
         self.rows = (known & fitting.any(1)[self._y.clamp_min(0)]).nonzero().flatten()
         if not len(self.rows):
             raise ValueError(
-                f"nothing to evaluate: of {len(known)} rows {int((~known).sum())} have no label and the others one that is not among the "
-                "classes"
+                f"nothing to evaluate: of {len(known)} rows {int((~known).sum())} have no label, and the classes of the others are not "
+                "among the classes to choose from"
             )
-        # Several columns are right where rows of the head stand for the same class; the first one is repeated where there are fewer.
+        # Several columns are correct if rows of the head stand for the same class. Labels with fewer columns repeat the first one.
         most = int(fitting.sum(1).max())
         first = fitting.int().argmax(1, keepdim=True)
         found = fitting.int().topk(most, dim=1)
         self._table = found.indices.where(found.values > 0, first)
 
     def of(self, rows: Tensor) -> Tensor:
-        """The columns that are right for some of ``rows``, int64 (n, most)."""
+        """The columns that are correct for some of ``rows``, int64 (n, most)."""
         return self._table[self._y[rows]]
 
 
 class _Sums:
-    """Logits that gather one direction after the other: (w · h + b · s) / ‖h‖, with s = 1 or, to normalise, ‖h‖.
+    """Logits (w · h + b · s) / ‖h‖ as sums over one direction after the other, with s = 1, or s = ‖h‖ to normalize.
 
-    Divided by ‖h‖ and in units of the longest w they lead to the same decisions, and nothing over- or underflows.
+    Dividing by ‖h‖ and by the length of the longest w does not change the decisions, and nothing over- or underflows.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class _Sums:
         place: torch.device,
     ) -> None:
         backend: Any = torch.backends.cuda if place.type == "cuda" else torch.backends.mkldnn
-        # TF32 and bfloat16 are no float32
+        # TF32 and bfloat16 are not float32
         self.dtype = torch.float32 if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64
         self.normalize, self.counts = normalize, [0, *counts.tolist()]
         coefficients = (directions.left[columns] * directions.singular_values).T  # (r, C)
@@ -172,8 +172,8 @@ class _Sums:
         self.orders = [order.to(place) for order in orders]
         self.coefficients = [coefficients[order].to(place, self.dtype) for order in orders]
         self.bias = None if bias is None else bias.detach().cpu()[columns].double().to(place) / self.unit
-        # The bound: see torchprobe.analysis.decisions. Every logit is a sum, in some order, of m products and the bias, each operand of
-        # which is rounded once. The head it stands for is rounded itself. Norms of coefficients and projections are of what is kept.
+        # The bound: see torchprobe.analysis.decisions. Every logit is a sum, in some order, of m products and the bias; each operand is
+        # rounded once. The pruned head is rounded too. Norms of coefficients and projections are over the kept directions.
         m = counts.double().to(place)
         self.longest = torch.stack([c.double().square().cumsum(0).sqrt().amax(1).cpu()[counts - 1] for c in self.coefficients]).to(place)
         self.farthest = 0.0 if self.bias is None else float(self.bias.abs().max())
@@ -184,9 +184,9 @@ class _Sums:
         self.reached = (torch.arange(len(self.right.T), device=place)[:, None] < counts.to(place)).to(self.dtype)
 
     def margins(self, h: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each order: by how much the right logit exceeds all others, and how far that may be off; both (n, k).
+        """For each order: how far the correct logit is above all others, and the bound of the error of that; both (n, k).
 
-        The bound is inf for what has no direction: zero, nan and inf.
+        The bound is inf for representations without a direction: zero, nan and inf.
         """
         length = torch.linalg.vector_norm(h, dim=1, dtype=torch.float64)  # of float32, so it does not overflow
         usable = (length > 0) & length.isfinite()

@@ -1,4 +1,4 @@
-"""Telling tensors apart without keeping them."""
+"""A digest of tensors, to compare them without keeping them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256, in hexadecimal, of the types, shapes and values of tensors, in order; the same on every device.
+    """SHA-256, in hexadecimal, of the types, shapes and values of tensors in order. It is the same on every device.
 
     >>> digest([torch.zeros(2)]) == digest([torch.zeros(2)]), digest([torch.zeros(2)]) == digest([torch.zeros(1, 2)])
     (True, False)

@@ -1,10 +1,10 @@
-"""The name of the distribution, which is not the name of the package.
+"""The name of the distribution, which differs from the name of the package.
 
-``torchprobe`` on the public index belongs to somebody else, so every hint to install something must use this name.
+On the public index, ``torchprobe`` is another project. Every hint to install something must use this name.
 """
 
 DISTRIBUTION = "torchprobe-interp"
-"""What ``pip install`` takes. ``pyproject.toml`` says the same; ``tests/test_packaging.py`` checks it."""
+"""The name for ``pip install``. ``pyproject.toml`` has the same name; ``tests/test_packaging.py`` compares them."""
 
 
 def install_hint(extra: str) -> str:

@@ -1,4 +1,4 @@
-"""The options that every long run has."""
+"""The options of every long run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from torchprobe.common.progress import ProgressCallback
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out; none of these changes what is measured, except ``seed``.
+    """How a run is carried out. Only ``seed`` changes what is measured.
 
     Args:
         batch_size: images in one forward pass.
         device: where the model runs; None: where its parameters are.
-        workers: processes that decode images; 0 decodes in this process.
+        workers: threads or processes that decode images.
         seed: of everything random.
-        resume: continue a run that was interrupted, instead of starting anew.
+        resume: continue an interrupted run instead of starting again.
         progress: called after every batch.
-        stop: called after every batch; the run ends early, and keeps what it has, when it returns True.
+        stop: called between batches; if it returns True, the run ends early and keeps the results so far.
+
+    >>> RunOptions(batch_size=64).workers
+    2
     """
 
     batch_size: int = 32

@@ -9,9 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """``stage``: what the run is doing, such as "thresholds" or "overlap". ``done`` of ``total`` images of this stage are finished on this
-    rank; images that an interrupted run finished are included. ``elapsed``: seconds of this run. ``remaining``: estimated seconds until the
-    whole run ends, or None if there is no estimate yet.
+    """How far a run is on this rank.
+
+    Attributes:
+        stage: the present part of the run, such as "thresholds" or "overlap".
+        done: items of this stage that are finished, including those that an interrupted run finished.
+        total: items of this stage in all; 0 if unknown.
+        elapsed: seconds since this run began.
+        remaining: estimated seconds until the whole run ends; None if there is no estimate yet.
     """
 
     stage: str
@@ -25,15 +30,29 @@ ProgressCallback = Callable[[Progress], object]
 """Called with a :class:`Progress` after every batch."""
 
 CountCallback = Callable[[int, int], object]
-"""Called with (items done, items in all) after every batch; 0 items in all means that the number is unknown."""
+"""Called with (items done, items in all) after every batch; 0 items in all if unknown."""
+
+
+def counting(callback: CountCallback | None) -> ProgressCallback | None:
+    """The :data:`ProgressCallback` that calls a :data:`CountCallback`; None for None.
+
+    >>> counting(lambda done, total: print(done, "of", total))(Progress("scan", 3, 10, 0.5, None))
+    3 of 10
+    """
+    return None if callback is None else lambda progress: callback(progress.done, progress.total)
 
 
 class Clock:
-    """Estimates the remaining time from the pace of the present stage. Later stages are expected to be as slow.
+    """Estimates the remaining time from the speed of the present stage. Later stages are assumed to be as slow.
 
     Args:
-        callback: called after every batch.
-        stages: stages still to come that pass over all images, the first included.
+        callback: called after every batch; None: no reports.
+        stages: the number of stages that are not finished, each over all items; the first one included.
+
+    >>> clock = Clock(lambda progress: print(progress.stage, progress.done, "of", progress.total), stages=1)
+    >>> clock.start("scan", done=0, total=4)
+    >>> clock.tell(2)
+    scan 2 of 4
     """
 
     def __init__(self, callback: ProgressCallback | None, stages: int) -> None:
@@ -42,12 +61,12 @@ class Clock:
         self.start("", 0, 0)
 
     def start(self, stage: str, done: int, total: int) -> None:
-        """Begins a stage of which ``done`` images are finished already."""
+        """Begins a stage of which ``done`` items are finished already."""
         self.stage, self.total = stage, total
         self._before, self._start = done, time.monotonic()
 
     def tell(self, done: int) -> None:
-        """Reports that ``done`` images of the stage are finished."""
+        """Reports that ``done`` items of the stage are finished."""
         if self.callback is None:
             return
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Directions in activation space, to be dissected like units: rows of a matrix (k, d)."""
+"""Directions in activation space, which are dissected like units: rows of a matrix (k, d)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 
 class SingularVectors(NamedTuple):
-    """``directions`` (k, d), float32, orthonormal rows, by falling ``values`` (k,)."""
+    """``directions`` (k, d), float32, orthonormal rows, in descending order of ``values`` (k,)."""
 
     directions: Tensor
     values: Tensor
 
 
 def singular_vectors(head: nn.Linear | Tensor, k: int | None = None) -> SingularVectors:
-    """The right singular vectors of a head: the directions that its logits depend on, most of all on the first.
+    """The right singular vectors of a head: the directions that its logits depend on. They depend most on the first.
 
-    Their signs mean nothing, so they are chosen such that the entry of largest size is positive; score them with ``sign="both"``.
+    The sign of a singular vector has no meaning. Here the entry of largest size is positive. Score these directions with ``sign="both"``.
 
     Args:
         head: a linear layer, or its weight (classes, d).
-        k: how many; default: as many as the head has rank.
+        k: the number of directions; default: the rank of the head.
 
     Raises:
-        ValueError: no matrix, or it has nonfinite entries, or fewer than ``k`` directions.
+        ValueError: not a matrix, nonfinite entries, or a rank below ``k``.
 
     >>> singular_vectors(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]])).directions
     tensor([[0., 1., 0.],
@@ -44,9 +44,9 @@ def singular_vectors(head: nn.Linear | Tensor, k: int | None = None) -> Singular
 
 
 def random_rotation(features: int, seed: int = 0) -> Tensor:
-    """A random orthogonal matrix (d, d), float32, uniform (Haar): the control that says what the axes of a layer have of their own.
+    """A random orthogonal matrix (d, d), float32, uniform (Haar). It is the control for the axes of a layer.
 
-    The Q of a Gaussian matrix, with the signs of the diagonal of R taken out (Mezzadri, Notices of the AMS, 2007).
+    The Q of a Gaussian matrix, multiplied by the signs of the diagonal of R (Mezzadri, Notices of the AMS, 2007).
 
     >>> q = random_rotation(64, seed=1)
     >>> torch.allclose(q @ q.T, torch.eye(64), atol=1e-6)
@@ -64,14 +64,14 @@ def check_basis(basis: Tensor, features: int, layer: str) -> Tensor:
     """The directions as float32 (k, d).
 
     Raises:
-        ValueError: they do not fit the layer, or are nonfinite or zero; names the layer and the row.
+        ValueError: they do not fit the layer, or are nonfinite or zero; the message names the layer and the row.
     """
     if basis.dim() != 2 or basis.shape[1] != features or basis.shape[0] == 0:
         raise ValueError(f"the basis for layer {layer!r} must be (directions, {features}), got {tuple(basis.shape)}")
     basis = basis.detach().float()
-    good = basis.isfinite().all(1) & (basis != 0).any(1)
-    if not bool(good.all()):
-        raise ValueError(f"row {int(good.int().argmin())} of the basis for layer {layer!r} is zero or not finite")
+    usable = basis.isfinite().all(1) & (basis != 0).any(1)
+    if not bool(usable.all()):
+        raise ValueError(f"row {int(usable.int().argmin())} of the basis for layer {layer!r} is zero or not finite")
     return basis
 
 

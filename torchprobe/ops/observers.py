@@ -1,4 +1,4 @@
-"""Operators that call Python code from a compiled graph: they pass an activation or a gradient to an observer.
+"""Operators that call Python code from a compiled graph: they show an activation or a gradient to an observer.
 
 Schemas::
 
@@ -6,15 +6,15 @@ Schemas::
     observe_gradient(Tensor x, int observer, Tensor? mask=None) -> Tensor
     observe_gradient_backward(Tensor grad, int observer, Tensor? mask=None) -> Tensor
 
-``observe_activation_`` runs a statistic that has no operator, with any Python code. ``token`` is a number that the operator increments: the
-compiler would remove an operator that changes nothing.
+``observe_activation_`` runs a statistic that has no operator, with any Python code. The operator increments the number ``token``, since the
+compiler removes operators that change nothing.
 
-``observe_gradient`` is the identity; its backward passes the gradient to the observer. In eager mode a tensor hook on the output reads the
-gradient at no cost. A compiled graph cannot contain such a hook, but it can contain an operator with its own backward. That costs a copy of
-the activation and one of the gradient. Only compiled graphs use this operator.
+``observe_gradient`` is the identity, whose backward shows the gradient. In eager mode a tensor hook on the output reads its gradient for
+free. A compiled graph cannot contain such a hook. It can contain an operator with a backward, which costs a copy of the activation and one
+of the gradient. Only compiled graphs use this operator.
 
-The observer is given by a number, and its state is not an argument of the operator. Otherwise autograd would save the state for backward,
-and raise an error if anything changed it in between, such as the backward of another micro-batch or the end of a window.
+A number identifies the observer; its state is not an argument of the operator. Otherwise autograd would save the state for backward, and
+raise if anything changed it in between: the backward of another micro-batch, or the end of a window.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from torchprobe.ops.library import define
+
 ACTIVATION = "observe_activation_(Tensor(a!) token, Tensor x, int observer, Tensor? mask=None) -> ()"
 SCHEMAS = (
     "observe_gradient(Tensor x, int observer, Tensor? mask=None) -> Tensor",
@@ -34,7 +36,7 @@ SCHEMAS = (
 
 
 class Observer(Protocol):
-    """Reads activations and gradients."""
+    """Reads the activation or its gradient."""
 
     def activation(self, x: Tensor, mask: Tensor | None) -> None:
         """Called in every forward."""
@@ -48,9 +50,9 @@ _numbers = itertools.count()
 
 
 def register_observer(observer: Observer) -> int:
-    """A number by which the operators find ``observer``. Keep the observer alive; without it the operators are identities.
+    """Returns a number by which the operators find ``observer``. Keep a reference to it: without the observer the operators do nothing.
 
-    Register it again for every call in a graph: the compiler merges calls with equal arguments.
+    The compiler merges calls with equal arguments, so use a different number for every call.
 
     >>> import torch
     >>> class Print:
@@ -103,15 +105,12 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _autograd_again(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return grad, None, None  # the gradient of a gradient passes through unseen
+    return grad, None, None  # the gradient of a gradient is not shown
 
 
 def register(library: torch.library.Library) -> None:
     """Defines the operators. All devices share one implementation, since the observer does the work."""
-    library.define(ACTIVATION)
-    library.impl("observe_activation_", _activation, "CompositeExplicitAutograd")
-    library.impl("observe_activation_", torch.library.fallthrough_kernel, "Autograd")  # nothing here is differentiable
-    torch.library.register_fake("torchprobe::observe_activation_", _fake_activation, lib=library)
+    define(library, ACTIVATION, _activation, _fake_activation)
     names = ("observe_gradient", "observe_gradient_backward")
     for schema, name, kernel in zip(SCHEMAS, names, (_forward, _backward), strict=True):
         library.define(schema)

@@ -6,6 +6,7 @@
 :class:`Recording`     the same mapping without hooks: merged, loaded, or the total of all windows
 :func:`load`           read a recording from a file
 :class:`History`       the closed windows: an array (steps, layers) for every field
+:class:`LayerReader`   what layers give for one batch, in :mod:`torchprobe.recording.reader`
 =====================  ==============================================================================
 """
 

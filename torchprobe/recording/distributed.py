@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from torchprobe.recording.entries import Entry, Settings
-from torchprobe.recording.windows import merged
+from torchprobe.recording.windows import Entry, Settings, merged
 from torchprobe.statistics import Statistic
 
 if TYPE_CHECKING:

@@ -137,7 +137,7 @@ class History:
         Raises:
             KeyError: ``field`` is unknown.
         """
-        from torchprobe.rendering.history import history_map
+        from torchprobe.rendering.heatmap import history_map
 
         field = field or self.headline
         marked = self["nonfinite"] > 0 if "nonfinite" in self.fields else None
@@ -150,7 +150,7 @@ class History:
             KeyError: no window has the layer; the message suggests the nearest name.
             ValueError: the statistic keeps no histogram.
         """
-        from torchprobe.rendering.history import layer_over_time
+        from torchprobe.rendering.heatmap import layer_over_time
 
         if not self.statistic.histogram_bins:
             raise ValueError(f"{type(self.statistic).__name__} keeps no histogram of its windows; plot(field) shows a field of all layers")

@@ -139,7 +139,7 @@ class Hook:
         if mask is not None:
             mask = fit_mask(mask, x, dim)
         kept = cut(mask, positions)
-        vectors = vectors_of(x, positions, dim, mask)
+        vectors = vectors_of(x.detach(), positions, dim, mask)
         if slot.fused:
             _observe(slot.state, vectors, dim, slot.sigma, self.every, kept)
         elif kept is None:

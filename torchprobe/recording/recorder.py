@@ -19,11 +19,11 @@ from torchprobe.ops.positions import POSITIONS
 from torchprobe.recording import compiled, control, diagnosis, windows
 from torchprobe.recording.control import NOTHING_TO_READ, Control, Skipped, Slot
 from torchprobe.recording.distributed import all_reduce
-from torchprobe.recording.entries import Entry, Settings, check_mergeable
 from torchprobe.recording.history import History, Step
 from torchprobe.recording.hook import GradientHook, Hook, InputHook, allocate, takes_hooks
 from torchprobe.recording.layers import Layer, Selection, named_layers, select_layers
 from torchprobe.recording.recording import FORMAT, Recording
+from torchprobe.recording.windows import Entry, Settings, check_mergeable
 from torchprobe.statistics import Moments
 from torchprobe.statistics.factory import Factory, StatisticLike
 
@@ -272,7 +272,7 @@ class Recorder(Recording):
             RuntimeError: a rank has ended, or did not call this within ``timeout``. The process group is unusable then.
         """
         factory = self._control.factory
-        entries, aliases = all_reduce(self._entries(), self.settings, list(self._hooks), self._aliases, factory, group, union, timeout)
+        entries, aliases = all_reduce(self._entries(), self.settings, list(self._hooks), self.aliases, factory, group, union, timeout)
         return Recording(entries, self.settings, aliases, factory.template)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -334,7 +334,7 @@ class Recorder(Recording):
         return layer in self._hooks
 
     def _missing(self, layer: str) -> str:
-        name = self._aliases.get(layer, layer)
+        name = self.aliases.get(layer, layer)
         return f"layer {name!r} is recorded, but has not fired" if name in self._hooks else super()._missing(layer)
 
     def _check_mergeable(self, other: Recording) -> None:

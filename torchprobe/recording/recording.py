@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchprobe.recording import storage, windows
-from torchprobe.recording.entries import Entry, Settings, check_mergeable
 from torchprobe.recording.history import History
 from torchprobe.recording.layers import canonical
 from torchprobe.recording.transfer import to_host
+from torchprobe.recording.windows import Entry, Settings, check_mergeable
 from torchprobe.statistics import Statistic
 
 if TYPE_CHECKING:
@@ -30,15 +30,15 @@ class Recording(Mapping[str, Any]):
     """The statistics of every layer that fired, in the order in which the layers first fired.
 
     ``recording[layer]`` is a :class:`~torchprobe.Moments`, or the statistic that was requested. For a list of statistics it is a
-    :class:`~torchprobe.statistics.Several`. A layer with several names is found under each of them. ``settings`` says how the recording
-    was made.
+    :class:`~torchprobe.statistics.Several`. A layer with several names is found under each of them; ``aliases`` maps
+    the other names to the canonical one. ``settings`` says how the recording was made.
     """
 
     def __init__(
         self, entries: list[Entry], settings: Settings, aliases: Mapping[str, str] | None = None, template: Statistic | None = None
     ) -> None:
         self._own = {entry.name: entry for entry in entries}
-        self._aliases = dict(aliases or {})
+        self.aliases = dict(aliases or {})
         self._template = template if template is not None or not entries else entries[0].statistic
         self.settings = settings
         self.history = History(statistic=self._template)
@@ -68,7 +68,7 @@ class Recording(Mapping[str, Any]):
     def _resolve(self, layer: str) -> Entry | None:
         entries = {entry.name: entry for entry in self._entries()}
         for name in (layer, canonical(layer)):
-            entry = entries.get(name) or entries.get(self._aliases.get(name, name))
+            entry = entries.get(name) or entries.get(self.aliases.get(name, name))
             if entry is not None:
                 return entry
         return None
@@ -80,7 +80,7 @@ class Recording(Mapping[str, Any]):
         return entry
 
     def _missing(self, layer: str) -> str:
-        near = difflib.get_close_matches(layer, [*self.layers, *self._aliases], n=1)
+        near = difflib.get_close_matches(layer, [*self.layers, *self.aliases], n=1)
         return f"no layer {layer!r} was recorded" + (f"; did you mean {near[0]!r}?" if near else "")
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ class Recording(Mapping[str, Any]):
     def total(self) -> Recording:
         """All windows together, including the running one: a copy, without a history."""
         entries = [Entry(e.name, e.module, e.feature_dim, windows.total(e.closed, e.statistic), calls=e.calls) for e in self._entries()]
-        return Recording(entries, self.settings, self._aliases, self._template)
+        return Recording(entries, self.settings, self.aliases, self._template)
 
     @property
     def fields(self) -> Mapping[str, str]:
@@ -225,9 +225,9 @@ class Recording(Mapping[str, Any]):
 
         Raises:
             FileNotFoundError: the folder does not exist.
-            TypeError: a statistic cannot be saved, because it has only the verbs of the earlier protocol.
+            TypeError: a statistic cannot be saved; the message says why.
         """
-        saved = storage.Saved(self._entries(), self.settings, self._aliases, self._template, self.history.state_dict())
+        saved = storage.Saved(self._entries(), self.settings, self.aliases, self._template, self.history.state_dict())
         storage.save(saved, path)
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,10 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchprobe.common.files import replacing
-from torchprobe.recording.entries import Entry, Settings
+from torchprobe.recording.windows import Entry, Settings
 from torchprobe.statistics import Moments, Several, Statistic
 from torchprobe.statistics.dynamic import EarlierProtocol
 from torchprobe.statistics.factory import classes_named
+from torchprobe.statistics.tensors import is_plain
 
 FORMAT = "1"
 _MAX_LAYERS = 1 << 17
@@ -60,7 +61,7 @@ def save(saved: Saved, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        TypeError: a statistic has only the verbs of the earlier protocol.
+        TypeError: a statistic has only the verbs of the earlier protocol, or its state_dict is more than tensors, numbers and text.
     """
     if not (folder := Path(path).resolve().parent).is_dir():
         raise FileNotFoundError(f"cannot save to {os.fspath(path)!r}: there is no folder {str(folder)!r}")
@@ -111,6 +112,9 @@ def _write_layer(entry: Entry, settings: Settings, tensors: dict[str, Tensor]) -
             on_disk = {name: part.double() for name, part in on_disk.items()}
         else:
             values = {name: value for name, value in state.items() if name not in on_disk}
+            if unknown := [name for name, value in values.items() if not is_plain(value)]:
+                what = f"{unknown[0]} is {type(values[unknown[0]]).__name__}; a file holds tensors, numbers and text"
+                raise TypeError(f"layer {entry.name!r} cannot be saved: in the state_dict of {type(statistic).__name__}, {what}")
             layer[f"{which}_state"] = {"values": values, "tensors": list(on_disk)}
         tensors.update({f"{_key(entry.name)}/{prefix}{name}": part for name, part in on_disk.items()})
     if not moments:

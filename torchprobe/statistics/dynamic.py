@@ -18,8 +18,8 @@ _VERBS = ("update", "merge", "reset", "state_dict", "load_state_dict")
 class DynamicStatistic(Statistic):
     """A statistic whose state has no fixed shape, such as a list that grows. Layers are handled one after the other.
 
-    A subclass sets ``features`` in its constructor, and defines everything below that raises NotImplementedError. It may wait for the
-    device at the end of a window. A CUDA graph cannot hold it.
+    A subclass sets ``features`` in its constructor, and defines everything below that raises NotImplementedError. ``state_dict`` returns
+    tensors, numbers and text. Such a statistic may wait for the device at the end of a window. A CUDA graph cannot contain it.
     """
 
     capturable = False

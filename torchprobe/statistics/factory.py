@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchprobe.statistics.dynamic import DynamicStatistic, EarlierProtocol, adopted
 from torchprobe.statistics.statistic import Statistic
-from torchprobe.statistics.tensors import number_dtype
+from torchprobe.statistics.tensors import is_plain, number_dtype
 
 StatisticLike = type[Statistic] | Callable[..., Statistic]
 """A class, or a function ``(features, device) -> Statistic``."""
@@ -22,7 +22,6 @@ OUTLIER_SIGMA = 6.0
 
 _TEMPLATE_FEATURES = 16
 _ROW = ("layer", "module", "features", "feature_dim", "positions", "step")  # what rows hold in addition to the fields
-_PLAIN = (bool, int, float, str, type(None), Tensor)
 
 
 class Several(Statistic):
@@ -320,7 +319,7 @@ def check_contract(statistic: Statistic) -> None:
     if missing := [argument for argument in statistic.arguments if not hasattr(statistic, argument)]:
         raise TypeError(f"statistic=: {name} takes {missing[0]!r} but does not keep it: set self.{missing[0]} in its constructor")
     for key, value in statistic.state_dict().items():
-        if not _is_plain(value):
+        if not is_plain(value):
             raise TypeError(
                 f"statistic=: {key} of {name} is {type(value).__name__}, but a state_dict holds tensors, numbers, text, None and tuples "
                 f"of these. If {key} need not be kept, leave it out of {name}.arguments"
@@ -331,12 +330,9 @@ def check_contract(statistic: Statistic) -> None:
         layers = [statistic.clone() for _ in range(3)]
         type(statistic).summaries(layers, histograms=True)
         type(statistic).close_windows(layers, [statistic.clone(), None, None])
+        hash(statistic.group_key())
     except Exception as error:
         raise TypeError(f"statistic=: {name} was tried on three layers that saw nothing, and failed: {error}") from error
-
-
-def _is_plain(value: Any) -> bool:
-    return all(map(_is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, _PLAIN)
 
 
 def _labels(names: Sequence[str]) -> tuple[str, ...]:

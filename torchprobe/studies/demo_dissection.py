@@ -1,23 +1,23 @@
-"""The dissection of a real network on real pictures, beside what chance gives: random weights, and shuffled labels."""
+"""The dissection of a real network on real pictures, and its nulls: random weights, and shuffled labels."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchprobe.common.progress import CountCallback
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, dissect
 from torchprobe.encoders import Encoder
 from torchprobe.studies.demo import SEEDS, photos, trained, untrained
 from torchprobe.studies.demo_broden import demo_broden
-from torchprobe.studies.dissect import summary, write
+from torchprobe.studies.dissect import write
 from torchprobe.studies.dissect_pages import write_pages
 
 LAYERS = ("visual.blocks.4", "visual.bn2")
-"""The middle of the network, 14 × 14 positions, and its last map, 7 × 7."""
+"""The middle of the network, with 14 × 14 positions, and its last map, 7 × 7."""
 
 BATCH = 16
 SHUFFLED = "trained, labels shuffled"
@@ -25,10 +25,7 @@ SHUFFLED = "trained, labels shuffled"
 
 @dataclass
 class DemoDissection:
-    """The layers of the trained network, and those of the nulls by name.
-
-    ``encoder`` and ``broden`` are what they were made from.
-    """
+    """``results``: the layers of the trained network. ``nulls``: name → layers. ``encoder``, ``broden``: network and data set of both."""
 
     results: dict[str, Dissection]
     nulls: dict[str, dict[str, Dissection]]
@@ -36,9 +33,9 @@ class DemoDissection:
     broden: Broden
 
     def summary(self) -> dict[str, Any]:
-        """As plain numbers, see :func:`torchprobe.studies.dissect.summary`; ``nulls`` by name."""
-        nulls = {name: [summary(layer) for layer in layers.values()] for name, layers in self.nulls.items()}
-        return {"layers": [summary(layer) for layer in self.results.values()], "nulls": nulls}
+        """``layers`` and ``nulls``, these by name, as plain numbers; see :meth:`Dissection.summary`."""
+        nulls = {name: [layer.summary() for layer in layers.values()] for name, layers in self.nulls.items()}
+        return {"layers": [layer.summary() for layer in self.results.values()], "nulls": nulls}
 
     def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
         """Tables, results and a page for each layer; returns {layer: page}."""
@@ -47,12 +44,12 @@ class DemoDissection:
         return write_pages(folder, self.results, self.broden, self.encoder, self.nulls)
 
 
-def demo_dissection(folder: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> DemoDissection:
-    """Dissects EfficientNet-Lite0 as trained on ImageNet, with shuffled labels, and at three random initialisations.
+def demo_dissection(folder: str | os.PathLike[str], progress: CountCallback | None = None) -> DemoDissection:
+    """Dissects EfficientNet-Lite0: trained on ImageNet, the same with shuffled labels, and three random initializations.
 
     Args:
-        folder: where the set of pictures goes, see :func:`torchprobe.studies.demo_broden.demo_broden`.
-        progress: told (dissections done, dissections in all).
+        folder: where the data set is written, see :func:`torchprobe.studies.demo_broden.demo_broden`.
+        progress: called with (dissections done, dissections in all).
     """
     pictures = photos()
     broden = demo_broden(Path(folder) / "broden", pictures)

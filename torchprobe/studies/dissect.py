@@ -1,24 +1,24 @@
-"""What do the units of an encoder detect? A folder in the format of Broden in, a folder with a table for every layer out."""
+"""What do the units of an encoder detect? A folder in the format of Broden in, a folder with tables for every layer out."""
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from torchprobe.common.deprecation import renamed
 from torchprobe.common.files import replacing, to_json
-from torchprobe.common.progress import ProgressCallback
 from torchprobe.common.ranks import Ranks
 from torchprobe.datasets import Broden
-from torchprobe.dissection import Dissection, Progress, dissect
+from torchprobe.dissection import Dissection, dissect
 from torchprobe.dissection.walk import clear_checkpoint
 
-__all__ = ["Progress", "dissect_folder", "summary"]
+__all__ = ["dissect_folder", "file_names", "write"]
 
 _CHECKPOINT = "checkpoint"
 
@@ -30,27 +30,25 @@ def dissect_folder(
     out: str | os.PathLike[str],
     *,
     resume: bool = False,
-    progress: ProgressCallback | None = None,
     **options: Any,
 ) -> dict[str, Dissection]:
-    """Dissects layers of an encoder and writes, for each layer, ``<layer>.safetensors`` (:meth:`Dissection.load`), ``<layer>.csv`` (IoU,
-    the original's columns), ``<layer>-ap.csv``, and one ``summary.json``.
+    """Dissects layers of an encoder and writes its files: for each layer ``<layer>.safetensors`` (see :meth:`Dissection.load`),
+    ``<layer>.csv`` (IoU, with the columns of the original) and ``<layer>-ap.csv``; for all layers one ``summary.json``.
 
-    While it runs, checkpoints lie in ``out/checkpoint``; they are deleted at the end. Under ``torchrun`` all ranks call this, with a folder
-    that all of them see; the first writes.
+    During the run, checkpoints are in ``out/checkpoint``; they are deleted at the end. Under ``torchrun`` all ranks call this with a folder
+    that all of them see; the first rank writes.
 
     Args:
         encoder: see :func:`torchprobe.dissection.dissect`.
         broden: the data set, or its folder.
         layers: names or globs.
-        out: a folder; made if it is not there.
-        resume: go on with an interrupted run in ``out``; where there is none, begin.
-        progress: is told a :class:`Progress` after every batch.
-        options: for :func:`torchprobe.dissection.dissect`.
+        out: a folder; created if missing.
+        resume: resume an interrupted run in ``out``; without one, a new run starts.
+        options: for :func:`torchprobe.dissection.dissect`, such as ``batch_size``, ``progress`` and ``stop``.
 
     Raises:
-        ValueError: ``out`` holds an unfinished run that is not to be resumed, or a finished one that is; and whatever :func:`dissect`
-            refuses.
+        ValueError: ``out`` holds an unfinished run and ``resume`` is False, or a finished run and ``resume`` is True; and the errors of
+            :func:`torchprobe.dissection.dissect`.
 
     >>> import tempfile, numpy as np, torch
     >>> from torchprobe.datasets import BrodenWriter
@@ -70,9 +68,7 @@ def dissect_folder(
     if resume and (folder / "summary.json").exists() and not (folder / _CHECKPOINT).exists():
         raise ValueError(f"the dissection in {folder} is finished: there is nothing to resume")
     folder.mkdir(parents=True, exist_ok=True)
-    results = dissect(
-        encoder, selected, broden, checkpoint=folder / _CHECKPOINT, resume=resume, progress=progress, **options
-    )  # fmt: skip
+    results = dissect(encoder, selected, broden, checkpoint=folder / _CHECKPOINT, resume=resume, **options)
     with Ranks() as ranks:
         if ranks.first:
             write(folder, results)
@@ -82,7 +78,7 @@ def dissect_folder(
 
 
 def write(folder: Path, results: Mapping[str, Dissection]) -> dict[str, Path]:
-    """Writes the files of :func:`dissect_folder`; each replaces an older one at once. Returns the path of each layer's tables."""
+    """Writes the files of :func:`dissect_folder`; each replaces an older one. Returns {layer: path of its safetensors file}."""
     names = file_names(results)
     for layer, dissection in results.items():
         if dissection.counts is not None:
@@ -91,12 +87,12 @@ def write(folder: Path, results: Mapping[str, Dissection]) -> dict[str, Path]:
             dissection.to_csv(folder / f"{names[layer]}-ap.csv", score="ap")
         dissection.save(folder / f"{names[layer]}.safetensors")
     with replacing(folder / "summary.json") as temporary:
-        temporary.write_text(to_json({"layers": [{"file": names[name], **summary(d)} for name, d in results.items()]}), encoding="utf-8")
+        temporary.write_text(to_json({"layers": [{"file": names[name], **d.summary()} for name, d in results.items()]}), encoding="utf-8")
     return {layer: folder / f"{names[layer]}.safetensors" for layer in results}
 
 
 def file_names(layers: Iterable[str]) -> dict[str, str]:
-    """Layer → a file name without suffix: safe on every system, and different for each layer.
+    """Layer → a file name without suffix that is valid on every system; different layers get different names.
 
     >>> file_names(["", "visual.layer4", "a/b", "a:b"])
     {'': 'output', 'visual.layer4': 'visual.layer4', 'a/b': 'a_b', 'a:b': 'a_b-2'}
@@ -113,32 +109,9 @@ def file_names(layers: Iterable[str]) -> dict[str, str]:
 
 
 def summary(dissection: Dissection, thresholds: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)) -> dict[str, Any]:
-    """One layer as plain numbers: detectors by IoU in both ways of counting; concepts encoded, by average precision, at several thresholds.
+    """Deprecated: :meth:`Dissection.summary`."""
+    warnings.warn("torchprobe.studies.dissect.summary is deprecated, use Dissection.summary()", DeprecationWarning, stacklevel=2)
+    return dissection.summary(thresholds)
 
-    ``polysemanticity``: concepts per unit, mean over all units; ``units``: those that encode some concept.
-    """
-    found: dict[str, Any] = {
-        "layer": dissection.layer,
-        "units": dissection.units,
-        "images": len(dissection.images),
-        "labels": len(dissection.labels),
-        "metadata": dissection.metadata,
-    }
-    if dissection.counts is not None:
-        found["detectors"] = {rule: dissection.unique_detectors(rule)._asdict() for rule in ("paper", "report")}
-        found["best"] = [asdict(row) for row in dissection.best("iou")[:20]]
-    if dissection.average_precision is not None:
-        found["concepts"] = []
-        for threshold in thresholds:
-            pairs = dissection.encoded(threshold)
-            per_unit = pairs.sum(1)
-            found["concepts"].append(
-                {
-                    "threshold": threshold,
-                    "unique": int(pairs.any(0).sum()),
-                    "units": int((per_unit > 0).sum()),
-                    "polysemanticity": float(per_unit.double().mean()),
-                }
-            )
-        found["best_by_gain"] = [asdict(row) for row in dissection.best("gain")[:20]]
-    return found
+
+__getattr__ = renamed(__name__, {"Progress": "torchprobe.common.progress:Progress"})

@@ -1,4 +1,4 @@
-"""The tables of a Broden folder: categories, labels and rows, each problem reported with its line."""
+"""The tables of a Broden folder: categories, labels and rows. Each problem is reported with its line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SPLITS = ("train", "val")
 class Finding:
     """One problem of a Broden folder.
 
-    ``row`` is the line of the CSV file concerned (the header is line 1) – of index.csv where ``file`` is a picture –, ``file`` the file
-    relative to the folder, ``what`` the problem, ``fix`` what to do about it.
+    ``file``: relative to the folder. ``row``: the line of that CSV file, where the header is line 1; for an image or label map the line of
+    index.csv. ``what``: the problem. ``fix``: what to do about it.
     """
 
     row: int | None
@@ -33,14 +33,14 @@ class Finding:
         return f"{self.file}{line}: {self.what}; {self.fix}"
 
 
-Report = Callable[[Finding], None]
-"""What is done with a problem: the validator collects it, the reader raises. After a report the line is left out."""
+OnFinding = Callable[[Finding], None]
+"""Called with each problem: the validator collects it, the reader raises an error. The line with the problem is left out."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """A concept. ``number`` is what the label maps hold; ``category`` the primary one, ``categories`` all it stands in; ``frequency``
-    the images that have it (summed over categories), ``coverage`` its area in units of whole images."""
+    """A concept. ``number``: its number in the label maps. ``category``: its primary category. ``categories``: all its categories.
+    ``frequency``: images with the label, summed over categories. ``coverage``: its area in units of whole images."""
 
     number: int
     name: str
@@ -52,7 +52,7 @@ class Label:
 
     @property
     def title(self) -> str:
-        """The name for people: without the suffix of colours and scenes, with spaces.
+        """The name as people read it: with spaces, without the suffix of colors and scenes.
 
         >>> Label(12, "wheat_field-s", "scene", ("scene",), 10, 10.0).title
         'wheat field'
@@ -62,8 +62,8 @@ class Label:
 
 
 class Row(NamedTuple):
-    """One line of index.csv: ``entries`` holds, per category, what its column lists – file names beneath images/ (str), whole-image labels
-    (int) –, without the literal 0, which means unlabelled."""
+    """One line of index.csv. ``entries``: for each category, the entries of its column: names of label maps in images/ (str) and
+    whole-image labels (int). The entry 0 means unlabeled and is left out."""
 
     line: int
     image: str
@@ -77,18 +77,19 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Tables:
-    """``categories``: the chosen ones, in the order of category.csv; ``labels``: all of label.csv by ascending number; ``coverage``: what
-    the c_*.csv of the chosen categories say, by (category, number)."""
+    """``categories``: the chosen ones, in the order of category.csv. ``labels``: all labels of label.csv, by ascending number.
+    ``coverage``: (category, number) → the coverage in the c_*.csv of the chosen categories."""
 
     categories: tuple[str, ...]
     labels: tuple[Label, ...]
     coverage: dict[tuple[str, int], float]
 
 
-def read_tables(root: Path, report: Report, categories: Sequence[str] | None = None) -> Tables:
-    """category.csv, label.csv and the c_*.csv of ``categories`` (None for all).
+def read_tables(root: Path, report: OnFinding, categories: Sequence[str] | None = None) -> Tables:
+    """Reads category.csv, label.csv and the c_*.csv of ``categories`` (None for all).
 
-    The primary category of a label is, of the chosen categories, the one it covers most of; of equals the last, as in the original.
+    The primary category of a label is the chosen category in which it has the largest coverage; of equal categories the last, as in the
+    original.
     """
     names = [values[0] for _, values in _lines(root, "category.csv", ("name",), report)]
     chosen = [name for name in dict.fromkeys(names) if categories is None or name in categories]
@@ -118,20 +119,20 @@ def read_tables(root: Path, report: Report, categories: Sequence[str] | None = N
             report(Finding(line, "label.csv", what, f"a number from 1 to {MAX_LABEL}, a name, and a frequency and coverage ≥ 0"))
             continue
         if found in labels:
-            report(Finding(line, "label.csv", f"label {found} is listed more than once", "give every label a number of its own"))
+            report(Finding(line, "label.csv", f"label {found} is listed more than once", "give every label its own number"))
             continue
         own = [category for category in chosen if (category, found) in coverage]
-        # What is in none of the categories counts as of the last, as in the original.
+        # A label without a chosen category gets the last one, as in the original.
         _, primary = max(((coverage.get((category, found), 0.0), at) for at, category in enumerate(chosen)), default=(0.0, -1))
         category = chosen[primary] if chosen else ""
         labels[found] = Label(found, name, category, tuple(own), int(count), share, tuple(s for s in synonyms.split(";") if s))
     return Tables(tuple(chosen), tuple(labels[number] for number in sorted(labels)), coverage)
 
 
-def read_rows(root: Path, report: Report, categories: Sequence[str], known: Callable[[int], bool]) -> Iterator[Row]:
-    """The lines of index.csv that are in order, those without data included; ``known`` says which label numbers there are."""
+def read_rows(root: Path, report: OnFinding, categories: Sequence[str], known: Callable[[int], bool]) -> Iterator[Row]:
+    """The valid lines of index.csv, including those without labels; ``known``: whether a label number exists."""
     columns = (*ROW_COLUMNS, *categories)
-    cells_seen: dict[str, _Entries] = {}  # numbers and sizes repeat; file names do not
+    cells_seen: dict[str, _Entries] = {}  # label numbers and sizes repeat; file names do not
     sizes_seen: dict[tuple[str, ...], _Sizes] = {}
     for line, (image, split, ih, iw, sh, sw, *cells) in _lines(root, "index.csv", columns, report, len(ROW_COLUMNS)):
         texts = (ih, iw, sh, sw)
@@ -168,18 +169,18 @@ def _sizes(texts: tuple[str, str, str, str]) -> _Sizes:
     if min(ih, iw, sh, sw) < 0:
         return (ih, iw, sh, sw), [(f"ih, iw, sh, sw = {', '.join(map(repr, texts))}", "write the four sizes as whole numbers")]
     problems = [size_problem(ih, iw), size_problem(sh, sw)]
-    return (ih, iw, sh, sw), [(problem, "no picture should be of that size") for problem in problems if problem]
+    return (ih, iw, sh, sw), [(problem, "images of this size are not allowed") for problem in problems if problem]
 
 
 def _entries(cell: str, known: Callable[[int], bool]) -> _Entries:
-    """The cell of a category."""
+    """The entries in the cell of a category."""
     entries: list[str | int] = []
     problems: _Problems = []
     for entry in cell.split(";"):
         if entry.isdigit():
             number = _label_number(entry)
             if number is None or (number and not known(number)):
-                problems.append((f"label {entry[:20]} is not in label.csv", "add it there, or write 0 for unlabelled"))
+                problems.append((f"label {entry[:20]} is not in label.csv", "add it there, or write 0 for unlabeled"))
             elif number:
                 entries.append(number)
         elif entry and not entry.lower().endswith(".png"):
@@ -191,13 +192,13 @@ def _entries(cell: str, known: Callable[[int], bool]) -> _Entries:
     return tuple(entries), problems
 
 
-def _lines(root: Path, file: str, columns: Sequence[str], report: Report, needed: int | None = None) -> Iterator[tuple[int, list[str]]]:
-    """(line, the values of ``columns``) of every line of a CSV file; an absent column is reported, and
-    empty unless it is one of the first ``needed`` (default: all)."""
+def _lines(root: Path, file: str, columns: Sequence[str], report: OnFinding, needed: int | None = None) -> Iterator[tuple[int, list[str]]]:
+    """(line number, the values of ``columns``) for every line of a CSV file. A missing column is reported. If it is one of the first
+    ``needed`` columns (default: all), no line is read, otherwise its values are empty."""
     path = root / file
     try:
         if os.path.getsize(path) > MAX_BYTES:
-            report(Finding(None, file, f"the table is larger than {MAX_BYTES >> 20} MiB", "this is no Broden table"))
+            report(Finding(None, file, f"the table is larger than {MAX_BYTES >> 20} MiB", "this is not a Broden table"))
             return
         with open(path, newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream)
@@ -213,7 +214,7 @@ def _lines(root: Path, file: str, columns: Sequence[str], report: Report, needed
                 elif values:
                     report(Finding(reader.line_num, file, f"{len(values)} fields", f"the header has {len(header)}"))
     except FileNotFoundError:
-        report(Finding(None, file, "the file is missing", "take it from the release, or write the set with BrodenWriter"))
+        report(Finding(None, file, "the file is missing", "copy it from the release, or write the data set with BrodenWriter"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         report(Finding(None, file, f"the table cannot be read ({type(error).__name__}: {error})", "it must be CSV in UTF-8"))
 

@@ -1,10 +1,10 @@
-"""Saved interpretations beside each other.
+"""A comparison of saved interpretations.
 
 =====================  ==============================================================
-:func:`compare`        folders of interpretations in, a comparison out
+:func:`compare`        folders of interpretations → a comparison
 :class:`Comparison`    encoders, pairs within a backbone, rank correlations, overlaps
 :func:`write`          its tables, plots and page
-:func:`load_results`   one interpretation, read back
+:func:`load_results`   one interpretation, read from its folder
 =====================  ==============================================================
 """
 

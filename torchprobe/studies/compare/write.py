@@ -1,16 +1,18 @@
-"""The files of a comparison."""
+"""A comparison as files in a folder, and as tables in the terminal."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from rich.console import Console
+
 from torchprobe.common.files import replacing, to_json
 from torchprobe.rendering.page import write as write_page
-from torchprobe.rendering.tables import write_csv
+from torchprobe.rendering.tables import text, write_csv
 from torchprobe.studies.compare.comparison import Comparison
-from torchprobe.studies.compare.page import comparison_page
-from torchprobe.studies.interpret.write import write_plots
+from torchprobe.studies.compare.page import CORRELATION_COLUMNS, MODEL_COLUMNS, PAIR_COLUMNS, comparison_page
+from torchprobe.studies.interpret.write import print_rows, write_plots
 
 
 def write(found: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:
@@ -31,3 +33,16 @@ def write(found: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:
     write_plots(files["plots"], [picture for section in page.sections for picture in section.pictures])
     files["page"] = write_page(page, folder / "index.html")
     return files
+
+
+def print_comparison(found: Comparison, out: Console) -> None:
+    """Encoders, pairs, correlations, and the encoders that were not run."""
+    print_rows("Encoders", [column for column in MODEL_COLUMNS if column.key not in ("kurtosis_low", "kurtosis_high")], found.models, out)
+    if found.pairs:
+        print_rows("Pairs", PAIR_COLUMNS, found.pairs, out)
+    if found.correlations:
+        print_rows("Rank correlations", CORRELATION_COLUMNS, found.correlations, out)
+    for remark in found.remarks:
+        out.print(text(remark))
+    for one in found.skipped:
+        out.print(text(f"Left out: {one.model} ({one.why})", "dim"))

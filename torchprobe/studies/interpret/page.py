@@ -1,123 +1,109 @@
-"""The page of an interpretation: each figure with what it shows and how to read it; no verdict."""
+"""The page of an interpretation: each figure with what it shows and how to read it. It gives no verdict."""
 
 from __future__ import annotations
 
+import math
 import platform
-from typing import Any
 
+from torchprobe.analysis.baseline import IMAGENET
 from torchprobe.analysis.concepts import SHUFFLED, UNITS
-from torchprobe.analysis.intervals import LEVEL
+from torchprobe.analysis.resampling import LEVEL
+from torchprobe.common.messages import counted
 from torchprobe.rendering.page import Fact, Page, Section, Table
-from torchprobe.rendering.tables import Column, number
-from torchprobe.studies.interpret.columns import (
-    SKIPPED_COLUMNS,
-)
-from torchprobe.studies.interpret.measures import HEADLINE, IMAGENET, mean_robustness
-from torchprobe.studies.interpret.result import Interpretation
-from torchprobe.studies.interpret.sections import (
-    SHOWN,
-    ablation,
-    accuracy,
-    concepts,
-    count,
-    depth,
-    directions,
-    images,
-    outlier_features,
-    per_cent,
-    pruning,
-    representation,
-    robustness,
-)
+from torchprobe.rendering.tables import Column, number, percent
+from torchprobe.studies.interpret.accuracy import accuracy_section, robustness_section
+from torchprobe.studies.interpret.concepts import HEADLINE, concepts_section
+from torchprobe.studies.interpret.directions import directions_section, pruning_section
+from torchprobe.studies.interpret.representation import SHOWN, ablation_section, kurtosis_section, layers_section, outlier_section
+from torchprobe.studies.interpret.results import Interpretation, Results
+
+SKIPPED_COLUMNS = (Column("section", "section", "the missing section", "text"), Column("why", "why", "the missing input", "text"))
 
 
 def interpretation_page(found: Interpretation) -> Page:
-    """Everything in one page."""
+    """The whole page."""
     r = found.results
-    about = ", ".join(str(r["about"][key]) for key in ("role", "backbone", "pretraining") if r["about"].get(key))
+    about = ", ".join(str(r.about[key]) for key in ("role", "backbone", "pretraining") if r.about.get(key))
+    sections = [
+        kurtosis_section(r.kurtosis, found.kurtosis),
+        outlier_section(r.outliers),
+        r.layers and layers_section(r.layers),
+        r.accuracy and accuracy_section(r.accuracy),
+        r.robustness and robustness_section(r.robustness),
+        r.directions and directions_section(r.directions),
+        r.pruning and pruning_section(r.pruning),
+        r.ablation and ablation_section(r.ablation),
+        r.concepts and concepts_section(r.concepts),
+        *left_out(r),
+        reading(r),
+    ]
     return Page(
         kind="interpret",
         title=found.name,
-        summary=f"{about + ': ' if about else ''}{images(r['data'][IMAGENET]['images'])} through the encoder; outlier features, "
-        "privileged directions, concepts and robustness, each beside what it is read against.",
+        summary=f"{about + ': ' if about else ''}{counted(r.data[IMAGENET].images, 'image')} through the encoder; outlier features, "
+        "privileged directions, concepts and robustness, each with the values to compare it with.",
         facts=facts(r),
-        sections=[
-            *representation(found),
-            *outlier_features(r),
-            *depth(r),
-            *accuracy(r),
-            *robustness(r),
-            *directions(r),
-            *pruning(r),
-            *ablation(r),
-            *concepts(r),
-            *left_out(r),
-            reading(r),
-        ],
+        sections=[section for section in sections if section],
         footer=footer(r),
     )
 
 
-def facts(r: dict[str, Any]) -> list[Fact]:
-    """The numbers at the head."""
-    k = r["kurtosis"]
-    low, high = k["interval"]
+def facts(r: Results) -> list[Fact]:
+    """The headline numbers."""
+    low, high = (number(end, 3) for end in r.kurtosis.interval)
+    interval = f"{LEVEL:.0%} interval {low} … {high}; Gaussian {number(r.kurtosis.gaussian, 3)}"
     heads = [
-        Fact(
-            "Vector kurtosis",
-            number(k["mean"], 3),
-            f"{LEVEL:.0%} interval {number(low, 3)} … {number(high, 3)}; Gaussian {number(k['gaussian'], 3)}",
-        ),
-        Fact("Outlier features", number(len(r["outliers"]["indices"])), f"of {number(r['features'])}"),
+        Fact("Vector kurtosis", number(r.kurtosis.mean, 3), interval),
+        Fact("Outlier features", number(len(r.outliers.indices)), f"of {number(r.features)}"),
     ]
-    if "accuracy" in r:
-        one = r["accuracy"][IMAGENET]
-        heads.append(Fact("Accuracy", per_cent(one["accuracy"]), f"{number(one['images'])} images, {number(one['classes'])} classes"))
-    if "robustness" in r:
-        value, shifts = mean_robustness(r["robustness"])
-        said = "–" if value is None else f"{value:+.1f}"
-        beyond = ", extrapolated" if any(row["extrapolated"] for row in r["robustness"]["rows"]) else ""
-        heads.append(Fact("Effective robustness", said, f"percentage points, mean over {count(shifts, 'shift')}{beyond}"))
-    if "concepts" in r:
-        c = r["concepts"]
-        headline = next(row for row in c["sweep"][UNITS] if row["threshold"] == c["threshold"])
-        null = next(row for row in c["sweep"][SHUFFLED] if row["threshold"] == c["threshold"])
-        heads.append(
-            Fact(
-                "Unique concepts",
-                number(headline["unique"]),
-                f"AP ≥ {c['threshold']:g}, beyond chance; {null['unique']} with shuffled labels",
-            )
-        )
+    if r.accuracy:
+        one = r.accuracy[IMAGENET]
+        heads.append(Fact("Accuracy", percent(one.accuracy), f"{number(one.images)} images, {number(one.classes)} classes"))
+    if r.robustness:
+        mean, shifts = r.robustness.mean()
+        extrapolated = ", extrapolated" if r.robustness.extrapolated else ""
+        note = f"percentage points, mean over {counted(shifts, 'shift')}{extrapolated}"
+        heads.append(Fact("Effective robustness", "–" if math.isnan(mean) else f"{mean:+.1f}", note))
+    if r.concepts:
+        unique, null = (r.concepts.headline(basis).unique for basis in (UNITS, SHUFFLED))
+        note = f"AP ≥ {r.concepts.threshold:g}, beyond chance; {null} with shuffled labels"
+        heads.append(Fact("Unique concepts", number(unique), note))
     return heads
 
 
-def left_out(r: dict[str, Any]) -> list[Section]:
-    """Sections without their input, what is not as expected in the sets, and images that could not be read."""
+def left_out(r: Results) -> list[Section]:
+    """What is unexpected in the folders, sections without their input, and images that could not be read."""
     sections = []
-    remarks = [{"section": name, "why": remark} for name, data in r["data"].items() for remark in data["remarks"]]
-    if remarks:
-        columns = (Column("section", "set", "images", "text"), Column("why", "remark", "what the folders hold", "text"))
-        text = "What the folders of the images hold beside, or instead of, what was expected."
-        sections.append(Section("The sets of images", [text], tables=[Table(remarks, columns)]))
-    if r["skipped"]:
-        rows = [{"section": name, "why": why} for name, why in r["skipped"].items()]
-        sections.append(Section("Not computed", ["These parts were left out."], tables=[Table(rows, SKIPPED_COLUMNS)]))
-    unreadable = [
-        {"section": f"{name}: {one['file']}", "why": one["reason"]} for name, data in r["data"].items() for one in data["skipped"]
-    ]
+    if remarks := [{"section": name, "why": remark} for name, data in r.data.items() for remark in data.remarks]:
+        columns = (Column("section", "set", "images", "text"), Column("why", "remark", "what is unexpected", "text"))
+        sections.append(
+            Section("The sets of images", ["What is unexpected in the folders of the images."], tables=[Table(remarks, columns)])
+        )
+    if r.skipped:
+        rows = [{"section": name, "why": why} for name, why in r.skipped.items()]
+        sections.append(Section("Not computed", ["These sections were left out."], tables=[Table(rows, SKIPPED_COLUMNS)]))
+    unreadable = [{"section": f"{name}: {one.file}", "why": one.reason} for name, data in r.data.items() for one in data.skipped]
     if unreadable:
         shown = unreadable[: 10 * SHOWN]
         more = f" The first {len(shown)} are listed." if len(shown) < len(unreadable) else ""
         columns = (Column("section", "file", "set and name", "text"), Column("why", "reason", "why it could not be read", "text"))
-        text = f"Could not be read, and in none of the numbers: {images(len(unreadable))}.{more}"
-        sections.append(Section(f"Left out: {images(len(unreadable))}", [text], tables=[Table(shown, columns)]))
+        text = f"{counted(len(unreadable), 'image')} could not be read and do not count in any number.{more}"
+        sections.append(Section(f"Left out: {counted(len(unreadable), 'image')}", [text], tables=[Table(shown, columns)]))
     return sections
 
 
-def reading(r: dict[str, Any]) -> Section:
+def reading(r: Results) -> Section:
     """Definitions and choices."""
-    o = r["outliers"]
+    sigma, share = f"{r.outliers.sigma:g} standard deviations", percent(r.outliers.frequency)
+    choices = (
+        f"an outlier feature lies more than {sigma} from the mean of its vector in at least {share} of the images",
+        "the share kept in pruning is a share of the rank of the head",
+        f"a concept is encoded from AP {HEADLINE:g} on, if significant at 0.05 after Holm's correction",
+        "negatives are the images annotated for the concept's category",
+        "both signs of a direction are tried",
+        "importance is measured on one half of the images, chosen by their names, and the other half is evaluated",
+        "pruning leaves out shifted images with the name of an image on which importance was measured",
+    )
     return Section(
         "How to read this",
         terms=[
@@ -130,25 +116,18 @@ def reading(r: dict[str, Any]) -> Section:
                 "effective robustness",
                 "accuracy − logit⁻¹(slope · logit(unshifted accuracy) + intercept), percentage points (Taori et al. 2020).",
             ),
-            (
-                "choices of ours",
-                f"an outlier feature lies {o['sigma']:g} standard deviations out in {per_cent(o['frequency'])} of the images; the share "
-                f"kept in pruning is of the rank of the head; a concept is encoded from AP {HEADLINE:g}, significant at 0.05 after Holm's "
-                "correction; negatives are the images annotated for the concept's category; both signs are tried everywhere; half of the "
-                "images, chosen by their names, measure importance and the other half evaluates; shifted images of a name that measured "
-                "importance are left out of pruning.",
-            ),
+            ("our choices", "; ".join(choices) + "."),
             (
                 "what it does not say",
-                "these numbers describe one encoder on these images. That two of them go along with each other across encoders does not "
-                "show that one causes the other.",
+                "these numbers describe one encoder on these images. If two of them rise together across encoders, this does not show "
+                "that one causes the other.",
             ),
         ],
     )
 
 
-def footer(r: dict[str, Any]) -> list[str]:
+def footer(r: Results) -> list[str]:
     """Versions and settings."""
-    known = {key: r["about"].get(key) for key in ("source", "checkpoint", "images", "limit", "broden")}
-    settings = ", ".join(f"{key} {value}" for key, value in (known | r["settings"]).items() if value)
-    return [f"torchprobe {r['torchprobe']}, torch {r['torch']}, Python {platform.python_version()}.", f"Settings: {settings}."]
+    known = {name: r.about.get(name) for name in ("source", "checkpoint", "images", "limit", "broden")}
+    settings = ", ".join(f"{name} {value}" for name, value in (known | dict(r.settings)).items() if value)
+    return [f"torchprobe {r.torchprobe}, torch {r.torch}, Python {platform.python_version()}.", f"Settings: {settings}."]
