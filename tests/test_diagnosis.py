@@ -1,4 +1,4 @@
-"""Layers that never fired, cause by cause."""
+"""The causes of layers that never fired."""
 
 from __future__ import annotations
 
@@ -121,13 +121,13 @@ def test_every_read_the_wrong_calls() -> None:
     assert "every=4 read 2 of its 6 calls, which had empty batches" in text
 
 
-def test_no_tensor_in_a_layer_that_nobody_named() -> None:
+def test_no_tensor_in_a_layer_selected_by_default() -> None:
     model = Calls(lambda self, x: str(self.blocks[0](x)), blocks=mlp())
     text = report(torchprobe.record(model), lambda: model(X))
     assert "'': it holds no floating-point tensor with features; pick one with select=" in text
 
 
-def test_no_patch_tokens_in_a_layer_that_nobody_named() -> None:
+def test_no_patch_tokens_in_a_layer_selected_by_default() -> None:
     model = Calls(lambda self, x: self.blocks(x)[:, 0], blocks=mlp())
     text = report(torchprobe.record(model, positions="patch"), lambda: model(X[None]))
     assert "'': it has one vector per input, but positions=\"patch\" needs tokens" in text

@@ -61,7 +61,7 @@ def test_mask_holds_until_changed_or_to_the_end_of_its_block() -> None:
     assert seen == [3, 3, 6, 3, 15]
 
 
-def test_mask_passes_over_one_vector_per_input() -> None:
+def test_a_mask_ignores_one_vector_per_input() -> None:
     class Pooled(Net):
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.blocks[0](x)[:, 0])

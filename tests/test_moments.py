@@ -39,7 +39,7 @@ def test_types_and_shapes():
     for name in ("mean", "variance", "std", "skewness", "kurtosis", "min", "max", "mean_abs", "count", "nonfinite", "outlier_frequency"):
         value = getattr(m, name)
         assert value.dtype == torch.float64 and value.shape == (7,), name
-        value.fill_(-1)  # a read is a copy: the state is not touched
+        value.fill_(-1)  # a read is a copy: the state does not change
     assert isinstance(m.vector_kurtosis, float) and isinstance(m.vectors, int) and m.vectors == 10
     assert m.count.tolist() == [10.0] * 7
 
@@ -176,7 +176,7 @@ def test_summary_of_several_layers_is_the_summary_of_each():
     assert together[1, FIELDS.index("outlier_features")] == 1
 
 
-def test_repr_is_one_line_that_says_it_all():
+def test_repr_is_one_complete_line():
     x = torch.randn(100, 64)
     x[:, 3] += 50
     x[0, 0] = math.nan

@@ -1,4 +1,4 @@
-"""Statistics of one's own off the beaten path: what is kept exactly, and what is refused at once."""
+"""Unusual statistics: states, arguments, files and merging, and the mistakes that are refused."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_whole_numbers_as_states() -> None:
         (((), "max", torch.bool), ValueError, "floating point or integer; got torch.bool"),
     ],
 )
-def test_a_state_that_cannot_be(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+def test_states_that_are_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         State(*arguments)
 
@@ -285,7 +285,7 @@ ONE = Total(16)
     ],
 )
 @pytest.mark.filterwarnings("ignore:torchprobe. Range is not a subclass:DeprecationWarning")
-def test_mistakes_come_to_light_before_the_model_runs(statistic: Any, message: str) -> None:
+def test_mistakes_are_found_before_the_model_runs(statistic: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
         torchprobe.record(Net(), statistic=statistic)
 
@@ -495,7 +495,11 @@ def test_arguments_come_from_the_signature(tmp_path: Path) -> None:
     assert Wider.from_state(Wider(3, scale=4.0, shift=1).state_dict()).setup() == {"features": 3, "scale": 4.0, "steps": (), "shift": 1}
 
 
-@pytest.mark.parametrize("statistic", [[Moments], [Total], Total, [Moments, Moments]], ids=str)
+def two(features: int, device: torch.device) -> Several:
+    return Several([Moments(features, device), Total(features, device)])
+
+
+@pytest.mark.parametrize("statistic", [[Moments], [Total], Total, [Moments, Moments], two], ids=str)
 def test_a_list_stays_a_list_in_files(tmp_path: Path, statistic: Any) -> None:
     rec = recorded(statistic, 2)
     rec.snapshot(0)
@@ -503,7 +507,7 @@ def test_a_list_stays_a_list_in_files(tmp_path: Path, statistic: Any) -> None:
     for layer in rec:
         mine, theirs = rec.total[layer], loaded.total[layer]
         assert type(mine) is type(theirs)
-        assert isinstance(theirs, Several) == isinstance(statistic, list)
+        assert isinstance(theirs, Several) == (statistic is not Total)
         assert all(torch.equal(value, theirs.tensors()[name]) for name, value in mine.tensors().items())
     assert loaded.merge(rec.total)["head"].summary() == pytest.approx(rec.total["head"].summary(), nan_ok=True)
 
@@ -553,7 +557,7 @@ def test_layers_with_a_slash_in_their_names(tmp_path: Path) -> None:
                 assert all(torch.equal(value, theirs.tensors()[key]) for key, value in mine.tensors().items())
 
 
-def test_which_class_a_file_means(tmp_path: Path) -> None:
+def test_the_class_that_a_file_names(tmp_path: Path) -> None:
     kept = [types.new_class("Cell", (Total,), exec_body=lambda body: body.update(__module__="notebook")) for _ in range(2)]  # run twice
     rec = recorded(kept[1])
     assert type(saved_and_loaded(rec, tmp_path)["head"]) is kept[1]
@@ -631,7 +635,7 @@ def test_a_quantile_with_more_memory_than_the_default(tmp_path: Path) -> None:
 # -- CUDA graphs and ranks -----------------------------------------------------------------------------------------------------
 
 
-def test_what_a_replay_cannot_do_is_not_captured() -> None:
+def test_a_statistic_that_needs_python_is_not_captured() -> None:
     rec = recorded([Moments, Quantile])
     (slot,) = rec._hooks["head"].slots.values()
     with pytest.raises(RuntimeError, match="Several cannot be captured in a CUDA graph, since it needs Python in every call"):

@@ -1,4 +1,4 @@
-"""Joining recordings, resuming, and files."""
+"""Merging recordings, resuming, and files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_merge_brings_windows_and_histories_together() -> None:
     assert first["blocks.0"].vectors == 30  # nothing was changed
 
 
-def test_merge_into_a_recorder_that_never_ran_and_goes_on() -> None:
+def test_merge_into_a_recorder_before_its_first_run() -> None:
     model, data = Net(), batches(2)
     rec = torchprobe.record(model)
     rec.merge(record(model, data[:1]))
@@ -58,7 +58,7 @@ def test_merge_into_a_recorder_that_never_ran_and_goes_on() -> None:
     assert_equal(rec, record(model, data), rtol=1e-9)
 
 
-def test_merge_refuses_what_does_not_belong_together() -> None:
+def test_merge_refuses_recordings_that_do_not_fit() -> None:
     model, data = Net(), batches(1)
     rec = record(model, data, "blocks.*")
     with pytest.raises(ValueError, match="other recording has layers that this one does not have: 'head'"):
@@ -214,7 +214,7 @@ def layers(**values: Any) -> Callable[[str], str]:
         ("surprise", torch.ones(1), "'surprise': belongs to no layer"),
     ],
 )
-def test_loading_believes_nothing(tmp_path: Path, key: str, value: Any, message: str) -> None:
+def test_damaged_files(tmp_path: Path, key: str, value: Any, message: str) -> None:
     path = tmp_path / "run.safetensors"
     recorded_windows(Net()).save(path)
     with pytest.raises(ValueError, match=message) as caught:
@@ -239,7 +239,7 @@ def test_loading_believes_nothing(tmp_path: Path, key: str, value: Any, message:
         ("statistics", "3", "'statistics': expected a JSON str, got int"),
     ],
 )
-def test_loading_believes_nothing_of_any_statistic(tmp_path: Path, key: str, value: Any, message: str) -> None:
+def test_damaged_files_of_any_statistic(tmp_path: Path, key: str, value: Any, message: str) -> None:
     class Wide(Statistic):
         states = {"matrix": State((FEATURES, FEATURES))}
 
@@ -264,7 +264,7 @@ def test_loading_other_files(tmp_path: Path) -> None:
         torchprobe.load(tmp_path / "weights")
 
 
-def test_saving_into_no_folder_says_so(tmp_path):
+def test_saving_to_a_missing_folder(tmp_path):
     model = torch.nn.Linear(2, 2)
     with torchprobe.record(model) as rec:
         model(torch.randn(3, 2))
@@ -272,8 +272,8 @@ def test_saving_into_no_folder_says_so(tmp_path):
         rec.save(tmp_path / "missing" / "run.safetensors")
 
 
-def test_what_the_version_before_wrote_still_loads() -> None:
-    """Written by 0.1.0 before statistics had a contract: tests/data/recording.json holds what it said itself."""
+def test_files_of_the_previous_version_load() -> None:
+    """A development version of 0.1.0 wrote them, before statistics had a contract; tests/data/recording.json holds its own results."""
     data = Path(__file__).parent / "data"
     expected = json.loads((data / "recording.json").read_text())
     loaded = torchprobe.load(data / "recording.safetensors")

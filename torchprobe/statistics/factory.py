@@ -199,8 +199,8 @@ class Factory:
         statistic: a class whose constructor takes (features, device); a function ``(features, device) -> Statistic``; or a list of these.
         outlier_sigma: passed to every class whose constructor takes it.
 
-    One statistic is made at once for a layer of 16 features on the CPU: the ``template``, which knows the fields. It also tries the
-    statistic out, so that mistakes come to light before a model runs.
+    The constructor makes one statistic, ``template``, for a layer of 16 features on the CPU. The template has the fields. It is also
+    tried out, so that mistakes are found before a model runs.
 
     Raises:
         TypeError: it does not make statistics, or a statistic breaks the contract; the message says how.
@@ -212,47 +212,49 @@ class Factory:
     """
 
     def __init__(self, statistic: StatisticLike | Sequence[StatisticLike], outlier_sigma: float = OUTLIER_SIGMA) -> None:
-        self.several = isinstance(statistic, (list, tuple))
+        self._in_list = isinstance(statistic, (list, tuple))
         kinds: list[Any] = list(statistic) if isinstance(statistic, (list, tuple)) else [statistic]
-        self._makers = [_Maker(kind, outlier_sigma, self.several) for kind in kinds]
+        self._makers = [_Maker(kind, outlier_sigma, self._in_list) for kind in kinds]
         self.template = self._new(_TEMPLATE_FEATURES, torch.device("cpu"))
-        self.name = "+".join(type(part).__name__ for part in self._parts(self.template))
+        self.name = "+".join(type(part).__name__ for part in _parts(self.template))
         if outlier_sigma != OUTLIER_SIGMA and not any(maker.takes_sigma for maker in self._makers):
             raise ValueError(
                 f"outlier_sigma={outlier_sigma} has no effect: {self.name} does not take it here. "
                 f"Pass it where the statistic is made, as in functools.partial(Moments, outlier_sigma={outlier_sigma})"
             )
-        for part in self._parts(self.template):
+        for part in _parts(self.template):
             check_contract(part)
 
     def __call__(self, features: int, device: torch.device) -> Statistic:
         new = self._new(features, device)
-        for part, model, maker in zip(self._parts(new), self._parts(self.template), self._makers, strict=True):
-            if part is model:
-                raise TypeError(f"statistic=: {maker.name} returned the same statistic twice; it must make a new one in every call")
-            if type(part) is not type(model) or part.fields.keys() != model.fields.keys():
-                raise TypeError(f"statistic=: {maker.name} must return the same kind of statistic for every layer, with the same fields")
+        parts, expected = _parts(new), _parts(self.template)
+        names = ", ".join(maker.name for maker in self._makers)
+        if any(part is one for part, one in zip(parts, expected, strict=False)):
+            raise TypeError(f"statistic=: {names} returned the same statistic twice; it must make a new one in every call")
+        if list(map(type, parts)) != list(map(type, expected)) or new.fields.keys() != self.template.fields.keys():
+            raise TypeError(f"statistic=: {names} must return the same kind of statistic for every layer, with the same fields")
         return new
 
     def _new(self, features: int, device: torch.device) -> Statistic:
         parts = [maker(features, device) for maker in self._makers]
-        return Several(parts) if self.several else parts[0]
+        return Several(parts) if self._in_list else parts[0]
 
-    def _parts(self, statistic: Statistic) -> Iterator[Statistic]:
-        return iter(statistic) if self.several and isinstance(statistic, Several) else iter([statistic])
+
+def _parts(statistic: Statistic) -> list[Statistic]:
+    return list(statistic) if isinstance(statistic, Several) else [statistic]
 
 
 class _Maker:
-    """Makes one statistic of a list."""
+    """Makes one of the statistics of a layer."""
 
     def __init__(self, kind: Any, outlier_sigma: float, in_list: bool) -> None:
         if not callable(kind):
             raise TypeError(f"statistic= takes a class, a function (features, device) -> Statistic, or a list of them; got {kind!r}")
         self.name = getattr(getattr(kind, "func", kind), "__name__", repr(kind))
         if isinstance(kind, type) and not issubclass(kind, Statistic):
-            kind = adopted(kind)
-            if in_list:
+            if in_list and callable(getattr(kind, "update", None)):
                 raise TypeError(f"statistic=: {self.name} must be derived from torchprobe.statistics.Statistic to be in a list")
+            kind = adopted(kind)
         self.kind = kind
         parameters: Mapping[str, inspect.Parameter] = {}
         with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
@@ -301,7 +303,7 @@ def classes_named(name: str) -> list[type[Statistic]]:
 
 
 def check_contract(statistic: Statistic) -> None:
-    """Tries an empty statistic out.
+    """Tries out an empty statistic.
 
     Raises:
         TypeError: it breaks the contract; the message says how.
