@@ -232,8 +232,9 @@ class Range:
 
 def test_a_class_of_the_earlier_protocol() -> None:
     model, data = Net(), batches(2)
-    with pytest.warns(DeprecationWarning, match="Range is not a subclass of torchprobe.statistics.Statistic"):
+    with pytest.warns(DeprecationWarning, match="Range is not a subclass of torchprobe.statistics.Statistic") as caught:
         rec = torchprobe.record(model, "head", statistic=Range)
+    assert caught[0].filename == __file__
     with rec:
         for x in data:
             model(x)

@@ -112,6 +112,6 @@ def adopted(kind: type) -> type[EarlierProtocol]:
         f"torchprobe: {kind.__name__} is not a subclass of torchprobe.statistics.Statistic. It is recorded, but has no fields to show. "
         f"Derive it from Statistic; docs/statistics.md has an example",
         DeprecationWarning,
-        stacklevel=6,
+        stacklevel=5,
     )
     return type(kind.__name__, (kind, EarlierProtocol), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})

@@ -214,7 +214,9 @@ class Factory:
     def __init__(self, statistic: StatisticLike | Sequence[StatisticLike], outlier_sigma: float = OUTLIER_SIGMA) -> None:
         self._in_list = isinstance(statistic, (list, tuple))
         kinds: list[Any] = list(statistic) if isinstance(statistic, (list, tuple)) else [statistic]
-        self._makers = [_Maker(kind, outlier_sigma, self._in_list) for kind in kinds]
+        self._makers = list[_Maker]()
+        for kind in kinds:  # not a comprehension: before Python 3.12 it is a frame, which `stacklevel` in `adopted` would count
+            self._makers.append(_Maker(kind, outlier_sigma, self._in_list))
         self.template = self._new(_TEMPLATE_FEATURES, torch.device("cpu"))
         self.name = "+".join(type(part).__name__ for part in _parts(self.template))
         if outlier_sigma != OUTLIER_SIGMA and not any(maker.takes_sigma for maker in self._makers):

@@ -59,9 +59,9 @@ class Moments(Statistic):
     ``skewness``, ``kurtosis`` (Pearson's: Gaussian = 3, as ``scipy.stats.kurtosis(fisher=False, bias=True)``; nan for a constant feature),
     ``min``, ``max``, ``mean_abs``, ``count``, ``nonfinite``, ``outlier_frequency``. Nan where nothing was seen.
 
-    Over vectors, plain numbers: ``vector_kurtosis`` (the mean over vectors of the kurtosis across features, the measure of "Interpreting
-    CLIP", TMLR 2024), ``vector_kurtosis_std`` (its population standard deviation), ``vector_kurtosis_quantile(q)``, ``vectors`` (those
-    counted), ``constant_vectors`` and ``invalid_vectors`` (those left out, because their variance is 0 or an element is nonfinite).
+    Over vectors, plain numbers: ``vector_kurtosis`` is the mean over vectors of the kurtosis across features, the measure of "Interpreting
+    CLIP" (TMLR 2024). ``vector_kurtosis_std`` is its population standard deviation, and ``vector_kurtosis_quantile(q)`` a quantile.
+    ``vectors`` counts these vectors. ``constant_vectors`` (variance 0) and ``invalid_vectors`` (a nonfinite element) are left out.
 
     ``update``, ``merge`` and ``reset`` never synchronize with the device; reading a plain number does. Merging follows Chan et al.
     (1982) and Pébay (SAND2008-6212). For the numerics and their limits see :func:`torchprobe.ops.observe_`.
