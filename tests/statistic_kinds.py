@@ -1,4 +1,4 @@
-"""The statistics that the contract suite runs, each with what it must give; also imported by the ranks of test_distributed.py."""
+"""The statistics of the contract suite, each with its expected fields; the ranks of test_distributed.py import it too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "statistics.md"
 
 @dataclass(frozen=True)
 class Kind:
-    """``oracle``: all vectors of a layer, (vectors, features) in float64 → some of the fields. ``headings``: some of the table's."""
+    """``oracle``: all vectors of a layer, (vectors, features) in float64 → some of the fields. ``headings``: some columns of the table."""
 
     name: str
     statistic: Any
@@ -49,7 +49,7 @@ class Extremes(Statistic):
 
 
 class Covariance(Statistic):
-    """The covariance matrix, which merges in its own way (Chan et al. 1982)."""
+    """The covariance matrix, merged as in Chan et al. (1982)."""
 
     states = {"n": State((), None), "mean": State((FEATURES,), None), "m2": State((FEATURES, FEATURES), None)}
     fields = {"vectors": "vectors seen", "largest_variance": "the largest eigenvalue of the covariance matrix"}
@@ -81,7 +81,7 @@ class Covariance(Statistic):
 
 
 def of_the_docs() -> type[Statistic]:
-    """``Zeros``, as docs/statistics.md has it: its whole block of code runs."""
+    """``Zeros`` of docs/statistics.md; this runs its whole block of code."""
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     (code,) = [block for block in blocks if "class Zeros" in block]
     names: dict[str, Any] = {"__name__": __name__}
@@ -130,7 +130,7 @@ def _covariance(x: np.ndarray) -> dict[str, float]:
 
 def _quantile(x: np.ndarray) -> dict[str, float]:
     values = np.quantile(x.astype(np.float32), 0.9, axis=0, method="inverted_cdf")
-    return {"quantile_max": values.max(), "positions": len(x), "nan": 0}
+    return {"quantile_max": values.max(), "values": len(x), "nan": 0}
 
 
 def _top(x: np.ndarray) -> dict[str, float]:

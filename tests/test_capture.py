@@ -1,4 +1,4 @@
-"""CUDA graphs: pretended ones here, real ones where there is a GPU."""
+"""CUDA graphs: simulated ones, and real ones on a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchprobe.recording import control, hook
 
 
 class Graph:
-    """Pretends that one call of a model was captured: a replay runs its operators on the same states, and no hook."""
+    """Simulates the capture of one call of a model: a replay runs its operators on the same states, but no hooks."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: nn.Module, recorder: torchprobe.Recorder, x: Tensor) -> None:
         with monkeypatch.context() as during:
@@ -55,7 +55,7 @@ def test_replays_count(monkeypatch: pytest.MonkeyPatch, running: tuple[nn.Sequen
     assert torch.equal(rec["2"].kurtosis, plain["2"].kurtosis)
 
 
-def test_a_state_is_not_made_in_the_memory_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_is_not_created_in_the_memory_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     with (
         pytest.raises(
@@ -83,7 +83,7 @@ def test_replays_during_a_pause_do_not_count(monkeypatch: pytest.MonkeyPatch, ru
     assert rec["0"].vectors == 10
 
 
-def test_replays_after_the_end_do_not_count_and_write_to_memory_that_is_still_there(
+def test_replays_after_the_end_do_not_count_and_write_to_live_memory(
     monkeypatch: pytest.MonkeyPatch, running: tuple[nn.Sequential, torchprobe.Recorder]
 ) -> None:
     model, rec = running

@@ -87,7 +87,7 @@ def test_layers_that_cannot_be_read():
         ({"basis": {"conv1": torch.eye(12)}}, "'conv1', which is not dissected"),
         ({"thresholds": {"norm": torch.zeros(3)}}, r"thresholds of shape \(12,\), got \(3,\)"),
         ({"layers": "nrom"}, "did you mean 'norm'"),
-        ({"quantile": 1.5}, "quantile must lie between"),
+        ({"quantile": 1.5}, "quantile must be between"),
     ],
 )
 def test_arguments_that_do_not_fit(broden, options, message):

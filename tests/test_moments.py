@@ -39,7 +39,7 @@ def test_types_and_shapes():
     for name in ("mean", "variance", "std", "skewness", "kurtosis", "min", "max", "mean_abs", "count", "nonfinite", "outlier_frequency"):
         value = getattr(m, name)
         assert value.dtype == torch.float64 and value.shape == (7,), name
-        value.fill_(-1)  # a read is a copy: the state is not touched
+        value.fill_(-1)  # a read is a copy: the state does not change
     assert isinstance(m.vector_kurtosis, float) and isinstance(m.vectors, int) and m.vectors == 10
     assert m.count.tolist() == [10.0] * 7
 
@@ -129,8 +129,11 @@ def test_state_dict_round_trip():
     [
         ({"features": 13}, "features=13, this one has features=12"),
         ({"outlier_sigma": 5.0}, "outlier_sigma=5.0"),
-        ({"mean": torch.zeros(11)}, r"mean in the saved state of Moments has shape \(11,\), expected \(12,\)"),
-        ({"mean": "text"}, r"mean in the saved state of Moments has shape"),
+        (
+            {"mean": torch.zeros(11)},
+            r"mean in the saved state of Moments is torch.float32 of shape \(11,\), expected torch.float64 of shape \(12,\)",
+        ),
+        ({"mean": "text"}, r"mean in the saved state of Moments is str, expected torch.float64 of shape \(12,\)"),
         ({"extra": torch.zeros(1)}, r"unknown \['extra'\]"),
         ({"m2": None}, r"lacks \['m2'\]"),
     ],
@@ -173,7 +176,7 @@ def test_summary_of_several_layers_is_the_summary_of_each():
     assert together[1, FIELDS.index("outlier_features")] == 1
 
 
-def test_repr_is_one_line_that_says_it_all():
+def test_repr_is_one_complete_line():
     x = torch.randn(100, 64)
     x[:, 3] += 50
     x[0, 0] = math.nan

@@ -1,4 +1,4 @@
-"""The recorder and the recording: numbers, selection of calls, and what is shown."""
+"""The recorder and the recording: numbers, selection of calls, and display."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_a_recorder_keeps_no_model_alive() -> None:
 
 
 class Range:
-    """A statistic of another kind: smallest and largest value."""
+    """The smallest and largest value, in a class of the earlier protocol."""
 
     def __init__(self, features: int, device: Any = None, outlier_sigma: float = 6.0) -> None:
         self.features = features
@@ -230,10 +230,11 @@ class Range:
         self.state.copy_(state["state"])
 
 
-def test_a_class_with_the_verbs_of_the_protocol_before() -> None:
+def test_a_class_of_the_earlier_protocol() -> None:
     model, data = Net(), batches(2)
-    with pytest.warns(DeprecationWarning, match="Range is not a subclass of torchprobe.statistics.Statistic"):
+    with pytest.warns(DeprecationWarning, match="Range is not a subclass of torchprobe.statistics.Statistic") as caught:
         rec = torchprobe.record(model, "head", statistic=Range)
+    assert caught[0].filename == __file__
     with rec:
         for x in data:
             model(x)

@@ -1,4 +1,4 @@
-"""Every statistic does everything: one suite for all of them, and for the example of docs/statistics.md."""
+"""One suite for every statistic, including the example of docs/statistics.md."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def run(model: nn.Module, data: list[Tensor], kind: Kind, **options: Any) -> tor
     return rec
 
 
-def same(a: torchprobe.Recording, b: torchprobe.Recording, rtol: float = 1e-9) -> None:
-    """Equal fields and states, whatever the statistic; counters of calls aside."""
+def assert_same(a: torchprobe.Recording, b: torchprobe.Recording, rtol: float = 1e-9) -> None:
+    """Fields and states are equal for any statistic, except counters of calls."""
     assert a.layers == b.layers
     for mine, theirs in zip(a.rows(), b.rows(), strict=True):
         assert mine.keys() == theirs.keys()
@@ -53,8 +53,8 @@ def same(a: torchprobe.Recording, b: torchprobe.Recording, rtol: float = 1e-9) -
                 torch.testing.assert_close(one[key], other[key], rtol=rtol, atol=1e-9, equal_nan=True)
 
 
-def right(rec: torchprobe.Recording, model: Net, data: list[Tensor], kind: Kind) -> None:
-    """Every field against what all activations give in float64."""
+def assert_numbers(rec: torchprobe.Recording, model: Net, data: list[Tensor], kind: Kind) -> None:
+    """Every field is that of all activations in float64."""
     rows = {row["layer"]: row for row in rec.rows()}
     for layer, x in activations(model, data).items():
         for name, value in kind.oracle(x).items():
@@ -65,7 +65,7 @@ def right(rec: torchprobe.Recording, model: Net, data: list[Tensor], kind: Kind)
 def test_numbers(kind: Kind) -> None:
     model, data = Net(), batches(4)
     rec = run(model, data, kind)
-    right(rec, model, data, kind)
+    assert_numbers(rec, model, data, kind)
     assert rec.settings.statistic == kind.name
     for layer in rec:
         statistic = rec[layer]
@@ -85,9 +85,9 @@ def test_windows_history_and_total(kind: Kind) -> None:
             if step % 2:
                 rec.snapshot(step)
         model(data[4])
-    right(rec, model, data[4:], kind)
-    right(rec.total, model, data, kind)
-    same(rec.total, run(model, data, kind))
+    assert_numbers(rec, model, data[4:], kind)
+    assert_numbers(rec.total, model, data, kind)
+    assert_same(rec.total, run(model, data, kind))
     assert rec.history.steps == [1, 3]
     assert rec.history.fields == tuple(rec.fields)
     for index, part in enumerate((data[:2], data[2:4])):
@@ -122,7 +122,7 @@ def test_what_is_shown(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     for field in (None, list(rec.fields)[-1]):
         for figure in (rec.plot(field=field), rec.plot("history", field=field), rec.history.plot(field)):
             assert figure.axes
-    if rec.history.statistic.bins:
+    if rec.history.statistic.histogram_bins:
         assert rec.history.histograms.shape == (3, 5, len(rec.history.bin_edges) - 1)
         assert rec.history.plot_layer("head").axes
     else:
@@ -143,18 +143,18 @@ def test_files(kind: Kind, tmp_path: Path) -> None:
                 rec.snapshot(step)
     rec.save(tmp_path / "run.safetensors")
     loaded = torchprobe.load(tmp_path / "run.safetensors")
-    same(loaded, rec, rtol=0)
-    same(loaded.total, rec.total, rtol=0)
+    assert_same(loaded, rec, rtol=0)
+    assert_same(loaded.total, rec.total, rtol=0)
     assert loaded.settings == rec.settings
     assert loaded.history.steps == rec.history.steps
     np.testing.assert_array_equal(loaded.history.values, rec.history.values)
     np.testing.assert_array_equal(loaded.history.histograms, rec.history.histograms)
     again = torchprobe.load(tmp_path / "run.safetensors", statistic=kind.classes)
-    same(again, rec, rtol=0)
+    assert_same(again, rec, rtol=0)
     with pytest.raises(ValueError, match="recorded with"):
         torchprobe.load(tmp_path / "run.safetensors", statistic=[*kind.classes, Moments])
     loaded.merge(run(model, data, kind))
-    right(loaded, model, [*data, data[3]], kind)
+    assert_numbers(loaded, model, [*data, data[3]], kind)
 
 
 @everyone
@@ -176,8 +176,8 @@ def test_resuming(kind: Kind, tmp_path: Path) -> None:
     with second:
         for x in data[3:]:
             model(x)
-    same(second, straight)
-    same(second.total, straight.total)
+    assert_same(second, straight)
+    assert_same(second.total, straight.total)
     assert second.history.steps == [1]
     np.testing.assert_array_equal(second.history.values, straight.history.values)
 
@@ -185,7 +185,7 @@ def test_resuming(kind: Kind, tmp_path: Path) -> None:
 @everyone
 def test_every_reads_every_nth_call(kind: Kind) -> None:
     model, data = Net(), batches(7)
-    right(run(model, data, kind, every=3), model, data[::3], kind)
+    assert_numbers(run(model, data, kind, every=3), model, data[::3], kind)
 
 
 @everyone
@@ -193,13 +193,13 @@ def test_merging(kind: Kind) -> None:
     model, data = Net(), batches(5)
     rec = run(model, data[:2], kind)
     assert rec.merge(run(model, data[2:], kind)) is rec
-    right(rec, model, data, kind)
-    with pytest.raises(ValueError, match="made differently"):
+    assert_numbers(rec, model, data, kind)
+    with pytest.raises(ValueError, match="made with different settings"):
         rec.merge(torchprobe.record(model, "**", statistic=KINDS["extremes" if kind.name != "Extremes" else "moments"].statistic))
     other = Net(width=8)
     with pytest.raises(ValueError, match="layer 'blocks.0' is 6 features wide here and 8 there"):
         rec.merge(run(other, batches(1, width=8), kind))
-    right(rec, model, data, kind)  # and nothing was changed
+    assert_numbers(rec, model, data, kind)  # nothing was changed
 
 
 @everyone
@@ -261,12 +261,12 @@ def test_several_devices(kind: Kind) -> None:
     model, data = Net(), batches(4)
     rec = run(model, data[:2], kind)
     other = run(model, data[2:], kind)
-    for name, hook in rec._hooks.items():  # as if two calls had come on another device
+    for name, hook in rec._hooks.items():  # as if two calls had been on another device
         statistic = other[name]
         hook.slots[torch.device("cuda", 0)] = Slot(statistic, 2)
-    right(rec, model, data, kind)
+    assert_numbers(rec, model, data, kind)
     rec.snapshot(0)
-    right(rec.total, model, data, kind)
+    assert_numbers(rec.total, model, data, kind)
 
 
 @everyone
@@ -284,10 +284,10 @@ def test_compiled(kind: Kind, backend: str) -> None:
                 rec.snapshot(step)
         with rec.paused():
             compiled(data[0])
-    right(rec, model, data[2:3], kind)
-    right(rec.total, model, data[0:3:2], kind)
+    assert_numbers(rec, model, data[2:3], kind)
+    assert_numbers(rec.total, model, data[0:3:2], kind)
     compiled(data[0])
-    right(rec.total, model, data[0:3:2], kind)
+    assert_numbers(rec.total, model, data[0:3:2], kind)
 
 
 @everyone
@@ -306,7 +306,7 @@ def test_compiled_training_with_gradients_and_masks(kind: Kind) -> None:
         results.append((forward, backward, x.grad.clone()))
         x.grad = None
     for eager, compiled in zip(*(result[:2] for result in results), strict=True):
-        same(compiled, eager, rtol=1e-6)
+        assert_same(compiled, eager, rtol=1e-6)
     torch.testing.assert_close(results[0][2], results[1][2])
 
 
@@ -321,18 +321,18 @@ def test_copies(kind: Kind) -> None:
         assert statistic.summary() == pytest.approx(before, nan_ok=True)
     empty = statistic.clone()
     empty.reset()
-    assert not empty.anything()
-    assert statistic.anything()
+    assert not empty.saw_anything()
+    assert statistic.saw_anything()
     assert all(math.isnan(value) for value in empty.summary().values())
     assert empty.merge(statistic).summary() == pytest.approx(before, nan_ok=True)
 
 
 @everyone
-def test_it_is_told_when_it_never_fired(kind: Kind) -> None:
+def test_a_layer_that_never_fired_is_reported(kind: Kind) -> None:
     model = Net()
     with pytest.warns(RecordingWarning, match="none of the 5 layers fired: the model was not called"):
         run(model, [], kind)
-    with pytest.warns(RecordingWarning, match="its 1 calls brought empty batches"):
+    with pytest.warns(RecordingWarning, match="its 1 calls had empty batches"):
         run(model, [torch.empty(0, 3, 6)], kind)
 
 
@@ -381,11 +381,11 @@ def test_a_factory_chooses_by_width() -> None:
     [
         (3, "takes a class, a function"),
         ([], "empty list"),
-        (lambda features, device: None, "gave NoneType, not a torchprobe.statistics.Statistic"),
+        (lambda features, device: None, "returned NoneType, not a torchprobe.statistics.Statistic"),
         (dict, "dict is not a torchprobe.statistics.Statistic and has no merge"),
     ],
 )
-def test_what_is_no_statistic_is_refused_at_once(statistic: Any, message: str) -> None:
+def test_other_objects_than_statistics_are_refused(statistic: Any, message: str) -> None:
     model = Net()
     with pytest.raises((TypeError, ValueError), match=message):
         torchprobe.record(model, statistic=statistic)
@@ -400,7 +400,7 @@ class Half(Statistic):
         self.total += x.where(kept, 0).sum(0, dtype=torch.float64)  # type: ignore[has-type]
 
 
-def test_what_a_class_forgets_is_said() -> None:
+def test_errors_of_an_incomplete_class() -> None:
     half = Half(2)
     half.update(torch.ones(3, 2, dtype=torch.bfloat16))
     assert half.total.tolist() == [3.0, 3.0]
@@ -410,7 +410,7 @@ def test_what_a_class_forgets_is_said() -> None:
         Statistic(2).update(torch.ones(1, 2))
     Half.summarize = lambda self, states: {}  # type: ignore[method-assign]
     try:
-        with pytest.raises(ValueError, match="Half.summarize does not give total, which its fields name"):
+        with pytest.raises(ValueError, match=r"Half.summarize must return tensors of shape \(1,\) for 1 layers; 'total' is NoneType"):
             half.summary()
     finally:
         del Half.summarize

@@ -19,7 +19,7 @@ from torchprobe.analysis.resampling import LEVEL, bootstrap_interval
 from torchprobe.common.deprecation import RenamedAttribute, renamed
 from torchprobe.dissection import random_rotation
 from torchprobe.statistics import Moments
-from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 if TYPE_CHECKING:
     from torchprobe.analysis.embeddings import Embeddings

@@ -6,7 +6,7 @@ Schemas::
     observe_gradient(Tensor x, int observer, Tensor? mask=None) -> Tensor
     observe_gradient_backward(Tensor grad, int observer, Tensor? mask=None) -> Tensor
 
-``observe_activation_`` runs a statistic that has no operator, in any Python. The operator increments the number ``token``, since the
+``observe_activation_`` runs a statistic that has no operator, with any Python code. The operator increments the number ``token``, since the
 compiler removes operators that change nothing.
 
 ``observe_gradient`` is the identity, whose backward shows the gradient. In eager mode a tensor hook on the output reads its gradient for

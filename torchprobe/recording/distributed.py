@@ -1,4 +1,4 @@
-"""The recordings of all ranks as one."""
+"""Merges the recordings of all ranks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from torchprobe.recording.entries import Entry, Settings
-from torchprobe.recording.windows import merged
+from torchprobe.recording.windows import Entry, Settings, merged
 from torchprobe.statistics import Statistic
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_AT_ONCE = 1 << 26  # bytes of one rank that travel at a time, unless one layer alone has more
+_AT_ONCE = 1 << 26  # bytes that a rank sends at a time, unless a single layer has more
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a rank says of one of its layers."""
+    """One layer of a rank."""
 
     module: str
     feature_dim: int | None
@@ -35,7 +34,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Summary:
-    """What every rank tells the others before any number travels."""
+    """What the ranks exchange before any state."""
 
     settings: Settings
     selected: list[str]
@@ -60,23 +59,23 @@ def all_reduce(
     union: bool,
     timeout: float | None,
 ) -> tuple[list[Entry], dict[str, str]]:
-    """The layers of all ranks, merged in the order of the ranks, on the CPU; and all aliases. The same on every rank.
+    """The layers of all ranks, merged in the order of the ranks, on the CPU, and all aliases. The result is the same on every rank.
 
     Args:
         entries: the layers of this rank that fired.
         selected: the layers that this rank watches.
-        make: makes an empty statistic of a width.
+        make: makes an empty statistic for a width.
         group, union, timeout: see :meth:`torchprobe.Recorder.all_reduce`.
     """
     ranks = _Ranks(group, timeout)
-    packed = {entry.name: _packed(entry) for entry in entries}
-    layers = {e.name: _Layer(e.module, e.feature_dim, e.statistic.features, e.closed is not None, len(packed[e.name])) for e in entries}
-    mine = _Summary(settings, list(selected), layers, dict(aliases))
-    summaries = [_Summary.from_json(text.decode()) for text in ranks.gather_bytes(json.dumps(asdict(mine)).encode())]
+    mine = {entry.name: _to_bytes(entry) for entry in entries}
+    layers = {e.name: _Layer(e.module, e.feature_dim, e.statistic.features, e.closed is not None, len(mine[e.name])) for e in entries}
+    summary = _Summary(settings, list(selected), layers, dict(aliases))
+    summaries = [_Summary.from_json(text.decode()) for text in ranks.gather_bytes(json.dumps(asdict(summary)).encode())]
     agreed = _agreed(summaries, union)
     result: list[Entry] = []
     for names in _batches(agreed, summaries):
-        gathered = ranks.gather_bytes(b"".join(packed.get(name, b"") for name in names))
+        gathered = ranks.gather_bytes(b"".join(mine.get(name, b"") for name in names))
         states: dict[str, list[bytes]] = {name: [] for name in names}
         for summary, received in zip(summaries, gathered, strict=True):
             start = 0
@@ -88,7 +87,7 @@ def all_reduce(
     return result, {alias: name for summary in summaries for alias, name in summary.aliases.items()}
 
 
-def _packed(entry: Entry) -> bytes:
+def _to_bytes(entry: Entry) -> bytes:
     """The state of one layer: the length of a JSON text, the text, and a safetensors file in memory."""
     tensors, values = dict[str, Tensor](), dict[str, Any]()
     for prefix, statistic in (("window/", entry.statistic), ("closed/", entry.closed)):
@@ -102,32 +101,27 @@ def _packed(entry: Entry) -> bytes:
 
 
 def _merged(name: str, layer: _Layer, states: Sequence[bytes], make: Callable[[int, torch.device], Statistic]) -> Entry:
-    """One layer, from what each rank packed."""
+    """One layer, from the bytes of each rank that has it."""
     windows, closed, calls = list[Statistic](), list[Statistic](), 0
     for state in states:
         end = 8 + int.from_bytes(state[:8], "little")
         values = {**json.loads(state[8:end]), **load(state[end:])}
         calls += values.pop("calls")
-        parts: dict[str, dict[str, Any]] = {"window": {}, "closed": {}}
-        for key, value in values.items():
-            which, _, part = key.partition("/")
-            parts[which][part] = value
-        windows.append(_loaded(parts["window"], layer.features, make))
-        if parts["closed"]:
-            closed.append(_loaded(parts["closed"], layer.features, make))
+        for prefix, statistics in (("window/", windows), ("closed/", closed)):
+            part = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+            if part:
+                statistics.append(make(layer.features, torch.device("cpu")))
+                try:
+                    statistics[-1].load_state_dict(part)
+                except ValueError as error:
+                    raise ValueError(f"layer {name!r}: {error}") from error
     window = merged(windows)
     assert window is not None
     return Entry(name, layer.module, layer.feature_dim, window, merged(closed), calls)
 
 
-def _loaded(state: Mapping[str, Any], features: int, make: Callable[[int, torch.device], Statistic]) -> Statistic:
-    statistic = make(features, torch.device("cpu"))
-    statistic.load_state_dict(state)
-    return statistic
-
-
 def _batches(layers: Mapping[str, _Layer], summaries: Sequence[_Summary]) -> list[list[str]]:
-    """The layers in parts that travel at once; every rank finds the same."""
+    """The layers in batches that are sent together. They are the same on every rank."""
     batches, room = list[list[str]](), 0
     for name in layers:
         size = max(summary.layers[name].size for summary in summaries if name in summary.layers)
@@ -139,7 +133,7 @@ def _batches(layers: Mapping[str, _Layer], summaries: Sequence[_Summary]) -> lis
 
 
 class _Ranks:
-    """The other processes. Every wait has an end, and tells what it means."""
+    """The other processes. A wait ends with an error that says what it means."""
 
     def __init__(self, group: ProcessGroup | None, timeout: float | None) -> None:
         from torch import distributed
@@ -154,10 +148,10 @@ class _Ranks:
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
     def gather(self, sent: Tensor) -> list[Tensor]:
-        """A tensor of each rank, all of one shape, in their order.
+        """The tensors of all ranks in their order, all of the same shape.
 
         Raises:
-            RuntimeError: a rank has ended, or did not come in time.
+            RuntimeError: a rank has ended, or did not call this in time.
         """
         received = [torch.empty_like(sent) for _ in range(self.count)]
         try:
@@ -170,15 +164,15 @@ class _Ranks:
         except RuntimeError as error:
             limit = "" if self.timeout is None else f" (it waits {self.timeout:g} s)"
             raise RuntimeError(
-                f"all_reduce: rank {self.rank} of {self.count} had no answer from the others{limit}. A rank has ended, or does "
-                f"not call all_reduce(); the first error of the run says which. This process group is of no use any more: end "
-                f"this process, start all of them again (torchrun does), and resume from the last checkpoint. "
+                f"all_reduce: rank {self.rank} of {self.count} got no answer from the others{limit}. A rank has ended, or did "
+                f"not call all_reduce(); the first error of the run says which. This process group is unusable now: end this "
+                f"process, start all processes again (torchrun does), and resume from the last checkpoint. "
                 f"({str(error).strip().splitlines()[0]})"
             ) from error
         return received
 
     def gather_bytes(self, sent: bytes) -> list[bytes]:
-        """Bytes of each rank, of any length."""
+        """The bytes of each rank, of any length."""
         lengths = [int(n) for n in torch.cat(self.gather(torch.tensor([len(sent)], device=self.device))).tolist()]
         padded = torch.zeros(max(*lengths, 1), dtype=torch.uint8)
         if sent:
@@ -188,7 +182,7 @@ class _Ranks:
 
 
 def _agreed(ranks: Sequence[_Summary], union: bool) -> dict[str, _Layer]:
-    """Every layer that fired anywhere. The same error on every rank."""
+    """Every layer that fired on any rank. If the ranks do not fit together, all raise the same error."""
     first = ranks[0]
     layers: dict[str, _Layer] = {}
     for number, rank in enumerate(ranks):
@@ -199,7 +193,7 @@ def _agreed(ranks: Sequence[_Summary], union: bool) -> dict[str, _Layer]:
             more = sorted(set(rank.selected) - set(first.selected))
             raise ValueError(
                 f"the ranks recorded different layers: rank {number} lacks {lacks} and has {more} in addition to those of rank 0; "
-                f"all_reduce(union=True) merges them nevertheless"
+                f"all_reduce(union=True) merges them anyway"
             )
         for name, layer in rank.layers.items():
             known = layers.setdefault(name, layer)

@@ -1,4 +1,4 @@
-"""What the windows of a recording came to: one row of numbers for every step and layer, and a histogram beside it."""
+"""The closed windows of a recording: the fields of every layer in every window, and a histogram."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,13 +27,16 @@ class History:
     """Closed windows in the order of :meth:`~torchprobe.Recorder.snapshot`: ``history[field]`` is an array (steps, layers).
 
     ``steps`` and ``layers`` name the rows and columns, ``fields`` the numbers: those of the statistic, such as
-    :data:`torchprobe.statistics.moments.FIELDS`. A number is nan where a layer did not fire in a window. ``histograms`` holds how the
-    vector kurtosis was distributed in each window. Numbers travel to the host without waiting; reading them waits.
+    :data:`torchprobe.statistics.moments.FIELDS`. A number is nan if the layer did not fire in the window. ``histograms`` holds the
+    distribution of the vector kurtosis in each window. Numbers are copied to the host without waiting; reading them waits.
 
     Args:
-        keep: how many windows are kept, the newest; ``dropped`` counts the others. Default: all of them. With Moments each takes 1.3 kB for
-            each layer.
-        statistic: one of those recorded; it names the fields. Default: :class:`~torchprobe.Moments`.
+        keep: how many windows are kept, the newest ones; ``dropped`` counts the others. Default: all. With Moments a window takes 1.3 kB
+            per layer.
+        statistic: one of the statistics recorded; it names the fields. Default: :class:`~torchprobe.Moments`.
+
+    Raises:
+        ValueError: ``keep`` is not a positive whole number.
 
     >>> import torch, torchprobe
     >>> model = torch.nn.Linear(4, 3)
@@ -54,18 +58,22 @@ class History:
         self.dropped = 0
         self._layers: dict[str, int] = {}  # name → column
         self._transfer = Transfer()
-        self._blocks: deque[Rows] = deque()  # on the host; they may begin with windows that are dropped already
+        self._blocks: deque[Rows] = deque()  # on the host; the first ones may hold windows that were dropped
         self._landed = 0  # windows in the blocks
 
     def append(self, step: Step, layers: list[str], parts: Sequence[Part]) -> None:
-        """Adds one window of ``layers``: for each group of them their names and numbers, still on the device.
+        """Adds one window of ``layers``: for each group of layers the names and the numbers, still on the device.
 
-        Numbers have the shape (layers, fields + bins): what :func:`torchprobe.recording.windows.summaries` gives with histograms.
+        Numbers have the shape (layers, fields + bins), as :func:`torchprobe.recording.windows.summaries` returns them with histograms.
+
+        Raises:
+            TypeError: ``step`` is not a finite number.
         """
-        if isinstance(step, bool) or not isinstance(step, (int, float)) or not math.isfinite(step):
-            raise TypeError(f"a step is a number, got {step!r}")
+        number: Any = step  # numbers of NumPy are fine
+        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(float(number)):
+            raise TypeError(f"a step is a finite number, got {step!r}")
         self._transfer.put(parts)
-        self.steps.append(step)
+        self.steps.append(int(number) if isinstance(number, Integral) else float(number))
         self._name(layers)
         self._land(self._transfer.arrived())
         self._drop()
@@ -82,7 +90,7 @@ class History:
 
     @property
     def histograms(self) -> Array:
-        """Vectors by their kurtosis, shape (steps, layers, bins), float64; the bins lie between ``bin_edges``, the last is open.
+        """How many vectors have a kurtosis in each bin: float64 (steps, layers, bins). Bins are between ``bin_edges``; the last is open.
 
         >>> History().histograms.shape, History().bin_edges[[0, 8, 16]].tolist()
         ((0, 0, 144), [1.0, 2.0, 4.0])
@@ -91,8 +99,8 @@ class History:
 
     @property
     def bin_edges(self) -> Array:
-        """Of ``histograms``, shape (bins + 1,); empty if the statistic has no histogram."""
-        return self.statistic.bin_edges().numpy() if self.statistic.bins else np.empty(0)
+        """The edges of ``histograms``: float64 (bins + 1,); empty if the statistic has no histogram."""
+        return self.statistic.histogram_edges().numpy() if self.statistic.histogram_bins else np.empty(0)
 
     def __getitem__(self, field: str) -> Array:
         if field not in self.fields:
@@ -123,11 +131,11 @@ class History:
         """Layers × steps in shades of one color; windows with nonfinite values are crossed. Needs matplotlib.
 
         Args:
-            field: which number; default: the headline of the statistic, the vector kurtosis for Moments.
-            width: inches.
+            field: the field to show. Default: the headline of the statistic, the vector kurtosis for Moments.
+            width: in inches.
 
         Raises:
-            KeyError: no such field.
+            KeyError: ``field`` is unknown.
         """
         from torchprobe.rendering.heatmap import history_map
 
@@ -136,15 +144,15 @@ class History:
         return history_map(self[field], self.steps, self.layers, field.replace("_", " "), marked=marked, width=width)
 
     def plot_layer(self, layer: str, *, width: float = 9.0) -> Figure:
-        """How the vector kurtosis of one layer is distributed in every window, with its mean and median. Needs matplotlib.
+        """The distribution of the vector kurtosis of one layer in every window, with its mean and median. Needs matplotlib.
 
         Raises:
-            KeyError: the layer is in no window; the message names the nearest.
+            KeyError: no window has the layer; the message suggests the nearest name.
             ValueError: the statistic keeps no histogram.
         """
         from torchprobe.rendering.heatmap import layer_over_time
 
-        if not self.statistic.bins:
+        if not self.statistic.histogram_bins:
             raise ValueError(f"{type(self.statistic).__name__} keeps no histogram of its windows; plot(field) shows a field of all layers")
         name = layer if layer in self.layers else canonical(layer)
         if name not in self.layers:
@@ -168,7 +176,7 @@ class History:
         """Appends the steps of another history.
 
         Raises:
-            ValueError: both have windows of the same step, whose summaries cannot be merged; or they have different fields.
+            ValueError: both have a window of the same step, and summaries cannot be merged; or they have different fields.
         """
         if other.steps and self.steps and other.fields != self.fields:
             raise ValueError(f"one history has the fields {', '.join(self.fields)}, the other {', '.join(other.fields)}")
@@ -178,7 +186,7 @@ class History:
                 f"both histories hold step {shared[0]}{' and others' if shared[1:] else ''}, and summaries of one step "
                 f"cannot be merged: merge the states instead, first.total.merge(second.total)"
             )
-        self._land(self._transfer.everything())  # ours come first
+        self._land(self._transfer.everything())  # our windows come first
         self._land([(other.layers, other._all().copy())])
         self.steps.extend(other.steps)
         self.dropped += other.dropped
@@ -195,9 +203,9 @@ class History:
         return {**about, "values": values, "histograms": histograms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned; fields that this version does not know are left out, new ones are nan.
+        """Restores what :meth:`state_dict` returned. Fields that this version does not know are left out; fields that it added are nan.
 
-        Histograms may be missing, as from an earlier version: they are nan then. Of more windows than ``keep`` the newest are taken.
+        Histograms may be missing, as in states of an earlier version; they are nan then. At most ``keep`` windows are restored, the newest.
 
         Raises:
             ValueError: the parts do not fit together.
@@ -209,7 +217,7 @@ class History:
                 f"the history holds values of shape {values.shape} for {len(steps)} steps, {len(layers)} layers and {len(fields)} fields"
             )
         histograms = state.get("histograms")
-        bins = self.statistic.bins
+        bins = self.statistic.histogram_bins
         if histograms is not None:
             histograms = np.asarray(histograms, dtype=np.float64)
             if histograms.shape[:2] != values.shape[:2] or histograms.ndim != 3 or histograms.shape[2] > bins:
@@ -227,10 +235,10 @@ class History:
     # -- on the host ---------------------------------------------------------------------------------------------------
 
     def _all(self) -> Array:
-        """Fields and histograms, shape (steps, layers, fields + bins), in one block from now on."""
+        """Fields and histograms, (steps, layers, fields + bins). It joins all blocks into one."""
         self._land(self._transfer.everything())
         if len(self._blocks) != 1 or self._blocks[0][0] != self.layers or self._landed != len(self.steps):
-            joined = np.full((self._landed, len(self._layers), len(self.fields) + self.statistic.bins), math.nan)
+            joined = np.full((self._landed, len(self._layers), len(self.fields) + self.statistic.histogram_bins), math.nan)
             start = 0
             for names, rows in self._blocks:
                 if names:
@@ -257,7 +265,7 @@ class History:
             self._landed += len(block[1])
 
     def _drop(self) -> None:
-        """Forgets the oldest windows; their memory goes a block at a time."""
+        """Forgets the oldest windows; their memory is freed in blocks."""
         if self.keep is None:
             return
         surplus = max(0, len(self.steps) - self.keep)

@@ -1,4 +1,4 @@
-"""What was recorded: a mapping from layer to statistic, without hooks."""
+"""The result of a recording: a mapping from layer to statistic, without hooks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from torchprobe.recording import storage, windows
-from torchprobe.recording.entries import Entry, Settings, check_widths
 from torchprobe.recording.history import History
 from torchprobe.recording.layers import canonical
 from torchprobe.recording.transfer import to_host
+from torchprobe.recording.windows import Entry, Settings, check_mergeable
 from torchprobe.statistics import Statistic
 
 if TYPE_CHECKING:
@@ -25,11 +27,11 @@ FORMAT = 1
 
 
 class Recording(Mapping[str, Any]):
-    """The statistics of every layer that fired, in the order in which they first did.
+    """The statistics of every layer that fired, in the order in which the layers first fired.
 
-    ``recording[layer]`` is a :class:`~torchprobe.Moments`, or the statistic that was asked for; of several statistics it is a
-    :class:`~torchprobe.statistics.Several`. A layer with several names answers to all of them: ``aliases`` maps the
-    other names to the canonical one. ``settings`` says how the recording was made.
+    ``recording[layer]`` is a :class:`~torchprobe.Moments`, or the statistic that was requested. For a list of statistics it is a
+    :class:`~torchprobe.statistics.Several`. A layer with several names is found under each of them; ``aliases`` maps
+    the other names to the canonical one. ``settings`` says how the recording was made.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Recording(Mapping[str, Any]):
 
     @property
     def total(self) -> Recording:
-        """All windows together, the running one included; a copy, without a history."""
+        """All windows together, including the running one: a copy, without a history."""
         entries = [Entry(e.name, e.module, e.feature_dim, windows.total(e.closed, e.statistic), calls=e.calls) for e in self._entries()]
         return Recording(entries, self.settings, self.aliases, self._template)
 
@@ -95,8 +97,8 @@ class Recording(Mapping[str, Any]):
         return {} if self._template is None else self._template.fields
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict for each layer: ``layer``, ``module`` (its class), ``features``, ``feature_dim``, ``positions`` and
-        the :attr:`fields`, of the running window."""
+        """One dict for each layer, for the running window: ``layer``, ``module`` (its class), ``features``, ``feature_dim``,
+        ``positions`` and the :attr:`fields`."""
         entries = self._entries()
         numbers = self._numbers(entries)
         return [
@@ -114,7 +116,7 @@ class Recording(Mapping[str, Any]):
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """``{f"{prefix}{layer}/{field}": number}`` of the running window, for a logger.
 
-        One copy from each device however many layers there are. Nan for a layer that has not fired in this window.
+        It makes one copy from each device, for any number of layers. Numbers are nan for a layer that has not fired in this window.
 
         >>> import torch, torchprobe
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 3))
@@ -135,24 +137,24 @@ class Recording(Mapping[str, Any]):
         return [numbers[index] for index in range(len(entries))]
 
     def table(self) -> Table:
-        """The rows as a rich table, to print."""
+        """The rows as a rich table, for printing."""
         from torchprobe.rendering.tables import layer_table, statistic_columns
 
         shown = self.fields if self._template is None or self._template.table_fields is None else self._template.table_fields
         return layer_table(self.rows(), columns=statistic_columns({name: self.fields[name] for name in shown}))
 
     def plot(self, what: str = "depth", *, field: str | None = None, width: float = 9.0) -> Figure:
-        """A picture, as a matplotlib figure (``pip install 'torchprobe-interp[report]'``); a notebook shows it.
+        """A matplotlib figure (``pip install 'torchprobe-interp[report]'``); a notebook shows it.
 
         Args:
-            what: "depth": a field over the layers, of the running window, or while that is empty of the last closed one; the closed
-                windows are a band behind it. "history": layers × steps, see :meth:`History.plot`; for one layer over the steps see
-                :meth:`History.plot_layer`.
-            field: which number; default: the headline of the statistic, the vector kurtosis for Moments.
-            width: inches.
+            what: "depth": a field over the layers, for the running window, or for the last closed window while the running one is empty.
+                The closed windows are a band behind it. "history": layers × steps, see :meth:`History.plot`. For one layer over the steps
+                see :meth:`History.plot_layer`.
+            field: the field to show. Default: the headline of the statistic, the vector kurtosis for Moments.
+            width: in inches.
 
         Raises:
-            ValueError: no such picture, or no such field.
+            ValueError: ``what`` or ``field`` is unknown.
         """
         if what == "history":
             return self.history.plot(field, width=width)
@@ -175,23 +177,24 @@ class Recording(Mapping[str, Any]):
         lines += [f"  {name!r}: {statistic!r}" for name, statistic in self.items()]
         return "\n".join(lines)
 
-    # -- joining and keeping -------------------------------------------------------------------------------------------
+    # -- merging and saving -------------------------------------------------------------------------------------------
 
     def merge(self, other: Recording) -> Recording:
-        """Adds, in place, everything ``other`` saw: running windows, closed windows, and histories one after the other.
+        """Adds, in place, everything ``other`` has seen: running windows, closed windows, and histories one after the other.
 
-        Returns itself. Layers that ``other`` lacks stay as they are.
+        It returns itself. Layers that ``other`` lacks do not change.
 
         Raises:
-            ValueError: ``other`` was made with other settings, has layers that are unknown here or of another width, or
-                both histories hold one step. Nothing is changed then.
+            ValueError: ``other`` has other settings, layers that are unknown here, or statistics that cannot merge, such as those of
+                another width; or both histories hold the same step. Nothing is changed then.
         """
         self._check_mergeable(other)
         history = self.history.copy()
         history.extend(other.history)
-        for theirs in other._entries():
-            self._absorb(theirs)
-        self._template = self._template or other._template
+        with torch.inference_mode(False), torch.no_grad():  # tensors created in inference mode could not be changed later
+            for theirs in other._entries():
+                self._absorb(theirs)
+        self._template = other._template if self._template is None else self._template
         self.history = history
         return self
 
@@ -199,11 +202,11 @@ class Recording(Mapping[str, Any]):
         if not isinstance(other, Recording):
             raise TypeError(f"cannot merge a recording with {type(other).__name__}")
         if self.settings != other.settings:
-            raise ValueError(f"the recordings were made differently: {self.settings} and {other.settings}")
+            raise ValueError(f"the recordings were made with different settings: {self.settings} and {other.settings}")
         unknown = [entry.name for entry in other._entries() if not self._knows(entry.name)]
         if unknown:
-            raise ValueError(f"the other recording has layers that this one has not: {', '.join(map(repr, unknown))}")
-        check_widths(self._entries(), other._entries())
+            raise ValueError(f"the other recording has layers that this one does not have: {', '.join(map(repr, unknown))}")
+        check_mergeable(self._entries(), other._entries())
 
     def _knows(self, layer: str) -> bool:
         return layer in self._own
@@ -215,18 +218,20 @@ class Recording(Mapping[str, Any]):
         mine.calls += theirs.calls
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything to one safetensors file, history included; :func:`torchprobe.load` reads it.
+        """Writes everything, including the history, to one safetensors file; :func:`torchprobe.load` reads it.
 
-        Tensors are named ``"{layer}/{name}"`` (``"/mean"`` for the model itself); the metadata says ``format=1``.
+        Tensors are named ``"{layer}/{name}"`` (``"/mean"`` for the model itself); the metadata says ``format=1``. A "/" in the name of a
+        layer becomes "%2F" there, a "%" becomes "%25".
 
         Raises:
-            TypeError: the ``state_dict`` of a statistic holds something else than tensors, numbers and text.
+            FileNotFoundError: the folder does not exist.
+            TypeError: a statistic cannot be saved; the message says why.
         """
-        saved = storage.Saved(self._entries(), self.settings, self.aliases, self.history.state_dict())
+        saved = storage.Saved(self._entries(), self.settings, self.aliases, self._template, self.history.state_dict())
         storage.save(saved, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything: plain numbers, text and tensors, for ``torch.save`` and :meth:`Recorder.load_state_dict`."""
+        """Everything as plain numbers, text and tensors, for ``torch.save`` and :meth:`Recorder.load_state_dict`."""
         layers = {entry.name: entry.state_dict() for entry in self._entries()}
         return {"format": FORMAT, "settings": asdict(self.settings), "layers": layers, "history": self.history.state_dict()}
 
@@ -236,16 +241,16 @@ def load(path: str | os.PathLike[str], statistic: type[Statistic] | Sequence[typ
 
     Args:
         path: of the file.
-        statistic: the class of the statistics, or the list of them. Default: the classes that the file names. One of your own must have
-            been imported then.
+        statistic: the class of the statistics, or the list of their classes. Default: the classes with the names in the file, whose modules
+            must have been imported. Arguments of statistics are in the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
+        TypeError: ``statistic`` is not a class or a list of classes.
         ValueError: it is not a recording, or something in it does not fit; the message names the file and the key.
     """
-    kinds = [statistic] if isinstance(statistic, type) else statistic
-    saved = storage.load(path, kinds)
-    recording = Recording(saved.entries, saved.settings, saved.aliases)
+    saved = storage.load(path, statistic)
+    recording = Recording(saved.entries, saved.settings, saved.aliases, saved.template)
     if saved.history is not None:
         try:
             recording.history.load_state_dict(saved.history)

@@ -35,7 +35,7 @@ from torchprobe.rendering.axes import (
     ticks_that_fit,
 )
 from torchprobe.rendering.tables import Row, printable
-from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

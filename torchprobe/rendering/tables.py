@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchprobe.common.files import replacing
-from torchprobe.statistics.bounds import gaussian_kurtosis
+from torchprobe.statistics.moments import gaussian_kurtosis
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Streaming moments of an activation: per feature, and across the features of every vector."""
+"""Streaming moments of an activation: of each feature, and across the features of each vector."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from torchprobe.common.deprecation import renamed
 from torchprobe.ops import layout
 from torchprobe.ops.observe import merge_states, new_state, observe_
-from torchprobe.statistics.state import State
 from torchprobe.statistics.statistic import Statistic
+from torchprobe.statistics.tensors import State
 
 HELP = {
-    "vectors": "activation vectors counted in",
+    "vectors": "activation vectors that were counted",
     "constant_vectors": "vectors left out because their variance is 0",
     "invalid_vectors": "vectors left out because an element is nonfinite",
     "vector_kurtosis": "kurtosis across the features of one vector, mean over vectors",
@@ -32,7 +32,7 @@ HELP = {
     "nonfinite": "nan and inf values seen; left out of everything else",
     "outlier_features": "features that are outliers in at least half of the vectors",
 }
-"""The numbers that sum up one layer, each with one line of help."""
+"""The fields of one layer, each with one line of help."""
 
 FIELDS = tuple(HELP)
 """Their names, in the order of :func:`summarize`."""
@@ -44,27 +44,30 @@ _SIGNED = ("min", "max", "mean", "m3")  # the parts of a state that may be negat
 
 BINS_PER_OCTAVE = 8
 BINS = layout.BINS // layout.BINS_PER_OCTAVE * BINS_PER_OCTAVE
-"""Bins of :func:`histogram`: we chose an eighth of the state's, so that a history can keep them for every window."""
+"""Bins of :func:`histogram`. We chose an eighth of those in the state, so that a history can keep them for every window."""
 
 
 class Moments(Statistic):
-    """Mean, variance, skewness, kurtosis, extremes of each feature, and the kurtosis across the features of each vector.
+    """Mean, variance, skewness, kurtosis and extremes of each feature, and the kurtosis across the features of each vector.
 
     Args:
         features: the width of the layer.
-        device: where the state lies; it must be where the activations are. Default: PyTorch's default device.
+        device: the device of the state, which must be that of the activations. Default: PyTorch's default device.
         outlier_sigma: element i of a vector is an outlier when abs(x_i − mean) > outlier_sigma · std of that vector.
 
     Per feature, float64, shape (features,), over all finite values seen: ``mean``, ``variance`` (population), ``std``,
     ``skewness``, ``kurtosis`` (Pearson's: Gaussian = 3, as ``scipy.stats.kurtosis(fisher=False, bias=True)``; nan for a constant feature),
     ``min``, ``max``, ``mean_abs``, ``count``, ``nonfinite``, ``outlier_frequency``. Nan where nothing was seen.
 
-    Over vectors, plain numbers: ``vector_kurtosis`` (the mean over vectors of the kurtosis across features, the measure of "Interpreting
-    CLIP", TMLR 2024), ``vector_kurtosis_std`` (its population spread), ``vector_kurtosis_quantile(q)``, ``vectors`` (counted in),
-    ``constant_vectors`` and ``invalid_vectors`` (left out: variance 0; a nonfinite element).
+    Over vectors, plain numbers: ``vector_kurtosis`` is the mean over vectors of the kurtosis across features, the measure of "Interpreting
+    CLIP" (TMLR 2024). ``vector_kurtosis_std`` is its population standard deviation, and ``vector_kurtosis_quantile(q)`` a quantile.
+    ``vectors`` counts these vectors. ``constant_vectors`` (variance 0) and ``invalid_vectors`` (a nonfinite element) are left out.
 
     ``update``, ``merge`` and ``reset`` never synchronize with the device; reading a plain number does. Merging follows Chan et al.
-    (1982) and Pébay (SAND2008-6212). For numerics and their limits see :func:`torchprobe.ops.observe_`.
+    (1982) and Pébay (SAND2008-6212). For the numerics and their limits see :func:`torchprobe.ops.observe_`.
+
+    Raises:
+        ValueError: ``features`` or ``outlier_sigma`` is not positive.
 
     >>> import torch, torchprobe
     >>> m = torchprobe.Moments(features=4)
@@ -79,7 +82,7 @@ class Moments(Statistic):
     headline = "vector_kurtosis"
     table_fields = tuple(name for name in FIELDS if name not in ("skewness_median", "min", "max"))
     fused = True
-    bins = BINS
+    histogram_bins = BINS
 
     def __init__(self, features: int, device: torch.device | str | None = None, outlier_sigma: float = 6.0) -> None:
         if not outlier_sigma > 0:
@@ -88,6 +91,9 @@ class Moments(Statistic):
         self.outlier_sigma = float(outlier_sigma)
         self.state = new_state(self.features, device)
         self._window_of: Tensor | None = None  # the state that `_window` is a view of
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_window_of": None, "_window": None}  # pickle would separate the view from its state
 
     # -- the contract of a statistic -------------------------------------------------------------------------------
 
@@ -101,14 +107,14 @@ class Moments(Statistic):
     def merge_states(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"state": merge_states(a["state"], b["state"])}
 
-    def histogram(self, states: Mapping[str, Tensor]) -> Tensor:
+    def window_histogram(self, states: Mapping[str, Tensor]) -> Tensor:
         return histogram(states["state"])
 
-    def bin_edges(self) -> Tensor:
+    def histogram_edges(self) -> Tensor:
         return bin_edges()
 
-    def seen(self, states: Mapping[str, Tensor]) -> Tensor:
-        """Which layers saw a value; a count of calls alone is not one."""
+    def nonempty(self, states: Mapping[str, Tensor]) -> Tensor:
+        """Which layers have seen a value; calls alone do not count."""
         rows = layout.rows(states["state"])
         return (rows[..., layout.ROWS.index("count"), :] + rows[..., layout.ROWS.index("nonfinite"), :]).sum(-1) > 0
 
@@ -117,13 +123,13 @@ class Moments(Statistic):
         return self.state[layout.CALLS]
 
     def window_tensors(self) -> dict[str, Tensor]:
-        """All but the counter of calls, by which ``every`` selects."""
-        if self._window_of is not self.state:  # a view costs a call of the dispatcher
+        """All but the counter of calls, which ``every`` needs in later windows."""
+        if self._window_of is not self.state:  # keep the view: slicing costs a call of the dispatcher
             self._window, self._window_of = self.state[layout.CALLS + 1 :], self.state
         return {"state": self._window}
 
     def merge_windows(self, closed: Mapping[str, Tensor], window: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The counter of the window was never set back, so it holds the calls of all windows."""
+        """The counter of the window was never reset, so it holds the calls of all windows."""
         merged = merge_states(closed["state"], window["state"])
         merged[..., layout.CALLS] = window["state"][..., layout.CALLS]
         return {"state": merged}
@@ -138,7 +144,7 @@ class Moments(Statistic):
         return None
 
     def parts(self) -> dict[str, Tensor]:
-        """Views of the state under lasting names: what is saved, and what a file holds."""
+        """Views of the state under the names that files keep."""
         scalars = {
             "calls": layout.CALLS,
             "vectors": layout.VECTORS,
@@ -151,12 +157,6 @@ class Moments(Statistic):
         views["vector_kurtosis_histogram"] = layout.histogram(self.state)
         views.update(self._rows())
         return views
-
-    def clone(self) -> Moments:
-        """An independent copy."""
-        copy = Moments(self.features, self.state.device, self.outlier_sigma)
-        copy.state.copy_(self.state)
-        return copy
 
     # -- per feature -----------------------------------------------------------------------------------------------
 
@@ -213,19 +213,19 @@ class Moments(Statistic):
 
     @property
     def outlier_frequency(self) -> Tensor:
-        """Share of ``vectors`` in which the feature is an outlier; nan where no feature of so few can be: (d − 1)/√d ≤ outlier_sigma."""
+        """Share of ``vectors`` in which the feature is an outlier; nan if no feature can be one: (d − 1)/√d ≤ outlier_sigma."""
         return _outlier_frequency(self.state, self.features, self.outlier_sigma)
 
     # -- over vectors ----------------------------------------------------------------------------------------------
 
     @property
     def calls(self) -> int:
-        """Times :meth:`update` ran, whether the call was read or skipped by ``every``."""
+        """How often :meth:`update` was called, including calls that ``every`` skipped."""
         return int(self.state[layout.CALLS])
 
     @property
     def vectors(self) -> int:
-        """Vectors whose kurtosis is counted in."""
+        """Vectors whose kurtosis was counted."""
         return int(self.state[layout.VECTORS])
 
     @property
@@ -238,7 +238,7 @@ class Moments(Statistic):
 
     @property
     def vector_kurtosis(self) -> float:
-        """Mean over vectors of the kurtosis across features; nan when there was no vector."""
+        """Mean over vectors of the kurtosis across features; nan without a vector."""
         return float(self.state[layout.KURTOSIS_MEAN]) if self.vectors else math.nan
 
     @property
@@ -247,13 +247,13 @@ class Moments(Statistic):
         return math.sqrt(float(self.state[layout.KURTOSIS_M2]) / self.vectors) if self.vectors else math.nan
 
     def vector_kurtosis_quantile(self, q: float) -> float:
-        """Quantile of the vector kurtosis, from a histogram with 64 bins to the octave: within 0.8 % of the truth up to 2^18.
+        """Quantile of the vector kurtosis, from a histogram with 64 bins per octave: within 0.8 % of the truth up to 2^18.
 
         Raises:
             ValueError: q outside [0, 1].
         """
         if not 0 <= q <= 1:
-            raise ValueError(f"a quantile lies in [0, 1], got {q}")
+            raise ValueError(f"q must be in [0, 1], got {q}")
         return float(_quantile(self.state, q))
 
     # -- display ---------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class Moments(Statistic):
     def __repr__(self) -> str:
         f = self.summary()
         rows = self._rows()
-        if not self.anything():
+        if not self.saw_anything():
             return f"Moments({self.features} features, empty)"
         notes = [f"{f['outlier_features']:.0f} outlier features"] if f["outlier_features"] > 0 else []
         notes += [f"{f[k]:.0f} {k.split('_')[0]} vectors" for k in ("constant_vectors", "invalid_vectors") if f[k]]
@@ -275,11 +275,11 @@ class Moments(Statistic):
 
 
 def summarize(states: Tensor, features: int, outlier_sigma: float = 6.0) -> Tensor:
-    """:data:`FIELDS` of several layers of one width at once: states (layers, slots) → (layers, len(FIELDS)).
+    """:data:`FIELDS` of several layers of the same width at once: states (layers, slots) → (layers, len(FIELDS)).
 
-    On their device, without synchronization. ``kurtosis_median``, ``skewness_median`` and ``kurtosis_max`` are over features. ``std`` is
+    It does not synchronize. ``kurtosis_median``, ``skewness_median`` and ``kurtosis_max`` are over features. ``std`` is
     the root of the mean variance. ``mean_abs_max`` is the largest mean abs(x) of a feature. ``outlier_features`` counts features with
-    ``outlier_frequency`` ≥ :data:`OUTLIER_SHARE`; it is nan for a layer too narrow to have any. Nan where nothing was seen.
+    ``outlier_frequency`` ≥ :data:`OUTLIER_SHARE`; it is nan for a layer too narrow to have any. Fields are nan if nothing was seen.
     """
     fields = _fields(states, features, outlier_sigma)
     return torch.stack([fields[name] for name in FIELDS], -1)
@@ -318,13 +318,13 @@ __getattr__ = renamed(__name__, {"summarise": "summarize"})
 
 
 def histogram(states: Tensor) -> Tensor:
-    """Vectors by their kurtosis: states (L, slots) → (L, BINS), between :func:`bin_edges`. Without synchronization."""
+    """How many vectors have a kurtosis between the :func:`bin_edges`: states (layers, slots) → (layers, BINS). It does not synchronize."""
     counts: Tensor = layout.histogram(states).unflatten(-1, (BINS, -1)).sum(-1)
     return counts
 
 
 def bin_edges() -> Tensor:
-    """The edges of :func:`histogram`, float64, shape (BINS + 1,): octaves in equal steps. The last bin is open."""
+    """The edges of :func:`histogram`, float64 (BINS + 1,): every octave is divided into equal steps. The last bin is open."""
     octave, step = torch.arange(BINS + 1, dtype=torch.float64).div(BINS_PER_OCTAVE).floor(), torch.arange(BINS + 1) % BINS_PER_OCTAVE
     return torch.exp2(octave) * (1 + step / BINS_PER_OCTAVE)
 
@@ -334,9 +334,8 @@ def _seen(rows: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _skewness(rows: Mapping[str, Tensor]) -> Tensor:
-    # Divided step by step: m2 cubed alone would under- or overflow long before the ratio does. 0/0 of a constant feature is meant.
-    variance = rows["m2"] / rows["count"]
-    return rows["m3"] / rows["m2"] / variance.sqrt()
+    # Divide step by step: m2 cubed would under- or overflow long before the ratio does. A constant feature gives 0/0 = nan, as intended.
+    return rows["m3"] / rows["m2"] / (rows["m2"] / rows["count"]).sqrt()
 
 
 def _kurtosis(rows: Mapping[str, Tensor]) -> Tensor:
@@ -345,12 +344,12 @@ def _kurtosis(rows: Mapping[str, Tensor]) -> Tensor:
 
 def _outlier_frequency(states: Tensor, features: int, outlier_sigma: float) -> Tensor:
     frequency = layout.rows(states)[..., layout.ROWS.index("outliers"), :] / states[..., layout.VECTORS, None]
-    possible = (features - 1) / math.sqrt(features) > outlier_sigma  # the largest deviation that one of so few can have
+    possible = (features - 1) / math.sqrt(features) > outlier_sigma  # the largest deviation that one of d values can have
     return frequency if possible else torch.full_like(frequency, math.nan)
 
 
 def _quantile(states: Tensor, q: float) -> Tensor:
-    """Quantile of the vector kurtosis, linear within a bin; nan where there is no vector."""
+    """Quantile of the vector kurtosis, linear within a bin; nan without a vector."""
     counts = layout.histogram(states).cumsum(-1)
     total = counts[..., -1:]
     rank = q * total
@@ -363,3 +362,34 @@ def _quantile(states: Tensor, q: float) -> Tensor:
     step = bin_ % layout.BINS_PER_OCTAVE
     value = torch.exp2(octave.to(states.dtype)) * (1 + (step + part) / layout.BINS_PER_OCTAVE)
     return value.where(total > 0, math.nan).squeeze(-1)
+
+
+# -- what a vector kurtosis is compared with ------------------------------------------------------------------
+
+
+def gaussian_kurtosis(features: int) -> float:
+    """Expected Pearson kurtosis (biased) of one vector of ``features`` independent Gaussian values: 3(d − 1)/(d + 1).
+
+    >>> round(gaussian_kurtosis(768), 3)
+    2.992
+    """
+    return 3 * (features - 1) / (features + 1)
+
+
+def gaussian_kurtosis_std(features: int) -> float:
+    """Standard deviation of that kurtosis from vector to vector; about √(24/d) (Fisher 1930).
+
+    >>> round(gaussian_kurtosis_std(768), 3)
+    0.175
+    """
+    d = features  # two values always have kurtosis 1, three always 1.5
+    return math.sqrt(24 * d * (d - 2) * (d - 3) / ((d + 1) ** 2 * (d + 3) * (d + 5))) if d > 3 else math.nan
+
+
+def kurtosis_ceiling(features: int) -> float:
+    """The largest kurtosis ``features`` values can have, reached when all but one are equal: (d² − 3d + 3)/(d − 1).
+
+    >>> kurtosis_ceiling(2)
+    1.0
+    """
+    return (features**2 - 3 * features + 3) / (features - 1) if features > 1 else math.nan

@@ -23,7 +23,7 @@ from torchprobe.encoders import Encoder
 from torchprobe.recording import Recording, record
 from torchprobe.rendering.tables import LAYER_COLUMNS, cell
 from torchprobe.statistics import Moments
-from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 DEFINITIONS = {
     "vector kurtosis": "κ(h) = mean((h − mean h)⁴) / mean((h − mean h)²)² over the features of one vector h (Pearson's definition, "
