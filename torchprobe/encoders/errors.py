@@ -56,7 +56,7 @@ def library_errors(name: str, fetching: bool) -> Iterator[None]:
         if not fetching:
             raise EncoderError(f"{name} could not be built: {reason(error)}") from error
         raise EncoderError(
-            f"the weights of {name} could not be fetched ({reason(_cause(error))}), and they are not in the local caches. "
+            f"the weights of {name} could not be fetched ({reason(_cause(error))}). "
             f"The local caches are {_caches(name)}. Without network access, download the file elsewhere and pass it with --checkpoint FILE "
             "(checkpoint= in Python). To try the architecture without weights, use --random-init (pretrained=False)."
         ) from error
