@@ -17,7 +17,7 @@ import torch
 from benchmarks.report import HELP
 from benchmarks.synthetic_broden import IMAGES, GeneratedMaps, SyntheticBroden, number
 from benchmarks.timing import peak_memory
-from torchprobe.common.progress import Progress
+from torchprobe.common.runs import Progress
 from torchprobe.dissection import dissect
 
 

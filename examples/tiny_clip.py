@@ -40,7 +40,7 @@ from torchprobe.datasets import Broden, BrodenWriter
 from torchprobe.encoders import Encoder, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
 from torchprobe.studies.compare import Comparison, write
-from torchprobe.studies.compare.write import print_comparison
+from torchprobe.studies.compare.report import print_comparison
 from torchprobe.studies.interpret.inputs import Inputs
 from torchprobe.studies.suite import run_suite
 

@@ -21,8 +21,8 @@ from PIL import Image, ImageFile
 
 from torchprobe.datasets import Broden, BrodenWriter, DatasetError, validate
 from torchprobe.datasets.broden.files import MAX_PIXELS, MAX_SIDE, FileError, read_labels, unsafe
+from torchprobe.datasets.broden.index import image_hash, image_split
 from torchprobe.datasets.broden.presence import load_presence
-from torchprobe.datasets.broden.tables import image_hash, image_split
 
 
 @pytest.fixture(scope="module")

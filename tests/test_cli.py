@@ -372,7 +372,7 @@ def test_batch_norms_are_recalibrated(broden):
     from torch import nn
 
     from torchprobe.datasets import Broden
-    from torchprobe.studies.dissect_pages import recalibrate
+    from torchprobe.studies.dissect import recalibrate
 
     def preprocess(image):
         return torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32)).permute(2, 0, 1)

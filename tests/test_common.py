@@ -20,13 +20,11 @@ import torch
 from safetensors.torch import save_file
 
 from torchprobe.common import deprecation, storage
-from torchprobe.common.digest import digest
-from torchprobe.common.distribution import DISTRIBUTION, install_hint
 from torchprobe.common.files import replacing, to_json
-from torchprobe.common.messages import counted, did_you_mean, listing, reason
-from torchprobe.common.options import RunOptions
-from torchprobe.common.progress import Clock, Progress, counting
+from torchprobe.common.messages import DISTRIBUTION, counted, did_you_mean, install_hint, listing, reason
 from torchprobe.common.ranks import Ranks, torchrun
+from torchprobe.common.runs import Clock, Progress, RunOptions, counting
+from torchprobe.common.storage import digest
 
 # -- files ---------------------------------------------------------------------------------------------------------------
 
@@ -189,7 +187,7 @@ def test_one_process_is_one_rank() -> None:
 
 def test_the_remaining_time_follows_the_pace_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("torchprobe.common.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("torchprobe.common.runs.time.monotonic", lambda: now[0])
     told: list[Progress] = []
     clock = Clock(told.append, stages=2)
     clock.start("first", done=4, total=10)

@@ -27,7 +27,7 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 def _no_plots() -> Iterator[None]:
     """test_interpret.py looks at those of one encoder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchprobe.studies.interpret.write.write_plots", lambda *_: None)
+        patch.setattr("torchprobe.studies.interpret.report.write_plots", lambda *_: None)
         yield
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from torchprobe.datasets import Broden, validate
 from torchprobe.studies.demo import photos
-from torchprobe.studies.demo_broden import COLORS, color_names, demo_broden
+from torchprobe.studies.demo_dissection import COLORS, color_names, demo_broden
 
 for package in ("PIL", "foolbox", "imgviz", "skimage", "sklearn"):
     pytest.importorskip(package, reason=f"{package} is not installed")

@@ -17,8 +17,8 @@ from broden_sets import write_trap_set
 from torch import distributed
 
 import torchprobe
-from torchprobe.common.progress import Clock
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import Clock
 from torchprobe.dissection import Dissection
 from torchprobe.dissection.walk import Checkpoint, ImageVectors, Walk, clear_checkpoint
 from torchprobe.statistics import TopInputs
@@ -183,7 +183,7 @@ def test_clearing_deletes_nothing_else(root, tmp_path):
 
 def test_the_time_left(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("torchprobe.common.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("torchprobe.common.runs.time.monotonic", lambda: now[0])
     told = []
     clock = Clock(told.append, stages=2)
     clock.start("thresholds", 40, 100)  # 40 were done before

@@ -116,7 +116,7 @@ def test_old_names_warn_and_work(root, tmp_path):
     assert found.images.tolist() == [1, 2]
     with pytest.warns(DeprecationWarning, match=r"use Dissection.summary\(\)"):
         assert study.summary(found) == found.summary()
-    with pytest.warns(DeprecationWarning, match=r"use torchprobe.common.progress.Progress"):
+    with pytest.warns(DeprecationWarning, match=r"use torchprobe.common.runs.Progress"):
         assert study.Progress is Progress
     with pytest.warns(DeprecationWarning, match="BrodenWriter: the argument 'unlabelled' is deprecated, use 'unlabeled'"):
         assert BrodenWriter(tmp_path / "set", {"object": ["sky"]}, unlabelled=(0, 9)).unlabeled == {0, 9}

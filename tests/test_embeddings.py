@@ -17,7 +17,7 @@ from torch import multiprocessing as mp
 from torch.utils.data import TensorDataset
 
 from torchprobe.analysis.embeddings import Embeddings, embed
-from torchprobe.common.digest import digest
+from torchprobe.common.storage import digest
 from torchprobe.datasets import DatasetError, Images, LabeledImages, image_folder, labeled_folder
 from torchprobe.encoders import Encoder
 

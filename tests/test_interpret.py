@@ -69,7 +69,7 @@ def images(whole: Interpretation) -> Embeddings:
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole run, which is made before, has them; drawing is most of the time."""
-    monkeypatch.setattr("torchprobe.studies.interpret.write.write_plots", lambda *_: None)
+    monkeypatch.setattr("torchprobe.studies.interpret.report.write_plots", lambda *_: None)
 
 
 def test_every_section_is_there(whole: Interpretation) -> None:

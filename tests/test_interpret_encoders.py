@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(("name", "features"), [("RN50", 1024), ("ViT-B-32", 512), ("ViT-B-16", 512), ("ViT-L-14", 768)])
 def test_from_a_checkpoint_to_the_page(name: str, features: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchprobe.studies.interpret.write.write_plots", lambda *_: None)
+    monkeypatch.setattr("torchprobe.studies.interpret.report.write_plots", lambda *_: None)
     torch.manual_seed(0)
     source = load_encoder(f"open_clip:{name}", pretrained=False)
     weights = {f"visual.{key}": value for key, value in source.visual.state_dict().items()} | dict(source.text.state_dict())  # type: ignore[union-attr]

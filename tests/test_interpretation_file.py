@@ -14,8 +14,8 @@ import torch
 import torchprobe
 from torchprobe.common.records import decode, encode
 from torchprobe.studies.compare import compare, load_results, write
+from torchprobe.studies.interpret.report import tables
 from torchprobe.studies.interpret.results import Results
-from torchprobe.studies.interpret.write import tables
 
 RECENT = {"torch"}
 """What a resumed run says of itself."""
@@ -56,7 +56,7 @@ def test_comparison_is_the_same(files: Path, tmp_path: Path) -> None:
 
 def test_stages_are_resumed_and_tables_are_the_same(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchprobe, "__version__", "0.1.0")  # another version computes stages anew
-    monkeypatch.setattr("torchprobe.studies.interpret.write.write_plots", lambda *_: None)
+    monkeypatch.setattr("torchprobe.studies.interpret.report.write_plots", lambda *_: None)
     out = tmp_path / "out"
     shutil.copytree(files / "first", out)
     stages = {path: path.read_bytes() for path in (out / "stages").iterdir()}

@@ -18,7 +18,7 @@ import wheels
 from packaging.requirements import Requirement
 
 import torchprobe
-from torchprobe.common.distribution import DISTRIBUTION
+from torchprobe.common.messages import DISTRIBUTION
 from torchprobe.ops import kernels, library, new_state
 from torchprobe.ops.observe import reference
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchprobe.analysis import pruning_pass
+from torchprobe.analysis import pruning as pruning_module
 from torchprobe.analysis.directions import privileged_directions
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.evaluation import evaluate
@@ -209,7 +209,7 @@ def test_blocks_and_memory_maps_make_no_difference(monkeypatch, tmp_path):
     e.save(tmp_path / "e.safetensors")
     mapped = Embeddings.load(tmp_path / "e.safetensors")
     for logits in (1, CLASSES * 7, CLASSES * 1000):
-        monkeypatch.setattr(pruning_pass, "_LOGITS", logits)
+        monkeypatch.setattr(pruning_module, "_LOGITS", logits)
         assert torch.equal(pruning_curve(head, found, mapped).accuracy, whole.accuracy)
 
 
@@ -239,7 +239,7 @@ def test_reduced_precision_of_products_changes_nothing():
 
 def test_only_what_rounding_may_change_is_decided_again(monkeypatch):
     asked = []
-    monkeypatch.setattr(pruning_pass, "predict", lambda w, b, h, *rest: asked.append(len(h)) or predict(w, b, h, *rest))
+    monkeypatch.setattr(pruning_module, "predict", lambda w, b, h, *rest: asked.append(len(h)) or predict(w, b, h, *rest))
     predict = evaluate.__globals__["predict"]
     head, e = torch.randn(CLASSES, 256), embeddings(torch.randn(2000, 256), torch.arange(2000) % CLASSES)
     found = privileged_directions(head, e.h)

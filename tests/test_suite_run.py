@@ -15,14 +15,13 @@ from click.testing import CliRunner
 
 from torchprobe.analysis.baseline import Baseline
 from torchprobe.cli import cli
-from torchprobe.common.options import RunOptions
+from torchprobe.common.runs import RunOptions
 from torchprobe.datasets import Broden, DatasetError
 from torchprobe.encoders import EncoderError, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
 from torchprobe.studies.compare import Comparison, load_results, write
 from torchprobe.studies.interpret.inputs import Inputs, kept_head
-from torchprobe.studies.suite import run_suite
-from torchprobe.studies.suite_pairs import ALPHAS, run_pair
+from torchprobe.studies.suite import ALPHAS, run_pair, run_suite
 
 CONFIG = {
     "embed_dim": 48,
@@ -89,7 +88,7 @@ OPTIONS = RunOptions(batch_size=12)
 def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchprobe.studies.interpret.write.write_plots", lambda *_: None)  # test_interpret.py looks at those
+        patch.setattr("torchprobe.studies.interpret.report.write_plots", lambda *_: None)  # test_interpret.py looks at those
         comparison = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out, batch_size=12)
     write(comparison, out)
     return comparison, out
@@ -126,7 +125,7 @@ def test_resumed(found: tuple[Comparison, Path], folder: Path, monkeypatch: pyte
         raise AssertionError("computed again")
 
     for name in ("layer_similarity", "along_interpolation"):
-        monkeypatch.setattr(f"torchprobe.studies.suite_pairs.{name}", refuse)
+        monkeypatch.setattr(f"torchprobe.studies.suite.{name}", refuse)
     again = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out, batch_size=12, resume=True)
     assert again.models == comparison.models and again.extras == comparison.extras
 

@@ -20,7 +20,7 @@ import torch
 from packaging.utils import parse_wheel_filename
 from wheels import Build
 
-from torchprobe.common.distribution import DISTRIBUTION
+from torchprobe.common.messages import DISTRIBUTION
 
 OLD = ("2.10.0", "2.11.0", "2.13.0")  # the first that is available
 # What manylinux promises in addition to its glibc version: the newest GLIBCXX and CXXABI of the oldest distribution that counts.

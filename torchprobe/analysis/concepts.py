@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from torchprobe.datasets.broden import Broden
 from torchprobe.dissection import Dissection, dissect, random_rotation
-from torchprobe.dissection.bases import check_basis, project
 from torchprobe.dissection.ranking import Ranking
+from torchprobe.dissection.taps import check_basis, project
 
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 """Thresholds of average precision from which a concept counts as encoded. The headline is 0.9 (we chose it, so the sweep is reported)."""

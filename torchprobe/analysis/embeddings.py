@@ -18,10 +18,10 @@ from torchprobe.analysis.embeddings_file import KIND, GrowingFile, Part, labels_
 from torchprobe.analysis.reading import Source, stable_repr
 from torchprobe.common import storage
 from torchprobe.common.deprecation import RenamedAttribute, renamed_fields
-from torchprobe.common.digest import digest
 from torchprobe.common.messages import reason
-from torchprobe.common.progress import CountCallback
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import CountCallback
+from torchprobe.common.storage import digest
 from torchprobe.datasets.images import Batch, DatasetError
 from torchprobe.datasets.labeled import check_groups
 

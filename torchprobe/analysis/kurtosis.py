@@ -17,7 +17,7 @@ from torch import Tensor
 from torchprobe.analysis.inputs import blocks, representations
 from torchprobe.analysis.resampling import LEVEL, bootstrap_interval
 from torchprobe.common.deprecation import RenamedAttribute, renamed
-from torchprobe.dissection.bases import random_rotation
+from torchprobe.dissection import random_rotation
 from torchprobe.statistics import Moments
 from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.analysis.grams import Features, Grams, Pooling
-from torchprobe.common.progress import CountCallback
+from torchprobe.common.runs import CountCallback
 from torchprobe.recording.layers import Layer, Selection, select_layers
 from torchprobe.rendering.heatmap import heat_map
 

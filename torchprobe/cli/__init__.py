@@ -184,7 +184,7 @@ def demo(out: Path, as_json: bool) -> None:
     from torchprobe.rendering.tables import layer_table
     from torchprobe.studies import demo as study
     from torchprobe.studies.demo_dissection import demo_dissection
-    from torchprobe.studies.dissect_pages import print_dissections
+    from torchprobe.studies.dissect import print_dissections
     from torchprobe.studies.scan_report import print_representation
 
     out.mkdir(parents=True, exist_ok=True)  # now, so that it does not fail at the end

@@ -174,8 +174,7 @@ def _dissect(
     from torchprobe.datasets import Broden
     from torchprobe.encoders import load_encoder
     from torchprobe.rendering import page
-    from torchprobe.studies.dissect import dissect_folder
-    from torchprobe.studies.dissect_pages import earlier, print_dissections, recalibrate, write_pages
+    from torchprobe.studies.dissect import dissect_folder, earlier, print_dissections, recalibrate, write_pages
 
     page.require()
     broden: Broden = Broden(folder, split, categories or None)

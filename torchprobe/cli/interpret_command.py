@@ -28,7 +28,7 @@ from torchprobe.cli.tools import (
 )
 
 if TYPE_CHECKING:
-    from torchprobe.common.options import RunOptions
+    from torchprobe.common.runs import RunOptions
     from torchprobe.studies.compare import Comparison
     from torchprobe.studies.interpret.inputs import Inputs
 
@@ -153,8 +153,8 @@ def interpret(
     import torch
 
     from torchprobe.analysis.baseline import Baseline
-    from torchprobe.common.options import RunOptions
     from torchprobe.common.ranks import torchrun
+    from torchprobe.common.runs import RunOptions
     from torchprobe.datasets import Broden
     from torchprobe.rendering import page
     from torchprobe.studies.interpret.inputs import Inputs
@@ -203,8 +203,8 @@ def _one(
     from torchprobe.common.records import encode
     from torchprobe.encoders import load_encoder
     from torchprobe.studies.interpret.inputs import kept_head, load_images
+    from torchprobe.studies.interpret.report import paths, print_interpretation
     from torchprobe.studies.interpret.run import interpret_subject
-    from torchprobe.studies.interpret.write import paths, print_interpretation
 
     with working("loading the model"):
         load_images(inputs.images)  # before the weights are fetched
@@ -212,9 +212,7 @@ def _one(
         encoder = encoder if options.device is None else encoder.to(options.device)
         subject = inputs.subject(encoder, head, options.seed, kept_head(out, options.resume))
     with interruptible() as stop, stage_bar(quiet=rank > 0) as progress:
-        found = interpret_subject(
-            replace(subject, about={**about, **inputs.about()}), out, replace(options, progress=progress, stop=stop)
-        )  # fmt: skip
+        found = interpret_subject(replace(subject, about={**about, **inputs.about()}), out, replace(options, progress=progress, stop=stop))
     if rank > 0:
         return
     files = paths(found)
@@ -269,7 +267,7 @@ def compare(folders: tuple[Path, ...], out: Path, seed: int, as_json: bool) -> N
 
 
 def _print_comparison(found: Comparison, out: Path, as_json: bool) -> None:
-    from torchprobe.studies.compare.write import print_comparison, write
+    from torchprobe.studies.compare.report import print_comparison, write
 
     files = write(found, out)
     if as_json:

@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 
 from torchprobe.common.files import to_json
-from torchprobe.common.progress import CountCallback, Progress
+from torchprobe.common.runs import CountCallback, Progress
 from torchprobe.rendering.tables import printable
 
 OK, FAILED, USAGE, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -157,7 +157,7 @@ def device_named(name: str) -> str:
 
 @contextlib.contextmanager
 def stage_bar(quiet: bool = False, every: float = 60.0) -> Iterator[Callable[[Progress], None]]:
-    """A bar with the remaining time on standard error, for work that reports :class:`torchprobe.common.progress.Progress`.
+    """A bar with the remaining time on standard error, for work that reports :class:`torchprobe.common.runs.Progress`.
 
     If standard error is not a terminal, a line is printed every so many seconds, so that a log shows the progress.
     """

@@ -1,9 +1,15 @@
-"""Parts of messages: the first of many names, what was probably meant, the reason of an error."""
+"""Parts of messages: the first of many names, what was probably meant, the reason of an error, the command that installs an extra."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+
+DISTRIBUTION = "torchprobe-interp"
+"""The name of the distribution, which every hint to install something uses. On the public index, ``torchprobe`` is another project.
+
+``pyproject.toml`` has the same name; ``tests/test_packaging.py`` compares them.
+"""
 
 
 def listing(names: Sequence[str], most: int = 8) -> str:
@@ -42,3 +48,12 @@ def counted(n: int, noun: str) -> str:
     ('1 image', '1,200 images')
     """
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an extra.
+
+    >>> install_hint("report")
+    "pip install 'torchprobe-interp[report]'"
+    """
+    return f"pip install '{DISTRIBUTION}[{extra}]'"

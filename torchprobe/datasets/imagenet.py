@@ -16,8 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from torchprobe.common.distribution import install_hint
-from torchprobe.common.messages import counted, listing
+from torchprobe.common.messages import counted, install_hint, listing
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.labeled import MOST_NAMES, LabeledImages, class_folders, collect
 

@@ -18,9 +18,8 @@
 ==========================  ====================================================================
 """
 
-from torchprobe.common.progress import Progress
+from torchprobe.common.runs import Progress
 from torchprobe.dissection.average_precision import average_precision, concept_matrix, gain, pool, support
-from torchprobe.dissection.bases import random_rotation, singular_vectors
 from torchprobe.dissection.batches import LabelBatch
 from torchprobe.dissection.dissect import dissect
 from torchprobe.dissection.dissection import Dissection
@@ -28,7 +27,7 @@ from torchprobe.dissection.nulls import correct, p_values, permutation_test
 from torchprobe.dissection.overlap import Counts, Overlap
 from torchprobe.dissection.scores import UnitConcept
 from torchprobe.dissection.summaries import best_labels, encoded, polysemanticity, unique_concepts, unique_detectors
-from torchprobe.dissection.taps import as_maps
+from torchprobe.dissection.taps import as_maps, random_rotation, singular_vectors
 
 __all__ = [
     "dissect",

@@ -14,17 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.common.deprecation import renamed_arguments
-from torchprobe.common.digest import digest
-from torchprobe.common.options import RunOptions
-from torchprobe.common.progress import ProgressCallback
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import ProgressCallback, RunOptions
+from torchprobe.common.storage import digest
 from torchprobe.datasets.broden import Broden
-from torchprobe.dissection.bases import random_rotation
 from torchprobe.dissection.batches import Batches, Preprocess, find_preprocess
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.run import Run, Settings
 from torchprobe.dissection.scores import SCORES
-from torchprobe.dissection.taps import Site, find_sites
+from torchprobe.dissection.taps import Site, find_sites, random_rotation
 from torchprobe.dissection.walk import Checkpoint
 from torchprobe.recording.layers import Selection, select_layers
 from torchprobe.recording.reader import LayerReader

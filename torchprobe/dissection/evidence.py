@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.common.deprecation import renamed_arguments
-from torchprobe.common.distribution import install_hint
+from torchprobe.common.messages import install_hint
 from torchprobe.dissection.average_precision import pooled
 from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
 from torchprobe.dissection.scores import LayerScores

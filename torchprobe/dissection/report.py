@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from torchprobe.common.deprecation import renamed_arguments
-from torchprobe.common.progress import CountCallback
+from torchprobe.common.runs import CountCallback
 from torchprobe.dissection import report_text
 from torchprobe.dissection.report_pictures import Pictures, show_pictures
 from torchprobe.dissection.report_text import Limits

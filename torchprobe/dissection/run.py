@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchprobe.common.options import RunOptions
-from torchprobe.common.progress import Clock
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import Clock, RunOptions
 from torchprobe.dissection.average_precision import NEGATIVES, SIGNS, pooled
 from torchprobe.dissection.batches import Batch, Batches
 from torchprobe.dissection.dissection import Dissection

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchprobe.common.messages import did_you_mean, listing
-from torchprobe.common.progress import CountCallback
+from torchprobe.common.runs import CountCallback
 from torchprobe.encoders.encoder import TEXT_BATCH_SIZE, Built, Encoder, Template
 from torchprobe.encoders.errors import EncoderError, library_errors, package
 from torchprobe.encoders.head import HEAD_NAMES, Head

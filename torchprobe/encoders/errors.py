@@ -11,8 +11,7 @@ from types import ModuleType
 
 import torch
 
-from torchprobe.common.distribution import install_hint
-from torchprobe.common.messages import reason
+from torchprobe.common.messages import install_hint, reason
 
 
 class EncoderError(RuntimeError):

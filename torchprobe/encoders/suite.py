@@ -29,7 +29,7 @@ from typing import Any
 
 from torchprobe.common.deprecation import renamed
 from torchprobe.common.messages import did_you_mean, reason
-from torchprobe.common.progress import CountCallback
+from torchprobe.common.runs import CountCallback
 from torchprobe.encoders.encoder import Encoder
 from torchprobe.encoders.errors import EncoderError
 from torchprobe.encoders.head import Head, load_head

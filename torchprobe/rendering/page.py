@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchprobe.common.distribution import install_hint
 from torchprobe.common.files import replacing
+from torchprobe.common.messages import install_hint
 from torchprobe.rendering.tables import Column, Row, cell, number, printable, shown, shown_columns
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.analysis.interpolation import recalibrate_batch_norms
-from torchprobe.common.distribution import install_hint
-from torchprobe.common.progress import CountCallback
+from torchprobe.common.messages import install_hint
+from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Images
 from torchprobe.encoders import Encoder, EncoderError, read_checkpoint
 from torchprobe.rendering.page import Fact, Page, Section, Table

@@ -17,8 +17,7 @@ from torch import Tensor
 from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
 from torchprobe.analysis.outliers import feature_rows
 from torchprobe.analysis.resampling import LEVEL, RESAMPLES, bootstrap_interval
-from torchprobe.common.options import RunOptions
-from torchprobe.common.progress import Clock, CountCallback, counting
+from torchprobe.common.runs import Clock, CountCallback, RunOptions, counting
 from torchprobe.datasets import DatasetError, Images
 from torchprobe.encoders import Encoder
 from torchprobe.recording import Recording, record

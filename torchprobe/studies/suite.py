@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -12,24 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from torchprobe.common.options import RunOptions
-from torchprobe.common.progress import ProgressCallback
+from torchprobe.analysis.baseline import IMAGENET
+from torchprobe.analysis.embeddings import embed
+from torchprobe.analysis.evaluation import evaluate
+from torchprobe.analysis.interpolation import interpolate
+from torchprobe.analysis.kurtosis import vector_kurtosis
+from torchprobe.analysis.similarity import MIN_BATCH, similarity
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import ProgressCallback, RunOptions
 from torchprobe.datasets import DatasetError
 from torchprobe.datasets.labeled import class_folders
-from torchprobe.encoders import EncoderError
+from torchprobe.encoders import Encoder, EncoderError, Head
 from torchprobe.encoders.suite import SuiteRow
 from torchprobe.studies.compare import Comparison, compare
-from torchprobe.studies.compare.comparison import PairMeasures, Skipped
+from torchprobe.studies.compare.comparison import Interpolation, LayerSimilarity, PairMeasures, Skipped
 from torchprobe.studies.compare.pairs import pair_name, pairs_within
-from torchprobe.studies.compare.saved import load_results
+from torchprobe.studies.compare.saved import Saved, load_results
 from torchprobe.studies.dissect import file_names
-from torchprobe.studies.interpret.inputs import Inputs, Subject, kept_head, load_images
+from torchprobe.studies.interpret.inputs import Inputs, Subject, kept_head, load_images, sample
+from torchprobe.studies.interpret.results import Stages
 from torchprobe.studies.interpret.run import interpret_subject
-from torchprobe.studies.suite_pairs import run_pair
 
-__all__ = ["Inputs", "run_suite"]
+__all__ = ["ALPHAS", "Inputs", "run_pair", "run_suite"]
 
 
 def run_suite(
@@ -57,7 +65,7 @@ def run_suite(
         inputs: what every encoder is measured on.
         out: a folder.
         pairs: load the encoders of one backbone again, in pairs, for CKA of their layers and for weight interpolation; see
-            :func:`torchprobe.studies.suite_pairs.run_pair`. Under ``torchrun`` this is left out.
+            :func:`run_pair`. Under ``torchrun`` this is left out.
         batch_size, device, workers, seed: of every run, see :func:`torchprobe.studies.interpret.interpret`.
         resume: encoders that are complete are not run again, and interrupted ones are continued.
         progress: see :func:`torchprobe.studies.interpret.interpret`.
@@ -161,3 +169,133 @@ def _extras(
             pair_options = replace(options, progress=None)
             found[pair_name(a, b)] = run_pair((by_name[a.name], a), (by_name[b.name], b), inputs, out, pair_options)
     return found
+
+
+# -- pairs ---------------------------------------------------------------------------------------------------------------
+
+
+ALPHAS = tuple(step / 10 for step in range(11))
+"""Steps of the interpolation, as in WiSE-FT."""
+
+PAIR_IMAGES = 512
+"""Images on which layers are compared and batch norms recalibrated (we chose the number)."""
+
+
+def run_pair(
+    one: tuple[SuiteRow, Saved], other: tuple[SuiteRow, Saved], inputs: Inputs, out: str | os.PathLike[str], options: RunOptions
+) -> PairMeasures:
+    """CKA of all layers of two networks, and measures along the interpolation of their weights.
+
+    Each encoder comes with its saved interpretation, which holds the facts that the measures depend on. Measures of the same facts are not
+    computed again, and the networks are loaded only if a measure is missing. ``skipped`` has the reason if a measure is impossible: for
+    example, weights of different shapes have no interpolation.
+    """
+    name = file_names([f"{one[0].name}--{other[0].name}"]).popitem()[1]
+    stages = Stages(Path(out), options.resume)
+    facts = {
+        "a": one[1].provenance(),
+        "b": other[1].provenance(),
+        "layers": inputs.layers,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+    }
+
+    @functools.cache
+    def subjects() -> tuple[Subject, Subject]:
+        """Both encoders, loaded when they are first needed; their heads are kept from their interpretations."""
+        first, second = (inputs.load(row, options, kept_head(saved.folder, True)) for row, saved in (one, other))
+        return first, second
+
+    skipped: dict[str, str] = {}
+    cka = interpolation = None
+    # A ValueError or RuntimeError says what the two do not have in common, or why an encoder is unavailable.
+    try:
+        cka = stages.run(
+            f"{name}-cka", facts, LayerSimilarity, lambda: layer_similarity(*subjects(), options, (one[0].name, other[0].name))
+        )
+    except (ValueError, RuntimeError) as error:
+        skipped["cka"] = str(error)
+    try:
+        interpolation = stages.run(
+            f"{name}-interpolation", facts, Interpolation, lambda: along_interpolation(*subjects(), options, stages, f"{name}-along", facts)
+        )
+    except (ValueError, RuntimeError) as error:
+        skipped["interpolation"] = str(error)
+    return PairMeasures(skipped, cka, interpolation)
+
+
+def layer_similarity(one: Subject, other: Subject, options: RunOptions, names: tuple[str, str]) -> LayerSimilarity:
+    """CKA of all pairs of layers, in one pass over a sample of the images."""
+    size = min(options.batch_size, 64)
+    place = options.device or "cpu"
+    sources = [
+        sample(subject.images, PAIR_IMAGES, options.seed).batches(subject.encoder.preprocess, size, options.workers)
+        for subject in (one, other)
+    ]
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for mine, theirs in zip(*sources, strict=True):
+            if mine.names != theirs.names:
+                raise ValueError(f"the two could not read the same images of one batch: {sorted(set(mine.names) ^ set(theirs.names))[:3]}")
+            if len(mine.names) >= MIN_BATCH:
+                yield mine.pixels.to(place), theirs.pixels.to(place)
+
+    layers = one.layers if one.layers is None or isinstance(one.layers, str) else list(one.layers)
+    found = similarity(one.encoder, other.encoder, batches(), layers, layers)
+    return LayerSimilarity(found.values.tolist(), found.layers_a, found.layers_b, *names, found.images, size)
+
+
+def along_interpolation(
+    one: Subject, other: Subject, options: RunOptions, stages: Stages, name: str, facts: dict[str, Any]
+) -> Interpolation:
+    """Accuracy on every set and vector kurtosis, from the first network to the second. Each step is kept on disk."""
+    if one.head is None or other.head is None:
+        raise ValueError("one of the two has no head")
+    if one.head.normalize != other.head.normalize:
+        raise ValueError("one head sees vectors of length 1, the other does not")
+    first = _with_head(one.encoder, _scaled(one.head))
+    second = _with_head(other.encoder, _scaled(_in_order(other.head, one.head)))
+    place = options.device or "cpu"
+    few = sample(one.images, PAIR_IMAGES, options.seed).batches(one.encoder.preprocess, options.batch_size, options.workers)
+    calibration = [batch.pixels.to(place) for batch in few if batch.names]
+
+    def measure(mixed: Encoder) -> dict[str, Any]:
+        assert mixed.head is not None
+        accuracy, kurtosis = {}, math.nan
+        for which, images in one.sets.items():
+            embeddings = embed(mixed, images, batch_size=options.batch_size, device=options.device, workers=options.workers)
+            accuracy[which] = evaluate(mixed.head, embeddings).accuracy
+            if which == IMAGENET:
+                kurtosis = float(vector_kurtosis(embeddings.h).nanmean())
+        return {"accuracy": accuracy, "kurtosis": kurtosis}
+
+    steps = [
+        stages.run(f"{name}-{alpha:g}", facts | {"alpha": alpha}, dict[str, Any], functools.partial(measure, mixed))
+        for alpha, mixed in interpolate(first, second, ALPHAS, recalibrate=calibration)
+    ]
+    accuracy = {which: [step["accuracy"][which] for step in steps] for which in one.sets}
+    return Interpolation(list(ALPHAS), accuracy, [step["kurtosis"] for step in steps])
+
+
+def _with_head(encoder: Encoder, head: Head) -> Encoder:
+    return Encoder(encoder.visual, features=encoder.features, preprocess=encoder.preprocess, name=encoder.name, head=head)
+
+
+def _in_order(head: Head, other: Head) -> Head:
+    """The head with its rows in the order of the other head if both name the same classes; otherwise unchanged."""
+    if head.names is None or other.names is None or head.names == other.names or sorted(head.names) != sorted(other.names):
+        return head
+    rows = [head.names.index(name) for name in other.names]
+    bias = None if head.bias is None else head.bias.detach()[rows]
+    return Head(head.weight.detach()[rows], bias, normalize=head.normalize, names=other.names)
+
+
+def _scaled(head: Head) -> Head:
+    """The head with a bias, and scaled to a weight of length 1 in all. No decision changes.
+
+    We chose this scale. A zero-shot head has rows of length 1 and a trained head rows of any length, and large logits must not outweigh
+    small ones.
+    """
+    size = torch.linalg.matrix_norm(head.weight.detach())
+    bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
+    return Head(head.weight.detach() / size, bias.detach() / size, normalize=head.normalize, names=head.names)

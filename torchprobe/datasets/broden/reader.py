@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from torchprobe.common.distribution import install_hint
-from torchprobe.common.progress import CountCallback
+from torchprobe.common.messages import install_hint
+from torchprobe.common.runs import CountCallback
 from torchprobe.datasets.broden.files import FileError, locate, read_image, read_labels
 from torchprobe.datasets.broden.index import SPLITS, Finding, Label, Row, read_rows, read_tables
 from torchprobe.datasets.broden.presence import Presence, image_areas, load_presence

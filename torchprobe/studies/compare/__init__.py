@@ -9,7 +9,7 @@
 """
 
 from torchprobe.studies.compare.comparison import Comparison, compare
+from torchprobe.studies.compare.report import write
 from torchprobe.studies.compare.saved import Saved, load_results
-from torchprobe.studies.compare.write import write
 
 __all__ = ["compare", "Comparison", "write", "load_results", "Saved"]

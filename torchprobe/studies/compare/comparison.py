@@ -136,7 +136,7 @@ def compare(
 
     Args:
         folders: two or more, as :func:`torchprobe.studies.interpret.interpret` wrote them.
-        extras: pair → the result of :func:`torchprobe.studies.suite_pairs.run_pair`.
+        extras: pair → the result of :func:`torchprobe.studies.suite.run_pair`.
         skipped: encoders that were not run.
         seed: of bootstrap and permutations.
 

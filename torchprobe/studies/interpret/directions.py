@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torchprobe.analysis.baseline import IMAGENET, SHIFTS, SUBSETS, Baseline, ImagenetClasses
 from torchprobe.analysis.directions import Directions, centered, privileged_directions
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.analysis.pruning import FRACTIONS, kept_directions
-from torchprobe.analysis.pruning_pass import accuracies
+from torchprobe.analysis.pruning import FRACTIONS, accuracies, kept_directions
 from torchprobe.analysis.resampling import LEVEL, band
 from torchprobe.common.messages import counted
 from torchprobe.common.records import Key, Record

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
-from torchprobe.common.digest import digest
 from torchprobe.common.messages import counted
-from torchprobe.common.options import RunOptions
+from torchprobe.common.runs import RunOptions
+from torchprobe.common.storage import digest
 from torchprobe.datasets import Broden, DatasetError, Images, LabeledImages, image_folder, imagenet_set, labeled_folder
 from torchprobe.datasets.imagenet import KINDS
 from torchprobe.datasets.images import SUFFIXES

@@ -18,10 +18,9 @@ import torchprobe
 from torchprobe.analysis.concepts import DIRECTIONS, ROTATION, SHUFFLED, UNITS, concepts
 from torchprobe.analysis.directions import Directions
 from torchprobe.analysis.embeddings import Embeddings, embed
-from torchprobe.common.digest import digest
-from torchprobe.common.options import RunOptions
-from torchprobe.common.progress import Clock, Progress
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import Clock, Progress, RunOptions
+from torchprobe.common.storage import digest
 from torchprobe.datasets import Broden, Images
 from torchprobe.dissection import Dissection
 from torchprobe.dissection.walk import clear_checkpoint

@@ -16,10 +16,9 @@ from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.directions import Directions, privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.common.deprecation import renamed_arguments
-from torchprobe.common.options import RunOptions
-from torchprobe.common.progress import Clock, Progress, ProgressCallback
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import decode, encode
+from torchprobe.common.runs import Clock, Progress, ProgressCallback, RunOptions
 from torchprobe.datasets import Broden, Images, LabeledImages
 from torchprobe.dissection import Dissection
 from torchprobe.encoders import Encoder, Head
@@ -28,6 +27,7 @@ from torchprobe.studies.interpret.concepts import Concepts, summarize_concepts
 from torchprobe.studies.interpret.directions import HeadDirections, Pruning, measure_directions, measure_pruning
 from torchprobe.studies.interpret.inputs import LAYER_IMAGES, Subject
 from torchprobe.studies.interpret.passes import Passes, identity
+from torchprobe.studies.interpret.report import write
 from torchprobe.studies.interpret.representation import (
     Ablation,
     Kurtosis,
@@ -38,7 +38,6 @@ from torchprobe.studies.interpret.representation import (
     why_no_ablation,
 )
 from torchprobe.studies.interpret.results import HeadFacts, Interpretation, Results, SetFacts, Settings, Stages, Unreadable
-from torchprobe.studies.interpret.write import write
 
 __all__ = ["Interpretation", "Progress", "interpret", "interpret_subject"]
 
@@ -259,7 +258,7 @@ class _Sections:
         else:
             ablation = self.stages.run(
                 "ablation", self.image_facts, Ablation, lambda: measure_ablation(head, second, first, features, seed)
-            )  # fmt: skip
+            )
         others = {name: _without(one, first) for name, one in self.labeled.items() if name != IMAGENET}
         sets = {IMAGENET: second} | {name: one for name, one in others.items() if one is not None}
         pruning = self.stages.run(
@@ -284,9 +283,7 @@ class _Sections:
             return None
         facts = self.set_facts | {"accuracies": accuracies, "shifts": shifts}
         classes, baseline = subject.imagenet_classes, subject.baseline
-        found = self.stages.run(
-            "robustness", facts, Robustness, lambda: measure_robustness(accuracies, shifts, classes, baseline, source)
-        )  # fmt: skip
+        found = self.stages.run("robustness", facts, Robustness, lambda: measure_robustness(accuracies, shifts, classes, baseline, source))
         if not found.rows:
             self.skipped["robustness"] = "; ".join(f"{name}: {reason}" for name, reason in found.left_out.items())
             return None

@@ -1,23 +1,67 @@
-"""The page of a comparison."""
+"""A comparison for people: a page, files in a folder, and tables in the terminal."""
 
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 import torchprobe
 from torchprobe.analysis.baseline import IMAGENET
 from torchprobe.analysis.resampling import LEVEL
+from torchprobe.common.files import replacing, to_json
 from torchprobe.rendering.curves import Mark, Series, curves, scatter
 from torchprobe.rendering.heatmap import heat_map
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
-from torchprobe.rendering.tables import Column, number
+from torchprobe.rendering.page import write as write_page
+from torchprobe.rendering.tables import Column, number, text, write_csv
 from torchprobe.studies.compare.comparison import Comparison, Interpolation, LayerSimilarity, PairMeasures
 from torchprobe.studies.compare.saved import Summary
 from torchprobe.studies.interpret.concepts import HEADLINE
+from torchprobe.studies.interpret.report import print_rows, write_plots
+
+
+def write(found: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Writes ``comparison.json``, tables as CSV, plots as PNG and SVG, and the page into ``folder``; returns the paths by kind.
+
+    Each file replaces an older one at once.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "comparison.json") as temporary:
+        temporary.write_text(to_json(found.summary()), encoding="utf-8")
+    files = {"comparison": folder / "comparison.json"}
+    for name in ("models", "pairs", "correlations", "overlaps"):
+        if rows := getattr(found, name):
+            files[name] = write_csv(rows, folder / f"{name}.csv")
+    page = comparison_page(found)
+    files["plots"] = folder / "plots"
+    write_plots(files["plots"], [picture for section in page.sections for picture in section.pictures])
+    files["page"] = write_page(page, folder / "index.html")
+    return files
+
+
+def print_comparison(found: Comparison, out: Console) -> None:
+    """Encoders, pairs, correlations, and the encoders that were not run."""
+    print_rows("Encoders", [column for column in MODEL_COLUMNS if column.key not in ("kurtosis_low", "kurtosis_high")], found.models, out)
+    if found.pairs:
+        print_rows("Pairs", PAIR_COLUMNS, found.pairs, out)
+    if found.correlations:
+        print_rows("Rank correlations", CORRELATION_COLUMNS, found.correlations, out)
+    for remark in found.remarks:
+        out.print(text(remark))
+    for one in found.skipped:
+        out.print(text(f"Left out: {one.model} ({one.why})", "dim"))
+
+
+# -- the page ------------------------------------------------------------------------------------------------------------
+
 
 MODEL_COLUMNS = (
     Column("model", "encoder", "its name in the suite", "text"),
