@@ -148,6 +148,25 @@ def test_a_class_may_have_its_own_vectors() -> None:
     assert recorded(Derived)["head"].vectors == "mine"
 
 
+def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
+    statistic = [Moments, Total, functools.partial(Quantile, quantile=0.3, memory=1 << 14), TopInputs]
+    model, x = net(), torch.randn(400, 3, 6, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 0] = torch.nan
+    results = []
+    for device in ("cpu", "meta"):
+        with torch.device(device), torchprobe.record(model, "head", statistic=statistic) as rec:
+            for step in range(3):
+                model(x)
+                rec.snapshot(step)
+        with torch.device(device):
+            assert not rec.total["head"]["Quantile"].exact
+            loaded = saved_and_loaded(rec, tmp_path)
+            loaded.merge(rec.total)
+            arrays = rec.history.values, rec.history.histograms, rec.history.bin_edges
+            results.append(repr((rec.total.rows(), loaded.rows(), [array.tolist() for array in arrays])))
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_does_not_reach_a_statistic(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.LayerNorm(64))
