@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import interpret_sets as sets
 import pytest
 import torch
+from processes import torchrun
 from safetensors.torch import save_file
 
 from torchprobe.datasets import labelled_folder
@@ -19,7 +18,7 @@ from torchprobe.studies.interpret.inputs import gather
 
 pytest.importorskip("open_clip", reason="open_clip is not installed")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow("builds CLIP models of full size, and starts torchrun")
 
 
 @pytest.mark.parametrize(("name", "features"), [("RN50", 1024), ("ViT-B-32", 512), ("ViT-B-16", 512), ("ViT-L-14", 768)])
@@ -62,9 +61,7 @@ with torchrun():
     assert found.results["accuracy"]["imagenet"]["images"] == 21
 """
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, script)
     from torchprobe.datasets import Broden
 
     model = sets.encoder()
