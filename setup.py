@@ -1,17 +1,17 @@
 """Builds the optional native kernels; everything else about the package is in pyproject.toml.
 
-The environment variable TORCHPROBE_BUILD decides what happens:
+The environment variable TORCHPROBE_BUILD has three settings:
 
-* unset: build the kernels if that is possible, otherwise install without them and say why in one line;
-* ``0``: do not build them;
-* ``1``: kernels that cannot be built are an error; those for CUDA only where PyTorch has CUDA and there is an nvcc.
+* unset: build the kernels if possible. Otherwise install without them and print the reason in one line.
+* ``0``: do not build them.
+* ``1``: fail if kernels cannot be built. CUDA kernels may be absent if PyTorch has no CUDA or there is no nvcc.
 
-The kernels for the CPU and those for CUDA are modules of their own. Both use PyTorch's stable ABI and Python's limited API, and the one for
-CUDA brings the CUDA runtime along: one wheel serves every torch >= 2.10, with CUDA or without, and every CPython >= 3.10. A build without
-any kernels makes a pure wheel instead. The reasons are kept in torchprobe/_build.json, for ``torchprobe doctor``.
+The CPU kernels and the CUDA kernels are separate extension modules. Both use PyTorch's stable ABI and Python's limited API, and the CUDA
+module contains the CUDA runtime. So one wheel works with every torch >= 2.10, with or without CUDA, and every CPython >= 3.10. A build
+without kernels makes a pure wheel. torchprobe/_build.json keeps the reasons for absent kernels; ``torchprobe doctor`` prints them.
 
-CUDA_HOME names the CUDA toolkit to use instead of that of the nvcc in PATH, TORCH_CUDA_ARCH_LIST the architectures, and NVCC_THREADS how
-many of them to compile at a time.
+CUDA_HOME selects another CUDA toolkit than the nvcc in PATH. TORCH_CUDA_ARCH_LIST selects the architectures, and NVCC_THREADS the number of
+architectures that are compiled at a time.
 """
 
 import copy
@@ -31,15 +31,16 @@ from setuptools.command.build_ext import build_ext
 
 BUILD = os.environ.get("TORCHPROBE_BUILD", "")
 DEVICES = {"torchprobe._C": "cpu", "torchprobe._C_cuda": "cuda"}
-LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded CPython has none
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded CPython has no limited API
 MINIMUM_TORCH = "0x020a000000000000"  # 2.10: the oldest stable ABI the kernels may use
-ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"  # machine code for each, and PTX for what will come after the last
+ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"  # machine code for each, and PTX for later ones
 
 if sys.platform == "win32":
     FLAGS = ["/O2", "/W3"]
 else:
-    # No contraction: the kernels say themselves where a multiplication and an addition are one operation.
+    # No contraction: the kernels themselves decide where a multiplication and an addition become one operation.
     FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
+    FLAGS += ["-falign-functions=64", "-falign-loops=32"]  # otherwise the speed of a loop depends on the code before it
     FLAGS += [f"-fmacro-prefix-map={os.getcwd()}/="]  # no path of this machine in error messages
 NVCC_FLAGS = [
     "-O3",
@@ -53,25 +54,26 @@ NVCC_FLAGS = [
 
 
 class Toolkit:
-    """The CUDA toolkit in the words of its own nvcc: what lies in PATH may be a link or a script anywhere else."""
+    """The CUDA toolkit, as its own nvcc describes it: the nvcc in PATH may be a link or a script in another place."""
 
     def __init__(self):
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
         folders = os.path.join(home, "bin") if home else os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
         self.nvcc = shutil.which("nvcc", path=folders)
-        said = self.ask("--dryrun", "-E", "-x", "cu", os.devnull)
-        if self.nvcc and "TOP=" not in said:  # it does not know where it is when it is called by a link
+        steps = self.run("--dryrun", "-E", "-x", "cu", os.devnull)
+        if self.nvcc and "TOP=" not in steps:  # called by a link, nvcc does not find its own folder
             self.nvcc = os.path.realpath(self.nvcc)
-            said = self.ask("--dryrun", "-E", "-x", "cu", os.devnull)
-        self.include_dirs = re.findall(r'"-I(.+?)"', said)
-        self.library_dirs = re.findall(r'"-L(.+?)"', said)
-        version = re.search(r"release (\d+\.\d+)", self.ask("--version"))
+            steps = self.run("--dryrun", "-E", "-x", "cu", os.devnull)
+        self.include_dirs = re.findall(r'"-I(.+?)"', steps)
+        self.library_dirs = re.findall(r'"-L(.+?)"', steps)
+        version = re.search(r"release (\d+\.\d+)", self.run("--version"))
         self.version = version[1] if version else None
-        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+        top = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
         if top and Path(top[1], "bin", "nvcc").exists():
             os.environ["CUDA_HOME"] = os.path.realpath(top[1])  # where torch.utils.cpp_extension looks for it
 
-    def ask(self, *arguments):
+    def run(self, *arguments):
+        """What nvcc prints, or an empty text if it does not run."""
         try:
             result = subprocess.run([self.nvcc or "", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         except OSError:
@@ -90,7 +92,7 @@ except Exception as error:  # a broken torch raises more than ImportError
 
 
 def module(name, folder, flags, **options):
-    """The C++ standard library comes before PyTorch's, which export parts of it: what is needed of it then has a version, as it should."""
+    """One extension module. The C++ standard library is linked before PyTorch's libraries, which export parts of it without a version."""
     options["libraries"] = ["stdc++"] * (sys.platform == "linux") + options.get("libraries", [])
     return CppExtension(
         name,
@@ -105,12 +107,12 @@ def module(name, folder, flags, **options):
 
 
 def modules():
-    """One extension module for each kind of device, so that one may be absent without the others."""
+    """One extension module for each kind of device, so that each may be absent without the other."""
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures  # torch makes nvcc's flags of it
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures  # torch turns it into flags for nvcc
     host_flags = ["-DUSE_CUDA", f'-DTORCHPROBE_CUDA_ARCHITECTURES="{" ".join(re.split("[; ]+", architectures))}"']
     cpu = module("torchprobe._C", "csrc/cpu", FLAGS, include_dirs=[os.path.abspath("csrc")])
-    # CUDAExtension would link the CUDA runtime dynamically, and so tie the module to one major version of CUDA.
+    # CUDAExtension would link the CUDA runtime dynamically and so bind the module to one major version of CUDA.
     cuda = module(
         "torchprobe._C_cuda",
         "csrc/cuda",
@@ -124,7 +126,7 @@ def modules():
 
 
 def obstacle():
-    """Why building need not even be tried, or None."""
+    """The reason not to try a build, or None."""
     if BUILD == "0":
         return "TORCHPROBE_BUILD=0 was set"
     if TORCH_ERROR:
@@ -138,29 +140,31 @@ def obstacle():
 
 
 def cuda_absence():
-    """Why there is nothing to build for CUDA here, or None."""
+    """The reason why there is nothing to build for CUDA on this machine, or None."""
     if sys.platform != "linux":
-        return f"there are none for {sys.platform}"
+        return f"there are no CUDA kernels for {sys.platform}"
     if torch.version.hip:
-        return f"there are none for ROCm, which torch {torch.__version__} is made for"
+        return f"torch {torch.__version__} is built for ROCm, and there are no kernels for it"
     if not torch.version.cuda:
         return f"torch {torch.__version__} is a build without CUDA"
     if not TOOLKIT.nvcc:
-        return "no CUDA compiler (nvcc was not found; CUDA_HOME may say where it is)"
+        return "no CUDA compiler (nvcc was not found; set CUDA_HOME to the CUDA toolkit)"
     return None
 
 
 def cuda_obstacle():
-    """Why building for CUDA need not be tried, although there is a compiler, or None."""
+    """The reason not to try a CUDA build although there is a compiler, or None."""
     if not TOOLKIT.version:
         return f"{TOOLKIT.nvcc} does not run"
     if TOOLKIT.version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
-        return f"{TOOLKIT.nvcc} is of CUDA {TOOLKIT.version}, but torch {torch.__version__} needs CUDA {torch.version.cuda} (set CUDA_HOME)"
+        return (
+            f"{TOOLKIT.nvcc} is from CUDA {TOOLKIT.version}, but torch {torch.__version__} needs CUDA {torch.version.cuda} (set CUDA_HOME)"
+        )
     return None
 
 
 class BuildKernels(BuildExtension):
-    """Builds what can be built; what cannot is dropped from the distribution, and the reason written down."""
+    """Builds each module if possible. Otherwise drops it from the distribution and writes down the reason."""
 
     def run(self):
         self.reasons, absence, inplace = {}, None, self.inplace
@@ -171,7 +175,7 @@ class BuildKernels(BuildExtension):
                 self.reasons["torchprobe._C_cuda"] = cuda_reason
             try:
                 super().run()
-            except Exception as error:  # trouble before the first module
+            except Exception as error:  # an error before the first module
                 reason = f"the build failed ({describe(error)})"
                 self.inplace = inplace  # setuptools clears it while it builds
         if reason is not None:
@@ -186,12 +190,12 @@ class BuildKernels(BuildExtension):
         self.record()
 
     def build_extensions(self):
-        """One by one, so that what stops one does not stop the other: a compiler that does not suit nvcc, say."""
+        """One by one, so that an error in one module does not stop the other: for example, a compiler that nvcc does not accept."""
         everything, compiler = self.extensions, self.compiler
         for extension in everything:
-            extension.optional = True  # copying into the source tree then tolerates its absence
+            extension.optional = True  # setuptools then copies the others into the source tree
             if extension.name not in self.reasons:
-                self.extensions, self.compiler = [extension], copy.copy(compiler)  # BuildExtension alters it
+                self.extensions, self.compiler = [extension], copy.copy(compiler)  # BuildExtension changes the compiler
                 try:
                     super().build_extensions()
                 except Exception as error:
@@ -201,15 +205,15 @@ class BuildKernels(BuildExtension):
     def build_extension(self, ext):
         try:
             super().build_extension(ext)
-        except Exception as error:  # which setuptools would pass over in silence, since it is optional
+        except Exception as error:  # setuptools would ignore it, since the module is optional
             self.fail(ext, error)
 
     def fail(self, ext, error):
-        self.reasons[ext.name] = f"compilation failed ({describe(error)}; TORCHPROBE_BUILD=1 with pip install -v shows all)"
+        self.reasons[ext.name] = f"compilation failed ({describe(error)}; for all messages use TORCHPROBE_BUILD=1 and pip install -v)"
 
     def drop(self, ext):
         stale = self.target() / self.get_ext_filename(self.get_ext_fullname(ext.name))
-        stale.unlink(missing_ok=True)  # never install the product of an earlier build
+        stale.unlink(missing_ok=True)  # never install the module of an earlier build
         self.extensions = [other for other in self.extensions if other is not ext]
         self.distribution.ext_modules = self.extensions
         wheel = self.distribution.get_command_obj("bdist_wheel", create=False)

@@ -1,11 +1,14 @@
-"""What it costs, beside the alternatives: ``python -m benchmarks``.
+"""What torchprobe costs, compared with the alternatives. ``docs/performance.md`` says how it is measured, and the results.
 
-==============  =====================================================================================
-``read``        ``observe_`` against ``x.sum()``, which reads the tensor once and does nothing else
-``rivals``      against the same formulas in eager PyTorch and under inductor, and against other packages
-``hook``        one hook at (1, 768), where nothing but the overhead is left
-``model``       every block of a ViT-B/32 recorded, against its ``observe_`` calls on their own
-==============  =====================================================================================
+========================================  ===========================================================================
+``python -m benchmarks``                  the CPU: the sections ``read``, ``rivals``, ``hook``, ``model``, ``dissection``
+``python -m benchmarks.training``         a training step with every block watched
+``python -m benchmarks.pruning``          a pruning curve
+``python -m benchmarks.cka``              CKA of all pairs of layers
+``python -m benchmarks.dissection_full``  a whole dissection of Broden's size, without the network
+``python -m benchmarks.gpu``              a GPU: see :mod:`benchmarks.gpu`
+========================================  ===========================================================================
 
-``docs/performance.md`` says how it is measured and what came out. For a GPU there is :mod:`benchmarks.gpu`.
+``timing`` and ``report`` are what all of them share: contestants take turns in one process, and medians become tables and JSON.
+``formulas`` and ``monitors`` hold the contestants, ``networks`` and ``synthetic_broden`` what they work on.
 """

@@ -1,12 +1,11 @@
-"""``python -m benchmarks.cka``: CKA of all pairs of layers beside PyTorch-Model-Compare (``torch_cka``), on the same stored features.
+"""``python -m benchmarks.cka``: CKA of all pairs of layers, compared with PyTorch-Model-Compare (``torch_cka``) on the same features.
 
-That package is no dependency. To measure it: ``pip install --target DIR torch_cka``, then put DIR into PYTHONPATH.
+That package is not a dependency. To measure it, run ``pip install --target DIR torch_cka`` and put DIR into PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -16,11 +15,9 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import allocator, report
-from benchmarks.report import Row, Section, Target, versus
+from benchmarks.report import HELP, Report, Row, Section, Target, json_option, versus
 from benchmarks.timing import race
 from torchprobe.analysis.similarity import cka
 
@@ -33,31 +30,27 @@ CASES = {
     "50 tokens": (256, 50, 2),
     "50 tokens, small batches": (64, 50, 2),
 }
-"""Name → images in a batch, vectors of 768 features in each, models. Two models of 24 layers have 48 Gram matrices, and pair by pair
-600 are computed: where nothing but these products counts there is no more than 12.5 × to be had, with half of each matrix at most 25 ×."""
+"""Name → images in a batch, vectors of 768 features in each, models.
+
+Two models of 24 layers have 48 Gram matrices. A pair-by-pair computation makes 600 of them, so if only these products counted, the ratio
+would be at most 12.5, or 25 when half of each symmetric matrix is saved.
+"""
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.option("--layers", default=LAYERS, show_default=True, help="Of each model.")
 @click.option("--seconds", default=60.0, show_default=True, help="For all cases together.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write every figure to FILE, in seconds.")
+@json_option
 def main(layers: int, seconds: float, device: str, path: Path | None) -> None:
     """What CKA of all pairs of layers costs: medians and ratios, contestants in turn within one process."""
-    allocator.restart_tuned()
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    about = report.machine()
-    console.print(f"{about['processor']}, {about['threads']} threads; torch {about['torch']}; load average {about['load_average']:.1f}")
-    section = run(torch.device(device), seconds, layers)
-    console.print(report.table(section, console.width))
-    if path is not None:
-        path.write_text(json.dumps({**report.as_json([section]), "machine": about}, indent=1) + "\n")
+    report = Report()
+    report.add(run(torch.device(device), seconds, layers))
+    report.save(path)
 
 
 class Stored(nn.Module):
-    """A model whose layers give stored features: what remains is the comparison."""
+    """A model whose layers return stored features, so that only the comparison takes time."""
 
     def __init__(self, features: list[Tensor]) -> None:
         super().__init__()
@@ -69,8 +62,8 @@ class Stored(nn.Module):
         shape = (images, 768) if tokens == 1 else (images, tokens, 768)
         return cls([torch.randn(shape, generator=generator).to(device) for _ in range(layers)])
 
-    def again(self) -> Stored:
-        """Another model of the same features, for what leaves its hooks behind."""
+    def copy(self) -> Stored:
+        """Another model of the same features, for a package that leaves its hooks behind."""
         return Stored([layer(None) for layer in self.layers])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -90,18 +83,19 @@ class _Layer(nn.Module):
 
 
 class Batches(list[tuple[Tensor]]):
-    """What the package takes for a loader."""
+    """What the package accepts as a data loader."""
 
     dataset = "stored features"
 
 
 def run(device: torch.device, seconds: float, layers: int = LAYERS, cases: dict[str, tuple[int, int, int]] | None = None) -> Section:
     """Each case with models of ``layers`` layers; figures are per batch."""
+    cases = cases or CASES
     rows = []
-    for name, (images, tokens, count) in (cases or CASES).items():
+    for name, (images, tokens, count) in cases.items():
         models = [Stored.random(layers, images, tokens, seed, device) for seed in range(count)]
         calls = contestants(models[0], models[-1], torch.zeros(images, 1, device=device))
-        times = {contestant: t.per(BATCHES) for contestant, t in race(calls, seconds / len(cases or CASES), device).items()}
+        times = {contestant: t.per(BATCHES) for contestant, t in race(calls, seconds / len(cases), device).items()}
         ours = times["torchprobe cka"]
         case = f"{layers} × {layers} layers, {images} images, {name}"
         for contestant, timing in times.items():
@@ -109,13 +103,13 @@ def run(device: torch.device, seconds: float, layers: int = LAYERS, cases: dict[
             if contestant == PEER and layers == LAYERS:
                 target = Target(f"× torchprobe's, {name}", timing.median / ours.median, 20, at_least=True)
             rows.append(Row(case, contestant, timing, target=target, **versus(timing, ours)))
-    note = f"per batch, of {BATCHES}; the features are stored, so that the forward passes cost nothing"
+    note = f"per batch, of {BATCHES}; the features are stored, so the forward passes take no time"
     missing = "" if _package() else f". {PEER} is not installed: pip install --target DIR torch_cka, and put DIR into PYTHONPATH"
     return Section("cka", "CKA, all pairs of layers", rows, note + missing)
 
 
 def contestants(a: Stored, b: Stored, images: Tensor) -> dict[str, Callable[[], Any]]:
-    """Ours, and the package if it is there; each gives the matrix."""
+    """Ours, and the package if it is installed; each call returns the matrix."""
     batches = Batches([(images,)] * BATCHES)
     calls: dict[str, Callable[[], Any]] = {"torchprobe cka": partial(cka, a, b, [images] * BATCHES, "layers.*", "layers.*")}
     package = _package()
@@ -124,7 +118,7 @@ def contestants(a: Stored, b: Stored, images: Tensor) -> dict[str, Callable[[], 
         package.tqdm = lambda batches, **_: batches
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peer = package.CKA(a.again(), b.again(), "a", "b", *names, device=str(images.device))
+            peer = package.CKA(a.copy(), b.copy(), "a", "b", *names, device=str(images.device))
         calls[PEER] = partial(_compare, peer, batches)
     return calls
 

@@ -1,4 +1,4 @@
-"""Dissection: thresholds, overlap and average precision, per image, beside the usual ways of computing them."""
+"""Dissection: thresholds, overlap and average precision, per image, compared with the usual ways of computing them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import cycle
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from benchmarks.report import Row, Section, Target, versus
@@ -22,42 +23,40 @@ _HOUR = 3600
 
 
 def run(device: torch.device, seconds: float, units: int = 2048, size: int = 7, images: int = 32, quick: bool = False) -> Section:
-    """A layer of ``units`` × ``size`` × ``size``; figures are per image, with what that comes to for all of Broden."""
+    """A layer of ``units`` × ``size`` × ``size``; figures are per image, with an estimate for all of Broden."""
     maps = smooth_maps(images, units, size).to(device)
-    # No two positions alike: as many units are active in an image as can be, 22 %; of the smooth maps it is 15 %.
+    # With independent positions 22 % of the units are active in an image, the most there can be; with smooth maps 15 % are.
     noise = torch.randn(maps.shape, generator=torch.Generator().manual_seed(0)).relu_().to(device)
-    thresholds = noise.movedim(1, 0).flatten(1).quantile(1 - QUANTILE, dim=1)
+    thresholds = rearrange(noise, "n units h w -> units (n h w)").quantile(1 - QUANTILE, dim=1)
     layer, grid = f"{units} × {size} × {size}", f"{GRID} × {GRID}"
     before = 2 if quick else IMAGES // 2 // images
     rows = [
-        *_rows(f"thresholds, {layer}", _quantiles(maps, before), images, seconds, device, 0.5, None),
-        *_rows(f"overlap, {layer} on {grid}", _overlaps(noise, thresholds, SyntheticBroden(images)), images, seconds, device, 0.3, 0.8),
+        *_rows(f"thresholds, {layer}", _quantiles(maps, before), seconds, device, aim=0.5),
+        *_rows(f"overlap, {layer} on {grid}", _overlaps(noise, thresholds, SyntheticBroden(images)), seconds, device, aim=0.3, limit=0.8),
         *(average_precisions(device, seconds, 2000, 8) if quick else average_precisions(device, seconds)),
     ]
     note = (
-        f"per image; all of Broden has {IMAGES:,}. Average precision: 2,048 units and {LABELS:,} concepts, extrapolated from fewer, per "
-        "image too."
+        f"per image; all of Broden has {IMAGES:,} images. Average precision: also per image, for 2,048 units and {LABELS:,} concepts, "
+        "extrapolated from fewer."
     )
     return Section("dissection", "dissection", rows, note)
 
 
+Contestants = dict[str, tuple[float, Callable[[], object]]]
+"""Name → the images in a call, and the call. The first contestant is ours."""
+
+
 def _rows(
-    case: str,
-    contestants: dict[str, tuple[int, Callable[[], object]]],
-    images: int,
-    seconds: float,
-    device: torch.device,
-    bound: float,
-    limit: float | None,
+    case: str, contestants: Contestants, seconds: float, device: torch.device, aim: float | None = None, limit: float | None = None
 ) -> list[Row]:
-    """``contestants``: how many images each call is of, and the call. The first is ours."""
+    """``aim`` and ``limit``: milliseconds per image for ours."""
     times = race({name: call for name, (_, call) in contestants.items()}, seconds, device)
-    per = {name: times[name].per(count) for name, (count, _) in contestants.items()}
-    ours, *others = per
-    target = Target("ms", per[ours].median * 1e3, bound, limit)
+    per_image = {name: times[name].per(images) for name, (images, _) in contestants.items()}
+    ours = next(iter(per_image.values()))
+    target = None if aim is None else Target("ms", ours.median * 1e3, aim, limit)
     return [
-        Row(case, ours, per[ours], extrapolated=_broden(per[ours]), target=target, **versus(per[ours], per[ours])),
-        *(Row(case, name, per[name], extrapolated=_broden(per[name]), **versus(per[name], per[ours])) for name in others),
+        Row(case, name, timing, extrapolated=_broden(timing), target=target if timing is ours else None, **versus(timing, ours))
+        for name, timing in per_image.items()
     ]
 
 
@@ -69,8 +68,8 @@ def _broden(timing: Timing) -> str:
 # -- thresholds ------------------------------------------------------------------------------------------------------------
 
 
-def _quantiles(maps: Tensor, before: int) -> dict[str, tuple[int, Callable[[], object]]]:
-    """``before``: batches already seen, by default half of Broden: most values are below what is kept then. At first none are."""
+def _quantiles(maps: Tensor, before: int) -> Contestants:
+    """``before``: batches already seen. After half of Broden most values lie below the kept ones; at the start none do."""
     images, units = maps.shape[:2]
     ours = Quantile(units, QUANTILE, maps.device)
     fresh = cycle([maps * (1 + scale / 8) for scale in range(8)])
@@ -90,7 +89,7 @@ def _topk(kept: list[Tensor], maps: Tensor) -> None:
 
 
 def _partition(maps: np.ndarray) -> list[float]:
-    """Of this batch alone: what it takes to look at every value once."""
+    """Of this batch alone, so that every value is read once."""
     level = int((1 - QUANTILE) * maps[:, 0].size)
     return [float(np.partition(maps[:, unit].ravel(), level)[level]) for unit in range(maps.shape[1])]
 
@@ -98,7 +97,7 @@ def _partition(maps: np.ndarray) -> list[float]:
 # -- overlap ---------------------------------------------------------------------------------------------------------------
 
 
-def _overlaps(maps: Tensor, thresholds: Tensor, broden: SyntheticBroden) -> dict[str, tuple[int, Callable[[], object]]]:
+def _overlaps(maps: Tensor, thresholds: Tensor, broden: SyntheticBroden) -> Contestants:
     images = len(maps)
     labels = [broden.image_labels(i) for i in range(images)]
     packed = LabelBatch.pack(labels, [(GRID, GRID)] * images)
@@ -125,7 +124,7 @@ def _interpolate(maps: Tensor, thresholds: Tensor, labels: list[list[tuple[str, 
 
 
 def _loops(maps: Tensor, thresholds: Tensor, labels: list[list[tuple[str, Tensor]]]) -> dict[tuple[int, int], int]:
-    """Unit by unit and label by label, with Pillow's bilinear resize, as the early tools do it."""
+    """Unit by unit and label by label, with Pillow's bilinear resize, as the first tools did it."""
     from PIL import Image
 
     total: dict[tuple[int, int], int] = {}
@@ -146,15 +145,15 @@ def _loops(maps: Tensor, thresholds: Tensor, labels: list[list[tuple[str, Tensor
 
 
 def average_precisions(device: torch.device, seconds: float, images: int = IMAGES, units: int = 32) -> list[Row]:
-    """Each contestant takes as many units and concepts as it can in reasonable time; the figures are for 2048 × 1,197, per image."""
+    """Each contestant gets as many units and concepts as it can do in reasonable time; figures are for 2,048 × 1,197, per image."""
     broden = SyntheticBroden(images)
     presence = broden.presence()
     crow, col = presence.crow.to(device), presence.number.long().to(device)
     matrix = concept_matrix(crow, col, LABELS + 1)
     scores = torch.rand(units, images, generator=torch.Generator().manual_seed(0)).to(device)
-    contestants: dict[str, tuple[float, Callable[[], object]]] = {
-        "torchprobe average_precision": (units / 2048, lambda: average_precision(scores, matrix)),
-        "torch: the reference": (4 / 2048, lambda: reference(scores[:4], crow, col, LABELS + 1)),
+    contestants: Contestants = {  # the share of all pairs that a call does, times its images
+        "torchprobe average_precision": (units / 2048 * images, lambda: average_precision(scores, matrix)),
+        "torch: the reference": (4 / 2048 * images, lambda: reference(scores[:4], crow, col, LABELS + 1)),
     }
     try:
         from sklearn.metrics import average_precision_score
@@ -164,17 +163,6 @@ def average_precisions(device: torch.device, seconds: float, images: int = IMAGE
         shown = np.zeros(images, bool)
         shown[::50] = True
         one = scores[0].cpu().numpy()
-        contestants["sklearn, pair by pair"] = (1 / (2048 * LABELS), lambda: average_precision_score(shown, one))
-    times = race({name: call for name, (_, call) in contestants.items()}, seconds, device)
-    per = {name: _scaled(times[name], 1 / share / images) for name, (share, _) in contestants.items()}
-    ours = per["torchprobe average_precision"]
-    target = Target("ms", ours.median * 1e3, 3e3 / images, 6e3 / images) if images == IMAGES else None
-    case = f"average precision, {images:,} images"
-    return [
-        Row(case, name, timing, extrapolated=_broden(timing), target=target if timing is ours else None, **versus(timing, ours))
-        for name, timing in per.items()
-    ]
-
-
-def _scaled(timing: Timing, factor: float) -> Timing:
-    return Timing(tuple(s * factor for s in timing.seconds), timing.page_faults, timing.disturbed)
+        contestants["sklearn, pair by pair"] = (images / (2048 * LABELS), lambda: average_precision_score(shown, one))
+    aims = {"aim": 3e3 / IMAGES, "limit": 6e3 / IMAGES} if images == IMAGES else {}
+    return _rows(f"average precision, {images:,} images", contestants, seconds, device, **aims)

@@ -1,4 +1,4 @@
-"""What ``observe_`` replaces: the same numbers from eager PyTorch, and what other packages offer. All take x (vectors, features)."""
+"""What ``observe_`` replaces: the same numbers from eager PyTorch, and what other packages compute. All take x (vectors, features)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ALL = "M1 … M4, min, max, |x|, vector κ"
 
 
 def eager(x: Tensor) -> dict[str, Tensor]:
-    """Two passes in float32, written to spare temporaries: per feature everything shape (features,), the kurtosis shape (vectors,).
+    """Two passes in float32 with few temporaries: the vector kurtosis has the shape (vectors,), everything else (features,).
 
-    Central moments come from products of products, not from ``pow``, in place wherever a value is not needed again; aminmax, norm and
-    var, which would say it in one call, are left out because their reductions on the CPU are several times slower.
+    Central moments come from products, not from ``pow``, and in place where a value is not needed again. ``aminmax``, ``norm`` and
+    ``var`` would need fewer calls, but their reductions on the CPU are several times slower.
     """
     x = x.float()
     mean = x.mean(0)
@@ -43,15 +43,16 @@ def eager(x: Tensor) -> dict[str, Tensor]:
 
 
 def mean_and_variance(x: Tensor) -> dict[str, Tensor]:
-    """The least that is asked for in practice."""
+    """The least that users need in practice."""
     variance, mean = torch.var_mean(x.float(), 0, correction=0)
     return {"mean": mean, "m2": variance}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another package, started anew: ``update`` takes a batch, ``result`` gives what has been seen."""
+    """Another package with an empty state: ``update`` takes a batch, ``result`` returns the numbers over all batches."""
 
+    name: str
     computes: str
     update: Callable[[Tensor], object]
     result: Callable[[], dict[str, Tensor]]
@@ -62,11 +63,11 @@ def welford_torch(features: int, device: torch.device) -> Peer:
     from welford_torch import Welford
 
     welford = Welford(device=device)
-    return Peer("mean, variance", welford.add_all, lambda: {"mean": welford.mean, "m2": welford.var_p})
+    return Peer("welford_torch", "mean, variance", welford.add_all, lambda: {"mean": welford.mean, "m2": welford.var_p})
 
 
 def torchmetrics(features: int, device: torch.device) -> Peer:
-    """It has no moments; the errors against 0 are the nearest thing: E[x²] and E|x| of each feature."""
+    """It has no moments. The errors against 0 are the nearest: E[x²] and E|x| of each feature."""
     from torchmetrics import MeanAbsoluteError, MeanSquaredError
 
     square = MeanSquaredError(num_outputs=features).to(device)
@@ -78,11 +79,14 @@ def torchmetrics(features: int, device: torch.device) -> Peer:
         square.update(x, zero.expand_as(x))
         absolute.update(x, zero.expand_as(x))
 
-    return Peer("mean x², mean|x|", update, lambda: {"mean_square": square.compute(), "mean_abs": absolute.compute()})
+    def result() -> dict[str, Tensor]:
+        return {"mean_square": square.compute(), "mean_abs": absolute.compute()}
+
+    return Peer("torchmetrics", "mean x², mean|x|", update, result)
 
 
 def captum(features: int, device: torch.device) -> Peer:
-    """It hands out the activation of a layer; the formulas are ours. The model does nothing."""
+    """It returns the activation of a layer; the formulas are those of :func:`eager`. The model does nothing."""
     from captum.attr import LayerActivation
 
     model = nn.Sequential(nn.Identity())
@@ -92,7 +96,7 @@ def captum(features: int, device: torch.device) -> Peer:
     def update(x: Tensor) -> None:
         last.update(eager(layer.attribute(x)))
 
-    return Peer(ALL, update, lambda: last)
+    return Peer("captum LayerActivation + eager", ALL, update, lambda: last)
 
 
 PEERS: dict[str, Callable[[int, torch.device], Peer]] = {

@@ -1,7 +1,7 @@
-"""What watches the activations of a training step: torchprobe, the same numbers by plain PyTorch, and the monitors of other packages.
+"""Contestants that watch the activations of a training step: torchprobe, plain PyTorch, and the monitors of other packages.
 
-Each is given the blocks and their names, and places its hooks on them. What a package does beyond its hooks, such as writing to a
-logger, is left out.
+Each gets the blocks with their names, and places its hooks on them. Work that a package does outside its hooks, such as logging, is left
+out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Monitor:
 
     computes: str
     attach: Callable[[nn.Module, Blocks], AbstractContextManager[object]]
-    module: str = ""  # that must be importable
+    module: str = ""  # must be importable
     maps_only: bool = False
 
 
@@ -54,7 +54,7 @@ def hooked(hook_of: Callable[[str], Callable[..., object]], blocks: Blocks) -> I
 
 
 def _without_result(hook: Callable[..., object]) -> Callable[..., None]:
-    """A forward hook that gives something replaces the output by it."""
+    """A forward hook that returns a value replaces the output, so this one returns None."""
 
     def call(module: nn.Module, args: object, output: object) -> None:
         hook(module, args, output)
@@ -63,7 +63,7 @@ def _without_result(hook: Callable[..., object]) -> Callable[..., None]:
 
 
 def eager(model: nn.Module, blocks: Blocks) -> AbstractContextManager[object]:
-    """The same formulas on the output as vectors; merging what the batches gave is left out, in its favour."""
+    """The same formulas on the output as vectors. It does not merge the batches, which is in its favor."""
     last: dict[str, dict[str, Tensor]] = {}
 
     def hook_of(name: str) -> Callable[..., object]:
@@ -78,7 +78,7 @@ def eager(model: nn.Module, blocks: Blocks) -> AbstractContextManager[object]:
 
 
 def timm(model: nn.Module, blocks: Blocks) -> AbstractContextManager[object]:
-    """ActivationStatsHook; it has no way to remove its hooks, so the model is spent afterwards."""
+    """ActivationStatsHook. It cannot remove its hooks, so the model must not be used for anything else afterwards."""
     utils = importlib.import_module("timm.utils.model")
     utils.ActivationStatsHook(model, list(blocks) * 2, [utils.avg_sq_ch_mean] * len(blocks) + [utils.avg_ch_var] * len(blocks))
     return contextlib.nullcontext()
@@ -86,7 +86,7 @@ def timm(model: nn.Module, blocks: Blocks) -> AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def fastai(model: nn.Module, blocks: Blocks) -> Iterator[None]:
-    """ActivationStats with its histogram, as its own callback registers it: a copy of each output goes to the CPU."""
+    """ActivationStats with its histogram, registered as its own callback does it: a copy of each output goes to the CPU."""
     hook = importlib.import_module("fastai.callback.hook")
     stats = hook.ActivationStats(with_hist=True)
     with hook.Hooks(list(blocks.values()), stats.hook, stats.is_forward, stats.detach, stats.cpu):
@@ -105,10 +105,10 @@ def composer(model: nn.Module, blocks: Blocks) -> AbstractContextManager[object]
 
 
 def torch_ao(model: nn.Module, blocks: Blocks) -> AbstractContextManager[object]:
-    """HistogramObserver, of quantisation, one for each block."""
+    """HistogramObserver, from quantization, one for each block."""
     observer = importlib.import_module("torch.ao.quantization").HistogramObserver
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it speaks of its successor
+        warnings.simplefilter("ignore")  # it announces its successor
         device = next(model.parameters()).device
         observers: dict[str, Any] = {name: observer().to(device) for name in blocks}
     return hooked(lambda name: lambda module, args, output: observers[name](output), blocks)
@@ -127,7 +127,7 @@ MONITORS = {
 
 
 def available(maps: bool) -> tuple[dict[str, Monitor], dict[str, str]]:
-    """Those that can take part, and why the others cannot; ``maps``: the outputs are (N, C, H, W)."""
+    """The contestants that can take part, and why the others cannot. ``maps``: the outputs are (N, C, H, W)."""
     present, skipped = {}, {}
     for name, monitor in MONITORS.items():
         why = "takes maps (N, C, H, W) only" if monitor.maps_only and not maps else missing(monitor.module)
@@ -139,7 +139,7 @@ def available(maps: bool) -> tuple[dict[str, Monitor], dict[str, str]]:
 
 
 def missing(module: str) -> str:
-    """Why a module cannot be imported; ``""`` when it can, and is."""
+    """Imports a module. Returns why this failed, or ``""``."""
     if not module:
         return ""
     try:

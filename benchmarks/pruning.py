@@ -1,60 +1,41 @@
-"""``python -m benchmarks.pruning``: a pruning curve of 20 points beside one product with the head and 20 passes of argmax."""
+"""``python -m benchmarks.pruning``: a pruning curve of 20 points, compared with one product with the head and 20 passes of argmax."""
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
+import torch
+from torch import Tensor
+from torch.nn import functional
 
-from benchmarks import allocator
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from benchmarks.report import Section
-    from torchprobe.analysis.embeddings import Embeddings
+from benchmarks.report import HELP, Report, Row, Section, Target, json_option, versus
+from benchmarks.timing import race, total
+from torchprobe.analysis.directions import privileged_directions
+from torchprobe.analysis.embeddings import Embeddings
+from torchprobe.analysis.evaluation import evaluate
+from torchprobe.analysis.pruning import pruning_curve
 
 POINTS = 20
 LIMIT = 2.5
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.option("--images", default=50_000, show_default=True)
 @click.option("--features", default=768, show_default=True)
 @click.option("--classes", default=1000, show_default=True)
 @click.option("--seconds", default=60.0, show_default=True, help="For all contestants together.")
-@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write every figure to FILE, in seconds.")
+@json_option
 def main(images: int, features: int, classes: int, seconds: float, path: Path | None) -> None:
     """What a pruning curve costs: medians and ratio, contestants in turn within one process."""
-    allocator.restart_tuned()
-    from benchmarks import report
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    about = report.machine()
-    console.print(f"{about['processor']}, {about['threads']} threads; torch {about['torch']}; load average {about['load_average']:.1f}")
-    section = run(seconds, images, features, classes)
-    console.print(report.table(section, console.width))
-    if path is not None:
-        path.write_text(json.dumps(report.as_json([section]), indent=1) + "\n")
+    report = Report()
+    report.add(run(seconds, images, features, classes))
+    report.save(path)
 
 
 def run(seconds: float, images: int = 50_000, features: int = 768, classes: int = 1000) -> Section:
-    """The curve by importance against what no way around it can do without."""
-    import torch
-
-    from benchmarks.report import Row, Section, Target, versus
-    from benchmarks.timing import Timing, race
-    from torchprobe.analysis.directions import privileged_directions
-    from torchprobe.analysis.evaluation import evaluate
-    from torchprobe.analysis.pruning import pruning_curve
-
+    """The curve by importance, compared with the work that any method has to do."""
     weight, embeddings = inputs(images, features, classes)
     directions = privileged_directions(weight, embeddings.h[:1000])
     logits = torch.empty(images, classes)
@@ -68,7 +49,7 @@ def run(seconds: float, images: int = 50_000, features: int = 768, classes: int 
         seconds,
         torch.device("cpu"),
     )
-    floor = Timing(tuple(a + b for a, b in zip(times["product"].seconds, times["argmax"].seconds, strict=True)))
+    floor = total([times["product"], times["argmax"]])
     ratio = versus(times["curve"], floor)
     case = f"{images:,} × {features}, {classes} classes"
     rows = [
@@ -82,19 +63,15 @@ def run(seconds: float, images: int = 50_000, features: int = 768, classes: int 
 
 
 def inputs(images: int, features: int, classes: int) -> tuple[Tensor, Embeddings]:
-    """A head with rows of unit length, and representations that it is right about in most cases."""
-    import torch
-
-    from torchprobe.analysis.embeddings import Embeddings
-
+    """A head with rows of unit length, and representations that it classifies correctly in most cases."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.nn.functional.normalize(torch.randn(classes, features, generator=generator), dim=1)
+    weight = functional.normalize(torch.randn(classes, features, generator=generator), dim=1)
     y = torch.randint(classes, (images,), generator=generator)
     h = torch.randn(images, features, generator=generator) + 4 * weight[y]
     return weight, Embeddings(h, y, [str(i) for i in range(images)])
 
 
-def _argmax(logits: torch.Tensor) -> None:
+def _argmax(logits: Tensor) -> None:
     for _ in range(POINTS):
         logits.argmax(1)
 

@@ -1,28 +1,28 @@
-"""Rows of timings; as tables, and as JSON."""
+"""Rows of timings, as tables on a terminal and as JSON; and what every command of the benchmarks shares."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
 
+import click
 import torch
+from rich.console import Console
+from rich.table import Table
 
 import torchprobe
-from benchmarks import allocator
-from benchmarks.timing import Timing
+from benchmarks.timing import Timing, malloc_is_tuned, restart_with_tuned_malloc
 from torchprobe.rendering.tables import plain_table, text
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure should be: ``bound`` is aimed at, ``limit`` may not be missed; ``interval``, if given, says how sure the figure is."""
+    """What a figure should be. ``bound`` is the aim, ``limit`` must be kept; ``interval`` is the 95 % interval of the figure."""
 
     what: str
     measured: float
@@ -58,7 +58,7 @@ class Row:
     ratio_interval: tuple[float, float] | None = None  # 95 %
     ratio_of_minima: float | None = None
     gigabytes_per_second: float | None = None
-    megabytes: float | None = None  # at most in use
+    megabytes: float | None = None  # peak
     computes: str = ""
     target: Target | None = None
     extrapolated: str = ""  # to a whole data set
@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """One table. ``scale`` turns seconds into ``unit``; ``note`` is printed below."""
+    """One table. ``scale`` converts seconds to ``unit``; ``note`` is printed below."""
 
     name: str
     title: str
@@ -79,7 +79,7 @@ class Section:
 
 
 def verdict(row: Row) -> str:
-    """Of its target, with a question mark when too much else was going on to tell."""
+    """The verdict on its target, with a question mark if other processes disturbed the measurement."""
     if row.target is None:
         return ""
     return row.target.verdict + (" ?" if row.timing.disturbed > 0.1 else "")
@@ -87,16 +87,23 @@ def verdict(row: Row) -> str:
 
 def _disturbance(rows: Sequence[Row]) -> str:
     worst = max(row.timing.disturbed for row in rows)
-    return "" if worst <= 0.1 else f"?: in up to {worst:.0%} of the calls a thread had to wait for a core, so the figures mean little."
+    return (
+        "" if worst <= 0.1 else f"?: in up to {worst:.0%} of the calls a thread had to wait for a core, so these figures are not reliable."
+    )
 
 
-def versus(timing: Timing, baseline: Timing) -> dict[str, float]:
+class Ratios(TypedDict):
+    ratio: float
+    ratio_of_minima: float
+
+
+def versus(timing: Timing, baseline: Timing) -> Ratios:
     """Both ratios of a :class:`Row`."""
     return {"ratio": timing.median / baseline.median, "ratio_of_minima": timing.minimum / baseline.minimum}
 
 
 def table(section: Section, width: int = 160) -> Table:
-    """For a terminal of ``width`` columns; what does not fit or says nothing is left out."""
+    """For a terminal of ``width`` columns, without empty columns; a narrow terminal gets fewer columns."""
     unit, scale = section.unit, section.scale
     columns: dict[str, Callable[[Row], str]] = {
         "input": lambda row: row.case,
@@ -113,7 +120,7 @@ def table(section: Section, width: int = 160) -> Table:
         "page faults": lambda row: f"{row.timing.page_faults:,.0f}" if section.page_faults else "",
         "all of Broden": lambda row: row.extrapolated,
         "target": lambda row: str(row.target or ""),
-        "measured": lambda row: _digits(row.target and row.target.measured),
+        "measured": lambda row: _digits(row.target.measured if row.target else None),
         "": lambda row: verdict(row),
     }
     left_out = {"quartiles", "min", "of minima", "page faults"} if width < 140 else set()
@@ -147,7 +154,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "torchprobe": torchprobe.__version__,
         "kernels": {device: status.partition(",")[0] for device, status in torchprobe.ops.kernels().items()},
-        "allocator": "tuned" if allocator.is_tuned() else "as the system has it",
+        "allocator": "tuned" if malloc_is_tuned() else "as the system has it",
         "python": platform.python_version(),
     }
 
@@ -190,3 +197,42 @@ def _digits(value: float | None) -> str:
         return ""
     size = abs(value)
     return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------------
+
+HELP = {"help_option_names": ["-h", "--help"]}
+json_option = click.option(
+    "--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write every figure to FILE, in seconds and bytes."
+)
+
+
+class Report:
+    """What a command prints and saves: the machine, then each section as it is measured.
+
+    ``tune_malloc`` restarts the process, so create the report before any other work.
+    """
+
+    def __init__(self, tune_malloc: bool = True) -> None:
+        if tune_malloc:
+            restart_with_tuned_malloc()
+        self.console = Console()
+        if not self.console.is_terminal:
+            self.console.width = 200
+        self.machine = machine()
+        self.sections: list[Section] = []
+        self.console.print(
+            "{processor}, {threads} threads; torch {torch}; CPU kernels {cpu}; malloc {allocator}; load average {load_average:.1f}".format(
+                **self.machine, cpu=self.machine["kernels"]["cpu"]
+            ),
+            highlight=False,
+        )
+
+    def add(self, section: Section) -> None:
+        self.sections.append(section)
+        self.console.print(table(section, self.console.width), "")
+
+    def save(self, path: Path | None, **more: object) -> None:
+        """Writes every figure as JSON; nothing without a path."""
+        if path is not None:
+            path.write_text(json.dumps({**as_json(self.sections), "machine": self.machine, **more}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Broden's size and statistics without its pictures: labels and maps are generated, nothing is read."""
+"""A data set of Broden's size and statistics, without pictures: labels and maps are generated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
 from torchprobe.datasets.broden import Broden, Label, Presence, Row
@@ -18,13 +19,13 @@ _TEMPLATES = 512
 
 
 def image_labels(generator: torch.Generator) -> list[tuple[str, Tensor]]:
-    """About 15 labels in coherent regions: a plane of colours, one of objects, often one or two of parts, and a scene."""
+    """About 15 labels in coherent regions: a plane of colors, one of objects, often one or two of parts, and a scene."""
 
     def plane(category: str, labels: int, cell: int) -> Tensor:
         # Frequent labels are much more frequent than rare ones, as in Broden.
         chosen = _FIRST[category] + (CATEGORIES[category] * torch.rand(labels, generator=generator) ** 3).int()
         coarse = chosen[torch.randint(labels, (-(-GRID // cell), -(-GRID // cell)), generator=generator)]
-        return coarse.repeat_interleave(cell, 0).repeat_interleave(cell, 1)[:GRID, :GRID]
+        return repeat(coarse, "h w -> (h a) (w b)", a=cell, b=cell)[:GRID, :GRID]
 
     found = [("color", plane("color", 9, 7)[None]), ("object", plane("object", 10, 14)[None])]
     if float(torch.rand((), generator=generator)) < 0.35:
@@ -37,7 +38,7 @@ _FIRST = {name: 1 + sum(list(CATEGORIES.values())[:i]) for i, name in enumerate(
 
 
 class SyntheticBroden(Broden):
-    """``images`` rows with the labels of 512 pictures in turn, the last label moved on so that rows differ. The "picture" is its number."""
+    """``images`` rows with the labels of 512 pictures in turn, and different scenes so that rows differ. A "picture" is its number."""
 
     def __init__(self, images: int = IMAGES, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -78,7 +79,7 @@ class SyntheticBroden(Broden):
 
 
 class GeneratedMaps(nn.Module):
-    """In place of a network: numbers of pictures (N, 1, 1, 1) → maps (N, units, h, w), rectified, of which each is another."""
+    """A network's stand-in: numbers of pictures (N, 1, 1, 1) → rectified maps (N, units, h, w), different for each picture."""
 
     def __init__(self, units: int = 2048, size: int = 7, bank: int = 64) -> None:
         super().__init__()
@@ -88,15 +89,17 @@ class GeneratedMaps(nn.Module):
     def forward(self, numbers: Tensor) -> Tensor:
         index = numbers.flatten().long()
         scale = 1 + ((index * 2654435761) % 65537) / 65537
-        return self.maps(self.bank[index % len(self.bank)] * scale[:, None, None, None])
+        bank = self.get_buffer("bank")
+        maps: Tensor = self.maps(bank[index % len(bank)] * scale[:, None, None, None])
+        return maps
 
 
 def smooth_maps(images: int, units: int, size: int, seed: int = 0) -> Tensor:
-    """Rectified maps whose neighbours are alike, as those of a last convolution."""
+    """Rectified maps with similar neighbors, like those of a last convolution."""
     noise = torch.randn(images, units, size, size, generator=torch.Generator().manual_seed(seed))
     return (nn.functional.avg_pool2d(noise, 3, 1, 1) * 3 - 1).relu_()
 
 
 def number(index: int) -> Tensor:
-    """What stands in place of preprocessing."""
+    """The preprocessing: a picture's number as a tensor (1, 1, 1)."""
     return torch.tensor([[[float(index)]]])

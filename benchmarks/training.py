@@ -1,180 +1,68 @@
-"""``python -m benchmarks.training``: a training step with every block watched, beside one with none.
+"""``python -m benchmarks.training``: a training step with every block watched, compared with a plain step.
 
-One process, one set of weights: every contestant has modules of its own over them, and they take turns. What a contestant adds is small
-beside a step, so it is taken twice, as in :mod:`benchmarks.model`: from outside, as the median of the differences of whole steps within
-a round; and on the CPU from inside, between a hook that reads the clock before the contestant's and one behind it, summed over the
-blocks of a step.
+All contestants share one process and one set of weights. Each has its own modules over these weights, and they take turns. The time that
+one adds is small compared with a step, so it is measured twice, as in :mod:`benchmarks.model`:
 
-Memory is the high-water mark of a process of its own for each contestant, less what the process held once everything was imported.
+* from outside, as the median difference of whole steps within a round;
+* on the CPU, from inside, between two clocks around the contestant's hook, summed over the blocks of a step.
+
+Memory is the peak of a separate process for each contestant, minus the memory in use when everything has been imported.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
-import logging
 import os
-import re
-import resource
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from benchmarks import allocator, monitors, report
-from benchmarks.inputs import gaussian
-from benchmarks.report import Row, Section, Target
-from benchmarks.timing import Timing, race
+from benchmarks import monitors
+from benchmarks.networks import RESNET_50, VIT_B_32, HookClock, Network, Training, block_outputs
+from benchmarks.report import HELP, Report, Row, Section, Target, json_option
+from benchmarks.timing import TUNED_MALLOC, Timing, memory_in_use, peak_memory, race
 from torchprobe.ops import new_state, observe_
 
 LIMIT = 1.5
-"""What recording may add, in sums of standalone ``observe_`` calls."""
+"""How much recording may add, relative to the sum of standalone ``observe_`` calls."""
 
 MEMORY_STEPS = 4
 
+NETWORKS = {"vit": VIT_B_32, "resnet": RESNET_50}
 PLAIN, OURS = "plain", "torchprobe, every step"
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network and which of its modules are blocks; images are square, ``size`` wide."""
-
-    title: str
-    module: str  # what builds it
-    build: Callable[[], nn.Module]
-    is_block: Callable[[str], bool]
-    size: int = 224
-    maps: bool = False
-    feature_dim: int = -1
-
-
-def _vit() -> nn.Module:
-    import open_clip
-
-    logging.disable(logging.WARNING)  # it warns that there are no weights, as is meant
-    try:
-        visual: nn.Module = open_clip.create_model("ViT-B-32", pretrained=None).visual
-    finally:
-        logging.disable(logging.NOTSET)
-    return visual
-
-
-def _resnet() -> nn.Module:
-    from torchvision.models import resnet50
-
-    model: nn.Module = resnet50(weights=None)
-    return model
-
-
-NETWORKS = {
-    "vit": Network("open_clip's ViT-B/32", "open_clip", _vit, lambda name: name.rpartition(".")[0] == "transformer.resblocks"),
-    "resnet": Network(
-        "torchvision's ResNet-50",
-        "torchvision.models",
-        _resnet,
-        lambda name: name.count(".") == 1 and name.startswith("layer"),
-        maps=True,
-        feature_dim=1,
-    ),
-}
-
-
-class Training:
-    """One set of weights, one optimizer, and as many copies of the modules as are asked for."""
-
-    def __init__(self, network: Network, batch: int, device: torch.device) -> None:
-        torch.manual_seed(0)
-        self.network = network
-        self.model = network.build().train().to(device)
-        self.images = gaussian(batch, 3, network.size, network.size, device=device)
-        with torch.no_grad():
-            self.labels = torch.arange(batch, device=device) % self.model(self.images).shape[1]
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
-
-    def twin(self) -> nn.Module:
-        """Other modules over the same weights."""
-        return copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
-
-    def blocks(self, model: nn.Module) -> dict[str, nn.Module]:
-        return {name: module for name, module in model.named_modules() if self.network.is_block(name)}
-
-    def step(self, model: nn.Module) -> None:
-        loss = functional.cross_entropy(model(self.images), self.labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-    def outputs(self) -> list[Tensor]:
-        """What the blocks give."""
-        model, outputs = self.twin(), []
-        for block in self.blocks(model).values():
-            block.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
-        with torch.no_grad():
-            model(self.images)
-        return outputs
-
-
-class Clock:
-    """Steps of one model, and the time between two hooks on each block summed over a step."""
-
-    def __init__(self, training: Training, model: nn.Module) -> None:
-        self.training, self.model = training, model
-        self.began = self.total = 0.0
-        self.inside: list[float] = []
-
-    def place(self, hook: Callable[..., None]) -> None:
-        for block in self.training.blocks(self.model).values():
-            block.register_forward_hook(hook)
-
-    def begin(self, module: nn.Module, args: object, output: object) -> None:
-        self.began = perf_counter()
-
-    def end(self, module: nn.Module, args: object, output: object) -> None:
-        self.total += perf_counter() - self.began
-
-    def step(self) -> None:
-        self.total = 0.0
-        self.training.step(self.model)
-        self.inside.append(self.total)
-
-    def timing(self, steps: Timing) -> Timing:
-        """Between the hooks, of the steps that were timed."""
-        return replace(steps, seconds=tuple(self.inside[-len(steps.seconds) :]))
 
 
 def run(
     network: Network, batch: int, device: torch.device, seconds: float, only: Sequence[str] = ()
 ) -> tuple[list[Section], dict[str, str]]:
-    """The tables of one network: whole steps, and on the CPU what lies within the hooks; and who was left out, and why.
+    """The tables of one network – whole steps, and on the CPU the time within the hooks –, and why a contestant was left out.
 
-    ``only`` these contestants, the plain step and ours; default: all.
+    ``only`` measures these contestants, the plain step and ours; default: all.
     """
-    present, skipped = monitors.available(network.maps)
+    present, skipped = monitors.available(maps=network.feature_dim == 1)
     if only:
         present = {name: monitor for name, monitor in present.items() if name in (PLAIN, OURS, *only)}
     training = Training(network, batch, device)
-    outputs = training.outputs()
+    outputs = block_outputs(training.blocks(training.model).values(), partial(training.forward, training.model))
     alone = [partial(observe_, new_state(x.shape[network.feature_dim], device), x, network.feature_dim) for x in outputs]
     with contextlib.ExitStack() as stack:
         clocks = {}
         for name, monitor in present.items():
-            clock = clocks[name] = Clock(training, training.twin())
-            clock.place(clock.begin)
-            stack.enter_context(monitor.attach(clock.model, training.blocks(clock.model)))
-            clock.place(clock.end)
-        turns: dict[str, Callable[[], object]] = {name: clock.step for name, clock in clocks.items()}
-        times = race({**turns, "observe_": lambda: [call() for call in alone]}, seconds, device)
+            model = training.twin()
+            blocks = training.blocks(model)
+            clock = clocks[name] = HookClock(blocks.values(), partial(training.step, model))
+            clock.place_first()
+            stack.enter_context(monitor.attach(model, blocks))
+            clock.place_last()
+        times = race({**clocks, "observe_": lambda: [call() for call in alone]}, seconds, device)
     case = f"{batch} images"
     sections = [_steps(network, case, times, present, skipped)]
     if device.type == "cpu":
@@ -203,7 +91,7 @@ def _steps(
 def _inside(
     network: Network, case: str, times: Mapping[str, Timing], inside: Mapping[str, Timing], present: Mapping[str, monitors.Monitor]
 ) -> Section:
-    """What each adds, in sums of standalone ``observe_`` calls."""
+    """The time that each adds, relative to the sum of standalone ``observe_`` calls."""
     alone = times["observe_"].median
 
     def row(name: str, timing: Timing, target: bool = False) -> Row:
@@ -218,10 +106,10 @@ def _inside(
     share = 100 * rows[1].timing.median / times[PLAIN].median
     return Section(
         name="training hooks",
-        title=f"what that adds to a step of {network.title}",
+        title=f"the time that this adds to a step of {network.title}",
         rows=rows,
         ratio="× observe_",
-        note=f"Inside: within the hooks; outside: step − plain step. With every=10, of the steps that only count, nine of ten. "
+        note=f"Inside: within the hooks; outside: step − plain step. every=10: of the nine steps in ten that only count. "
         f"torchprobe's hooks are {share:.2f} % of a plain step.",
     )
 
@@ -230,39 +118,23 @@ def _inside(
 
 
 def peak(network: Network, name: str, batch: int, device: torch.device) -> int:
-    """Bytes that a few steps need at most, in this process, beyond what it holds now."""
+    """Bytes that this process needs at most for a few steps, beyond those that it uses now."""
     monitor = monitors.MONITORS[name]
-    monitors.missing(monitor.module)  # what is imported is not counted,
-    monitors.missing(network.module)
+    monitors.missing(monitor.module)  # imports it, so that imports are not counted
+    monitors.missing(network.package)
     rehearsal = Training(replace(network, build=lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 4)), size=4), 2, torch.device("cpu"))
-    rehearsal.step(rehearsal.model)  # nor what PyTorch imports with the first step
-    before = 0 if device.type == "cuda" else _resident()
+    rehearsal.step(rehearsal.model)  # PyTorch imports more in the first step
+    before = 0 if device.type == "cuda" else memory_in_use()
     training = Training(network, batch, device)
     with monitor.attach(training.model, training.blocks(training.model)):
         for _ in range(MEMORY_STEPS):
             training.step(training.model)
-    return _high_water(device) - before
-
-
-def _high_water(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage knows on Linux begins with the memory of the process that started this one
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # type: ignore[index]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _resident() -> int:
-    """Bytes in use now; where only the high-water mark is known, that."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else _high_water(torch.device("cpu"))
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()) - before
 
 
 def peaks(key: str, batch: int, device: torch.device, contestants: Sequence[str]) -> dict[str, int]:
-    """Of every contestant, each in a process of its own with malloc as the system has it."""
-    environment = {name: value for name, value in os.environ.items() if name not in allocator.TUNED}
+    """The peak of every contestant, each in a separate process with the system's malloc."""
+    environment = {name: value for name, value in os.environ.items() if name not in TUNED_MALLOC}
     found = {}
     for name in contestants:
         command = [sys.executable, "-m", "benchmarks.training", "--peak-of", name, "--network", key]
@@ -275,14 +147,14 @@ def peaks(key: str, batch: int, device: torch.device, contestants: Sequence[str]
 # -- the command -----------------------------------------------------------------------------------------------------------
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.option("--network", "keys", multiple=True, type=click.Choice(list(NETWORKS)), help="This one; may be repeated.")
 @click.option("--contestant", "only", multiple=True, type=click.Choice(list(monitors.MONITORS)), help="This one; may be repeated.")
 @click.option("--batch", type=click.IntRange(1), help="Images in a step.  [default: 16; 256 on a GPU]")
 @click.option("--seconds", type=float, help="For the steps of a network.  [default: 180]")
 @click.option("--quick", is_flag=True, help="Two images, five rounds.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="This one only.  [default: the CPU, and a GPU if there is one]")
-@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write every figure to FILE, in seconds and bytes.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Only this one.  [default: the CPU, and a GPU if there is one]")
+@json_option
 @click.option("--peak-of", hidden=True, type=click.Choice(list(monitors.MONITORS)))
 def main(
     keys: tuple[str, ...],
@@ -294,15 +166,11 @@ def main(
     path: Path | None,
     peak_of: str | None,
 ) -> None:
-    """What watching every block costs a training step: torchprobe, plain PyTorch, and the monitors of other packages."""
+    """The cost of watching every block in a training step: torchprobe, plain PyTorch, and the monitors of other packages."""
     if peak_of is not None:
         print(peak(NETWORKS[keys[0]], peak_of, batch or 2, torch.device(device or "cpu")))
         return
-    allocator.restart_tuned()
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    sections: list[Section] = []
+    report = Report()
     memory: list[dict[str, Any]] = []
     devices = [device] if device else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for where in map(torch.device, devices):
@@ -313,10 +181,8 @@ def main(
             of_one[0] = replace(of_one[0], rows=[replace(row, megabytes=bytes_of[row.contestant] / 1e6) for row in of_one[0].rows])
             memory += [{"network": key, "device": where.type, "contestant": name, "peak": value} for name, value in bytes_of.items()]
             for section in of_one:
-                console.print(report.table(section, console.width), "")
-            sections += of_one
-    if path is not None:
-        path.write_text(json.dumps({**report.as_json(sections), "memory": memory}, indent=1) + "\n")
+                report.add(section)
+    report.save(path, memory=memory)
 
 
 if __name__ == "__main__":

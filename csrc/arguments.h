@@ -1,5 +1,5 @@
-// The arguments of observe_, checked and described; the same for every device. The refusals are short: torchprobe/ops/observe.py says the same
-// with the numbers in it.
+// The arguments of the operators, checked and described; the same for every device. The error messages are short: the wrappers in
+// torchprobe/ops give the same ones with names and numbers.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,11 +7,49 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "call.h"
 #include "layout.h"
 
 namespace torchprobe {
+
+// The elements of a CPU tensor, in order. A tensor with other strides is replaced by a contiguous copy, which keeps the pointer valid.
+template <class T>
+const T* const_elements(torch::stable::Tensor& t, int64_t dims, const char* name) {
+  using torch::headeronly::ScalarType;
+  constexpr ScalarType type = std::is_same_v<T, double>    ? ScalarType::Double
+                              : std::is_same_v<T, float>   ? ScalarType::Float
+                              : std::is_same_v<T, int64_t> ? ScalarType::Long
+                              : std::is_same_v<T, int32_t> ? ScalarType::Int
+                                                           : ScalarType::Bool;
+  static_assert(type != ScalarType::Bool || std::is_same_v<T, uint8_t>, "one byte for each bool");
+  STD_TORCH_CHECK(t.scalar_type() == type && t.dim() == dims && t.is_cpu(), name, " has another type or number of dimensions than it should");
+  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+// The positions of x: all its dimensions except the one of the features, in order. Adjacent dimensions are joined where memory allows. Writes
+// the joined dimensions to dims, size and stride, which have room for MAX_DIMS, and returns the number of positions.
+inline int64_t join_positions(const torch::stable::Tensor& x, int64_t feature_dim, int& dims, int64_t* size, int64_t* stride) {
+  const int64_t all = x.dim();
+  int64_t positions = 1;
+  dims = 0;
+  for (int64_t d = 0; d < all; ++d) {
+    const int64_t size_d = x.size(d), stride_d = x.stride(d);
+    if (d == feature_dim || size_d == 1) continue;
+    positions *= size_d;
+    const int last = dims - 1;
+    if (dims && stride[last] == size_d * stride_d) {  // steps of the outer dimension continue the inner one
+      size[last] *= size_d;
+      stride[last] = stride_d;
+    } else {
+      size[dims] = size_d;
+      stride[dims++] = stride_d;
+    }
+  }
+  return positions;
+}
 
 inline Dtype dtype_of(const torch::stable::Tensor& x) {
   using torch::headeronly::ScalarType;
@@ -24,7 +62,7 @@ inline Dtype dtype_of(const torch::stable::Tensor& x) {
   }
 }
 
-// Refuses what does not fit together. Makes a mask contiguous, and lends its memory to the call.
+// The arguments of observe_. Raises if they do not fit together. The call points into the mask, which is made contiguous.
 inline Call describe(const torch::stable::Tensor& state, const torch::stable::Tensor& x, int64_t feature_dim, double outlier_sigma,
                      int64_t every, std::optional<torch::stable::Tensor>& mask) {
   using torch::headeronly::ScalarType;
@@ -40,25 +78,12 @@ inline Call describe(const torch::stable::Tensor& state, const torch::stable::Te
   call.feature_stride = x.stride(feature_dim);
   call.outlier_sigma = outlier_sigma;
   call.every = every;
-  call.vectors = 1;
   STD_TORCH_CHECK(call.features > 0, "x has no features");
   STD_TORCH_CHECK(every >= 1, "every must be at least 1");
   STD_TORCH_CHECK(state.dim() == 1 && state.scalar_type() == ScalarType::Double && state.is_contiguous() && state.device() == device &&
                       state.numel() == layout::size(call.features),
                   "the state was not made for ", call.features, " features on the device of x");
-  for (int64_t d = 0; d < dims; ++d) {
-    const int64_t size = x.size(d), stride = x.stride(d);
-    if (d == feature_dim || size == 1) continue;
-    call.vectors *= size;
-    const int last = call.dims - 1;
-    if (call.dims && call.stride[last] == size * stride) {  // steps of the outer dimension continue the inner one
-      call.size[last] *= size;
-      call.stride[last] = stride;
-    } else {
-      call.size[call.dims] = size;
-      call.stride[call.dims++] = stride;
-    }
-  }
+  call.vectors = join_positions(x, feature_dim, call.dims, call.size, call.stride);
   if (mask) {
     bool fits = mask->scalar_type() == ScalarType::Bool && mask->dim() == dims - 1 && mask->device() == device;
     for (int64_t d = 0; fits && d < dims - 1; ++d) fits = mask->size(d) == x.size(d + (d >= feature_dim));

@@ -1,4 +1,4 @@
-// Where each number lives in the state of observe_. torchprobe/ops/layout.py says what they mean; a test checks that the two agree.
+// Where each number is stored in the state of observe_. torchprobe/ops/layout.py explains them; a test checks that both files agree.
 #pragma once
 
 #include <cstdint>

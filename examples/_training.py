@@ -1,4 +1,4 @@
-"""What the training examples share beside their loop: options, images, processes, the log, and the report at the end."""
+"""What the training examples share, except the loop: options, images, processes, the log, and the report at the end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 import torchprobe
-from torchprobe.rendering import plots
 from torchprobe.common.files import replacing
+from torchprobe.rendering import plots
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table, write
 from torchprobe.rendering.tables import LAYER_COLUMNS, number
 
@@ -32,19 +32,19 @@ Transform = Callable[[Any], Tensor]
 
 
 def options_of(description: str | None, **recipe: Any) -> argparse.ArgumentParser:
-    """The options that every recipe has, with its own defaults."""
+    """The options that all recipes share; ``recipe`` holds the defaults of one."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--digits", action="store_true", help="scikit-learn's digits and a small network instead of folders and an encoder")
-    parser.add_argument("--train", type=Path, help="a folder of images with a folder for each class")
-    parser.add_argument("--test", type=Path, help="the same for testing")
+    parser.add_argument("--digits", action="store_true", help="scikit-learn's digits and a small network; needs no folders")
+    parser.add_argument("--train", type=Path, help="a folder with one folder of images for each class")
+    parser.add_argument("--test", type=Path, help="the same, for testing")
     for name in ("epochs", "batch", "warmup"):
-        parser.add_argument(f"--{name}", type=int, help="of all processes together" if name == "batch" else None)
+        parser.add_argument(f"--{name}", type=int, help="over all processes" if name == "batch" else None)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--weight-decay", type=float)
-    parser.add_argument("--window", type=int, default=100, help="steps that one column of the history sums up")
+    parser.add_argument("--window", type=int, default=100, help="steps in one window, which is one column of the history")
     parser.add_argument("--save", type=int, default=500, help="steps between checkpoints, a multiple of --window")
     parser.add_argument("--every", type=int, default=1, help="record every n-th step of a window")
-    parser.add_argument("--positions", default="all", choices=("all", "class", "patch", "mean"), help="what one vector is")
+    parser.add_argument("--positions", default="all", choices=("all", "class", "patch", "mean"), help="which positions count as vectors")
     parser.add_argument("--bfloat16", action="store_true", help="autocast")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--tensorboard", action="store_true")
@@ -58,14 +58,14 @@ def options_of(description: str | None, **recipe: Any) -> argparse.ArgumentParse
 def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     options = parser.parse_args()
     if not options.digits and not options.train:
-        parser.error("--train is needed, or --digits")
+        parser.error("give --train or --digits")
     if options.save % options.window:
-        parser.error(f"--save {options.save} is no multiple of --window {options.window}")
+        parser.error(f"--save {options.save} is not a multiple of --window {options.window}")
     return options
 
 
 def recipe_of(options: argparse.Namespace) -> dict[str, str]:
-    """The options that decide what is learned and recorded."""
+    """The options that determine what is learned and recorded."""
     return {name: str(value) for name, value in vars(options).items() if name not in ("resume", "output", "save", "workers", "tensorboard")}
 
 
@@ -80,7 +80,7 @@ class Data:
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
-    """A data set through a random transform that depends on seed, epoch and image alone, so not on who asks, nor when."""
+    """A data set with a random transform that depends only on seed, epoch and image, so resumed and parallel runs see the same."""
 
     def __init__(self, images: Any, transform: Transform) -> None:
         self.images, self.transform = images, transform
@@ -97,7 +97,7 @@ class Augmented(Dataset[tuple[Tensor, int]]):
 
 
 def batches(images: Augmented, options: argparse.Namespace, process: Process, epoch: int, first: int) -> DataLoader[Any]:
-    """The batches of an epoch from the one numbered ``first``, this process's part of each; the rest that fills no batch is left out."""
+    """This process's part of the batches of an epoch, from batch number ``first``. An incomplete last batch is left out."""
     images.seed, images.epoch = options.seed, epoch
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed + epoch))
     whole = [batch[process.rank :: process.count].tolist() for batch in order.split(options.batch) if len(batch) == options.batch]
@@ -105,7 +105,7 @@ def batches(images: Augmented, options: argparse.Namespace, process: Process, ep
 
 
 def digits(size: int, transform: Transform) -> Data:
-    """scikit-learn's 1,797 handwritten digits, (3, size, size), values −1 … 1; the last 297 are the test set."""
+    """scikit-learn's 1,797 handwritten digits (3, size, size), values −1 … 1. The last 297 are the test set."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -121,7 +121,8 @@ def folders(options: argparse.Namespace, transform: Transform, test_transform: T
     train = ImageFolder(options.train)
     test = ImageFolder(options.test, transform=test_transform) if options.test else None
     if test is not None and test.classes != train.classes:
-        raise SystemExit(f"{options.test} has other classes than {options.train}: {sorted({*test.classes} ^ {*train.classes})[:5]} …")
+        differences = sorted({*test.classes} ^ {*train.classes})
+        raise SystemExit(f"{options.test} and {options.train} have different classes: {differences[:5]} …")
     return Data(Augmented(train, transform), test, train.classes)
 
 
@@ -135,7 +136,7 @@ class Process:
     count: int = 1
 
     def mean(self, sums: Tensor) -> float:
-        """From a sum and a number, over all processes; nan of nothing."""
+        """The mean over all processes, from this process's ``[sum, number]``; nan if there are no values."""
         if self.count > 1:
             distributed.all_reduce(sums)
         total, n = sums.tolist()
@@ -163,7 +164,7 @@ def processes() -> Iterator[Process]:
 
 
 class Log:
-    """A line of JSON for every window and epoch, on the first process; lines of a run that was interrupted later than it saved go."""
+    """A line of JSON for every window and epoch, on the first process. A resumed run first removes the lines after its checkpoint."""
 
     def __init__(self, options: argparse.Namespace, process: Process, step: int) -> None:
         self.first, self.path, self.board = process.rank == 0, options.output / "log.jsonl", None
@@ -197,7 +198,7 @@ class Log:
 
 
 def report(run: torchprobe.Recorder, model: nn.Module, title: str, options: argparse.Namespace, accuracy: float) -> None:
-    """The weights, the recording, the picture and the page."""
+    """Writes the weights, the recording, the picture and the page."""
     save_file(model.state_dict(), options.output / "model.safetensors")
     run.save(options.output / "recording.safetensors")  # torchprobe.load reads it without the model
     plots.write(run.history.plot(), options.output / "kurtosis.png")
@@ -219,12 +220,12 @@ def report(run: torchprobe.Recorder, model: nn.Module, title: str, options: argp
         sections=[
             Section(
                 "Layers over steps",
-                ["Kurtosis across the features of one vector, mean over the vectors of a window. Hatched: the layer did not run."],
+                ["Kurtosis across the features of one vector; mean over the vectors of a window. Hatched: the layer did not run."],
                 [Picture(lambda width: run.history.plot(width=width), "heat map of the vector kurtosis, layers by steps")],
             ),
             Section(
                 "One layer over steps",
-                ["How the vectors of a window are distributed; where the mean lies far above the median, few of them make it."],
+                ["The distribution over the vectors of a window. Where the mean lies far above the median, a few vectors cause it."],
                 [
                     Picture(
                         lambda width, layer=layer: run.history.plot_layer(layer, width=width), f"distribution over time, layer {layer!r}"
@@ -234,7 +235,7 @@ def report(run: torchprobe.Recorder, model: nn.Module, title: str, options: argp
             ),
             Section(
                 "Depth",
-                ["The last window, before the range and the mean of all windows."],
+                ["The last window, in front of the range and the mean of all windows."],
                 [Picture(lambda width: run.plot(width=width), "vector kurtosis over depth")],
                 [Table(run.total.rows(), LAYER_COLUMNS, "All windows together.")],
             ),

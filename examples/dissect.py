@@ -1,10 +1,10 @@
-"""Dissect a layer with concepts of your own: pictures with label maps in, a page out. No download, a minute on two cores.
+"""Dissect a layer with your own concepts: images with label maps in, a page out. No download; one minute on two cores.
 
     python examples/dissect.py
 
-The pictures are drawn here: discs and squares in four colours on noise, so what they show is known. They are written in the format of
-Broden, a small network is trained to tell the area of the discs, whatever their colour, and its middle layer is dissected before and
-after, and with shuffled labels. Needs pillow and the packages of ``torchprobe-interp[report]``.
+The images are drawn here: discs and squares in four colors on noise. They are written in the format of Broden. A small network is trained
+to predict the area of the discs, whatever their color. Its middle layer is dissected before training, after training, and with shuffled
+labels. Needs pillow and the packages of ``torchprobe-interp[report]``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPES = ("disc", "square")
 
 
 def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A picture (64, 64, 3), and for each pixel its shape and its colour, counted from 1; 0 is background."""
+    """An image (64, 64, 3), and the shape and color of each pixel, counted from 1; 0 is background."""
     image = rng.integers(90, 160, (SIZE, SIZE, 3)).astype(np.uint8)
     shape, color = np.zeros((2, SIZE, SIZE), int)
     y, x = np.mgrid[:SIZE, :SIZE]
@@ -71,7 +71,7 @@ def main() -> None:
     images = torch.stack([to_tensor(image) for image, _, _ in drawn])
     discs = torch.tensor([[(shape == 1).mean() * 20] for _, shape, _ in drawn], dtype=torch.float32)
     with torch.no_grad():
-        model(images)  # gives the batch norms statistics to start with
+        model(images)  # gives the batch norms their first statistics
     before = dissect(model, "1", broden)["1"]
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

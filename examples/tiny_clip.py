@@ -2,15 +2,17 @@
 
     python examples/tiny_clip.py --output tiny-clip
 
-Trains a small CLIP with open_clip's own model and loss on scikit-learn's 1,797 digits with captions, fine-tunes its image
-encoder with supervision, and trains the same backbone from scratch with supervision. Then the whole analysis runs on the
-three, as it would on ImageNet encoders: zero-shot head, outlier features, privileged directions, pruning, ablation, concepts,
-effective robustness against a line through simple classifiers, weight interpolation and CKA; it ends with the path of the
-comparison page. The page says what came out, whatever that is: with ten classes and 64 features it is a test of the
-machinery, and no evidence about CLIP.
+Three encoders are trained on scikit-learn's 1,797 digits. The first is a small CLIP, with open_clip's model and loss, on digits with
+captions. The second is its image encoder, fine-tuned with supervision. The third is the same backbone, trained from scratch with
+supervision.
 
-Everything it makes lies in --output: the pictures as image folders, the shifted test sets, a small Broden, a CSV of baseline
-models, three checkpoints, and a manifest that ``torchprobe interpret --suite`` takes. Needs torchprobe-interp[all].
+Then the whole analysis runs on the three, as it would on ImageNet encoders: zero-shot head, outlier features, privileged directions,
+pruning, ablation, concepts, effective robustness, weight interpolation and CKA. The baseline of the robustness is a line through simple
+classifiers. The run ends with the path of the comparison page. With ten classes and 64 features it tests the program; it is not evidence
+about CLIP.
+
+Everything is written to --output: the pictures as image folders, the shifted test sets, a small Broden, a CSV of baseline models, three
+checkpoints, and a manifest for ``torchprobe interpret --suite``. Needs torchprobe-interp[all] and scikit-learn.
 """
 
 from __future__ import annotations
@@ -38,13 +40,14 @@ from torchprobe.datasets import Broden, BrodenWriter
 from torchprobe.encoders import Encoder, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
 from torchprobe.studies.compare import Comparison, write
-from torchprobe.studies.compare.text import print_comparison
-from torchprobe.studies.suite import Inputs, run_suite
+from torchprobe.studies.compare.report import print_comparison
+from torchprobe.studies.interpret.inputs import Inputs
+from torchprobe.studies.suite import run_suite
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("a photo of the digit {}.", "the handwritten digit {}.", "the number {}.", "a scan of a {}.")
 CAPTIONS = (*TEMPLATES, "a {ink} handwritten {}.", "the digit {}, {ink}.")
-"""What a picture may be called; the last two also say how much ink there is, which no class label does."""
+"""The captions of pictures. The last two also say how much ink there is, which no class label does."""
 
 MODEL = "tiny-digits"
 CONFIG = {
@@ -61,7 +64,7 @@ Picture = Image.Image
 
 
 def pictures() -> tuple[list[Picture], list[int]]:
-    """The digits, 32 × 32, in a fixed random order, and what they are. The last 500 are for testing."""
+    """The digits, 32 × 32, in a fixed random order, and their labels. The last 500 are for testing."""
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     images = [Image.fromarray((data.images[i] * 255 / 16).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BILINEAR) for i in order]
@@ -69,7 +72,7 @@ def pictures() -> tuple[list[Picture], list[int]]:
 
 
 def ink(image: Picture) -> str:
-    """How much of the picture is bright: a third of the digits each."""
+    """How much of the picture is bright. Each of the three words fits a third of the digits."""
     share = float(np.asarray(image, dtype=np.float32).mean()) / 255
     return "thin" if share < 0.287 else "plain" if share < 0.321 else "thick"
 
@@ -109,9 +112,9 @@ def write_concepts(folder: Path, images: Sequence[Picture], labels: Sequence[int
 
 
 def write_baseline(path: Path, images: Sequence[Picture], labels: Sequence[int], tests: dict[str, Sequence[Picture]]) -> None:
-    """Simple classifiers of pixels: their accuracies on the test set and on each shift, in per cent.
+    """Simple classifiers of pixels, and their accuracies in percent on the test set and on each shift.
 
-    "imagenet" is what the column of the unshifted accuracy is called in every baseline.
+    In every baseline the column of the unshifted accuracy is called "imagenet".
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.naive_bayes import GaussianNB
@@ -124,7 +127,7 @@ def write_baseline(path: Path, images: Sequence[Picture], labels: Sequence[int],
     x, y = pixels(images[:-TESTED]), np.array(labels[:-TESTED])
     truth = np.array(labels[-TESTED:])
     inputs = {name: pixels(shifted) for name, shifted in tests.items()}
-    models = [(f"{k} neighbours, {n} pictures", KNeighborsClassifier(k), n) for k in (1, 5) for n in (60, 150, 400, len(x))]
+    models = [(f"{k} neighbors, {n} pictures", KNeighborsClassifier(k), n) for k in (1, 5) for n in (60, 150, 400, len(x))]
     models += [(f"logistic regression, {n} pictures", LogisticRegression(max_iter=500), n) for n in (60, 150, 400, len(x))]
     models += [(f"tree of depth {depth}", DecisionTreeClassifier(max_depth=depth, random_state=0), len(x)) for depth in (4, 6, 10)]
     models += [(f"naive Bayes, {n} pictures", GaussianNB(var_smoothing=1e-2), n) for n in (150, len(x))]
@@ -149,8 +152,8 @@ def moved(x: Tensor) -> Tensor:
     return torch.roll(x, (rows, columns), (2, 3))
 
 
-def optimise(parameters: Sequence[nn.Parameter], loss: Callable[[Tensor], Tensor], pictures: int, epochs: int, rate: float) -> None:
-    """AdamW with a warm-up and a cosine; ``loss`` takes the indices of a batch."""
+def optimize(parameters: Sequence[nn.Parameter], loss: Callable[[Tensor], Tensor], pictures: int, epochs: int, rate: float) -> None:
+    """AdamW with a warm-up and a cosine schedule. ``loss`` is called with the indices of a batch."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.1)
     steps = epochs * (pictures // BATCH)
@@ -185,23 +188,23 @@ def train_clip(x: Tensor, y: Tensor, inks: Sequence[str], epochs: int) -> nn.Mod
         return value
 
     model.train()
-    optimise(list(model.parameters()), loss, len(x), epochs, 2e-3)
+    optimize(list(model.parameters()), loss, len(x), epochs, 2e-3)
     return model.eval()
 
 
 def supervise(visual: nn.Module, head: Head, x: Tensor, y: Tensor, epochs: int, rate: float) -> None:
-    """Trains image encoder and head on the labels; the head sees unit vectors, as that of CLIP does."""
+    """Trains an image encoder and a head on the labels. The head sees unit vectors, as in CLIP."""
 
     def loss(batch: Tensor) -> Tensor:
         return functional.cross_entropy(head(visual(moved(x[batch]))), y[batch])
 
     visual.train()
-    optimise([*visual.parameters(), *head.parameters()], loss, len(x), epochs, rate)
+    optimize([*visual.parameters(), *head.parameters()], loss, len(x), epochs, rate)
     visual.eval()
 
 
 def save(folder: Path, name: str, encoder: nn.Module, head: Head | None) -> None:
-    """The weights as a checkpoint, and the head beside it."""
+    """Saves the weights as a checkpoint, and the head next to it."""
     save_file({key: value.contiguous() for key, value in encoder.state_dict().items()}, folder / f"{name}.safetensors")
     if head is not None:
         head.save(folder / f"{name}-head.safetensors")
@@ -227,7 +230,7 @@ def manifest(folder: Path) -> Path:
 
 
 def prepare(folder: Path, limit: int | None = None) -> tuple[Encoder, list[Picture], list[int]]:
-    """Pictures, shifts, concepts and baseline in ``folder``, and an encoder of the right shape with random weights."""
+    """Writes pictures, shifts, concepts and baseline to ``folder``; returns an encoder with random weights, and the training set."""
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG}))  # for open_clip:local-dir:FOLDER
     (folder / f"{MODEL}.json").write_text(json.dumps(CONFIG))
     open_clip.add_model_config(folder / f"{MODEL}.json")
@@ -292,12 +295,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("tiny-clip"))
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--limit", type=int, metavar="N", help="only so many of the digits, the 500 for testing included")
-    parser.add_argument("--resume", action="store_true", help="take the encoders that are in --output, and go on with their analysis")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only N digits, including the 500 for testing")
+    parser.add_argument("--resume", action="store_true", help="use the encoders in --output, and continue their analysis")
     options = parser.parse_args()
     if options.limit is not None and options.limit < TESTED + BATCH:
-        parser.error(f"--limit must be at least {TESTED + BATCH}: {TESTED} pictures to test and one batch to train")
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are meant
+        parser.error(f"--limit must be at least {TESTED + BATCH}: {TESTED} pictures for testing and one batch for training")
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns about random weights, which are intended
     started = time.monotonic()
     suite = options.output / "suite.toml"
     if not (options.resume and suite.exists()):

@@ -2,9 +2,8 @@
 
     python examples/train_with_kurtosis.py --epochs 8
 
-Recording is left on for the whole run. Every epoch closes a window, whose numbers stay in ``rec.history``; validation is kept
-out of it. The recorder is saved and resumed with the model, so an interrupted run continues its history (``--resume``). Needs
-scikit-learn.
+Recording is on for the whole run. Every epoch closes a window, and its numbers stay in ``rec.history``. Validation is not recorded. The
+recorder is saved and resumed with the model, so an interrupted run continues its history (``--resume``). Needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def main() -> None:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            with rec.paused(), torch.no_grad():  # validation does not count
+            with rec.paused(), torch.no_grad():  # validation is not recorded
                 accuracy = (model(x[held_out]).argmax(1) == y[held_out]).float().mean().item()
             numbers = rec.metrics()  # floats for any logger, one copy from the device
             rec.snapshot(epoch)

@@ -124,7 +124,7 @@ def _row(i: int, rng: np.random.Generator) -> TrapRow:
         first = np.where(row.labels["object"][0] == 3, 3, _map(rng, row, (0, 4, 8, 9)))
         second = np.where(rng.random(first.shape) < 0.3, first, _map(rng, row, (0, 256)))
         row.labels["part"] = [first, second, _map(rng, row, (0, 0, 0, 8)), _map(rng, row, (0, 0, 0, 256))][: 2 + i // 8 % 3]
-    elif kind == 1:  # no pixel label at all, not even a colour; several whole-image labels; a size that is not halved
+    elif kind == 1:  # no pixel label at all, not even a color; several whole-image labels; a size that is not halved
         row.image = f'set_b/g, "{i}".jpg'
         row.height, row.width, row.label_height, row.label_width = 46, 58, 46, 58
         row.labels = {"texture": [258, 13]}

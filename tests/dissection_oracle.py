@@ -15,14 +15,14 @@ def axis(n: int, size: int, mode: str, given: int = 0, given_width: int = 0, col
     for i in range(size):
         if mode == "netdissect":
             field, reduction = given // n, int(np.floor(given_width / columns + 0.5))
-            centres = [(field // 2) // reduction + j * (field // reduction) for j in range(n)]
-            if i <= centres[0]:
+            centers = [(field // 2) // reduction + j * (field // reduction) for j in range(n)]
+            if i <= centers[0]:
                 points.append((0, min(1, n - 1), F(0)))
-            elif i >= centres[-1]:
+            elif i >= centers[-1]:
                 points.append((n - 1, n - 1, F(0)))
             else:
-                j = max(j for j in range(n) if centres[j] <= i)
-                points.append((j, j + 1, F((i - centres[j]) / (centres[j + 1] - centres[j]))))
+                j = max(j for j in range(n) if centers[j] <= i)
+                points.append((j, j + 1, F((i - centers[j]) / (centers[j + 1] - centers[j]))))
         else:
             up = max((2 * i + 1) * n - size, 0)  # the position in units of 1 / (2 · size)
             low = min(up // (2 * size), n - 1)

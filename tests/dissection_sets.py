@@ -11,7 +11,7 @@ LABELS, CATEGORIES = 301, 3  # more than 255 labels: two bytes
 
 
 def image(rng, rows, columns, planes, whole, used=12):
-    """Planes of patches, among them labels beyond 255, unlabelled pixels, and labels that several planes share."""
+    """Planes of patches, among them labels beyond 255, unlabeled pixels, and labels that several planes share."""
     numbers = rng.choice(np.r_[0, 0, 1:6, 256, 257, 300], used)
     maps = [np.kron(rng.choice(numbers, (rows, columns // 4 + 1)), np.ones((1, 4), int))[:, :columns] for _ in range(planes)]
     return [m.astype(np.int32) for m in maps], [int(n) for n in rng.choice([0, 1, 2, 299, 300], whole)], (rows, columns)
@@ -19,7 +19,7 @@ def image(rng, rows, columns, planes, whole, used=12):
 
 def category():
     primary = np.arange(LABELS) % (CATEGORIES + 1) - 1  # some belong to none
-    primary[0] = 2  # a reader may say so of the unlabelled, as the original does
+    primary[0] = 2  # a reader may say so of the unlabeled, as the original does
     return primary
 
 

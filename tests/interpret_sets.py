@@ -1,4 +1,4 @@
-"""Small image folders, an encoder that sees their colours, and everything else an interpretation takes."""
+"""Small image folders, an encoder that sees their colors, and everything else an interpretation takes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ CLASSES = ("blue", "green", "red")  # as folders sort
 FEATURES, OUTLIER = 64, 7
 
 
-def colour(label: int, random: np.random.Generator, strength: float) -> np.ndarray:
-    """A picture (12, 12, 3) more or less in the colour of a class."""
+def color(label: int, random: np.random.Generator, strength: float) -> np.ndarray:
+    """A picture (12, 12, 3) more or less in the color of a class."""
     picture = random.normal(90, 60, (12, 12, 3))
     picture[..., 2 - label] += random.normal(strength, 15)
     return picture.clip(0, 255).astype(np.uint8)
@@ -28,7 +28,7 @@ def write_classes(folder: Path, each: int = 14, strength: float = 20.0, seed: in
     for label, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for i in range(each):
-            Image.fromarray(colour(label, random, strength)).save(folder / name / f"{i:02}.png")
+            Image.fromarray(color(label, random, strength)).save(folder / name / f"{i:02}.png")
     return folder
 
 
@@ -37,7 +37,7 @@ def write_concepts(folder: Path, images: int = 60) -> Path:
     with BrodenWriter(folder, {"color": list(CLASSES), "scene": ["day", "night"]}, size=12, image_format="png") as writer:
         for i in range(images):
             names = {"color": CLASSES[i % 3], "scene": "day" if random.random() < 0.5 else "night"}
-            writer.add(f"mine/{i:03}", colour(i % 3, random, 100.0), names)
+            writer.add(f"mine/{i:03}", color(i % 3, random, 100.0), names)
     return folder
 
 
@@ -52,8 +52,8 @@ def pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).movedim(2, 0).float() / 255
 
 
-class Colours(nn.Module):
-    """Random projections of the mean colour; one feature is large in every image. ``fail`` makes it refuse to run."""
+class Colors(nn.Module):
+    """Random projections of the mean color; one feature is large in every image. ``fail`` makes it refuse to run."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -72,12 +72,12 @@ class Colours(nn.Module):
         return self.blocks(self.mix(images.mean((2, 3))))
 
 
-def encoder(seed: int = 0, name: str = "colours") -> Encoder:
-    return Encoder(Colours(seed), features=FEATURES, preprocess=pixels, name=name).eval()
+def encoder(seed: int = 0, name: str = "colors") -> Encoder:
+    return Encoder(Colors(seed), features=FEATURES, preprocess=pixels, name=name).eval()
 
 
 def head(encoder: Encoder) -> Head:
-    """What the encoder makes of pure colours, as a zero-shot head would be made of captions."""
+    """What the encoder makes of pure colors, as a zero-shot head would be made of captions."""
     pure = torch.zeros(3, 3, 12, 12)
     for label in range(3):
         pure[label, 2 - label] = 0.7

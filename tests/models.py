@@ -1,4 +1,4 @@
-"""Small models, and what the tests of the recorder do with them."""
+"""Small models, and helpers for the tests of the recorder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def mlp(depth: int = 3, width: int = 6) -> nn.Sequential:
 
 
 class Calls(nn.Module):
-    """A model that is whatever function it is given."""
+    """A model that calls a function."""
 
     def __init__(self, function: Callable[..., Any], **children: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
 
 def report(recorder: torchprobe.Recorder, run: Callable[[], Any] = lambda: None) -> str:
-    """What is said at the end of a recording."""
+    """The warning at the end of a recording."""
     with pytest.warns(RecordingWarning) as caught, recorder:
         run()
     (warning,) = [w for w in caught if issubclass(w.category, RecordingWarning)]
@@ -74,7 +74,7 @@ def record(model: nn.Module, data: list[Tensor], *args: Any, **kwargs: Any) -> t
 
 
 def activations(model: Net, data: list[Tensor]) -> dict[str, np.ndarray]:
-    """What every layer gave, (vectors, features) in float64, kept by hooks of our own."""
+    """The output of every layer, (vectors, features) in float64, kept by separate hooks."""
     kept: dict[str, list[Tensor]] = {}
     handles = [
         module.register_forward_hook(lambda m, a, out, name=name: kept.setdefault(name, []).append(out.detach()))

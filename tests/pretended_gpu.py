@@ -117,7 +117,7 @@ def capturing(graph: Graph, pool: Any = None, stream: Stream | None = None) -> I
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Puts it in place of ``torch.cuda``; returns the modes in which synchronisation was watched, as they come."""
+    """Puts it in place of ``torch.cuda``; returns the modes in which synchronization was watched, as they come."""
     modes: list[str] = []
     current = Stream()
     api = {

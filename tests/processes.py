@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 # A new interpreter takes seconds to import torch. The fork server imports it once, and its children start at once. They have imported
@@ -17,22 +20,47 @@ if FORKS.get_start_method() == "forkserver":
     FORKS.set_forkserver_preload(["torch"])
 
 
-def python(code: str, *arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``code`` in a process of its own, as ``python -c`` does. Call it from the main thread only."""
-    with tempfile.TemporaryDirectory() as folder:
-        output, error = Path(folder, "output"), Path(folder, "error")
-        process = FORKS.Process(target=_execute, args=(code, [str(argument) for argument in arguments], environment, output, error))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            raise subprocess.TimeoutExpired(code, timeout)
-        return subprocess.CompletedProcess(code, process.exitcode or 0, output.read_text(), error.read_text())
+@dataclass(frozen=True)
+class Running:
+    """A process that runs code; its output goes to files."""
+
+    process: BaseProcess
+    folder: Path
+
+    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Waits for its end."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise subprocess.TimeoutExpired(self.process.name, timeout)
+        output, error = ((self.folder / name).read_text() for name in ("output", "error"))
+        shutil.rmtree(self.folder)
+        return subprocess.CompletedProcess(self.process.name, self.process.exitcode or 0, output, error)
 
 
-def _execute(code: str, arguments: list[str], environment: dict[str, str], output: Path, error: Path) -> None:
-    for descriptor, path in ((1, output), (2, error)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+def start(code: str, *arguments: object, **environment: str) -> Running:
+    """Starts ``code`` in a process of its own, as ``python -c`` does. Call it from the main thread only."""
+    folder = Path(tempfile.mkdtemp())
+    process = FORKS.Process(target=_execute, args=(code, [str(argument) for argument in arguments], environment, folder))
+    process.start()
+    return Running(process, folder)
+
+
+def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` as :func:`start` does, to its end."""
+    return start(code, *arguments, **environment).finish()
+
+
+def group(size: int, code: str) -> list[subprocess.CompletedProcess[str]]:
+    """Runs ``code`` in processes with the environment variables that torchrun sets."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    running = [start(code, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(size)]
+    return [process.finish() for process in running]
+
+
+def _execute(code: str, arguments: list[str], environment: dict[str, str], folder: Path) -> None:
+    for descriptor, name in ((1, "output"), (2, "error")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})

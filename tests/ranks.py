@@ -1,4 +1,4 @@
-"""What the ranks of test_distributed.py run.
+"""The scenarios that the ranks of test_distributed.py run.
 
 As a script, under torchrun, ``ranks.py FOLDER BACKEND`` runs the scenarios for any number of ranks.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from statistic_kinds import kinds
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -77,7 +78,7 @@ def same_batches(rank: int, path: Path) -> None:
 
 
 def uneven_batches(rank: int, path: Path) -> None:
-    """Rank 0 sees none, so that none of its layers fires; rank n sees n, the last one the rest. Rank 1 of many skips a layer."""
+    """Rank 0 sees no batch, so none of its layers fires; rank n sees n batches, the last rank the rest. Rank 1 of many skips a layer."""
     world = distributed.get_world_size()
     start = rank * (rank - 1) // 2
     mine = BATCHES[start : start + rank] if rank < world - 1 else BATCHES[start:]
@@ -115,7 +116,7 @@ def one_layer_did_not_fire_on_rank_0(rank: int, path: Path) -> None:
 
 def other_layers(rank: int, path: Path) -> None:
     rec = record(Net(), share(rank), ["blocks.0", "head"] if rank == 0 else ["blocks.0", "blocks.1"])
-    with pytest.raises(ValueError, match=r"rank 1 lacks \['head'\] and has \['blocks.1'\] beside those of rank 0; .*union=True"):
+    with pytest.raises(ValueError, match=r"rank 1 lacks \['head'\] and has \['blocks.1'\] in addition to those of rank 0; .*union=True"):
         rec.all_reduce()
     rec.all_reduce(union=True).save(path / f"{rank}.safetensors")
 
@@ -217,7 +218,7 @@ def a_rank_that_does_not_come(rank: int, path: Path) -> None:
         rec = record(Net(), share(rank))
         start = time.monotonic()
         with pytest.raises(
-            RuntimeError, match=r"rank 0 of 2 had no answer from the others \(it waits 1 s\). A rank has ended, or does not call"
+            RuntimeError, match=r"rank 0 of 2 got no answer from the others \(it waits 1 s\). A rank has ended, or did not call"
         ):
             rec.all_reduce(group, timeout=1)
         assert time.monotonic() - start < 10
@@ -244,7 +245,37 @@ def a_rank_is_killed(rank: int, path: Path) -> None:
     raise AssertionError("no error")
 
 
+def assert_rows(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for mine, theirs in zip(rows, expected, strict=True):
+        numbers = {key: value for key, value in theirs.items() if not isinstance(value, str)}
+        assert {key: mine[key] for key in numbers} == pytest.approx(numbers, rel=1e-9, abs=1e-12, nan_ok=True)
+
+
+def every_statistic(rank: int, path: Path) -> None:
+    for kind in kinds().values():
+        for compiled in (False, True):
+            torch.compiler.reset()
+            model = Net()
+            call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+            with torchprobe.record(model, "**", statistic=kind.statistic) as rec:
+                for step, x in enumerate(BATCHES[rank::2]):
+                    call(x)
+                    if step == 1:
+                        rec.snapshot(step)
+            before = rec.total.rows()
+            together = rec.all_reduce()
+            assert_rows(rec.total.rows(), before)
+            with torchprobe.record(model, "**", statistic=kind.statistic) as alone:
+                for x in BATCHES:
+                    model(x)
+            assert together.layers == alone.layers
+            if kind.name == "TopInputs":  # the default ids of the ranks differ
+                assert torch.equal(together.total["head"].scores, alone["head"].scores)
+            assert_rows(together.total.rows(), alone.rows())
+
+
 TWO = (
+    every_statistic,
     same_batches,
     uneven_batches,
     union_of_the_data,
@@ -265,7 +296,7 @@ TWO = (
 
 
 def run(scenarios: Sequence[Scenario], rank: int, path: Path) -> None:
-    """All of them, one after the other; what goes wrong is left in a file."""
+    """Runs all scenarios one after the other; an error is written to a file."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for scenario in scenarios:
@@ -283,7 +314,7 @@ def one_of_two(rank: int, port: int, path: Path) -> None:
     address = f"tcp://127.0.0.1:{port}"
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=2))
     run(TWO, rank, path)
-    os._exit(0)  # the other rank is dead, and there is nothing to take leave of
+    os._exit(0)  # the other rank is dead, so the process group cannot be destroyed
 
 
 def main(path: str, backend: str) -> None:

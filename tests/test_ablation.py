@@ -83,17 +83,17 @@ def test_features_are_indices(features, said):
 
 def test_what_is_refused(planted):
     head, e = planted
-    with pytest.raises(ValueError, match='by their "mean" or by "zero", got "?\'median\''):
+    with pytest.raises(ValueError, match='by their "mean" or by "zero", got how="?\'median\''):
         ablate(e.h, [1], "median")
     with pytest.raises(ValueError, match="the reference has 3 features, the representations have 40"):
         ablate(e.h, [1], "mean", torch.randn(5, 3))
-    with pytest.raises(ValueError, match="no vector to take the mean of: of the 2"):
+    with pytest.raises(ValueError, match="no vector to take the mean of: of the 2 vectors of the reference"):
         ablate(e.h, [1], "mean", torch.full((2, 40), math.nan))
     with pytest.raises(ValueError, match=r"expected representations \(n, d\)"):
         ablate(torch.randn(4), [1])
     with pytest.raises(ValueError, match="repeats must be at least 1"):
         ablation(head, e, [1], repeats=0)
-    with pytest.raises(ValueError, match="there are 10 features beside the 30 to ablate"):
+    with pytest.raises(ValueError, match="there are only 10 features other than the 30 to ablate"):
         ablation(head, e, list(range(30)))
     with pytest.raises(ValueError, match="takes 39 features"):
         ablation(torch.randn(4, 39), e, [1])

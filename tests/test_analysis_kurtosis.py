@@ -8,10 +8,10 @@ import scipy.stats
 import torch
 from safetensors.torch import load_file, save_file
 
-from torchprobe.analysis import blocks as blocks_module
+from torchprobe.analysis import inputs as blocks_module
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.analysis.intervals import band, bootstrap_interval
-from torchprobe.analysis.kurtosis import centred_kurtosis, peaks, rotation_control, summarise, vector_kurtosis
+from torchprobe.analysis.kurtosis import centered_kurtosis, peaks, rotation_control, summarize, vector_kurtosis
+from torchprobe.analysis.resampling import band, bootstrap_interval
 
 
 def scipys(h):
@@ -51,7 +51,7 @@ def test_one_hot_reaches_the_ceiling(d):
     h = torch.nn.functional.one_hot(torch.arange(d), d)
     ceiling = (d * d - 3 * d + 3) / (d - 1)
     np.testing.assert_allclose(vector_kurtosis(h), ceiling, rtol=1e-9)
-    assert summarise(h).ceiling == pytest.approx(ceiling)
+    assert summarize(h).ceiling == pytest.approx(ceiling)
 
 
 def test_constant_and_nonfinite_vectors_have_none():
@@ -76,7 +76,7 @@ def test_strides_and_blocks_make_no_difference(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("h", [torch.randn(8), torch.randn(2, 3, 4), torch.randn(3, 0), torch.randn(2, 3, dtype=torch.complex64)])
-@pytest.mark.parametrize("measure", [vector_kurtosis, centred_kurtosis, peaks, rotation_control, summarise])
+@pytest.mark.parametrize("measure", [vector_kurtosis, centered_kurtosis, peaks, rotation_control, summarize])
 def test_other_shapes_are_refused(measure, h):
     with pytest.raises(ValueError, match=r"expected representations \(n, d\)"):
         measure(h)
@@ -115,22 +115,22 @@ def test_a_rotation_is_the_one_of_its_seed_and_keeps_what_has_no_direction_out()
         rotation_control(h, rotations=0)
 
 
-def test_centring_takes_out_what_is_always_large():
+def test_centering_takes_out_what_is_always_large():
     h = with_outlier(size=50.0)
     wide = h.double().numpy()
-    np.testing.assert_allclose(centred_kurtosis(h), scipys(wide - wide.mean(0)), rtol=1e-6)
+    np.testing.assert_allclose(centered_kurtosis(h), scipys(wide - wide.mean(0)), rtol=1e-6)
     assert vector_kurtosis(h).mean() > 100
-    assert centred_kurtosis(h).mean() < 3.2
-    np.testing.assert_allclose(centred_kurtosis(h.double() + 1e7), centred_kurtosis(h), rtol=1e-5)
+    assert centered_kurtosis(h).mean() < 3.2
+    np.testing.assert_allclose(centered_kurtosis(h.double() + 1e7), centered_kurtosis(h), rtol=1e-5)
     spoiled = torch.cat([h, torch.full((1, 512), math.inf)])
-    np.testing.assert_allclose(centred_kurtosis(spoiled)[:-1], centred_kurtosis(h))
-    assert centred_kurtosis(spoiled)[-1].isnan()
+    np.testing.assert_allclose(centered_kurtosis(spoiled)[:-1], centered_kurtosis(h))
+    assert centered_kurtosis(spoiled)[-1].isnan()
 
 
-def test_vectors_that_are_all_the_same_leave_nothing_when_centred():
-    assert centred_kurtosis(torch.randn(1, 33).repeat(7, 1)).isnan().all()
-    assert centred_kurtosis(torch.full((2, 4), math.nan)).isnan().all()
-    assert centred_kurtosis(torch.randn(0, 4)).shape == (0,)
+def test_vectors_that_are_all_the_same_leave_nothing_when_centered():
+    assert centered_kurtosis(torch.randn(1, 33).repeat(7, 1)).isnan().all()
+    assert centered_kurtosis(torch.full((2, 4), math.nan)).isnan().all()
+    assert centered_kurtosis(torch.randn(0, 4)).shape == (0,)
 
 
 def test_peaks():
@@ -143,7 +143,7 @@ def test_peaks():
 def test_the_summary_holds_everything():
     h = with_outlier(300, 128)
     h[0], h[1, 3] = 1.0, math.nan
-    found = summarise(h, rotations=3, seed=4)
+    found = summarize(h, rotations=3, seed=4)
     kappa = scipys(h[2:])
     assert (found.features, found.vectors, found.constant_vectors, found.invalid_vectors) == (128, 298, 1, 1)
     assert (found.mean, found.median, found.std) == pytest.approx((kappa.mean(), np.median(kappa), kappa.std()), rel=1e-6)
@@ -152,17 +152,17 @@ def test_the_summary_holds_everything():
     assert found.gaussian == 3 * 127 / 129
     assert found.gaussian_std == pytest.approx(math.sqrt(24 / 128), rel=0.1)
     assert found.rotation.values.tolist() == rotation_control(h, 3, 4).values.tolist()
-    assert found.centred == pytest.approx(float(centred_kurtosis(h).nanmean()))
+    assert found.centered == pytest.approx(float(centered_kurtosis(h).nanmean()))
     assert found.peak == pytest.approx(float(peaks(h).nanmean()))
     assert not found.nonnegative
-    assert summarise(h[2:].abs(), 1).nonnegative
+    assert summarize(h[2:].abs(), 1).nonnegative
     plain = found.as_dict()
     assert plain["rotation"]["values"] == found.rotation.values.tolist()
     assert plain["interval"] == list(found.interval)
 
 
 def test_a_summary_of_nothing_is_nan():
-    found = summarise(torch.randn(0, 16))
+    found = summarize(torch.randn(0, 16))
     assert math.isnan(found.mean) and math.isnan(found.rotation.mean) and math.isnan(found.peak)
     assert not found.nonnegative
 

@@ -1,4 +1,4 @@
-"""Average precision against scikit-learn and against its definition, ties and all."""
+"""Average precision, compared with scikit-learn and with its definition, also with ties."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.fixture(params=["operator", "reference"])
 def ap_of(request, monkeypatch):
-    """Both ways to the numbers: what the dispatcher has for this device, and plain PyTorch."""
+    """Both implementations: the one that the dispatcher selects, and the reference."""
 
     def through_reference(scores, *arguments):
         return reference(scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores, *arguments)
@@ -188,7 +188,7 @@ def test_nan_is_refused(ap_of):
 
 def test_what_does_not_fit_is_refused_in_words(ap_of):
     x, labels = problem()
-    with pytest.raises(ValueError, match=r"scores of shape \(3, 399\) do not go with labels of 400 images: expected \(units, 400\)"):
+    with pytest.raises(ValueError, match=r"scores of shape \(3, 399\) do not fit labels of 400 images: expected \(units, 400\)"):
         ap_of(x[:, 1:], labels)
     with pytest.raises(ValueError, match=r"scores must be floating point.*torch.int64"):
         ap_of(x.long(), labels)
@@ -217,7 +217,7 @@ def test_bad_rows_are_refused_in_words(call):
         ((index([0, 2, 1, 2]), index([0, 1]), 2), r"crow must rise from 0 to 2"),
         ((index([0, 1, 1, 3]), index([0, 1]), 2), r"crow must rise from 0 to 2"),
         ((index([0, 0, 0, 0]), none, -1), r"number of concepts cannot be -1"),
-        ((index([0, 0, 0, 0]), none, 2, yes), r"eligible and group come together"),
+        ((index([0, 0, 0, 0]), none, 2, yes), r"eligible and group must be given together"),
         ((index([0, 0, 0, 0]), none, 1, yes, index([2])), r"group must number the 2"),
         ((index([0, 0, 0, 0]), none, 1, yes[:2], index([0])), r"eligible must be bool.*\(3, "),
     ]  # fmt: skip

@@ -1,9 +1,10 @@
-"""The benchmarks run, and their contestants compute the same numbers. How fast they are is asked by ``make bench`` alone."""
+"""The benchmarks run, and their contestants compute the same numbers. Only ``make bench`` measures how fast they are."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ from torch import nn
 from torchprobe import Moments
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # the benchmarks are no part of the installed package
+sys.path.append(str(ROOT))  # the benchmarks are not part of the installed package
 
-from benchmarks import allocator, formulas, hook, model, read_once, report, rivals  # noqa: E402
-from benchmarks.timing import MIN_ROUNDS, Timing, Waiting, race  # noqa: E402
+from benchmarks import cka, formulas, model, observe, report  # noqa: E402
+from benchmarks.networks import HookClock, Network  # noqa: E402
+from benchmarks.timing import MIN_ROUNDS, TUNED_MALLOC, Timing, Waiting, race, total  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -83,27 +85,28 @@ def check(section, contestants):
 
 def test_read_once():
     cases = (
-        read_once.Case((64, 32), target=1.3, limit=1.9),
-        *(read_once.Case((2, 32, 4, 4), x, 1, 2) for x in ("channel-major", "channels_last")),
+        observe.Case((64, 32), target=1.3, limit=1.9),
+        *(observe.Case((2, 32, 4, 4), x, 1, 2) for x in ("channel-major", "channels_last")),
     )
     assert not cases[-1].tensor(torch.float32, CPU).is_contiguous()
-    check(read_once.run(CPU, 0, cases), 3 * 4)
+    check(observe.read(CPU, 0, cases), 3 * 4)
 
 
 def test_rivals():
-    section = rivals.run(CPU, 0, shape=(64, 32), compiled=False)
+    section = observe.rivals(CPU, 0, shape=(64, 32), compiled=False)
     check(section, 2 * (5 + len(formulas.installed_peers())))
     ours = [row for row in section.rows if row.contestant == "observe_"]
     assert [row.ratio for row in ours] == [1, 1]
 
 
 def test_hook():
-    check(hook.run(CPU, 0, layers=2, features=32), 4)
+    check(observe.hook(CPU, 0, layers=2, features=32), 4)
 
 
 def test_model():
     pytest.importorskip("open_clip")
-    check(model.run(CPU, 0, build=tiny_transformer, batch=2, size=32), 6)
+    network = Network("a tiny transformer", "open_clip", tiny_transformer, re.compile(r"transformer\.resblocks\.\d"), size=32)
+    check(model.run(CPU, 0, network, batch=2), 6)
 
 
 def tiny_transformer() -> nn.Module:
@@ -112,24 +115,43 @@ def tiny_transformer() -> nn.Module:
     return VisionTransformer(image_size=32, patch_size=16, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
 
 
-def test_stopwatch_sees_the_hooks_between():
-    tower = nn.Module()
-    tower.transformer = nn.Module()
-    tower.transformer.resblocks = nn.Sequential(nn.Identity(), nn.Identity())
-    tower.forward = tower.transformer.resblocks.forward
-    watch = model.Stopwatch(tower)
-    watch.place_first()
-    for block in watch.blocks:
-        block.register_forward_hook(lambda *_: torch.randn(1000).sort() and None)
-    watch.place_last()
-    watch.forward(torch.zeros(1))
-    watch.forward(torch.zeros(1))
-    timing = watch.timing(Timing((1.0, 1.0)))
-    assert len(timing.seconds) == 2
-    assert min(timing.seconds) > 0
+def test_cka():
+    section = cka.run(CPU, 0, layers=3, cases={"two": (8, 1, 2), "one": (8, 2, 1)})
+    assert len(section.rows) in (2, 4)
+    assert all(row.timing.median > 0 for row in section.rows)
+    assert ("is not installed" in section.note) == (len(section.rows) == 2)
+
+
+def test_cka_of_the_other_package_is_the_same():
+    pytest.importorskip("torch_cka", reason="torch_cka is not installed; see benchmarks/cka.py")
+    models = [cka.Stored.random(3, 32, 2, seed, CPU) for seed in (0, 1)]
+    ours, theirs = (call() for call in cka.contestants(*models, torch.zeros(32, 1)).values())
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=1e-4)
 
 
 # -- how it is measured --------------------------------------------------------------------------------------------------------------------
+
+
+def clocked(hook=None, calls=1):
+    """Two blocks between the hooks of a clock, with ``hook`` in between."""
+    blocks = nn.Sequential(nn.Identity(), nn.Identity())
+    clock = HookClock(blocks, lambda: blocks(torch.zeros(1)))
+    clock.place_first()
+    for block in blocks if hook else ():
+        block.register_forward_hook(hook)
+    clock.place_last()
+    for _ in range(calls):
+        clock()
+    return clock.timing(Timing((1.0,) * calls)).seconds
+
+
+def test_the_clock_measures_every_call():
+    seconds = clocked(lambda *_: torch.randn(1000).sort() and None, calls=2)
+    assert len(seconds) == 2 and min(seconds) > 0
+
+
+def test_the_clock_measures_only_the_hooks_between():
+    assert clocked(lambda *_: torch.randn(100_000).sort() and None)[0] > 10 * clocked()[0] > 0
 
 
 def test_race_gives_every_contestant_every_round():
@@ -157,7 +179,7 @@ def test_timing():
     assert timing.interval == (41, 61)  # ranks of the binomial: 51 ± 1.96 · √101 / 2, rounded outwards
     assert timing.minus(timing).median == 0
     assert timing.per(2).median == 25.5
-    assert model.total([timing, timing]).median == 102
+    assert total([timing, timing]).median == 102
 
 
 @pytest.mark.parametrize(
@@ -182,7 +204,7 @@ def test_no_verdict_where_threads_had_to_wait():
     assert report.verdict(report.Row("", "", Timing((1.0,), disturbed=0.5), target=target)) == "met ?"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports it")
 def test_waiting_for_a_core():
     cores = os.sched_getaffinity(0)
     waiting = Waiting()
@@ -203,7 +225,7 @@ def test_waiting_for_a_core():
 
 @pytest.mark.slow("runs a benchmark as a process")
 def test_command(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name not in allocator.TUNED}
+    environment = {name: value for name, value in os.environ.items() if name not in TUNED_MALLOC}
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "hook", "--json", str(tmp_path / "figures.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

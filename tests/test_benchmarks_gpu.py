@@ -1,4 +1,4 @@
-"""The benchmarks for GPUs: their logic, on the CPU, and on a pretended GPU where the code asks for one."""
+"""The logic of the benchmarks for GPUs, on the CPU, and on a pretended GPU where the code needs one."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from processes import python
 
 import torchprobe
 
-sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are no part of the installed package
+sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not part of the installed package
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import bandwidth, device, graph, launch, results, rivals, step, timing, vit
+from benchmarks.gpu import device, observe, results, timing, training
 from benchmarks.gpu.device import Device
-from benchmarks.gpu.markdown import markdown, quantity, table
-from benchmarks.gpu.results import Figure
+from benchmarks.gpu.results import Figure, markdown, quantity, table
+from benchmarks.networks import TINY, VIT_B_16, Training
 from benchmarks.report import Target
-from benchmarks.timing import Timing
+from benchmarks.timing import MIN_ROUNDS, Timing
 
 CPU = torch.device("cpu")
 H200 = Device(CPU, "NVIDIA H200", "9.0", 132, 140 << 30, 60 << 20, 1.98e9, "580.1")
 PLANS = {
-    "bandwidth": bandwidth.Plan((1 << 14, 1 << 15), (64, bandwidth.TYPICAL), 1 << 15, 1 << 16, 1, 60, 0),
-    "rivals": rivals.Plan((32,), 48, compiled=False, replay_bytes=1, seconds=0),
-    "launch": launch.Plan(calls=3, rounds=5, seconds=0),
-    "step": step.QUICK,
-    "graph": graph.QUICK,
+    "bandwidth": observe.Bandwidth((1 << 14, 1 << 15), (64, observe.TYPICAL), 1 << 15, 1 << 16, 1, 60, 0),
+    "rivals": observe.Rivals((32,), 48, compiled=False, replay_bytes=1, seconds=0),
+    "launch": observe.Launch(calls=3, rounds=5, seconds=0),
+    "step": training.Step.quick(),
+    "graph": training.Graph.quick(),
 }
 
 
@@ -43,7 +43,7 @@ PLANS = {
 def _small(monkeypatch):
     monkeypatch.setattr(timing, "REPLAY_CALLS", 8)
     for part, plan in PLANS.items():
-        monkeypatch.setattr(command.PARTS[part][1], "QUICK", plan)
+        monkeypatch.setattr(command.PARTS[part][1], "quick", lambda plan=plan: plan)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,14 +52,14 @@ def _small(monkeypatch):
 
 @pytest.fixture(params=["cpu", "pretended", pytest.param("cuda", marks=pytest.mark.gpu)])
 def where(request, monkeypatch):
-    """The device that is measured: the CPU, a pretended GPU, or one that is there."""
+    """The device that is measured: the CPU, a pretended GPU, or a real one."""
     if request.param == "pretended":
         pretended_gpu.install(monkeypatch)
         pretend_kernels(monkeypatch)
         with pretended_gpu.OnTheCpu():
             yield torch.device("cuda", 0)
     else:
-        monkeypatch.setattr(timing, "L2_MULTIPLE", 0)  # thousands of such small tensors would fit into the cache of a GPU
+        monkeypatch.setattr(timing, "L2_MULTIPLE", 0)  # thousands of these small tensors would fit into the cache of a GPU
         yield torch.device(request.param)
 
 
@@ -72,7 +72,7 @@ def pretend_kernels(monkeypatch, status="loaded: CUDA 13.0 for sm_80, sm_90, /so
 
 
 def figures(part, where):
-    return list(command.PARTS[part][1].run(device.find(str(where)), PLANS[part]))
+    return list(PLANS[part].run(device.find(str(where))))
 
 
 def named(found, name, **case):
@@ -94,14 +94,14 @@ def test_bandwidth(where):
         assert {f.case["size"] for f in found if f.name == "observe_, x in L2"} >= {1 << 14}
         assert named(found, "issue slots an element, as measured", dtype="bfloat16").value > 0
     else:
-        assert not [f for f in found if "slots" in f.name]  # a CPU has no clock that is known
+        assert not [f for f in found if "slots" in f.name]  # the clock of a CPU is unknown
 
 
 def test_share_is_of_bytes_read_and_written(monkeypatch):
     seconds = {"copy": 0.5, "cold": 0.25}
-    monkeypatch.setattr(bandwidth, "race", lambda contestants, *_: {name: Timing((seconds[name],) * 5) for name in contestants})
-    plan = bandwidth.Plan((1000,), (64,), 1000, 4000, 1, 60, 0)
-    found = list(bandwidth.run(Device(CPU, "a CPU"), plan))
+    monkeypatch.setattr(observe, "race", lambda contestants, *_: {name: Timing((seconds[name],) * 5) for name in contestants})
+    plan = observe.Bandwidth((1000,), (64,), 1000, 4000, 1, 60, 0)
+    found = list(plan.run(Device(CPU, "a CPU")))
     assert named(found, "copy").value == 2 * 4000 / 0.5
     figure = named(found, "observe_", dtype="float32", layout="row-major")
     assert figure.case["shape"] == "3 × 64"
@@ -115,8 +115,8 @@ def test_rivals(where):
 
 @pytest.mark.slow("compiles with inductor")
 def test_rivals_with_the_compiler():
-    plan = rivals.Plan((32,), 48, replay_bytes=1, seconds=0)
-    assert "inductor" in {f.name for f in rivals.run(Device(CPU, "a CPU"), plan)}
+    plan = observe.Rivals((32,), 48, replay_bytes=1, seconds=0)
+    assert "inductor" in {f.name for f in plan.run(Device(CPU, "a CPU"))}
 
 
 def test_rivals_without_a_compiler(monkeypatch):
@@ -126,7 +126,7 @@ def test_rivals_without_a_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     found = []
     with pytest.raises(RuntimeError, match="inductor: ImportError: no triton"):
-        found.extend(iter_into(rivals.run(Device(CPU, "a CPU"), rivals.Plan((32,), 48, replay_bytes=1, seconds=0)), found))
+        found.extend(iter_into(observe.Rivals((32,), 48, replay_bytes=1, seconds=0).run(Device(CPU, "a CPU")), found))
     assert {f.name for f in found} == {"x.sum()", "observe_", "eager"}
 
 
@@ -155,7 +155,7 @@ def test_step(where, monkeypatch):
         assert figure.target.bound == 1 and figure.target.measured == pytest.approx(100 * figure.value)
         low, high = figure.target.interval
         assert low <= figure.target.measured <= high
-    assert named(found, "synchronisations in a recorded forward pass").value == 0
+    assert named(found, "synchronizations in a recorded forward pass").value == 0
     if where.type == "cuda":
         assert watched == ["error", "default"]
         added = named(found, "peak memory, added").value
@@ -176,13 +176,13 @@ def test_graph_notices_wrong_statistics():
     want, got = torchprobe.Moments(8), torchprobe.Moments(8)
     want.update(x)
     got.update(x)
-    assert graph.disagreement("a", got, want) == 0
+    assert training.disagreement("a", got, want) == 0
     got.update(x[:5])
-    with pytest.raises(RuntimeError, match="blocks.3: the graph recorded 55 vectors, the outputs it left behind have 50"):
-        graph.disagreement("blocks.3", got, want)
+    with pytest.raises(RuntimeError, match="blocks.3: the graph recorded 55 vectors, but its outputs have 50"):
+        training.disagreement("blocks.3", got, want)
     got.reset()
     got.update(2 * x + x**2)
-    assert graph.disagreement("a", got, want) > 0.01
+    assert training.disagreement("a", got, want) > 0.01
 
 
 # -- how it is measured --------------------------------------------------------------------------------------------------------------------
@@ -232,12 +232,12 @@ def test_race(where):
     ran = []
     contestants = {name: timing.Contestant(lambda name=name: ran.append(name), 10) for name in "ab"}
     times = timing.race(contestants, 0, where)
-    assert {len(t.seconds) for t in times.values()} == {timing.MIN_ROUNDS}
-    assert ran.count("a") == ran.count("b") == 1 + 2 * timing.MIN_ROUNDS
+    assert {len(t.seconds) for t in times.values()} == {MIN_ROUNDS}
+    assert ran.count("a") == ran.count("b") == 1 + 2 * MIN_ROUNDS
     assert all(first == second for first, second in zip(ran[2::2], ran[3::2], strict=True))  # each right after its own lead-in
     ran.clear()
     timing.race(contestants, 0, where, lead_in=False)
-    assert ran.count("a") == 1 + timing.MIN_ROUNDS
+    assert ran.count("a") == 1 + MIN_ROUNDS
 
 
 def test_race_counts_calls(monkeypatch):
@@ -247,14 +247,14 @@ def test_race_counts_calls(monkeypatch):
     assert set(times["a"].seconds) == {0.25}
 
 
-@pytest.mark.parametrize("layout", bandwidth.LAYOUTS)
-@pytest.mark.parametrize("dtype", bandwidth.DTYPES)
+@pytest.mark.parametrize("layout", observe.LAYOUTS)
+@pytest.mark.parametrize("dtype", observe.DTYPES)
 def test_every_case_fits_its_pool(dtype, layout):
-    plan = bandwidth.Plan()
-    pool = bandwidth._pool_bytes(max(plan.sizes), H200)
+    plan = observe.Bandwidth()
+    pool = observe.pool_bytes(max(plan.sizes), H200)
     for width in plan.widths:
         for size in plan.sizes:
-            case = bandwidth.Case(dtype, layout, width, size)
+            case = observe.Case(dtype, layout, width, size)
             assert 0.5 * size < case.nbytes <= size  # whole vectors, and whole maps
             assert case.shape[case.feature_dim] == width
             count = timing.rotation(case.nbytes, H200.l2)
@@ -264,7 +264,7 @@ def test_every_case_fits_its_pool(dtype, layout):
 
 
 def test_buffers_do_not_overlap():
-    case = bandwidth.Case("float32", "channel-major", 64, 64 * 4 * 1000)
+    case = observe.Case("float32", "channel-major", 64, 64 * 4 * 1000)
     assert case.shape == (1, 64, 784)
     pool = torch.arange(3.0 * math.prod(case.shape) + 5)
     buffers = case.buffers(pool, 3)
@@ -273,24 +273,24 @@ def test_buffers_do_not_overlap():
 
 
 def test_the_plan_covers_what_is_asked():
-    plan = bandwidth.Plan()
+    plan = observe.Bandwidth()
     assert (min(plan.sizes), max(plan.sizes)) == (1 << 20, 4 << 30)
     assert (min(plan.widths), max(plan.widths)) == (64, 65_536)
-    cases = list(bandwidth._cases(plan))
+    cases = plan.cases()
     assert len(cases) == 7 * 7 * 2 * 3
     large = [case.size >= plan.large or case.width == 768 for case in cases]
     assert large == sorted(large, reverse=True)
 
 
 def test_shares_and_issue_slots():
-    """An H200 as it is published: 4.3 TB/s, 132 multiprocessors at 1.98 GHz."""
-    plan, seen = bandwidth.Plan(), bandwidth.Seen()
+    """An H200 by its published numbers: 4.3 TB/s, 132 multiprocessors at 1.98 GHz."""
+    plan, seen = observe.Bandwidth(), observe.Found()
     seen.copies = [2 * plan.copy_bytes / 4.3e12] * 5
     for dtype, share in (("float32", 0.93), ("bfloat16", 0.75)):
-        seen.shares[bandwidth.Case(dtype, "row-major", 768, 64 << 20)] = share
-        seen.shares[bandwidth.Case(dtype, "row-major", 768, 1 << 20)] = 0.1  # too small to count
-        seen.shares[bandwidth.Case(dtype, "row-major", 65_536, 4 << 30)] = share / 2
-    found = list(bandwidth.summary(seen, H200, plan))
+        seen.shares[observe.Case(dtype, "row-major", 768, 64 << 20)] = share
+        seen.shares[observe.Case(dtype, "row-major", 768, 1 << 20)] = 0.1  # too small to count
+        seen.shares[observe.Case(dtype, "row-major", 65_536, 4 << 30)] = share / 2
+    found = list(plan.summary(seen, H200))
     assert named(found, "copy").value == pytest.approx(4.3e12)
     verdicts = {(f.case["dtype"], f.case["at"]): f.target.verdict for f in found if f.name == "smallest share from 64 MB on"}
     assert verdicts == {
@@ -305,7 +305,7 @@ def test_shares_and_issue_slots():
         assert named(found, "issue slots an element, at the speed of the copy", dtype=dtype).value == pytest.approx(slots / (4.3e12 / size))
     assert named(found, "largest share the issue slots allow", dtype="float32").value == 1
     assert named(found, "largest share the issue slots allow", dtype="bfloat16").value == pytest.approx(
-        slots / (4.3e12 / 2) / bandwidth.INSTRUCTIONS["bfloat16"]
+        slots / (4.3e12 / 2) / observe.INSTRUCTIONS["bfloat16"]
     )
     measured = named(found, "issue slots an element, as measured", dtype="bfloat16")
     assert measured.value == pytest.approx(slots / (0.75 * 4.3e12 / 2))
@@ -313,45 +313,43 @@ def test_shares_and_issue_slots():
 
 
 def test_bandwidth_says_what_it_left_out():
-    plan = bandwidth.Plan((1 << 14, 1 << 40), (64,), 1 << 15, 1 << 16, 1, seconds=-1, each=0)
-    found = list(bandwidth.run(Device(CPU, "small", memory=1 << 20), plan))
+    plan = observe.Bandwidth((1 << 14, 1 << 40), (64,), 1 << 15, 1 << 16, 1, seconds=-1, each=0)
+    found = list(plan.run(Device(CPU, "small", memory=1 << 20)))
     assert [(f.name, f.value) for f in found] == [("left out", 12)]
 
 
 def test_bandwidth_survives_a_case_that_fails(monkeypatch):
-    measure, tried = bandwidth._measure, []
+    measure, tried = observe.Bandwidth.measure, []
 
-    def fails_once(case, *args):
+    def fails_once(self, case, *args):
         tried.append(case)
         if len(tried) == 2:
             raise torch.OutOfMemoryError("too wide")
-        yield from measure(case, *args)
+        yield from measure(self, case, *args)
 
-    monkeypatch.setattr(bandwidth, "_measure", fails_once)
+    monkeypatch.setattr(observe.Bandwidth, "measure", fails_once)
     found = []
     with pytest.raises(RuntimeError, match="too wide"):
-        found.extend(iter_into(bandwidth.run(Device(CPU, "a CPU"), PLANS["bandwidth"]), found))
+        found.extend(iter_into(PLANS["bandwidth"].run(Device(CPU, "a CPU")), found))
     assert len([f for f in found if f.name == "observe_"]) == 23
 
 
 @pytest.mark.slow("imports three packages and builds a ViT-B of each")
-@pytest.mark.parametrize("package", vit.TOWERS)
-def test_towers(package):
-    pytest.importorskip(package)
-    tower = vit.TOWERS[package]
-    model = tower.build()
-    blocks = list(model.get_submodule(tower.blocks).children())
-    assert len(blocks) == 12
+@pytest.mark.parametrize("network", VIT_B_16, ids=lambda network: network.package)
+def test_networks(network):
+    pytest.importorskip(network.package)
+    model = network.build()
+    assert len(network.blocks(model)) == 12
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(86e6, rel=0.02)
 
 
 def test_twins_share_their_weights():
-    training = vit.Training(vit.TINY, 2, CPU)
-    twin = training.twin()
-    training.blocks(twin)[0].register_forward_hook(lambda *_: pytest.fail("the other model ran"))
+    run = Training(TINY, 2, CPU, autocast=True, captured=True)
+    twin = run.twin()
+    run.blocks(twin)["blocks.0"].register_forward_hook(lambda *_: pytest.fail("the other model ran"))
     before = [p.clone() for p in twin.parameters()]
-    training.step(training.model)
-    assert all(a is b for a, b in zip(twin.parameters(), training.model.parameters(), strict=True))
+    run.step(run.model)
+    assert all(a is b for a, b in zip(twin.parameters(), run.model.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(twin.parameters(), before, strict=True))
     assert all(p.grad is None for p in twin.parameters())
 
@@ -436,7 +434,7 @@ def assert_schema(document):
             assert math.isfinite(figure["value"])
             if figure["timing"]:
                 fits(figure["timing"], TIMING)
-                assert figure["timing"]["rounds"] >= timing.MIN_ROUNDS
+                assert figure["timing"]["rounds"] >= MIN_ROUNDS
             if figure["target"]:
                 fits(figure["target"], TARGET)
 
@@ -512,11 +510,11 @@ def test_figures_of_another_driver_are_not_kept(tmp_path):
 
 
 def test_a_part_that_fails_keeps_its_figures_and_stops_no_other(monkeypatch, tmp_path):
-    def broken(device, plan):
+    def broken(self, device):
         yield Figure("before", 1.0, "s")
         raise RuntimeError("it broke\nat length")
 
-    monkeypatch.setattr(launch, "run", broken)
+    monkeypatch.setattr(observe.Launch, "run", broken)
     done = run("--device", "cpu", "--quick", "--only", "launch", "--only", "graph", "--results", tmp_path)
     assert done.exit_code == 1
     (path,) = tmp_path.glob("*.json")
@@ -527,8 +525,8 @@ def test_a_part_that_fails_keeps_its_figures_and_stops_no_other(monkeypatch, tmp
     assert "**Stopped: RuntimeError: it broke**" in path.with_suffix(".md").read_text()
 
 
-def test_what_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="clock {}: nan is no figure"):
+def test_a_figure_that_is_not_a_number_is_refused():
+    with pytest.raises(ValueError, match="clock {}: nan is not a number"):
         Figure("clock", math.nan, "Hz").as_json()
 
 
@@ -551,13 +549,13 @@ def test_no_gpu(monkeypatch):
 
 def test_no_gpu_as_a_command():
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has one")
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=root, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
-@pytest.mark.parametrize(("name", "message"), [("cuda:7", "there are 1"), ("mps", "python -m benchmarks"), ("gpu", "no device")])
+@pytest.mark.parametrize(("name", "message"), [("cuda:7", "there are 1"), ("mps", "python -m benchmarks"), ("gpu", "is not a device")])
 def test_devices_that_are_not_there(monkeypatch, name, message):
     pretended_gpu.install(monkeypatch)
     done = run("--device", name)
@@ -652,7 +650,7 @@ def test_limits():
         "share", 0.75, "share", {"dtype": "float32"}, target=Target("% of the copy", 75, 92, 80, at_least=True), note="at width 64"
     )
     document = results.document(H200.as_json(), {}, False)
-    document["parts"]["launch"] = results.part("Launch", 1, [results.time("observe_", timing_, target, shape="1 × 768"), share], None)
+    document["parts"]["launch"] = results.part("Launch", 1, [results.time("observe_", timing_, {"shape": "1 × 768"}, target), share], None)
     page = markdown(document)
     assert "| observe_ (1 × 768) | 10 µs | ≤ 12 |  | met |  |" in page
     assert "| share (float32) | 75 % of the copy | ≥ 92 | ≥ 80 | over limit | at width 64 |" in page

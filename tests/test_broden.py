@@ -20,8 +20,8 @@ from processes import python
 
 from torchprobe.datasets import Broden, BrodenWriter, DatasetError, validate
 from torchprobe.datasets.broden.files import MAX_PIXELS, MAX_SIDE, FileError, read_labels, unsafe
+from torchprobe.datasets.broden.index import image_hash, image_split
 from torchprobe.datasets.broden.presence import load_presence
-from torchprobe.datasets.broden.tables import image_hash, image_split
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +153,8 @@ def test_transform_and_workers(pristine):
     assert repr(other).startswith(f"Broden({len(pristine.data_rows)} images, 330 labels in object, color, part")
 
 
-def test_optimised_pngs_mean_the_same(trap):
-    """A palette or greyscale PNG holds the same colours."""
+def test_optimized_pngs_mean_the_same(trap):
+    """A palette or grayscale PNG holds the same colors."""
     numbers = np.random.default_rng(0).choice([0, 1, 319, 256], (20, 30))
     path = trap.root / "a.png"
     save_label_png(path, numbers)
@@ -345,10 +345,10 @@ DAMAGES = {
     blue: "blue channel is not 0",
     sixteen_bits: "pixels of mode I;16",
     other_size: "9 × 7 pixels, its row says sh × sw = 32 × 32",
-    jpeg: "no PNG file",
+    jpeg: "not a PNG file",
     a_label_too_many: "label 331.*not in label.csv",
     outward_link: "leaves the folder",
-    a_folder: "no regular file",
+    a_folder: "not a regular file",
     Path.unlink: "missing",
 }
 
@@ -370,7 +370,7 @@ def test_damaged_label_maps_are_refused_with_their_row(trap, damage, forgiving, 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(truncate, "cannot be decoded"), (Path.unlink, "missing"), (a_folder, "no regular file"), (outward_link, "leaves the folder")],
+    [(truncate, "cannot be decoded"), (Path.unlink, "missing"), (a_folder, "not a regular file"), (outward_link, "leaves the folder")],
 )
 def test_damaged_pictures_are_refused_with_their_row(trap, damage, message):
     broden = Broden(trap.root)
@@ -508,7 +508,7 @@ def test_a_picture_twice_and_of_another_size(trap):
     (trap.root / "index.csv").write_text("\n".join(lines), encoding="utf-8")
     findings = validate(trap.root)
     assert [finding.row for finding in findings] == [len(lines)] * 2
-    assert f"stands in line {at + 1} already" in findings[0].what
+    assert f"is already in line {at + 1}" in findings[0].what
     assert "64 × 64 pixels, its row says ih × iw = 65 × 64" in findings[1].what
 
 
@@ -533,10 +533,10 @@ def test_wrong_folders(trap, tmp_path):
         Broden(tmp_path / "nowhere")
     with pytest.raises(DatasetError, match="is a file"):
         Broden(trap.root / "index.csv")
-    with pytest.raises(DatasetError, match=r"holds no index.csv.*did you mean .*broden\?"):
+    with pytest.raises(DatasetError, match=r"has no index.csv.*did you mean .*broden\?"):
         Broden(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match=r"holds no index.csv.*label.csv, category.csv"):
+    with pytest.raises(DatasetError, match=r"has no index.csv.*label.csv, category.csv"):
         Broden(tmp_path / "empty")
     assert {f.file for f in validate(tmp_path / "nowhere")} >= {"category.csv", "label.csv", "index.csv", "images"}
 
@@ -734,10 +734,10 @@ def test_filters(tmp_path):
 
 def test_values_that_mean_nothing(tmp_path):
     plane = np.array([[0, 1], [2, 255]])
-    with BrodenWriter(tmp_path / "voc", {"object": {1: "plane", 2: "bike"}}, size=4, unlabelled=(0, 255)) as writer:
+    with BrodenWriter(tmp_path / "voc", {"object": {1: "plane", 2: "bike"}}, size=4, unlabeled=(0, 255)) as writer:
         writer.add("a", np.zeros((4, 4, 3), np.uint8), {"object": Image.fromarray(plane.astype(np.uint8))})
     assert named(Broden(tmp_path / "voc"), Broden(tmp_path / "voc").image_labels(0)[0][1])[0].tolist() == [["", "plane"], ["bike", ""]]
-    with BrodenWriter(tmp_path / "ade", {"object": {0: "wall", 1: "sky", 2: "tree"}}, size=4, unlabelled=(255,)) as writer:
+    with BrodenWriter(tmp_path / "ade", {"object": {0: "wall", 1: "sky", 2: "tree"}}, size=4, unlabeled=(255,)) as writer:
         writer.add("a", np.zeros((4, 4, 3), np.uint8), {"object": torch.from_numpy(plane)})
     assert named(Broden(tmp_path / "ade"), Broden(tmp_path / "ade").image_labels(0)[0][1])[0].tolist() == [["wall", "sky"], ["tree", ""]]
 
@@ -796,7 +796,7 @@ def test_the_writer_refuses(tmp_path):
         ({"categories": {"object": "cat"}}, "got the text 'cat'"),
         ({"categories": {"object": ["a", ""]}}, "'' cannot be the name of a label"),
         ({"categories": {"object": ["a\nb"]}}, "cannot be the name of a label"),
-        ({"categories": {"object": {0: "wall"}}}, "value 0 is 'wall' and unlabelled"),
+        ({"categories": {"object": {0: "wall"}}}, "value 0 is 'wall' and unlabeled"),
         ({"categories": {"object": [f"{i}" for i in range(70_000)]}}, "70000 labels; the format has room for 65535"),
         ({"size": 1}, "a size of 1 × 1"),
         ({"size": (MAX_SIDE, MAX_PIXELS)}, "a size of"),
@@ -817,8 +817,8 @@ def test_the_writer_refuses(tmp_path):
         ("../b", image, {}, "cannot be a name"),
         ("b;c", image, {}, "cannot be a name"),
         ("/b", image, {}, "cannot be a name"),
-        ("a", image, {}, "file a.jpg is there already"),
-        ("A.JPG", image, {}, "is there already"),
+        ("a", image, {}, "file a.jpg already exists"),
+        ("A.JPG", image, {}, "already exists"),
         ("b", image, {"colour": plane}, "no category 'colour'; there are object, part, scene"),
         ("b", image, {"object": plane * 4}, "value 4 of the label map of object has no name"),
         ("b", image, {"object": plane * -1}, "value -1 "),
@@ -826,7 +826,7 @@ def test_the_writer_refuses(tmp_path):
         ("b", image, {"object": np.ones(4, int)}, r"shape \(4,\)"),
         ("b", image, {"object": np.ones((0, 4), int)}, r"shape \(0, 4\)"),
         ("b", image, {"scene": "cat"}, "scene has no label 'cat'"),
-        ("b", image.astype(float), {"object": plane}, "picture is an array of float64"),
+        ("b", image.astype(float), {"object": plane}, "image is an array of float64"),
         ("b", image.transpose(2, 0, 1), {"object": plane}, r"shape \(3, 8, 8\)"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -838,5 +838,5 @@ def test_the_writer_refuses(tmp_path):
     with pytest.raises(ValueError, match="is finished"):
         writer.finish()
     assert len(Broden(tmp_path / "set")) == 2
-    with pytest.raises(ValueError, match="no label in the 0 pictures"), BrodenWriter(tmp_path / "none", NAMES):
+    with pytest.raises(ValueError, match="no label in the 0 images"), BrodenWriter(tmp_path / "none", NAMES):
         pass

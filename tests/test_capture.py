@@ -1,4 +1,4 @@
-"""CUDA graphs: pretended ones here, real ones where there is a GPU."""
+"""CUDA graphs: simulated ones, and real ones on a GPU."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from models import COMPILER_WARNINGS, X, mlp
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.recording import capture
+from torchprobe.recording import control, hook
 
 
 class Graph:
-    """Pretends that one call of a model was captured: a replay runs its operators on the same states, and no hook."""
+    """Simulates the capture of one call of a model: a replay runs its operators on the same states, but no hooks."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: nn.Module, recorder: torchprobe.Recorder, x: Tensor) -> None:
         with monkeypatch.context() as during:
-            during.setattr(capture, "capturing", lambda x: True)
+            during.setattr(hook, "capturing", lambda x: True)
             model(x)
         self.model, self.x = model, x
         self.states = {name: slot.state for name, hook in recorder._hooks.items() for slot in hook.slots.values()}
@@ -55,10 +55,12 @@ def test_replays_count(monkeypatch: pytest.MonkeyPatch, running: tuple[nn.Sequen
     assert torch.equal(rec["2"].kurtosis, plain["2"].kurtosis)
 
 
-def test_a_state_is_not_made_in_the_memory_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_is_not_created_in_the_memory_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     with (
-        pytest.raises(RuntimeError, match="layer '0': it is met for the first time while a CUDA graph is captured: start recording before"),
+        pytest.raises(
+            RuntimeError, match="layer '0': it is called for the first time while a CUDA graph is captured: start recording before"
+        ),
         torchprobe.record(model, "*") as rec,
     ):
         Graph(monkeypatch, model, rec, X)
@@ -81,7 +83,7 @@ def test_replays_during_a_pause_do_not_count(monkeypatch: pytest.MonkeyPatch, ru
     assert rec["0"].vectors == 10
 
 
-def test_replays_after_the_end_do_not_count_and_write_to_memory_that_is_still_there(
+def test_replays_after_the_end_do_not_count_and_write_to_live_memory(
     monkeypatch: pytest.MonkeyPatch, running: tuple[nn.Sequential, torchprobe.Recorder]
 ) -> None:
     model, rec = running
@@ -95,7 +97,7 @@ def test_replays_after_the_end_do_not_count_and_write_to_memory_that_is_still_th
         model(X)
     assert rec["0"].vectors == 5
     addresses = [state.data_ptr() for state in graph.states.values()]
-    held = {state.data_ptr() for state in capture._held}
+    held = {state.data_ptr() for state in control._held}
     del graph, rec, running
     gc.collect()
     assert held.issuperset(addresses)
@@ -106,7 +108,7 @@ def test_replays_after_the_end_do_not_count_and_write_to_memory_that_is_still_th
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("of", ["output", "gradient"])
-def test_a_training_step_is_captured_so_it_does_not_synchronise(of: str) -> None:
+def test_a_training_step_is_captured_so_it_does_not_synchronize(of: str) -> None:
     model = mlp(4, 64).cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     x = torch.randn(32, 64, device="cuda")

@@ -56,6 +56,21 @@ def test_help_documents_the_exit_codes(run, command):
         assert re.search(rf"^ +{number} ", out, re.MULTILINE)
 
 
+COMMANDS = ["scan", "layers", "dissect", "interpret", "compare", "doctor", "demo"]
+
+
+def test_help_fits_80_columns(run, monkeypatch):
+    pages = {}
+    for command in ([], *([name] for name in COMMANDS)):
+        monkeypatch.setenv("COLUMNS", "80")
+        pages[" ".join(command)] = run(*command, "--help")[1]
+    too_wide = [line for page in pages.values() for line in page.splitlines() if len(line) > 80]
+    assert too_wide == []
+    summaries = dict(re.findall(r"^  (\w+)  +(\S.*)$", pages[""].partition("Commands:")[2].partition("Exit codes:")[0], re.MULTILINE))
+    assert sorted(summaries) == sorted(COMMANDS)
+    assert [text for text in summaries.values() if not text.endswith(".") or text.endswith("...")] == []
+
+
 def test_version(run):
     assert run("--version")[1].split() == ["torchprobe", torchprobe.__version__]
 
@@ -89,7 +104,7 @@ def test_wrong_usage_exits_with_2(run, arguments):
         (["layers", "timm:test_vti"], "no model 'test_vti'"),
         (["layers", "vit"], "not the name of an encoder"),
         (["layers", MODEL, "--layers", "visual.block.*"], "matches no layer"),
-        (["scan", MODEL, "--images", "{photos}/none"], "not there"),
+        (["scan", MODEL, "--images", "{photos}/none"], "does not exist"),
         (["scan", MODEL, "--images", "{photos}", "--checkpoint", "{photos}/none.pt"], "no checkpoint at"),
         (["scan", MODEL, "--images", "{photos}", "--random-init", "--layers", "visual.blcks"], "visual.blocks"),
         (["scan", MODEL, "--images", "{photos}", "--random-init", "--output", "{photos}/0.png"], "0.png"),
@@ -166,6 +181,7 @@ def test_scan_as_json_has_nothing_else_on_standard_output(run, photos, tmp_path)
     assert again["representation"] == found["representation"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_scan_with_a_checkpoint(run, photos, tmp_path):
     import timm
     import torch
@@ -180,6 +196,7 @@ def test_scan_with_a_checkpoint(run, photos, tmp_path):
     assert "missing: cls_token" in err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_layers_that_cannot_fire_are_a_note_not_a_failure(run, photos, tmp_path):
     pytest.importorskip("open_clip", reason="open_clip is not installed")
     config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}}
@@ -208,6 +225,7 @@ def interrupt_after(monkeypatch, calls, times=1):
     monkeypatch.setattr(Encoder, "forward", interrupted)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("presses", "seen"), [(1, 2), (2, 1)])
 def test_an_interruption_leaves_a_valid_partial_result(run, photos, tmp_path, monkeypatch, presses, seen):
     interrupt_after(monkeypatch, 2, presses)
@@ -266,7 +284,7 @@ def test_dissect_prints_and_writes(run, broden, tmp_path):
     assert "nothing to resume" in err
     code, _, err = run(*dissecting(broden, tmp_path / "out", "--null", broden))
     assert code == 1
-    assert "holds no finished dissection" in err
+    assert "does not hold a finished dissection" in err
 
 
 def test_dissect_as_json_by_average_precision(run, broden, tmp_path):
@@ -303,6 +321,7 @@ def test_dissect_as_json_by_average_precision(run, broden, tmp_path):
     assert not (tmp_path / "out" / "visual.blocks.1.csv").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_dissection_goes_on(run, broden, tmp_path, monkeypatch):
     assert run(*dissecting(broden, tmp_path / "whole"))[0] == 0
     with monkeypatch.context() as patch:
@@ -357,7 +376,7 @@ def test_batch_norms_are_recalibrated(broden):
     from torch import nn
 
     from torchprobe.datasets import Broden
-    from torchprobe.studies.dissect_pages import recalibrate
+    from torchprobe.studies.dissect import recalibrate
 
     def preprocess(image):
         return torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32)).permute(2, 0, 1)
@@ -415,7 +434,7 @@ def test_demo_without_its_packages_says_what_to_install(run, monkeypatch, tmp_pa
 
 
 def test_as_a_process():
-    command = [sys.executable, "-m", "torchprobe.cli", "layers", "nonsense:x"]
+    command = [sys.executable, "-m", "torchprobe", "layers", "nonsense:x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stdout == ""

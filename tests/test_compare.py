@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import interpret_sets as sets
 import numpy as np
 import pytest
 import torch
+from drawing import stop_drawing
 
-from torchprobe.analysis.correlation import rank_correlation
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.analysis.intervals import bootstrap_interval
-from torchprobe.datasets import Broden, labelled_folder
+from torchprobe.analysis.resampling import bootstrap_interval, rank_correlation
+from torchprobe.datasets import Broden, labeled_folder
 from torchprobe.studies.compare import Comparison, compare, load_results, write
 from torchprobe.studies.interpret import interpret
 
@@ -25,35 +24,29 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
-def _no_plots() -> Iterator[None]:
-    """test_interpret.py looks at those of one encoder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchprobe.studies.interpret.write.write_plots", lambda *_: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, _no_plots: None) -> list[Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("compare")
     images, broden = sets.write_classes(root / "images", each=8), Broden(sets.write_concepts(root / "concepts", 30))
     made = []
-    for seed, role in enumerate(ROLES):
-        model = sets.encoder(seed, f"colours {seed}")
-        if seed:
-            with torch.no_grad():
-                model.visual.mix.bias[sets.OUTLIER] = 40 / (1 + seed)  # type: ignore[union-attr, index]
-        name = HOSTILE if seed == 2 else f"model {seed}"
-        interpret(
-            model,
-            labelled_folder(images, names=sets.CLASSES),
-            root / role,
-            head=sets.head(model),
-            broden=broden,
-            layer_images=0,
-            about={"name": name, "role": role, "backbone": "colours", "pretraining": "none"},
-            published={"imagenet": 60.0 + seed, "imagenet_v2": 50.0 + 2 * seed},
-        )
-        made.append(root / role)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_drawing(patch)  # test_interpret.py looks at the plots
+        for seed, role in enumerate(ROLES):
+            model = sets.encoder(seed, f"colors {seed}")
+            if seed:
+                with torch.no_grad():
+                    model.visual.mix.bias[sets.OUTLIER] = 40 / (1 + seed)  # type: ignore[union-attr, index]
+            name = HOSTILE if seed == 2 else f"model {seed}"
+            interpret(
+                model,
+                labeled_folder(images, names=sets.CLASSES),
+                root / role,
+                head=sets.head(model),
+                broden=broden,
+                layer_images=0,
+                about={"name": name, "role": role, "backbone": "colors", "pretraining": "none"},
+                published={"imagenet": 60.0 + seed, "imagenet_v2": 50.0 + 2 * seed},
+            )
+            made.append(root / role)
     return made
 
 
@@ -116,14 +109,14 @@ def test_long_names_leave_room_for_the_figures(folders: list[Path], tmp_path: Pa
 
 
 def test_models_without_a_common_part(folders: list[Path], tmp_path: Path) -> None:
-    bare = interpret(sets.encoder(), labelled_folder(sets.write_classes(tmp_path / "images", 4)), tmp_path / "bare", layer_images=0)
+    bare = interpret(sets.encoder(), labeled_folder(sets.write_classes(tmp_path / "images", 4)), tmp_path / "bare", layer_images=0)
     other = compare([folders[0], bare.folder])
     assert other.models[1]["accuracy"] is None and other.pairs == [] and other.overlaps == []
     write(other, tmp_path / "out")
 
 
 def test_difference_of_accuracy_has_an_interval_over_images(found: Comparison, folders: list[Path]) -> None:
-    a, b = (load_results(folder).right for folder in folders[:2])
+    a, b = (load_results(folder).correct for folder in folders[:2])
     row = found.pairs[0]
     each = np.array([float(a[name]) - float(b[name]) for name in a])
     assert len(each) == 24 and row["accuracy"] == pytest.approx(each.mean())
@@ -145,7 +138,7 @@ def test_encoders_that_were_not_shown_the_same(folders: list[Path], found: Compa
     assert found.remarks == []
     other = interpret(
         sets.encoder(1, "other"),
-        labelled_folder(sets.write_classes(tmp_path / "images", 5), names=sets.CLASSES),
+        labeled_folder(sets.write_classes(tmp_path / "images", 5), names=sets.CLASSES),
         tmp_path / "out",
         broden=Broden(sets.write_concepts(tmp_path / "concepts", 24)),
         layer_images=0,
@@ -174,8 +167,8 @@ def test_refusals(folders: list[Path], tmp_path: Path) -> None:
         ("{", "is damaged"),
         ("[]", "has format 'list'"),
         ('{"format": 99}', "has format 99"),
-        ('{"format": 1}', "lacks name"),
-        (json.dumps(json.loads((folders[0] / "results.json").read_text()) | {"kurtosis": {}}), "is damaged: KeyError"),
+        ('{"format": 1}', "is damaged: Results lacks 'torchprobe'"),
+        (json.dumps(json.loads((folders[0] / "results.json").read_text()) | {"kurtosis": {}}), "is damaged: kurtosis lacks 'mean'"),
     ):
         (damaged / "results.json").write_text(text)
         with pytest.raises(ValueError, match=message):

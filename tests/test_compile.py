@@ -323,7 +323,7 @@ def test_outputs_of_every_structure_and_their_gradients() -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_gradients_of_several_forwards_before_their_backwards(backend: str) -> None:
-    """And a window that ends between forward and backward: nothing that autograd saved may have changed."""
+    """Also with a window that ends between forward and backward: no tensor saved by autograd may change."""
     model = Net(depth=1)
     recordings = []
     for call in (model, torch.compile(model, backend=backend, fullgraph=True)):
@@ -356,7 +356,9 @@ def test_select_of_a_new_tensor_cannot_give_a_compiled_gradient() -> None:
     model = Net(depth=1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with (
-        pytest.raises(Exception, match=r"layer 'blocks\.0': under torch.compile the gradient can be read only"),
+        pytest.raises(
+            Exception, match=r"layer 'blocks\.0': under torch.compile only the gradient of a tensor that is part of the output can be read"
+        ),
         torchprobe.record(model, "blocks.0", of="gradient", select=lambda out: out[:, :2]),
     ):
         compiled(BATCHES[0])
@@ -390,7 +392,7 @@ def test_export_of_a_recorded_model_leaves_the_operator_out() -> None:
     assert rec["blocks.0"].calls == 1
 
 
-def test_a_state_outlives_no_recorder() -> None:
+def test_a_state_is_freed_with_its_recorder() -> None:
     model = Net(depth=1)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     rec = run(compiled, torchprobe.record(model, "**"))

@@ -28,8 +28,8 @@ def pixels(image: object) -> Tensor:
     return torch.from_numpy(np.array(image)).movedim(2, 0).float() / 255
 
 
-class Colours(nn.Module):
-    """The mean of each colour, and a feature that says nothing."""
+class Colors(nn.Module):
+    """The mean of each color, and a feature that says nothing."""
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.cat([images.mean((2, 3)), images.new_zeros(len(images), 1)], 1)
@@ -52,7 +52,7 @@ def broden(tmp_path_factory: pytest.TempPathFactory) -> Broden:
 @pytest.fixture(scope="module")
 def found(broden: Broden) -> dict[str, Dissection]:
     directions = torch.tensor([[1.0, 0.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])
-    return concepts(Colours(), broden, directions, preprocess=pixels, batch_size=32)
+    return concepts(Colors(), broden, directions, preprocess=pixels, batch_size=32)
 
 
 def test_red_ranks_the_extreme_shades(found: dict[str, Dissection]) -> None:
@@ -73,13 +73,13 @@ def test_the_sign_of_a_direction_means_nothing(found: dict[str, Dissection]) -> 
 def test_another_basis_is_what_dissect_makes_of_it(broden: Broden, found: dict[str, Dissection]) -> None:
     basis = torch.tensor([[0.6, 0.8, 0.0, 0.0], [-0.8, 0.6, 0.0, 0.1], [0.0, 0.0, 1.0, 1.0]])
     turned = in_basis(found[UNITS], basis)
-    direct = dissect(Colours(), "", broden, score="ap", sign="both", basis=basis, preprocess=pixels, batch_size=32)[""]
+    direct = dissect(Colors(), "", broden, score="ap", sign="both", basis=basis, preprocess=pixels, batch_size=32)[""]
     torch.testing.assert_close(turned.average_precision, direct.average_precision, rtol=1e-12, atol=0)
     assert turned.units == 3
 
 
 def test_shuffled_labels_are_what_dissect_makes_of_them(broden: Broden, found: dict[str, Dissection]) -> None:
-    direct = dissect(Colours(), "", broden, score="ap", sign="both", shuffle_labels=0, preprocess=pixels, batch_size=32)[""]
+    direct = dissect(Colors(), "", broden, score="ap", sign="both", shuffle_labels=0, preprocess=pixels, batch_size=32)[""]
     torch.testing.assert_close(found[SHUFFLED].average_precision, direct.average_precision, rtol=1e-12, atol=0)
     assert concept_names(found[SHUFFLED]) == []
 
@@ -114,8 +114,8 @@ def test_overlap_of_models() -> None:
 
 def test_refusals(broden: Broden, found: dict[str, Dissection]) -> None:
     with pytest.raises(ValueError, match="must be \\(directions, 4\\)"):
-        concepts(Colours(), broden, torch.ones(2, 3), preprocess=pixels)
-    bare = dissect(Colours(), "", broden, score="ap", preprocess=pixels)[""]
+        concepts(Colors(), broden, torch.ones(2, 3), preprocess=pixels)
+    bare = dissect(Colors(), "", broden, score="ap", preprocess=pixels)[""]
     with pytest.raises(ValueError, match="keep_scores=True"):
         in_basis(bare, torch.eye(4))
     with pytest.raises(ValueError, match="row 1 .* is zero"):

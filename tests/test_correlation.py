@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from torchprobe.analysis.correlation import rank_correlation
+from torchprobe.analysis.resampling import rank_correlation
 
 
 @pytest.mark.parametrize("n", [3, 4, 10, 57])

@@ -1,6 +1,6 @@
-"""The CUDA sources through the CUDA compiler, for every architecture: no spills, and no warning that is not accepted here by name.
+"""The CUDA compiler accepts the CUDA sources for every architecture, without spills, and with no warnings except those listed here.
 
-The kernels are compiled once, for the wheel; this looks at what the compilers said."""
+The kernels are compiled once, for the wheel; these tests read the messages of the compilers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from wheels import Build
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-ACCEPTED = {  # part of a warning → why it is none
+ACCEPTED = {  # part of a warning → why it is harmless
     "Local memory used for function": "frames of the calls into the slow paths and the merge; the loops over elements touch none of it",
 }
-# Those of the tools, and of the compilers about our own sources; PyTorch has a folder csrc, too.
+# Warnings of the tools, and of the compilers about our own sources; PyTorch also has a folder csrc.
 WARNING = re.compile(r"^.*(?:ptxas|nvcc|cicc|nvlink|fatbinary) warning.*$|^.*(?<!torch/)\bcsrc/\S+[:(]\d+.*\bwarning\b.*$", re.MULTILINE)
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""Layers that never fired, cause by cause."""
+"""The causes of layers that never fired."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_model_was_entered_by_another_method() -> None:
 
     model = Clip()
     text = report(torchprobe.record(model), lambda: model.encode_image(X))
-    assert "'': the model was entered by another method than forward; its layers are recorded all the same" in text
+    assert "'': the model was entered through another method than forward; its layers are recorded nevertheless" in text
     assert text.startswith("torchprobe: 1 of 7 layers")
 
 
@@ -73,17 +73,17 @@ def test_a_forward_that_raised() -> None:
             model(X)
 
     text = report(torchprobe.record(model, ["a", "b"]), run)
-    assert "'b': the forward raised before it was reached" in text
+    assert "'b': the forward raised an error before it was reached" in text
     assert "'a'" not in text
 
 
 def test_only_the_other_mode() -> None:
     model = mlp()
     text = report(torchprobe.record(model, "0", when="eval"), lambda: model(X))
-    assert 'when="eval", but it was called in train mode only; call model.eval()' in text
+    assert 'when="eval", but it was only called in train mode; call model.eval()' in text
     model.eval()
     text = report(torchprobe.record(model, "0", when="train"), lambda: model(X))
-    assert 'when="train", but it was called in eval mode only; call model.train()' in text
+    assert 'when="train", but it was only called in eval mode; call model.train()' in text
 
 
 def test_only_while_paused() -> None:
@@ -94,7 +94,7 @@ def test_only_while_paused() -> None:
         with recorder.paused():
             model(X)
 
-    assert "every call came while the recorder was paused" in report(recorder, run)
+    assert "it was only called while the recorder was paused" in report(recorder, run)
 
 
 def test_no_backward_no_gradient() -> None:
@@ -112,25 +112,25 @@ def test_a_forward_without_gradients() -> None:
 def test_only_empty_batches() -> None:
     model = mlp()
     text = report(torchprobe.record(model, "0"), lambda: [model(X[:0]) for _ in range(3)])
-    assert "its 3 calls brought empty batches, or batches that the mask leaves out" in text
+    assert "its 3 calls had empty batches, or batches that the mask leaves out" in text
 
 
 def test_every_read_the_wrong_calls() -> None:
     model = mlp()
     text = report(torchprobe.record(model, "0", every=4), lambda: [model(X[:n]) for n in (0, 5, 5, 5, 0, 5)])
-    assert "every=4 read 2 of its 6 calls, which brought empty batches" in text
+    assert "every=4 read 2 of its 6 calls, which had empty batches" in text
 
 
-def test_no_tensor_in_a_layer_that_nobody_named() -> None:
+def test_no_tensor_in_a_layer_selected_by_default() -> None:
     model = Calls(lambda self, x: str(self.blocks[0](x)), blocks=mlp())
     text = report(torchprobe.record(model), lambda: model(X))
     assert "'': it holds no floating-point tensor with features; pick one with select=" in text
 
 
-def test_no_patch_tokens_in_a_layer_that_nobody_named() -> None:
+def test_no_patch_tokens_in_a_layer_selected_by_default() -> None:
     model = Calls(lambda self, x: self.blocks(x)[:, 0], blocks=mlp())
     text = report(torchprobe.record(model, positions="patch"), lambda: model(X[None]))
-    assert "'': it has one vector per input, so no positions=\"patch\"" in text
+    assert "'': it has one vector per input, but positions=\"patch\" needs tokens" in text
 
 
 def test_called_in_backward_only() -> None:
@@ -139,7 +139,7 @@ def test_called_in_backward_only() -> None:
     y = x * 2
     y.register_hook(lambda grad: model(grad))
     text = report(torchprobe.record(model, "0"), lambda: y.sum().backward())
-    assert "it was called during backward only, which is taken for the recomputation of an activation checkpoint" in text
+    assert "it was only called during backward, which counts as the recomputation of an activation checkpoint" in text
 
 
 @COMPILER_WARNINGS
@@ -149,7 +149,7 @@ def test_a_compiled_graph_that_ran_before_the_hooks(monkeypatch: pytest.MonkeyPa
     fast(X)
     monkeypatch.setattr(compiled, "drop_graphs", lambda classes: 0)  # as if the compiler had hidden it
     text = report(torchprobe.record(fast, "inner.*"), lambda: fast(X))
-    assert "it runs inside a compiled graph that was made before the hooks; call torch.compiler.reset()" in text
+    assert "it runs inside a compiled graph that was created before the hooks; call torch.compiler.reset()" in text
     assert len(text.splitlines()) == 7
 
 
@@ -168,4 +168,4 @@ def test_a_compiled_graph_that_was_not_run_to_its_end() -> None:
         with pytest.raises(RuntimeError, match="out of luck"):
             fast(X)
 
-    assert "it is part of a compiled graph that was made but not run to its end" in report(torchprobe.record(fast, "inner.0"), run)
+    assert "it is part of a compiled graph that was created, but did not run to its end" in report(torchprobe.record(fast, "inner.0"), run)

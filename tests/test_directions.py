@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchprobe.analysis import blocks as blocks_module
-from torchprobe.analysis.directions import centred, privileged_directions, split
+from torchprobe.analysis import inputs as blocks_module
+from torchprobe.analysis.directions import centered, privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.outliers import outlier_features
 from torchprobe.encoders import Head
@@ -148,9 +148,9 @@ def test_gaps_tell_which_directions_are_determined():
     assert privileged_directions(torch.ones(1, 1), torch.ones(1, 1)).gaps().isnan().all()
 
 
-def test_a_centred_head_says_the_same_differences():
+def test_a_centered_head_says_the_same_differences():
     whole = Head(torch.randn(9, 13) + 5, torch.randn(9) + 3, normalize=True, names=[str(i) for i in range(9)])
-    less = centred(whole)
+    less = centered(whole)
     assert less.normalize and less.names == whole.names
     wide = whole.weight.detach().double()
     torch.testing.assert_close(less.weight.double(), wide - wide.mean(0), rtol=0, atol=1e-6)
@@ -163,7 +163,7 @@ def test_a_centred_head_says_the_same_differences():
     first = privileged_directions(whole, h)
     assert first.singular_values[0] > 3 * first.singular_values[1]  # what all classes share
     assert found.singular_values[0] < 3 * found.singular_values[1]
-    assert centred(torch.randn(3, 4)).bias is None
+    assert centered(torch.randn(3, 4)).bias is None
 
 
 # -- splitting images ----------------------------------------------------------------------------------------------------

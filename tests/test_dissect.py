@@ -203,7 +203,7 @@ def test_parts_of_a_data_set_merge_to_the_whole(broden, tmp_path):
     whole = dissect(Net(), "norm", broden, preprocess=preprocess, batch_size=1, keep_scores=True, top=3)["norm"]
     parts = [
         dissect(
-            Net(), "norm", broden, preprocess=preprocess, batch_size=1, keep_scores=True, top=3, images=rows,
+            Net(), "norm", broden, preprocess=preprocess, batch_size=1, keep_scores=True, top=3, rows=rows,
             thresholds={"norm": whole.thresholds},
         )["norm"]
         for rows in (range(13), range(13, len(broden)))
@@ -224,7 +224,7 @@ def tensors(value):
 
 def test_merging_needs_the_same_question(broden):
     def one(rows, **options):
-        return dissect(Net(), "norm", broden, preprocess=preprocess, images=rows, **options)["norm"]
+        return dissect(Net(), "norm", broden, preprocess=preprocess, rows=rows, **options)["norm"]
 
     with pytest.raises(ValueError, match="other thresholds"):
         one(range(5), score="iou").merge(one(range(5, 9), score="iou"))

@@ -10,7 +10,9 @@ from torch import nn
 
 from torchprobe.datasets import Broden, DatasetError
 from torchprobe.dissection import dissect
-from torchprobe.dissection.taps import Taps
+from torchprobe.dissection.taps import find_sites
+from torchprobe.recording import select_layers
+from torchprobe.recording.reader import LayerReader
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +59,9 @@ def test_layers_that_cannot_be_read():
             return x
 
     for layer, message in (("unused", "'unused' is not called"), ("text", "gives no tensor"), ("volume", "neither maps, nor tokens")):
-        with Taps(Odd(), layer) as taps, pytest.raises(ValueError, match=message):
-            taps.sites(torch.zeros(1, 3, 8, 8))
+        model = Odd()
+        with LayerReader(model, select_layers(model, layer)) as reader, pytest.raises(ValueError, match=message):
+            find_sites(reader, torch.zeros(1, 3, 8, 8))
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------------
@@ -75,8 +78,8 @@ def test_layers_that_cannot_be_read():
         ({"minimum_area": 2.0}, "share between 0 and 1"),
         ({"top": -1}, "top must be"),
         ({"batch_size": 0}, "at least 1, got 0"),
-        ({"images": [0, 0]}, "distinct rows"),
-        ({"images": [10**6]}, "distinct rows"),
+        ({"rows": [0, 0]}, "distinct rows"),
+        ({"rows": [10**6]}, "distinct rows"),
         ({"preprocess": None}, "give preprocess="),
         ({"basis": "sideways"}, "\"rotation\", got 'sideways'"),
         ({"basis": torch.eye(5)}, r"must be \(directions, 12\), got \(5, 5\)"),
@@ -84,7 +87,7 @@ def test_layers_that_cannot_be_read():
         ({"basis": {"conv1": torch.eye(12)}}, "'conv1', which is not dissected"),
         ({"thresholds": {"norm": torch.zeros(3)}}, r"thresholds of shape \(12,\), got \(3,\)"),
         ({"layers": "nrom"}, "did you mean 'norm'"),
-        ({"quantile": 1.5}, "quantile must lie between"),
+        ({"quantile": 1.5}, "quantile must be between"),
     ],
 )
 def test_arguments_that_do_not_fit(broden, options, message):

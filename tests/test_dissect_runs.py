@@ -13,10 +13,10 @@ from broden_sets import write_trap_set
 from processes import FORKS, free_port
 from torch import distributed
 
-from torchprobe.common.progress import Clock
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import Clock
 from torchprobe.dissection import Dissection
-from torchprobe.dissection.walk import Checkpoint, Rows, Walk, clear_checkpoint
+from torchprobe.dissection.walk import Checkpoint, ImageVectors, Walk, clear_checkpoint
 from torchprobe.statistics import TopInputs
 
 
@@ -120,13 +120,13 @@ def test_a_checkpoint_is_of_one_dissection(root, tmp_path):
 
 def walk(folder, ranks, batches=4, resume=True):
     checkpoint = Checkpoint(folder, {}, resume, 0, ranks)
-    return Walk("thresholds", {"top": lambda: TopInputs(1, 2)}, {"rows": Rows(7, 1)}, batches, 2, ranks, checkpoint)
+    return Walk("thresholds", {"top": lambda: TopInputs(1, 2)}, {"rows": ImageVectors(7, 1)}, batches, 2, ranks, checkpoint)
 
 
 def step(walk, batch):
     ids = torch.arange(2 * batch, min(2 * batch + 2, 7))
     walk.statistics["top"].update(ids[:, None].float(), ids=ids)
-    walk.rows["rows"].put(2 * batch, ids[:, None].float())
+    walk.vectors["rows"].put(2 * batch, ids[:, None].float())
     walk.finished(batch)
 
 
@@ -136,17 +136,17 @@ def test_what_was_merged_before_an_interruption_counts_once(tmp_path):
         for batch in (0, 2):
             step(first, batch)
         (tmp_path / "thresholds-rank0.safetensors").rename(tmp_path / "thresholds-rank1.safetensors")
-        second = Walk("thresholds", first._make, first.rows, 4, 2, ranks, first.checkpoint)
+        second = Walk("thresholds", first._make, first.vectors, 4, 2, ranks, first.checkpoint)
         assert second.mine() == [1, 3] and not (tmp_path / "thresholds-rank1.safetensors").exists()
         (tmp_path / "thresholds-rank1.safetensors").write_bytes((tmp_path / "thresholds-rank0.safetensors").read_bytes())
         step(second, 1)  # rank 0 goes on, while the file of rank 1 is still there, as after a kill
         third = walk(tmp_path, ranks)
         assert third.mine() == [3] and third.statistics["top"].inputs == 6
-        assert third.rows["rows"].values[:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
+        assert third.vectors["rows"].vectors[:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
         step(third, 3)
         third.merge()
         assert third.statistics["top"].ids.tolist() == [[6, 5]]
-        assert third.rows["rows"].values[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
+        assert third.vectors["rows"].vectors[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_files_that_overlap_are_refused(tmp_path):
@@ -156,7 +156,7 @@ def test_files_that_overlap_are_refused(tmp_path):
             for batch in batches:
                 step(fresh, batch)
         (tmp_path / "other/thresholds-rank0.safetensors").rename(tmp_path / "one/thresholds-rank1.safetensors")
-        with pytest.raises(ValueError, match="another file of the folder has seen too"):
+        with pytest.raises(ValueError, match="another file of the folder has seen as well"):
             walk(tmp_path / "one", ranks)
 
 
@@ -177,7 +177,7 @@ def test_clearing_deletes_nothing_else(root, tmp_path):
 
 def test_the_time_left(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("torchprobe.common.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("torchprobe.common.runs.time.monotonic", lambda: now[0])
     told = []
     clock = Clock(told.append, stages=2)
     clock.start("thresholds", 40, 100)  # 40 were done before

@@ -8,7 +8,9 @@ import pytest
 from broden_sets import write_trap_set
 from dissection_models import Net, preprocess
 
-from torchprobe.dissection import Dissection
+from torchprobe.datasets import Broden, BrodenWriter
+from torchprobe.dissection import Dissection, Progress, dissect
+from torchprobe.studies import dissect as study
 from torchprobe.studies.dissect import dissect_folder, file_names
 
 
@@ -68,3 +70,53 @@ def test_file_names_never_meet():
         "..": "output",
         "": "output-2",
     }
+
+
+@pytest.mark.parametrize("batches", [0, 3, 5])
+def test_stopped_and_resumed(root, tmp_path, batches):
+    """16 images are 4 batches in each of two passes."""
+    whole = dissect_folder(Net(), root, "norm", tmp_path / "whole", preprocess=preprocess, batch_size=4)
+    told = []
+    with pytest.raises(KeyboardInterrupt):
+        dissect_folder(
+            Net(), root, "norm", tmp_path / "out", preprocess=preprocess, batch_size=4,
+            progress=told.append, stop=lambda: len(told) == batches,
+        )  # fmt: skip
+    assert len(told) == batches
+    resumed = []
+    found = dissect_folder(
+        Net(), root, "norm", tmp_path / "out", preprocess=preprocess, batch_size=4, resume=True, progress=resumed.append, stop=lambda: False
+    )
+    assert found == whole
+    assert len([progress for progress in resumed if progress.stage != "labels"]) == 8 - batches
+
+
+def test_stopped_while_labels_are_read(root, tmp_path):
+    stages = []
+    with pytest.raises(KeyboardInterrupt):
+        dissect(
+            Net(), "norm", Broden(root), preprocess=preprocess,
+            progress=lambda progress: stages.append(progress.stage), stop=lambda: stages[-1:] == ["labels"],
+        )  # fmt: skip
+    assert stages.count("labels") == 1
+
+
+def test_rows_and_summary(root, tmp_path):
+    found = dissect(Net(), "norm", Broden(root), preprocess=preprocess)["norm"]
+    assert [row["unit"] for row in found.rows()] == [row.unit for row in found.best("iou")]
+    assert found.rows("gain")[0]["score"] == found.best("gain")[0].score
+    assert found.summary()["best"] == found.rows()[:20]
+    assert len(found.summary((0.5,))["concepts"]) == 1
+
+
+def test_old_names_warn_and_work(root, tmp_path):
+    broden = Broden(root)
+    with pytest.warns(DeprecationWarning, match="dissect: the argument 'images' is deprecated, use 'rows'"):
+        found = dissect(Net(), "norm", broden, preprocess=preprocess, images=[1, 2])["norm"]
+    assert found.images.tolist() == [1, 2]
+    with pytest.warns(DeprecationWarning, match=r"use Dissection.summary\(\)"):
+        assert study.summary(found) == found.summary()
+    with pytest.warns(DeprecationWarning, match=r"use torchprobe.common.runs.Progress"):
+        assert study.Progress is Progress
+    with pytest.warns(DeprecationWarning, match="BrodenWriter: the argument 'unlabelled' is deprecated, use 'unlabeled'"):
+        assert BrodenWriter(tmp_path / "set", {"object": ["sky"]}, unlabelled=(0, 9)).unlabeled == {0, 9}

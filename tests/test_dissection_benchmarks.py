@@ -1,4 +1,4 @@
-"""The contestants of the dissection benchmark compute the same numbers, and its synthetic Broden is like one."""
+"""The contestants of the dissection benchmark compute the same numbers, and its synthetic Broden resembles the real one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are no part of the installed package
+sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not part of the installed package
 
 from benchmarks import dissection, dissection_full, synthetic_broden
 from torchprobe.dissection import LabelBatch, Overlap, dissect
@@ -25,7 +25,7 @@ def case():
 
 def test_overlaps_are_the_same(case):
     maps, thresholds, broden = case
-    labels = [[part for part in broden.image_labels(i) if part[0] in ("color", "object")] for i in range(4)]  # of these each pixel has two
+    labels = [[part for part in broden.image_labels(i) if part[0] in ("color", "object")] for i in range(4)]  # each pixel has two of these
     ours = Overlap(thresholds, broden.primary, 6)
     ours.update(maps, LabelBatch.pack(labels, [(112, 112)] * 4))
     batched = dissection._interpolate(maps, thresholds, labels)
@@ -53,14 +53,14 @@ def test_the_section_runs():
     assert all(row.extrapolated and row.timing.median > 0 for row in section.rows)
 
 
-def test_the_synthetic_data_set_is_like_broden():
+def test_the_synthetic_data_set_resembles_broden():
     broden = synthetic_broden.SyntheticBroden(600)
     presence = broden.presence()
     assert 13 < len(presence.number) / 600 < 20  # labels an image
     assert len(broden.labels) == synthetic_broden.LABELS and len({label.number for label in broden.labels}) == synthetic_broden.LABELS
     entries = presence.number[presence.crow[7] : presence.crow[8]].tolist()
     assert entries == sorted({int(n) for _, found in broden.image_labels(7) for n in found.unique()})
-    found = dissect(synthetic_broden.GeneratedMaps(8), "maps", broden, preprocess=synthetic_broden.number, images=range(50))["maps"]
+    found = dissect(synthetic_broden.GeneratedMaps(8), "maps", broden, preprocess=synthetic_broden.number, rows=range(50))["maps"]
     assert found.counts.truth.sum() > 0 and found.scores is None and len(found.scores or []) == 0
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import dissection_of_before as before
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from torchprobe.datasets.broden import Label
-from torchprobe.dissection import Dissection
+from torchprobe.dissection import Dissection, dissect
 from torchprobe.dissection.average_precision import Support
 from torchprobe.dissection.overlap import Counts
 from torchprobe.dissection.ranking import Ranking
@@ -76,8 +78,8 @@ def change(path, tensors=None, values=None, metadata=None):
         ({"tensors": {"counts/activation": None}}, "'counts/activation': missing"),
         ({"tensors": {"average_precision": torch.full((2, 2), 1.5, dtype=torch.float64)}}, "numbers from 0 to 1"),
         ({"tensors": {"p_values": None}}, "'p_values': missing"),
-        ({"tensors": {"ranking/crow": torch.tensor([0, 2, 1, 1])}}, "no rows of a matrix"),
-        ({"tensors": {"ranking/column": torch.tensor([2])}}, "no rows of a matrix"),
+        ({"tensors": {"ranking/crow": torch.tensor([0, 2, 1, 1])}}, "expected the rows of a matrix"),
+        ({"tensors": {"ranking/column": torch.tensor([2])}}, "expected the rows of a matrix"),
         ({"values": {"ranking": {"sign": "?"}}}, "unknown sign"),
     ],
 )
@@ -92,9 +94,45 @@ def test_files_that_cannot_be_believed(tmp_path, what, message):
 
 def test_other_files(tmp_path):
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         Dissection.load(tmp_path / "text")
     with pytest.raises(FileNotFoundError, match="no such file"):
         Dissection.load(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="no folder"):
         small().save(tmp_path / "none" / "a.safetensors")
+
+
+# -- files of the version before ---------------------------------------------------------------------------------------------
+
+
+def test_files_of_the_version_before_load_and_are_written_the_same(tmp_path):
+    broden = before.write_set(tmp_path)
+    saved = Dissection.load(before.DATA / "maps.safetensors")
+    found = dissect(before.Pixels(), "maps", broden, **before.OPTIONS)["maps"]
+    assert saved == found and saved.ranking is not None
+    saved.save(tmp_path / "again.safetensors")
+    with safe_open(before.DATA / "maps.safetensors", "pt") as old, safe_open(tmp_path / "again.safetensors", "pt") as new:
+        assert sorted(old.keys()) == sorted(new.keys()) and old.metadata() == new.metadata()
+    for name, score in (("maps.csv", "iou"), ("maps-ap.csv", "ap")):
+        assert saved.to_csv(tmp_path / name, score=score).read_bytes() == (before.DATA / name).read_bytes()
+
+
+def test_a_presence_cache_of_the_version_before_is_used(tmp_path, monkeypatch):
+    broden = before.write_set(tmp_path)
+    computed = before.write_set(tmp_path / "other").presence()
+    monkeypatch.setattr(type(broden), "image_labels", None)  # no label map is read
+    cached = broden.presence(before.DATA / "presence.safetensors")
+    for name in ("crow", "number", "area"):
+        assert torch.equal(getattr(cached, name), getattr(computed, name))
+
+
+def test_a_checkpoint_of_the_version_before_is_resumed(tmp_path):
+    broden = before.write_set(tmp_path)
+    shutil.copytree(before.DATA / "checkpoint", tmp_path / "checkpoint")
+    seen = []
+    resumed = dissect(
+        before.Pixels(), "maps", broden, checkpoint=tmp_path / "checkpoint", resume=True,
+        progress=lambda progress: seen.append((progress.stage, progress.done)), **before.OPTIONS,
+    )["maps"]  # fmt: skip
+    assert seen[:2] == [("overlap", 6), ("overlap", 7)]
+    assert resumed == Dissection.load(before.DATA / "maps.safetensors")

@@ -63,7 +63,7 @@ def test_the_same_best_labels_and_order(golden):
     best = best_labels(iou, category, len(categories))
     for c, name in enumerate(categories):
         for row, label, value in zip(rows, best.label[:, c].tolist(), best.iou[:, c].tolist(), strict=True):
-            if value > 0:  # where all are 0 the original says the first label, or the unlabelled
+            if value > 0:  # where all are 0 the original says the first label, or "unlabeled"
                 assert names[label - 1] == (c, row[f"{name}-label"])
     overall = best.iou.max(1)
     for row, c, score in zip(rows, overall.indices.tolist(), overall.values.tolist(), strict=True):

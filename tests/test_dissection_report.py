@@ -23,11 +23,12 @@ from torchprobe.rendering.dissection_page import (
     DissectionPage,
     Shown,
     UnitRow,
+    outline,
+    reduced,
     render_dissection,
     thumbnail,
     write_dissection,
 )
-from torchprobe.rendering.outline import outline, reduced
 from torchprobe.rendering.tables import Column
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
@@ -75,7 +76,7 @@ def test_an_outline_is_numbers_and_commands_only():
     assert re.fullmatch(r"[Mhvz \d-]*", outline(np.random.default_rng(1).random((30, 30)) < 0.5))
 
 
-def test_reduced_takes_the_centres():
+def test_reduced_takes_the_centers():
     mask = np.arange(112 * 64).reshape(112, 64)
     np.testing.assert_array_equal(reduced(mask, 56), mask[1::2, 1::2])
     assert reduced(mask, 200) is not mask
@@ -215,7 +216,7 @@ def shown_units(path):
 
 def test_regions_and_concepts_are_those_that_were_counted(made, tmp_path):
     broden, net, d = made
-    _, data, order = shown_units(write_report(d, tmp_path / "a.html", broden, net, images=4))
+    _, data, order = shown_units(write_report(d, tmp_path / "a.html", broden, net, top_images=4))
     best = {row.unit: row for row in d.best()}
     for unit, pictures in zip(order, data["units"], strict=True):
         ids = [row for row in d.top[0][unit, :4].tolist() if row >= 0]
@@ -267,7 +268,7 @@ def test_the_page_states_its_choices(made, tmp_path):
 
 def test_the_wording_is_correlational(made, tmp_path):
     text = Tags(write_report(made[2], tmp_path / "a.html", made[0], made[1]).read_text(encoding="utf-8")).text.lower()
-    assert "go along with" in text
+    assert "coincide with" in text
     for claim in ("signature of", "because of", "responsible for", "proves", "understands"):
         assert claim not in text
 
@@ -275,7 +276,7 @@ def test_the_wording_is_correlational(made, tmp_path):
 def test_average_precision_alone_on_a_pooled_vector(made, tmp_path):
     broden, net, _ = made
     d = dissect(net, ["3"], broden, score="ap", batch_size=5)["3"]
-    text, data, order = shown_units(write_report(d, tmp_path / "a.html", broden, net, images=2))
+    text, data, order = shown_units(write_report(d, tmp_path / "a.html", broden, net, top_images=2))
     assert sorted(order) == list(range(6))
     assert all(region is None for unit in data["units"] for _, _, region, *_ in unit)
     assert "chance" in Tags(text).text
@@ -305,6 +306,24 @@ def test_without_pictures(made, tmp_path):
     assert HOSTILE not in text
 
 
+def test_the_old_name_of_the_number_of_images_warns(made, tmp_path):
+    broden, net, d = made
+    with pytest.warns(DeprecationWarning, match="write_report: the argument 'images' is deprecated, use 'top_images'"):
+        old = d.report(tmp_path / "a.html", broden, net, images=2)
+    _, data, _ = shown_units(old)
+    assert {len(pictures) for pictures in data["units"]} == {2}
+
+
+def test_each_image_is_decoded_once(made, tmp_path, monkeypatch):
+    pytest.importorskip("captum", reason="captum is not installed")
+    broden, net, d = made
+    decoded = []
+    image = Broden.image
+    monkeypatch.setattr(Broden, "image", lambda self, row: decoded.append(row) or image(self, row))
+    write_report(d, tmp_path / "a.html", broden, net, top_images=3, evidence=2)
+    assert sorted(decoded) == sorted({row for row in d.top[0][:, :3].flatten().tolist() if row >= 0})
+
+
 # -- evidence ----------------------------------------------------------------------------------------------------------------
 
 
@@ -314,11 +333,13 @@ def test_evidence_adds_up_to_the_score(made):
 
     broden, net, d = made
     net.train()
-    found = evidence(d, 3, broden, net, images=4, n_steps=200)
+    found = evidence(d, 3, broden, net, top_images=4, n_steps=200)
     assert net.training
     assert found.attribution.shape == found.pixels.shape == (4, 3, 32, 32)
     assert found.heat.shape == (4, 32, 32)
     assert found.ids.tolist() == d.top[0][3, :4].tolist()
+    with pytest.warns(DeprecationWarning, match="evidence: the argument 'images' is deprecated, use 'top_images'"):
+        assert len(evidence(d, 3, broden, net, images=1, n_steps=2).ids) == 1
     with torch.no_grad():
         baseline = net[:2](torch.zeros(1, 3, 32, 32))[0, 3].amax()
     # The integral of a gradient along a path is the difference at its ends.
@@ -347,7 +368,7 @@ def test_evidence_refuses_what_is_not_there(made):
     broden, net, d = made
     with pytest.raises(ValueError, match="units 0 to 11"):
         evidence(d, 12, broden, net)
-    with pytest.raises(ValueError, match="no neuron attribution"):
+    with pytest.raises(ValueError, match="not a neuron attribution"):
         attribute(net, "1", 0, torch.rand(1, 3, 32, 32), method="Saliency")
     with pytest.raises(ValueError, match="layer"):
         attribute(net, "nonsense", 0, torch.rand(1, 3, 32, 32))
@@ -357,7 +378,7 @@ def test_the_page_shows_evidence(made, tmp_path):
     pytest.importorskip("captum", reason="captum is not installed")
     broden, net, d = made
     told = []
-    path = write_report(d, tmp_path / "a.html", broden, net, images=2, evidence=1, progress=lambda *steps: told.append(steps))
+    path = write_report(d, tmp_path / "a.html", broden, net, top_images=2, evidence=1, progress=lambda *steps: told.append(steps))
     assert told == [(1, 2), (2, 2)]
     text, data, _ = shown_units(path)
     assert [picture[5] is not None for picture in data["units"][0]] == [True, True]

@@ -39,7 +39,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merged_by(ran: Path, scenario: Scenario) -> torchprobe.Recording | None:
-    """What the ranks saved, which must be the same to the bit."""
+    """The recording that all ranks saved, which must be bitwise the same."""
     folder = ran / scenario.__name__
     errors = [file.read_text() for file in folder.glob("*.error")]
     assert not errors, "\n".join(errors)
@@ -54,7 +54,7 @@ def merged_by(ran: Path, scenario: Scenario) -> torchprobe.Recording | None:
 
 
 def assert_same_table(path: Path, ranks_: int) -> None:
-    """To 1e-9 that of one process that saw all batches."""
+    """The table is within 1e-9 of that of one process that saw all batches."""
     expected = record(Net(), BATCHES).rows()
     files = sorted((path / ranks.same_batches.__name__).glob("*.json"))
     assert len(files) == ranks_
@@ -130,7 +130,9 @@ def test_different_layers_are_an_error_on_every_rank_unless_united(ran: Path) ->
     assert {layer: merged[layer].vectors for layer in merged} == {"blocks.0": 75, "head": 15, "blocks.1": 60}
 
 
-@pytest.mark.parametrize("scenario", [ranks.other_widths, ranks.other_settings, ranks.of_a_part_of_the_ranks], ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "scenario", [ranks.every_statistic, ranks.other_widths, ranks.other_settings, ranks.of_a_part_of_the_ranks], ids=lambda s: s.__name__
+)
 def test_what_does_not_fit_is_an_error_on_every_rank(ran: Path, scenario: Scenario) -> None:
     merged_by(ran, scenario)
 
@@ -163,8 +165,8 @@ def test_a_killed_rank_leaves_a_clear_error_and_the_last_checkpoint(ran: Path) -
     merged_by(ran, ranks.a_rank_is_killed)
     folder = ran / ranks.a_rank_is_killed.__name__
     message = (folder / "message").read_text()
-    assert "all_reduce: rank 0 of 2 had no answer from the others" in message
-    assert "start all of them again (torchrun does), and resume from the last checkpoint" in message
+    assert "all_reduce: rank 0 of 2 got no answer from the others" in message
+    assert "start all processes again (torchrun does), and resume from the last checkpoint" in message
     model = Net()
     rec = torchprobe.record(model, "**")
     rec.load_state_dict(torch.load(folder / "0.pt", weights_only=True))

@@ -15,8 +15,8 @@ from torch import multiprocessing as mp
 from torch.utils.data import TensorDataset
 
 from torchprobe.analysis.embeddings import Embeddings, embed
-from torchprobe.common.digest import digest
-from torchprobe.datasets import DatasetError, Images, LabelledImages, image_folder, labelled_folder
+from torchprobe.common.storage import digest
+from torchprobe.datasets import DatasetError, Images, LabeledImages, image_folder, labeled_folder
 from torchprobe.encoders import Encoder
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
@@ -74,7 +74,7 @@ def counted(encoder):
 
 
 def test_every_image_once_with_its_label(photos):
-    encoder, images = small_encoder(), labelled_folder(photos)
+    encoder, images = small_encoder(), labeled_folder(photos)
     found = embed(encoder, images, batch_size=4)
     encoder.eval()
     for h, y, name in zip(found.h, found.y, found.ids, strict=True):
@@ -90,12 +90,12 @@ def test_every_image_once_with_its_label(photos):
 
 def test_images_without_labels_have_none(photos):
     found = embed(small_encoder(), image_folder(photos), batch_size=5)
-    assert (found.y == -1).all() and len(found.labelled()) == 0 and len(found) == 21
+    assert (found.y == -1).all() and len(found.labeled()) == 0 and len(found) == 21
 
 
 def test_classes_and_groups_are_taken_over(photos):
-    plain = labelled_folder(photos)
-    images = LabelledImages(plain.paths, plain.root, plain.labels, classes=(0, 1, 4), groups={1: (1, 4)})
+    plain = labeled_folder(photos)
+    images = LabeledImages(plain.paths, plain.root, plain.labels, classes=(0, 1, 4), groups={1: (1, 4)})
     found = embed(small_encoder(), images)
     assert found.classes == (0, 1, 4) and found.groups == {1: (1, 4)}
 
@@ -170,7 +170,7 @@ def test_half_precision_and_nonfinite_rows_are_kept():
         (nn.Flatten(), Items((torch.ones(1), -2)), DatasetError, "the label of item 0 of the data set is -2"),
         (nn.Flatten(), Items(torch.ones(1), torch.ones(2)), DatasetError, r"0 becomes \(1,\), 1 \(2,\); resize and crop"),
         (nn.Flatten(), Items(OSError("gone"), OSError()), DatasetError, "none of the 2 images could be read; the first, 0: OSError: gone"),
-        (nn.Identity(), Items(torch.ones(2, 2)), ValueError, r"the encoder gave torch.float32 \(1, 2, 2\) for 1 images; expected"),
+        (nn.Identity(), Items(torch.ones(2, 2)), ValueError, r"the encoder returned torch.float32 \(1, 2, 2\) for 1 images; expected"),
         (nn.Identity(), Items(torch.ones(2, dtype=torch.int64)), ValueError, "torch.int64"),
     ],
 )  # fmt: skip
@@ -188,7 +188,7 @@ def test_batches_and_workers_must_be_at_least_one(photos):
 
 
 def test_progress_and_stop(photos, tmp_path):
-    images, told = labelled_folder(photos), []
+    images, told = labeled_folder(photos), []
     embed(small_encoder(), images, batch_size=10, progress=lambda *done: told.append(done))
     assert told == [(10, 23), (20, 23), (23, 23)]
     path = tmp_path / "e.safetensors"
@@ -215,7 +215,7 @@ def test_an_interruption_keeps_what_is_there(photos, tmp_path):
 
         return stop
 
-    images = labelled_folder(photos)
+    images = labeled_folder(photos)
     assert len(embed(small_encoder(), images, batch_size=4, stop=interrupt(2))) == 8 - 1
     with pytest.raises(KeyboardInterrupt):
         embed(small_encoder(), images, path=tmp_path / "e.safetensors", stop=interrupt(0))
@@ -225,10 +225,10 @@ def test_an_interruption_keeps_what_is_there(photos, tmp_path):
 
 
 def test_a_file_holds_the_same_and_is_mapped(photos, tmp_path):
-    images, path = labelled_folder(photos), tmp_path / "e.safetensors"
+    images, path = labeled_folder(photos), tmp_path / "e.safetensors"
     whole = embed(small_encoder(), images, batch_size=4)
     found = embed(small_encoder(), images, batch_size=4, path=path)
-    assert same(found, whole) and same(Embeddings.load(path), whole) and found.made == whole.made
+    assert same(found, whole) and same(Embeddings.load(path), whole) and found.provenance == whole.provenance
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == [path.name]
     if Path("/proc/self/maps").exists():
         assert str(path) in Path("/proc/self/maps").read_text()
@@ -240,7 +240,7 @@ def test_a_file_holds_the_same_and_is_mapped(photos, tmp_path):
 
 def halfway(photos, path, batches=3):
     asked = []
-    embed(small_encoder(), labelled_folder(photos), batch_size=4, path=path, stop=lambda: asked.append(1) or len(asked) > batches)
+    embed(small_encoder(), labeled_folder(photos), batch_size=4, path=path, stop=lambda: asked.append(1) or len(asked) > batches)
     return path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.progress")
 
 
@@ -306,7 +306,7 @@ def add_to_the_part(part, progress):  # rows whose line was not written any more
     ],
 )  # fmt: skip
 def test_a_run_goes_on_after_its_last_whole_batch(photos, tmp_path, damage):
-    images, path = labelled_folder(photos), tmp_path / "e.safetensors"
+    images, path = labeled_folder(photos), tmp_path / "e.safetensors"
     part, progress = halfway(photos, path)
     batches, told = damage(part, progress), []
     found = embed(small_encoder(), images, batch_size=4, path=path, progress=lambda *done: told.append(done))
@@ -388,13 +388,13 @@ def other_preprocessing(photos):
 
 
 def other_labels(photos):
-    plain = labelled_folder(photos)
-    return {"dataset": LabelledImages(plain.paths, plain.root, [1 - y for y in plain.labels])}, "another data: {"
+    plain = labeled_folder(photos)
+    return {"dataset": LabeledImages(plain.paths, plain.root, [1 - y for y in plain.labels])}, "another data: {"
 
 
 def other_classes(photos):
-    plain = labelled_folder(photos)
-    return {"dataset": LabelledImages(plain.paths, plain.root, plain.labels, classes=(0, 1))}, "another data: {"
+    plain = labeled_folder(photos)
+    return {"dataset": LabeledImages(plain.paths, plain.root, plain.labels, classes=(0, 1))}, "another data: {"
 
 
 def no_labels(photos):
@@ -403,7 +403,7 @@ def no_labels(photos):
 
 def a_changed_file(photos):
     picture().save(photos / "a" / "00.png")
-    return {"dataset": labelled_folder(photos)}, "another data: {"
+    return {"dataset": labeled_folder(photos)}, "another data: {"
 
 
 def other_data(photos):
@@ -420,7 +420,7 @@ def other_data(photos):
 )  # fmt: skip
 def test_a_file_of_something_else_is_refused_with_what_differs(photos, tmp_path, change, finished):
     path = tmp_path / "e.safetensors"
-    given = {"encoder": small_encoder(), "dataset": labelled_folder(photos), "batch_size": 4}
+    given = {"encoder": small_encoder(), "dataset": labeled_folder(photos), "batch_size": 4}
     if finished:
         embed(**given, path=path)
     else:
@@ -438,7 +438,7 @@ def test_no_other_file_is_replaced(photos, tmp_path):
     path = tmp_path / "precious.txt"
     path.write_text("precious")
     for resume in (True, False):
-        with pytest.raises(ValueError, match="precious.txt is no safetensors file"):
+        with pytest.raises(ValueError, match="precious.txt is not a safetensors file"):
             embed(small_encoder(), image_folder(photos), path=path, resume=resume)
     assert path.read_text() == "precious"
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -446,7 +446,7 @@ def test_no_other_file_is_replaced(photos, tmp_path):
     part = embed(small_encoder(), image_folder(photos), stop=iter([False, True]).__next__, batch_size=4)
     part.save(tmp_path / "part.safetensors")
     assert Embeddings.load(tmp_path / "part.safetensors").partial
-    with pytest.raises(ValueError, match="holds part of the embeddings only"):
+    with pytest.raises(ValueError, match="holds only a part of the embeddings"):
         embed(small_encoder(), image_folder(photos), batch_size=4, path=tmp_path / "part.safetensors")
 
 
@@ -490,7 +490,7 @@ def spoil_names(header, body):
         (lambda h, b: h["__metadata__"].update(values='{"made": 3}'), "'made': expected dict, got int"),
         (lambda h, b: h["__metadata__"].update(values='{"made": {}, "classes": ["a"]}'), "is damaged"),
         (lambda h, b: h["__metadata__"].update(values='{"made": {}, "groups": {"1": [0]}}'), "is damaged: the label of a group"),
-        (lambda h, b: b[:-3], "is no safetensors file"),
+        (lambda h, b: b[:-3], "is not a safetensors file"),
     ],
 )
 def test_damaged_files_are_named_with_the_part(tmp_path, edit, message):
@@ -509,7 +509,7 @@ def test_a_file_with_too_few_names_is_damaged(tmp_path):
         Embeddings.load(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         Embeddings.load(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="beyond"):
+    with pytest.raises(ValueError, match="is above 2³¹ − 1"):
         Embeddings(torch.randn(1, 8), torch.tensor([1 << 31]), ["a"]).save(path)
 
 
@@ -531,7 +531,7 @@ def test_select():
     cut = e.select(slice(1, 4))
     assert cut.ids == ["1", "2", "3"] and cut.h.untyped_storage().data_ptr() == e.h.untyped_storage().data_ptr()
     assert len(e.select([])) == 0 and e.select([]).nonfinite == 0
-    assert e.labelled().ids == ["1", "2", "4", "5"] and e.labelled().labelled().ids == ["1", "2", "4", "5"]
+    assert e.labeled().ids == ["1", "2", "4", "5"] and e.labeled().labeled().ids == ["1", "2", "4", "5"]
     for index, message in (
         (mask[:3], "a bool for each of the 6 rows"),
         ([6], "indices of the 6 rows"),
@@ -547,13 +547,13 @@ def test_merge():
     assert whole.ids == [str(i) for i in range(8)] and whole.h.shape == (8, 3) and whole.skipped == [("x", "gone"), ("z", "torn")]
     for other, message in (
         (embeddings(d=4, first=9), "of 3 and 4 features"),
-        (embeddings(first=9, classes=(1,)), "other classes"),
-        (embeddings(first=5), "3 images in common, such as '5'"),
+        (embeddings(first=9, classes=(1,)), "different classes"),
+        (embeddings(first=5), "3 common images, such as '5'"),
     ):
         with pytest.raises(ValueError, match=message):
             whole.merge(other)
-    with pytest.raises(ValueError, match="another weights: 'a' and 'b'"):
-        embeddings(made={"weights": "a"}).merge(embeddings(first=9, made={"weights": "b"}))
+    with pytest.raises(ValueError, match="different weights: 'a' and 'b'"):
+        embeddings(provenance={"weights": "a"}).merge(embeddings(first=9, provenance={"weights": "b"}))
 
 
 @pytest.mark.parametrize(
@@ -563,7 +563,7 @@ def test_merge():
         ((torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), ["a"] * 3), "torch.int64"),
         ((torch.zeros(3, 2), torch.zeros(3), ["a"] * 3), "expected 3 whole numbers as labels, got torch.float32"),
         ((torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64), ["a"] * 3), r"got torch.int64 \(2,\)"),
-        ((torch.zeros(3, 2), torch.tensor([0, 1, -2]), ["a"] * 3), "or -1 where it is not known, got -2"),
+        ((torch.zeros(3, 2), torch.tensor([0, 1, -2]), ["a"] * 3), "or -1 if unknown, got -2"),
         ((torch.zeros(3, 2), torch.tensor([0, 1, 2]), ["a"]), "expected 3 ids, got 1"),
     ],
 )
@@ -589,7 +589,7 @@ def _rank(rank, size, port, photos, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, timeout=timedelta(minutes=1))
     try:
-        encoder, images = small_encoder(), labelled_folder(photos)
+        encoder, images = small_encoder(), labeled_folder(photos)
         seen = []
         encoder.visual.register_forward_hook(lambda module, args, output: seen.append(len(output)))
         told = []
@@ -624,7 +624,7 @@ def test_ranks_share_the_batches_and_all_have_the_whole(photos, tmp_path, size):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        alone = embed(small_encoder(), labelled_folder(photos), batch_size=4)
+        alone = embed(small_encoder(), labeled_folder(photos), batch_size=4)
     finally:
         torch.set_num_threads(threads)
     mp.start_processes(_rank, (size, free_port(), photos, folder), nprocs=size, start_method=FORKS.get_start_method())

@@ -85,7 +85,7 @@ def test_the_representation_times_the_head_is_the_model():
         torch.testing.assert_close(model.head(encoder(x)), model(x))
 
 
-def test_open_clip_gives_the_projected_image_before_normalisation(tmp_path, tiny_clip):
+def test_open_clip_gives_the_projected_image_before_normalization(tmp_path, tiny_clip):
     torch.save(
         {"epoch": 3, "name": "run", "state_dict": {f"module.{k}": v for k, v in tiny_clip.state_dict().items()}},
         tmp_path / "clip.pt",
@@ -153,7 +153,7 @@ def test_weights_that_cannot_be_fetched_name_the_cache_and_the_flag(monkeypatch,
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(function, offline)
-    with pytest.raises(EncoderError, match=r"Name or service not known.*looked for in .*(hub|checkpoints).*--checkpoint"):
+    with pytest.raises(EncoderError, match=r"Name or service not known.*local caches are .*(hub|checkpoints).*--checkpoint"):
         load_encoder(name)
 
 
@@ -165,8 +165,24 @@ def test_nothing_is_left_on_the_root_logger(tiny_clip):
 
 def test_an_encoder_must_pool():
     encoder = Encoder(nn.Conv2d(3, 4, 1), features=4, preprocess=lambda x: x, name="maps")
-    with pytest.raises(EncoderError, match=r"maps gave \(1, 4, 8, 8\)"):
+    with pytest.raises(EncoderError, match=r"maps returned \(1, 4, 8, 8\), expected \(images, 4\)"):
         encoder(torch.zeros(1, 3, 8, 8))
+
+
+def test_a_new_source_takes_one_function_and_one_line(monkeypatch, tmp_path):
+    from torchprobe.encoders import load
+    from torchprobe.encoders.encoder import Built
+
+    def from_mine(name, model, pretrained):
+        visual = nn.Sequential(nn.Flatten(), nn.Linear(12, int(model)))
+        return Built(Encoder(visual, features=int(model), preprocess=lambda image: image, name=name), ("head.weight", "head.bias"))
+
+    monkeypatch.setitem(load.SOURCES, "mine", from_mine)
+    assert load_encoder("mine:5", pretrained=False).name == "mine:5 (random weights)"
+    torch.save({"1.weight": torch.ones(5, 12), "1.bias": torch.zeros(5), "head.weight": torch.ones(2, 5)}, tmp_path / "w.pt")
+    encoder = load_encoder("mine:5", tmp_path / "w.pt")
+    assert encoder(torch.ones(1, 3, 2, 2)).tolist() == [[12.0] * 5]
+    assert encoder.head.weight.shape == (2, 5) and not encoder.head.normalize
 
 
 # -- local weights -----------------------------------------------------------------------------------------------------
@@ -238,6 +254,17 @@ def test_a_head_of_any_width_is_left_aside(tmp_path):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(source.fc(encoder(x)), source(x))
+
+
+def test_keys_to_ignore_and_the_old_name_of_the_argument(tmp_path):
+    weights = Tower().state_dict() | {"head.weight": torch.zeros(2, 4)}
+    torch.save(weights, tmp_path / "w.pt")
+    with pytest.raises(EncoderError, match=r"1 unexpected: head\.weight"):
+        load_weights(Tower(), tmp_path / "w.pt")
+    load_weights(target := Tower(), tmp_path / "w.pt", ignore=["head.weight"])
+    assert torch.equal(target.stem.weight, weights["stem.weight"])
+    with pytest.warns(DeprecationWarning, match="load_weights: the argument 'aside' is deprecated, use 'ignore'"):
+        load_weights(Tower(), tmp_path / "w.pt", aside=["head.weight"])
 
 
 def test_an_encoder_that_is_there_twice_is_refused(tmp_path):

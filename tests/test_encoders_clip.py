@@ -66,7 +66,7 @@ def double_head(clip, names):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 256])
-def test_text_is_embedded_before_normalisation(clip, encoder, batch_size):
+def test_text_is_embedded_before_normalization(clip, encoder, batch_size):
     texts = [caption for name in NAMES for caption in captions(name)]
     tokens = open_clip.get_tokenizer("tiny-digits")(texts)
     assert tokens.shape == (28, 16)
@@ -158,7 +158,7 @@ def test_the_head_can_be_trained_and_saved(encoder, tmp_path):
         ("tench", ["{}"], "classnames: expected a list"),
         (["tench"], [], "templates: expected a list with at least one entry"),
         (["tench"], "a {}", "templates: expected a list"),
-        (["tench"], ["a photo"], "where the class name goes, got 'a photo'"),
+        (["tench"], ["a photo"], "in the place of the class name, got 'a photo'"),
     ],
 )
 def test_what_makes_no_head(encoder, names, templates, message):
@@ -200,7 +200,7 @@ def test_a_custom_text_tower_takes_the_old_names(clip, tmp_path):
 @pytest.mark.parametrize(
     ("keep", "reason"),
     [
-        (lambda key: key.startswith("visual."), r"lacks it: give a checkpoint of the whole CLIP model.*load_head"),
+        (lambda key: key.startswith("visual."), r"lacks it: use a checkpoint of the whole CLIP model.*load_head"),
         (lambda key: not key.startswith("transformer."), r"lacks 24 of its 29 keys \(transformer\.resblocks\.0"),
     ],
 )
@@ -247,7 +247,7 @@ def test_openais_files_want_quick_gelu(folder, clip, tmp_path):
 
 def test_tokens_beyond_the_vocabulary(folder):
     encoder = load_encoder("open_clip:tiny-words", pretrained=False)
-    with pytest.raises(EncoderError, match=r"tokens up to 49407, its text tower knows 64: set vocab_size"):
+    with pytest.raises(EncoderError, match=r"tokens up to 49407, its text tower has 64: set vocab_size"):
         encoder.encode_text(["a cat"])
 
 

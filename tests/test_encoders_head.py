@@ -1,4 +1,4 @@
-"""The classification layer that an encoder loses is kept beside it. Weights are random, put where the libraries look for them."""
+"""The classification layer that an encoder loses becomes its head. Weights are random, stored where the libraries look for them."""
 
 import copy
 
@@ -153,8 +153,8 @@ def test_a_checkpoint_without_a_head_or_with_another(tmp_path):
     torch.save(backbone, tmp_path / "bare.pth")
     assert load_encoder("torchvision:resnet18", tmp_path / "bare.pth").head is None
     inner = {f"encoder.{key}": value for key, value in backbone.items()}
-    torch.save(inner | {"head.weight": torch.ones(3, 512), "head.bias": torch.zeros(3)}, tmp_path / "beside.pth")
-    assert load_encoder("torchvision:resnet18", tmp_path / "beside.pth").head.out_features == 3
+    torch.save(inner | {"head.weight": torch.ones(3, 512), "head.bias": torch.zeros(3)}, tmp_path / "outside.pth")
+    assert load_encoder("torchvision:resnet18", tmp_path / "outside.pth").head.out_features == 3
     torch.save(inner | {"head.weight": torch.ones(3, 99)}, tmp_path / "narrow.pth")
     assert load_encoder("torchvision:resnet18", tmp_path / "narrow.pth").head is None
     projection = {"head.0.weight": torch.ones(512, 512), "head.2.weight": torch.ones(128, 512)}

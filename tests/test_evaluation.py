@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from torchprobe.analysis.decisions import predict, settle
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.analysis.evaluation import evaluate, right
-from torchprobe.analysis.heads import as_head, normalizes, weight_and_bias
+from torchprobe.analysis.evaluation import evaluate, is_correct
+from torchprobe.analysis.inputs import as_head, normalizes, weight_and_bias
 from torchprobe.encoders import Head
 
 
@@ -39,13 +39,13 @@ def hostile():
     far = randn(60, 16, seed=2) + 1e4
     symmetric = torch.cat([randn(30, 8, seed=3)] * 2, dim=1)
     symmetric = (symmetric + symmetric.flip(1)) / 2
-    cancelling = torch.tensor([[1e8, 1.0, -1e8, 0.0], [1e8, 0.0, -1e8, 1.0], [0.0, 0.75, 0.0, 0.0]])
+    canceling = torch.tensor([[1e8, 1.0, -1e8, 0.0], [1e8, 0.0, -1e8, 1.0], [0.0, 0.75, 0.0, 0.0]])
     return {
         "ties of whole numbers": (small[:12], None, small),
         "ties with a bias": (small[:12], small[:12, 0], small),
         "close rows and an offset": (randn(1, 16, seed=6) + 1e-6 * near, None, far),
         "another order": (near, None, symmetric),
-        "cancellation": (cancelling, None, torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0 + 2**-20], [1.0, 0.0, 1.0, 0.0]])),
+        "cancellation": (canceling, None, torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0 + 2**-20], [1.0, 0.0, 1.0, 0.0]])),
         "zeros": (near, None, torch.zeros(3, 16)),
         "zeros with a bias": (near, torch.arange(20.0) % 7, torch.zeros(3, 16)),
         "zero weights": (torch.zeros(5, 16), None, far),
@@ -93,7 +93,7 @@ def test_large_heads_are_cut_into_blocks(monkeypatch):
     assert torch.equal(whole, predict(weight, None, h))
 
 
-def test_normalising_matters_only_with_a_bias():
+def test_normalizing_matters_only_with_a_bias():
     weight, bias, h = randn(20, 16), randn(20, seed=1) * 0.3, randn(300, 16, seed=2) * 30
     h[5] = 0
     reference = (functional.normalize(h.double()) @ weight.double().T + bias.double()).argmax(1)
@@ -136,8 +136,8 @@ def test_classes_restrict_the_choice():
     [
         ((torch.eye(3), None, torch.zeros(2, 4)), r"got \(3, 3\) and \(2, 4\)"),
         ((torch.eye(3), None, torch.zeros(3)), r"got \(3, 3\) and \(3,\)"),
-        ((torch.eye(3), None, torch.zeros(2, 3), [0, 3]), r"class 3 is no row of the head, which has 3 \(0 to 2\)"),
-        ((torch.eye(3), None, torch.zeros(2, 3), [-1]), "class -1 is no row"),
+        ((torch.eye(3), None, torch.zeros(2, 3), [0, 3]), r"class 3 is not a row of the head, which has 3 rows \(0 to 2\)"),
+        ((torch.eye(3), None, torch.zeros(2, 3), [-1]), "class -1 is not a row"),
         ((torch.eye(3), None, torch.zeros(2, 3), []), "at least one"),
         ((torch.eye(3), None, torch.zeros(2, 3), [1, 1]), "got 2 of which 1 are distinct"),
         ((torch.eye(3), None, torch.zeros(2, 3), [1, 2], False, 3), "top must be between 1 and the number of classes, 2, got 3"),
@@ -173,9 +173,9 @@ def test_what_a_head_may_be():
     assert torch.equal(weight, linear.weight) and torch.equal(bias, linear.bias) and not weight.requires_grad
     assert weight_and_bias(torch.eye(3).half())[0].dtype == torch.float32
     assert weight_and_bias(torch.eye(3).double())[0].dtype == torch.float64
-    normalising = Head(torch.eye(3), normalize=True, names=["a", "b", "c"])
-    assert normalizes(normalising) and not normalizes(linear) and not normalizes(torch.eye(3))
-    assert as_head(normalising) is normalising
+    normalizing = Head(torch.eye(3), normalize=True, names=["a", "b", "c"])
+    assert normalizes(normalizing) and not normalizes(linear) and not normalizes(torch.eye(3))
+    assert as_head(normalizing) is normalizing
     x = randn(5, 4)
     assert torch.equal(as_head(linear)(x), linear(x)) and isinstance(as_head(linear), Head)
 
@@ -220,7 +220,7 @@ def test_accuracy_is_sklearns():
 def test_rows_without_a_label_and_labels_outside_the_classes_are_left_out_and_counted():
     h = torch.eye(4)[[0, 1, 2, 3, 1, 0]]
     found = evaluate(torch.eye(4), embeddings(h, [0, 1, -1, 3, 2, 1], classes=(0, 1, 2)))
-    assert (found.n, found.unlabelled, found.outside) == (4, 1, 1)
+    assert (found.n, found.unlabeled, found.outside) == (4, 1, 1)
     assert found.rows.tolist() == [0, 1, 4, 5] and found.predicted.tolist() == [0, 1, 1, 0]
     assert found.accuracy == 0.5 and found.classes == (0, 1, 2)
     assert found.per_class.tolist() == [1.0, 0.5, 0.0] and found.images.tolist() == [1, 2, 1]
@@ -251,17 +251,17 @@ def test_rows_that_stand_for_the_same_class():
     assert torch.equal(found.correct, expected)
     assert set(found.predicted.tolist()) == {0, 1, 2, 3, 5}
     assert found.per_class[0] == expected[y == 0].double().mean() and found.per_class[3].isnan()
-    assert right(torch.tensor([[3, -1], [0, 1]]), torch.tensor([[0], [3]]), {0: (0, 3)}).tolist() == [[True, False], [True, False]]
+    assert is_correct(torch.tensor([[3, -1], [0, 1]]), torch.tensor([[0], [3]]), {0: (0, 3)}).tolist() == [[True, False], [True, False]]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"y": [0, 4, 1]}, r"label 4 \(of '1'\) is no row of the head, which has 3 \(0 to 2\)"),
-        ({"y": [-1, -1, -1]}, "nothing to evaluate: of 3 rows 3 have no label and 0"),
-        ({"y": [0, 0, -1], "classes": (1, 2)}, "of 3 rows 1 have no label and 2 one that is not among the classes"),
-        ({"y": [0, 0, 0], "groups": {1: (1, 7)}}, "class 1 stands for row 7, which the head, with 3 rows, does not have"),
-        ({"y": [0, 0, 0], "classes": (0, 9)}, "class 9 is no row of the head"),
+        ({"y": [0, 4, 1]}, r"label 4 \(of '1'\) is not a row of the head, which has 3 rows \(0 to 2\)"),
+        ({"y": [-1, -1, -1]}, "nothing to evaluate: of 3 rows 3 have no label, and the class of 0 is not among"),
+        ({"y": [0, 0, -1], "classes": (1, 2)}, "of 3 rows 1 have no label, and the class of 2 is not among the classes"),
+        ({"y": [0, 0, 0], "groups": {1: (1, 7)}}, "class 1 stands for row 7, but the head has only 3 rows"),
+        ({"y": [0, 0, 0], "classes": (0, 9)}, "class 9 is not a row of the head"),
     ],
 )
 def test_evaluations_refuse(given, message):

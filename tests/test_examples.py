@@ -1,4 +1,4 @@
-"""The examples run as their own docstrings say, shortened."""
+"""The examples run as their docstrings say, with shorter settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def run(monkeypatch, name: str, *arguments: object, run_name: str = "__main__") -> dict:
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    monkeypatch.syspath_prepend(str(EXAMPLES))  # where a script finds its neighbours
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # where a script finds the modules next to it
     return runpy.run_path(str(EXAMPLES / name), run_name=run_name)
 
 
@@ -56,7 +56,7 @@ FINETUNE = ("finetune.py", "--digits", "--epochs", 2, "--window", 5, "--save", 1
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of fine-tuning that nothing interrupts."""
+    """An uninterrupted run of fine-tuning."""
     needs("sklearn", "open_clip", "torchvision", "jinja2", "matplotlib")
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -81,11 +81,11 @@ def test_finetune_records_every_block_and_ends_with_the_map(whole):
 
 
 @pytest.mark.slow("starts the training as a process, then resumes it")
-def test_finetune_killed_and_resumed_is_as_if_never_interrupted(monkeypatch, whole, tmp_path):
+def test_finetune_killed_and_resumed_equals_an_uninterrupted_run(monkeypatch, whole, tmp_path):
     command = [sys.executable, str(EXAMPLES / FINETUNE[0]), *map(str, FINETUNE[1:]), "--output", str(tmp_path)]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            if line.startswith("step 15 "):  # later than the last checkpoint, so the log has lines that must go
+            if line.startswith("step 15 "):  # after the last checkpoint, so the log has lines that must be removed
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
@@ -102,8 +102,8 @@ def test_finetune_resumed_when_finished_reports_again(monkeypatch, whole, tmp_pa
     assert_same_run(whole, tmp_path)
 
 
-def test_another_recipe_is_not_resumed(monkeypatch, whole):
-    with pytest.raises(SystemExit, match=r"was made with another recipe: epochs 3 instead of 2, lr 0.1 instead of 0.002\. Resume with"):
+def test_a_different_recipe_is_not_resumed(monkeypatch, whole):
+    with pytest.raises(SystemExit, match=r"has a different recipe: epochs 3 instead of 2, lr 0.1 instead of 0.002\. Resume with"):
         run(monkeypatch, *FINETUNE, "--epochs", 3, "--lr", 0.1, "--output", whole, "--resume")
 
 
@@ -113,7 +113,7 @@ def test_finetune_on_two_processes_gives_the_history_of_one(whole, tmp_path):
     one, two = (torchprobe.load(folder / "recording.safetensors") for folder in (whole, tmp_path))
     assert one.history.steps == two.history.steps and one.layers == two.layers
     np.testing.assert_array_equal(one.history["vectors"], two.history["vectors"])
-    # Gradients are summed in another order, and training lets that grow.
+    # Gradients are summed in another order, and training amplifies the difference.
     np.testing.assert_allclose(two.history["vector_kurtosis"][0], one.history["vector_kurtosis"][0], rtol=1e-5)
     np.testing.assert_allclose(two.history["vector_kurtosis"], one.history["vector_kurtosis"], rtol=0.05)
 
@@ -133,7 +133,7 @@ def test_finetune_a_clip_model_on_folders_starts_from_its_zero_shot_head(monkeyp
     clip = open_clip.create_model("tiny-finetuned", pretrained=None)
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
     rng = np.random.default_rng(0)
-    for name, value in (("dark_grey", 60), ("light_grey", 190)):
+    for name, value in (("dark_gray", 60), ("light_gray", 190)):
         (tmp_path / "train" / name).mkdir(parents=True)
         for i in range(6):
             pixels = (value + rng.integers(-20, 20, (20, 24, 3))).astype(np.uint8)
@@ -148,7 +148,7 @@ def test_finetune_a_clip_model_on_folders_starts_from_its_zero_shot_head(monkeyp
     from safetensors.torch import load_file
 
     encoder = torchprobe.load_encoder("open_clip:tiny-finetuned", checkpoint=tmp_path / "clip.pt")
-    head = encoder.zero_shot_head(["dark grey", "light grey"])  # the learning rate was 0
+    head = encoder.zero_shot_head(["dark gray", "light gray"])  # the learning rate was 0
     torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")["head.weight"], 100 * head.weight, rtol=1e-5, atol=1e-6)
     tuned = torchprobe.load_encoder("open_clip:tiny-finetuned", checkpoint=tmp_path / "out" / "model.safetensors")
     assert torch.equal(tuned.visual.proj, encoder.visual.proj)
@@ -167,9 +167,9 @@ def test_the_recipe_of_fine_tuning(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--train is needed"),
-        (("--train", "x"), "--encoder is needed"),
-        (("--digits", "--save", 7), "--save 7 is no multiple of --window 5"),
+        ((), "give --train or --digits"),
+        (("--train", "x"), "give --encoder or --digits"),
+        (("--digits", "--save", 7), "--save 7 is not a multiple of --window 5"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(monkeypatch, capsys, arguments, message):
@@ -207,8 +207,8 @@ def test_the_recipe_of_supervised_training(monkeypatch, tmp_path):
 # -- the others --------------------------------------------------------------------------------------------------------
 
 
-def test_train_with_kurtosis_resumes_as_if_never_interrupted(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
+def test_train_with_kurtosis_resumed_equals_an_uninterrupted_run(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("sklearn", reason="scikit-learn provides the digits")
     run(monkeypatch, "train_with_kurtosis.py", "--epochs", 3, "--output", tmp_path / "whole")
     run(monkeypatch, "train_with_kurtosis.py", "--epochs", 2, "--output", tmp_path / "parts")
     run(monkeypatch, "train_with_kurtosis.py", "--epochs", 3, "--output", tmp_path / "parts", "--resume")

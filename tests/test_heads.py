@@ -77,7 +77,7 @@ def test_there_and_back(tmp_path, layer, normalize, bias, names):
     assert [file.name for file in tmp_path.iterdir()] == ["head.safetensors"]
 
 
-def test_the_caller_has_the_last_word_on_normalisation(tmp_path, layer):
+def test_the_caller_has_the_last_word_on_normalization(tmp_path, layer):
     Head(layer.weight, normalize=True).save(tmp_path / "head.safetensors")
     assert not load_head(tmp_path / "head.safetensors", 6, normalize=False).normalize
     torch.save(layer.state_dict(), tmp_path / "head.pt")

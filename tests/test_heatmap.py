@@ -13,8 +13,9 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from matplotlib.colors import to_rgb
 from test_rendering import HOSTILE, Tags
 
+from torchprobe.rendering.axes import ACCENT, BAND
 from torchprobe.rendering.heatmap import LEVELS, MOST, _shades, heat_map
-from torchprobe.rendering.plots import ACCENT, BAND, svg, write
+from torchprobe.rendering.plots import svg, write
 
 
 def ticks(axis):
@@ -61,7 +62,7 @@ def area(patches):
     return np.abs((corners[:, 1, 0] - corners[:, 0, 0]) * (corners[:, 2, 1] - corners[:, 1, 1])).sum()
 
 
-def test_the_colour_bar_has_the_limits():
+def test_the_color_bar_has_the_limits():
     (bar,) = heat_map([[0.2, 0.4]], ["a"], ["b", "c"], "CKA", limits=(0, 1)).axes[0].child_axes
     assert bar.get_ylim() == (0, 1)
     assert bar.get_ylabel() == "CKA"
@@ -70,7 +71,7 @@ def test_the_colour_bar_has_the_limits():
     assert bar.get_yscale() == "log"
 
 
-def test_neighbours_of_very_many_are_averaged():
+def test_neighbors_of_very_many_are_averaged():
     values = np.arange(4.0 * MOST).reshape(2, -1)
     values[0, 1] = math.nan
     figure = heat_map(values, ["a", "b"], range(2 * MOST), "value", column_label="step")
@@ -103,7 +104,7 @@ def test_a_page_may_show_it():
         text = svg(heat_map(values, HOSTILE, HOSTILE, name, row_label=name, column_label=name), name)
         assert not {"script", "img", "image", "style", "foreignobject", "a"} & set(Tags(text).tags)
         assert "://" not in text and "data:" not in text
-        assert not re.findall(r"#[0-9a-f]{6}\b", re.sub(r'(id|href)="[^"]*"|url\([^)]*\)', "", text))  # the page's colours, light or dark
+        assert not re.findall(r"#[0-9a-f]{6}\b", re.sub(r'(id|href)="[^"]*"|url\([^)]*\)', "", text))  # the page's colors, light or dark
     assert BAND not in text
 
 

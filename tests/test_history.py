@@ -21,7 +21,7 @@ from torchprobe.statistics.moments import FIELDS
 
 
 class Copies(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what would wait for a device, and what goes from one to the host."""
+    """Counts operations that would wait for a device, and copies from a device to the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def test_windows_history_and_total() -> None:
     assert rec["blocks.1"].vectors == 15
     assert {row["step"] for row in rec.history.rows()} == {10, 20, 30}
     assert len(rec.history.rows()) == 12
-    with pytest.raises(KeyError, match="'kurtosis' is no field of the history; it has vectors"):
+    with pytest.raises(KeyError, match="'kurtosis' is not a field of the history; it has vectors"):
         rec.history["kurtosis"]
 
 
@@ -125,7 +125,7 @@ def test_nan_shows_at_its_step_and_layer() -> None:
     assert rec.history["nonfinite"].tolist() == [[0, 0, 0], [0, 15, 90], [0, 15, 90]]
 
 
-def test_every_counts_on_through_windows() -> None:
+def test_every_continues_through_windows() -> None:
     model, data = Net(), batches(7)
     with torchprobe.record(model, "head", every=3) as rec:
         for x in data[:4]:
@@ -138,7 +138,7 @@ def test_every_counts_on_through_windows() -> None:
     assert rec.total["head"].calls == rec["head"].calls == 7
     np.testing.assert_allclose(rec.total["head"].mean, record(model, [data[0], data[3], data[6]], "head")["head"].mean)
     rec.snapshot(1)
-    assert rec._entries()[0].closed.calls == 7  # not 4 + 7: the counter of the window goes on
+    assert rec._entries()[0].closed.calls == 7  # not 4 + 7: the counter of the window continues
 
 
 def test_reset_forgets_everything() -> None:
@@ -154,11 +154,11 @@ def test_reset_forgets_everything() -> None:
     assert_equal(rec, record(model, data[1:], every=2))
 
 
-# -- on a device that exists in name only: nothing can be read from its tensors, so whatever would wait for one is an error -----
+# -- on a fake device: nothing can be read from its tensors, so anything that would wait for it is an error ------------------
 
 
 class Event:
-    """Of a copy that takes as long as the test says."""
+    """The event of a copy that takes as long as the test decides."""
 
     done = False
 
@@ -174,7 +174,7 @@ class Event:
 
 @pytest.fixture
 def on_a_fake_device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[torchprobe.Recorder]:
-    """A running recorder whose states lie on ``cuda:0``."""
+    """A running recorder whose states are on ``cuda:0``."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(FakeTensor, "numpy", lambda self: np.zeros(self.shape))
@@ -208,11 +208,11 @@ def test_one_copy_for_metrics_and_none_that_waits_for_windows(on_a_fake_device: 
             rec.snapshot(step)
         rec.reset()
     assert not seen.waits
-    assert seen.to_host == [False, False]  # one for each full block, and nobody waits
+    assert seen.to_host == [False, False]  # one for each full block, and none waits
 
 
 def tensors() -> int:
-    """Bytes of all tensors alive; a fake one counts for what it would take, those of unknown size that the compiler left for nothing."""
+    """Bytes of all tensors alive. A fake tensor counts with the size it would have, one of unknown size does not count."""
     gc.collect()
     found = [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
     return sum(value.nbytes for value in found if all(type(size) is int for size in value.shape))
@@ -227,11 +227,11 @@ def test_a_device_holds_one_block_however_many_windows_close(on_a_fake_device: t
         rec.snapshot(step)
         if step % transfer.BLOCK == 0:
             sizes.append(tensors())
-    assert sizes[3:] == sizes[3:4] * 6  # from when the bound is reached
+    assert sizes[3:] == sizes[3:4] * 6  # once the limit is reached
     assert (len(rec.history), rec.history.dropped) == (10, 8 * transfer.BLOCK - 9)
 
 
-# -- a bound -------------------------------------------------------------------------------------------------------------------
+# -- a limit -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("keep", "block"), [(1, 64), (3, 64), (3, 2), (7, 3), (100, 4)])
@@ -243,7 +243,7 @@ def test_the_newest_windows_are_kept(monkeypatch: pytest.MonkeyPatch, keep: int,
             model(x)
             rec.snapshot(step)
             everything.snapshot(step)
-            if step % 5 == 3:  # reading in between changes nothing
+            if step % 5 == 3:  # reading must change nothing
                 assert len(rec.history.values) == min(keep, step + 1)
     kept = min(keep, 17)
     assert rec.history.steps == list(range(17))[-kept:]
@@ -296,6 +296,21 @@ def test_a_bounded_history_is_saved_and_resumed(tmp_path: Any) -> None:
     assert (loaded.history.steps, loaded.history.dropped) == ([5, 6, 7, 8], 5)
     second.reset()
     assert (second.history.keep, second.history.dropped, len(second.history)) == (4, 0, 0)
+
+
+def test_steps_are_finite_numbers(tmp_path: Any) -> None:
+    model = Net()
+    with torchprobe.record(model, "head") as rec:
+        for step in (np.int64(3), np.float32(4.5), 5):
+            model(batches(1)[0])
+            rec.snapshot(step)
+        for wrong in (True, "6", math.inf, None):
+            with pytest.raises(TypeError, match="a step is a finite number, got"):
+                rec.snapshot(wrong)
+    assert rec.history.steps == [3, 4.5, 5]
+    assert [type(step) for step in rec.history.steps] == [int, float, int]
+    rec.save(tmp_path / "run.safetensors")
+    assert torchprobe.load(tmp_path / "run.safetensors").history.steps == [3, 4.5, 5]
 
 
 @pytest.mark.parametrize("keep", [0, -1, 2.0, True, "all"])

@@ -143,11 +143,11 @@ def plots():
 
 
 @pytest.fixture
-def history():
+def heatmap():
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    from torchprobe.rendering import history
+    from torchprobe.rendering import heatmap
 
-    return history
+    return heatmap
 
 
 def run(steps: int = 4, snapshot_at: int = 10) -> torchprobe.Recorder:
@@ -165,9 +165,9 @@ def painted(axes, x: float, y: float) -> float:
     return sum(patch.get_alpha() or 0 for patch in axes.patches if patch.get_path().contains_point((x, y), radius=0))
 
 
-def test_the_map_has_layers_as_rows_and_steps_as_columns(history):
+def test_the_map_has_layers_as_rows_and_steps_as_columns(heatmap):
     values = [[3.0, 4.0, 5.0], [3.0, 40.0, 5.0]]
-    axes = history.history_map(values, [100, 200], ["blocks.0", "blocks.1", ""]).axes[0]
+    axes = heatmap.history_map(values, [100, 200], ["blocks.0", "blocks.1", ""]).axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "output"]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["100", "200"]
     assert axes.get_xlabel() == "step"
@@ -176,12 +176,12 @@ def test_the_map_has_layers_as_rows_and_steps_as_columns(history):
     assert shades[1, 0] < shades[2, 0] < shades[1, 1]
 
 
-def test_windows_with_nonfinite_values_are_crossed_and_silent_ones_hatched(history):
+def test_windows_with_nonfinite_values_are_crossed_and_silent_ones_hatched(heatmap):
     values = np.full((3, 2), 3.0)
     values[1, 0] = math.nan
     marked = np.zeros((3, 2), bool)
     marked[2, 1] = True
-    axes = history.history_map(values, [0, 1, 2], ["a", "b"], marked=marked).axes[0]
+    axes = heatmap.history_map(values, [0, 1, 2], ["a", "b"], marked=marked).axes[0]
     (crosses,) = [line for line in axes.lines if line.get_marker() == "x"]
     assert (crosses.get_xdata().tolist(), crosses.get_ydata().tolist()) == ([2], [1])
     hatched = [patch for patch in axes.patches if patch.get_hatch()]
@@ -199,25 +199,25 @@ def test_windows_with_nonfinite_values_are_crossed_and_silent_ones_hatched(histo
         ([0, 1], ["0", "1"]),
     ],
 )
-def test_steps_are_round_numbers_where_they_lie(history, steps, labels):
-    axes = history.history_map(np.full((len(steps), 1), 3.0), steps, ["a"], width=6).axes[0]
+def test_steps_are_round_numbers_where_they_lie(heatmap, steps, labels):
+    axes = heatmap.history_map(np.full((len(steps), 1), 3.0), steps, ["a"], width=6).axes[0]
     assert [text.get_text() for text in axes.get_xticklabels()] == labels
     if len(steps) == 50:
         np.testing.assert_allclose(axes.get_xticks(), [9.01, 19.01, 29.01, 39.01])
 
 
-def test_a_long_run_is_averaged_and_its_steps_stay_in_place(history):
+def test_a_long_run_is_averaged_and_its_steps_stay_in_place(heatmap):
     steps = list(range(0, 10_000, 10))
     values = np.where(np.arange(1000) < 500, 3.0, 30.0)[:, None]
-    axes = history.history_map(values, steps, ["a"]).axes[0]
+    axes = heatmap.history_map(values, steps, ["a"]).axes[0]
     at = dict(zip((text.get_text() for text in axes.get_xticklabels()), axes.get_xticks(), strict=True))
     assert painted(axes, at["4,000"], 0) < painted(axes, at["6,000"], 0)
     assert abs(at["5,000"] - 125) < 0.5  # four windows to a column
 
 
-def test_a_column_is_the_histogram_of_its_window(history):
+def test_a_column_is_the_histogram_of_its_window(heatmap):
     edges = [2.0, 4.0, 8.0, 16.0]
-    axes = history.layer_over_time([[9, 1, 0], [0, 0, 10], [math.nan] * 3], edges, [0, 1, 2], mean=[3.0, 12.0, math.nan]).axes[0]
+    axes = heatmap.layer_over_time([[9, 1, 0], [0, 0, 10], [math.nan] * 3], edges, [0, 1, 2], mean=[3.0, 12.0, math.nan]).axes[0]
     assert painted(axes, 0, 3) > painted(axes, 0, 6) > painted(axes, 0, 12) and painted(axes, 0, 12) < 0.1
     assert painted(axes, 1, 12) > 1 and painted(axes, 1, 3) < 0.1
     hatched = [patch for patch in axes.patches if patch.get_hatch()]
@@ -226,32 +226,32 @@ def test_a_column_is_the_histogram_of_its_window(history):
     np.testing.assert_array_equal(mean.get_ydata(), [3.0, 12.0, math.nan])
 
 
-def test_one_vector_in_ten_thousand_is_seen(history):
+def test_one_vector_in_ten_thousand_is_seen(heatmap):
     counts = np.zeros((2, 3))
     counts[:, 0], counts[1, 2] = 10_000, 1
-    axes = history.layer_over_time(counts, [2.0, 4.0, 8.0, 16.0], [0, 1]).axes[0]
+    axes = heatmap.layer_over_time(counts, [2.0, 4.0, 8.0, 16.0], [0, 1]).axes[0]
     assert painted(axes, 1, 12) > painted(axes, 0, 12) + 0.05
 
 
-def test_neighbours_of_a_long_run_are_added_up(history):
+def test_neighbors_of_a_long_run_are_added_up(heatmap):
     counts = np.zeros((900, 2))
     counts[:, 0] = 1
     counts[450, :] = (0, 1)
-    axes = history.layer_over_time(counts, [2.0, 4.0, 8.0], list(range(900))).axes[0]
+    axes = heatmap.layer_over_time(counts, [2.0, 4.0, 8.0], list(range(900))).axes[0]
     assert painted(axes, 451, 6) > painted(axes, 400, 6) + 0.05  # windows 450 … 452 are one column
     assert axes.get_xlim() == (-0.5, 899.5)
 
 
 @pytest.mark.parametrize("width", [3.0, 9.0])
-def test_pictures_of_nothing_and_of_hostile_names(history, plots, width, tmp_path):
+def test_pictures_of_nothing_and_of_hostile_names(heatmap, plots, width, tmp_path):
     nothing = np.full((2, 6), math.nan)
     figures = [
-        history.history_map(np.empty((0, 0)), [], [], width=width),
-        history.history_map(nothing, [0, 1], HOSTILE, HOSTILE[0], marked=nothing > 0, width=width),
-        history.history_map(np.zeros((2, 6)), [1e-9, 1e12], HOSTILE, width=width),
-        history.layer_over_time(np.empty((0, BINS)), bin_edges(), [], mean=[], median=[], width=width),
-        history.layer_over_time(np.full((3, BINS), math.nan), bin_edges(), [0, 1, 2], layer=HOSTILE[1], width=width),
-        *(history.layer_over_time(np.eye(2, BINS), bin_edges(), [0, 1], mean=[1, 1], layer=name, width=width) for name in HOSTILE),
+        heatmap.history_map(np.empty((0, 0)), [], [], width=width),
+        heatmap.history_map(nothing, [0, 1], HOSTILE, HOSTILE[0], marked=nothing > 0, width=width),
+        heatmap.history_map(np.zeros((2, 6)), [1e-9, 1e12], HOSTILE, width=width),
+        heatmap.layer_over_time(np.empty((0, BINS)), bin_edges(), [], mean=[], median=[], width=width),
+        heatmap.layer_over_time(np.full((3, BINS), math.nan), bin_edges(), [0, 1, 2], layer=HOSTILE[1], width=width),
+        *(heatmap.layer_over_time(np.eye(2, BINS), bin_edges(), [0, 1], mean=[1, 1], layer=name, width=width) for name in HOSTILE),
     ]
     for figure in figures:
         text = plots.svg(figure, HOSTILE[0])
@@ -259,15 +259,15 @@ def test_pictures_of_nothing_and_of_hostile_names(history, plots, width, tmp_pat
     assert plots.write(figures[-1], tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_page_gives_the_pictures_its_colours(history, plots):
+def test_a_page_gives_the_pictures_its_colors(heatmap, plots):
     rec = run()
     for figure in (rec.history.plot(), rec.history.plot_layer("blocks.1"), rec.plot()):
         text = plots.svg(figure, "a picture")
         assert "var(--accent)" in text and "#1" not in text.replace("url(#", "").replace('"#', "")
 
 
-def test_cells_have_crisp_edges_and_short_numbers(history, plots):
-    text = plots.svg(history.history_map(np.linspace(3, 9, 40).reshape(20, 2), list(range(20)), ["a", "b"]), "map")
+def test_cells_have_crisp_edges_and_short_numbers(heatmap, plots):
+    text = plots.svg(heatmap.history_map(np.linspace(3, 9, 40).reshape(20, 2), list(range(20)), ["a", "b"]), "map")
     cells = re.findall(r'<path d="([^"]*)"([^>]*)', text)
     crisp = [d for d, rest in cells if "crispEdges" in rest]
     assert len(crisp) >= 40 and all(d.endswith("z") for d in crisp)
@@ -277,7 +277,7 @@ def test_cells_have_crisp_edges_and_short_numbers(history, plots):
 
 
 def test_a_notebook_shows_a_figure_without_pyplot(plots):
-    """IPython asks objects for `_repr_png_`; for figures it has a way of its own only when pyplot is imported."""
+    """IPython calls `_repr_png_` of an object; it can show figures by itself only after pyplot was imported."""
     for figure in (run().plot(), run().plot("history")):
         assert figure._repr_png_().startswith(b"\x89PNG")
 
@@ -290,7 +290,7 @@ def test_a_recording_plots_its_history(plots):
     axes = rec.plot("history").axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "2", "output"]
     assert rec.history.plot("std").axes[0].child_axes[0].get_ylabel() == "std"
-    with pytest.raises(KeyError, match="'kurtosis' is no field of the history"):
+    with pytest.raises(KeyError, match="'kurtosis' is not a field of the history"):
         rec.history.plot("kurtosis")
     with pytest.raises(ValueError, match=r'what must be "depth" or "history", got \'blocks.0\'; for one layer: history.plot_layer'):
         rec.plot("blocks.0")

@@ -1,4 +1,4 @@
-"""The traps of forward hooks, one test each. More in test_tensors.py (what layers give), test_compile.py and test_distributed.py."""
+"""The pitfalls of forward hooks, one test each. More in test_tensors.py (outputs of layers), test_compile.py and test_distributed.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _fresh_compiler() -> Iterator[None]:
         torch.compiler.reset()
 
 
-# -- what happens to the hooks themselves --------------------------------------------------------------------------------------
+# -- the hooks themselves --------------------------------------------------------------------------------------
 
 
 def test_no_hook_is_left_after_an_exception_in_the_forward() -> None:
@@ -110,7 +110,7 @@ def test_one_operator_call_and_nothing_else_for_every_hook() -> None:
         assert ops.names == ["torchprobe.observe_.default"] * 4
 
 
-# -- modules with a life of their own --------------------------------------------------------------------------------------------
+# -- modules with special behavior --------------------------------------------------------------------------------------------
 
 
 def test_attention_out_proj_is_never_called() -> None:
@@ -135,7 +135,7 @@ def test_gradient_hooks_leave_attention_its_shortcut() -> None:
     assert rec["attn"].vectors == 5
 
 
-def test_hooks_switch_the_encoder_fast_path_off_and_only_while_recording() -> None:
+def test_hooks_disable_the_encoder_fast_path_only_while_recording() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     calls = []
     layer.linear1.forward = lambda x, f=layer.linear1.forward: (calls.append(1), f(x))[1]  # type: ignore[method-assign]
@@ -205,7 +205,7 @@ def test_data_parallel_replicas_share_the_hooks() -> None:
     assert rec["0"].vectors == 10
 
 
-def test_state_made_in_inference_mode_can_be_updated_later() -> None:
+def test_a_state_created_in_inference_mode_can_be_updated_later() -> None:
     model = mlp()
     with torchprobe.record(model) as rec:
         with torch.inference_mode():
@@ -295,7 +295,7 @@ def test_compiled_around_a_checkpoint_counts_once(of: str) -> None:
 @COMPILER_WARNINGS
 @pytest.mark.parametrize("in_place", [True, False])
 def test_checkpoint_around_a_compiled_block_is_refused(in_place: bool) -> None:
-    """Or counts once: PyTorch 2.10 leaves a block that was compiled in place to Python there, where the second run is passed over."""
+    """Or it counts once: PyTorch 2.10 runs a block that was compiled in place in Python there, and hooks ignore the second run."""
     block = mlp()
     if in_place:
         block.compile(backend="eager")

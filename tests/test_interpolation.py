@@ -110,9 +110,9 @@ def test_heads_are_interpolated():
     both = [nn.ModuleDict({"encoder": nn.Linear(5, 4), "head": head}) for head in heads]
     _, model = next(interpolate(*both, [0.25]))
     torch.testing.assert_close(model["head"].bias, head.bias)
-    with pytest.raises(ValueError, match="heads of which one normalises: the model"):
+    with pytest.raises(ValueError, match="heads of which only one normalizes: the model"):
         interpolate(Head(torch.eye(2)), Head(torch.eye(2), normalize=True), [0.5])
-    with pytest.raises(ValueError, match="heads of which one normalises: head"):
+    with pytest.raises(ValueError, match="heads of which only one normalizes: head"):
         interpolate(*(nn.ModuleDict({"head": Head(torch.eye(2), normalize=n)}) for n in (True, False)), [0.5])
 
 
@@ -173,7 +173,7 @@ def test_recalibration_of_parts_without_a_forward():
 
 def test_recalibration_that_cannot_be():
     a, b = pair()
-    with pytest.raises(ValueError, match="run through once only"):
+    with pytest.raises(ValueError, match="an iterator, which can be used only once"):
         interpolate(a, b, [0.1, 0.2], recalibrate=iter([torch.randn(5, 6)]))
     assert len(list(interpolate(a, b, [0, 0.2, 1], recalibrate=iter([torch.randn(5, 6)])))) == 3
     with pytest.raises(ValueError, match="there are no batches"):

@@ -22,13 +22,14 @@ from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.evaluation import evaluate
 from torchprobe.analysis.kurtosis import vector_kurtosis
 from torchprobe.analysis.pruning import prune
-from torchprobe.analysis.robustness import effective_robustness
-from torchprobe.datasets import Broden, DatasetError, Images, image_folder, labelled_folder
+from torchprobe.analysis.robustness import effective_robustness, robustness
+from torchprobe.common.records import decode
+from torchprobe.datasets import Broden, DatasetError, Images, image_folder, labeled_folder
 from torchprobe.encoders import Encoder, EncoderError, Head
 from torchprobe.studies.interpret import Interpretation, interpret
-from torchprobe.studies.interpret.inputs import gather, is_imagenet
-from torchprobe.studies.interpret.measures import effective_robustness_along, mean_robustness, robust
-from torchprobe.studies.interpret.stages import Stages
+from torchprobe.studies.interpret.accuracy import Robustness, ShiftRow, effective_robustness_along, measure_robustness
+from torchprobe.studies.interpret.inputs import Inputs, is_imagenet
+from torchprobe.studies.interpret.results import Stages
 
 SECTIONS = {"kurtosis", "outliers", "layers", "accuracy", "robustness", "directions", "ablation", "pruning", "concepts"}
 
@@ -47,12 +48,12 @@ def run(data: Path, out: Path, encoder: Encoder | None = None, **options: object
     model = encoder or sets.encoder()
     given: dict[str, object] = {
         "head": options.pop("head", None) or sets.head(model),
-        "shifts": {"noisy": labelled_folder(data / "noisy", names=sets.CLASSES)},
+        "shifts": {"noisy": labeled_folder(data / "noisy", names=sets.CLASSES)},
         "broden": Broden(data / "concepts"),
         "baseline": Baseline.from_csv(data / "baseline.csv"),
         "batch_size": 8,
     }
-    return interpret(model, labelled_folder(data / "images", names=sets.CLASSES), out, **given | options)  # type: ignore[arg-type]
+    return interpret(model, labeled_folder(data / "images", names=sets.CLASSES), out, **given | options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +69,13 @@ def images(whole: Interpretation) -> Embeddings:
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole run, which is made before, has them; drawing is most of the time."""
-    monkeypatch.setattr("torchprobe.studies.interpret.write.write_plots", lambda *_: None)
+    monkeypatch.setattr("torchprobe.studies.interpret.report.write_plots", lambda *_: None)
 
 
 def test_every_section_is_there(whole: Interpretation) -> None:
     assert whole.results.keys() >= SECTIONS and whole.results["skipped"] == {}
     saved = json.loads((whole.folder / "results.json").read_text())
-    assert saved == whole.results
+    assert saved == whole.results and whole.results == saved
 
 
 def test_kurtosis_is_that_of_the_representations(whole: Interpretation, images: Embeddings) -> None:
@@ -141,6 +142,7 @@ def test_page_explains_and_claims_nothing(whole: Interpretation) -> None:
     assert "does not show that" in page and "Not computed" not in page and "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resumed_without_running_the_encoder(whole: Interpretation, data: Path) -> None:
     model = sets.encoder()
     before = (whole.folder / "results.json").read_bytes()
@@ -150,6 +152,7 @@ def test_resumed_without_running_the_encoder(whole: Interpretation, data: Path) 
     assert again.results == whole.results and (whole.folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_interrupted_and_resumed(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     asked = iter([False, False, True])
     with pytest.raises(KeyboardInterrupt):
@@ -158,6 +161,7 @@ def test_interrupted_and_resumed(whole: Interpretation, data: Path, tmp_path: Pa
     assert run(data, tmp_path, resume=True).results == whole.results
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_stage_is_computed_anew_when_its_input_changed(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     first = run(data, tmp_path, broden=None)
     other = sets.head(sets.encoder())
@@ -197,22 +201,24 @@ def test_pruning_sees_no_image_that_measured_importance_under_any_shift(whole: I
     assert found["curves"]["noisy"]["importance"]["accuracy"][-1] == evaluate(sets.head(sets.encoder()), rest).accuracy
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_unshifted_accuracy_on_the_classes_of_the_shift(data: Path, images: Embeddings, tmp_path: Path) -> None:
-    """With x="subset" that is the x axis, along pruning too, and rows that stand for one class do so on both axes."""
+    """With imagenet_classes="subset" that is the x axis, along pruning too, and rows that stand for one class do so on both axes."""
     x = np.linspace(40.0, 90.0, 6)
     columns = {"imagenet": x, "imagenet_r": 0.7 * x + np.arange(6) % 2, "imagenet_on_r_classes": x + 5}
-    shift = replace(labelled_folder(data / "noisy", names=sets.CLASSES), classes=(0, 1), groups={0: (0, 1)})
+    shift = replace(labeled_folder(data / "noisy", names=sets.CLASSES), classes=(0, 1), groups={0: (0, 1)})
     blue_and_green = [i for i, label in enumerate(shift.labels) if label < 2]
     shift = replace(shift, paths=[shift.paths[i] for i in blue_and_green], labels=[0 for _ in blue_and_green])
     options = {"shifts": {"imagenet_r": shift}, "baseline": Baseline(columns), "broden": None, "layer_images": 0}
-    results = run(data, tmp_path, **options, x="subset").results  # type: ignore[arg-type]
+    results = run(data, tmp_path, **options, imagenet_classes="subset").results  # type: ignore[arg-type]
     head, one = sets.head(sets.encoder()), replace(images, classes=(0, 1), groups={0: (0, 1)})
     assert results["accuracy"]["imagenet_on_r_classes"]["accuracy"] == evaluate(head, one).accuracy == 1.0  # both rows are right
     plain = Baseline(columns | {"imagenet_on_r_classes": x + 5})
     assert results["robustness"]["rows"][0]["x"] == "subset" and results["robustness"]["rows"][0]["imagenet"] == 100
     base = [50.0, 0.0, 100.0]
     along = effective_robustness_along([40.0, 40.0, 40.0], base, "imagenet_r", "subset", plain)
-    assert along[0] == effective_robustness(40.0, 50.0, shift="imagenet_r", x="subset", baseline=plain) and np.isnan(along[1:]).all()
+    assert along[0] == effective_robustness(40.0, 50.0, shift="imagenet_r", imagenet_classes="subset", baseline=plain)
+    assert np.isnan(along[1:]).all()
 
 
 def test_effective_robustness_at_random_is_that_of_each_draw(whole: Interpretation) -> None:
@@ -223,24 +229,29 @@ def test_effective_robustness_at_random_is_that_of_each_draw(whole: Interpretati
 
 
 def test_shifts_without_standard_models_are_told() -> None:
-    found = robust({"imagenet": 63.32, "imagenet_r": 69.33, "rotated": 50.0}, ["imagenet_r", "rotated"], "full", None, "measured")
-    assert [row["shift"] for row in found["rows"]] == ["imagenet_r"] and "no standard models" in found["left_out"]["rotated"]
-    found = robust(
-        {"imagenet": 63.32, "imagenet_r": 69.33, "imagenet_v2": 55.9}, ["imagenet_r", "imagenet_v2"], "subset", None, "published"
-    )
-    assert [row["shift"] for row in found["rows"]] == ["imagenet_v2"] and "imagenet_on_r_classes" in found["left_out"]["imagenet_r"]
-    assert robust({"imagenet": 0.1, "imagenet_v2": 0.1}, ["imagenet_v2"], "full", None, "measured")["rows"]  # near chance, not fractions
+    known = {"imagenet": 63.32, "imagenet_r": 69.33}
+    found = measure_robustness(known | {"rotated": 50.0}, ["imagenet_r", "rotated"], "full", None, "measured")
+    assert [row.shift for row in found.rows] == ["imagenet_r"] and "no standard models" in found.left_out["rotated"]
+    found = measure_robustness(known | {"imagenet_v2": 55.9}, ["imagenet_r", "imagenet_v2"], "subset", None, "published")
+    assert [row.shift for row in found.rows] == ["imagenet_v2"] and "imagenet_on_r_classes" in found.left_out["imagenet_r"]
+    near_chance = {"imagenet": 0.1, "imagenet_v2": 0.1}  # these are not fractions
+    assert measure_robustness(near_chance, ["imagenet_v2"], "full", None, "measured").rows
 
 
 def test_mean_robustness_leaves_out_what_there_is_not() -> None:
-    rows = [{"shift": name, "effective_robustness": value} for name, value in (("a", 4.0), ("b", None), ("c", -1.0), ("mean", 99.0))]
-    assert mean_robustness({"rows": rows}) == (1.5, 2)
-    assert mean_robustness({"rows": []}) == (None, 0)
+    table = robustness({"imagenet": 60.0, "imagenet_v2": 50.0, "imagenet_r": 40.0})
+    row = decode(ShiftRow, table.rows()[0])
+    values = (("a", 4.0), ("b", math.nan), ("c", -1.0), ("mean", 99.0))
+    rows = [replace(row, shift=name, effective_robustness=value) for name, value in values]
+    found = Robustness(rows, math.nan, "full", "measured", "", {})
+    assert found.mean() == (1.5, 2) and found.by_shift() == {"a": 4.0, "c": -1.0}
+    mean, shifts = replace(found, rows=rows[1:2]).mean()
+    assert math.isnan(mean) and shifts == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_very_few_images(data: Path, tmp_path: Path, count: int) -> None:
-    all_of_them = labelled_folder(data / "images", names=sets.CLASSES)
+    all_of_them = labeled_folder(data / "images", names=sets.CLASSES)
     few = replace(all_of_them, paths=all_of_them.paths[:count], labels=all_of_them.labels[:count])
     found = interpret(sets.encoder(), few, tmp_path, head=sets.head(sets.encoder()), layer_images=1).results
     assert found["accuracy"]["imagenet"]["images"] == count
@@ -250,14 +261,14 @@ def test_very_few_images(data: Path, tmp_path: Path, count: int) -> None:
 
 
 def test_heads_that_say_little(data: Path, tmp_path: Path) -> None:
-    images = labelled_folder(data / "images")
+    images = labeled_folder(data / "images")
     alike = interpret(sets.encoder(), images, tmp_path / "alike", head=Head(torch.ones(3, sets.FEATURES)), layer_images=0).results
     assert alike["directions"]["centred"] == [] and alike["directions"]["rank"] == 1
     zeros = interpret(sets.encoder(), images, tmp_path / "zeros", head=Head(torch.zeros(3, sets.FEATURES)), layer_images=0).results
     assert "all 192 weights of the head are 0" in zeros["skipped"]["directions"] and "accuracy" in zeros
 
 
-def test_unlabelled_shift_is_left_out(data: Path, tmp_path: Path) -> None:
+def test_unlabeled_shift_is_left_out(data: Path, tmp_path: Path) -> None:
     found = run(data, tmp_path, shifts={"noisy": image_folder(data / "noisy")}, broden=None, layer_images=0).results
     assert set(found["accuracy"]) == {"imagenet"} and set(found["pruning"]["curves"]) == {"imagenet"}
     assert "robustness" in found["skipped"]
@@ -266,20 +277,21 @@ def test_unlabelled_shift_is_left_out(data: Path, tmp_path: Path) -> None:
 def test_narrow_representation_has_no_outlier_feature(data: Path, tmp_path: Path) -> None:
     narrow = Encoder(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), features=3, preprocess=sets.pixels, name="narrow")
     head = Head(torch.eye(3)[[2, 1, 0]])
-    found = interpret(narrow, labelled_folder(data / "images"), tmp_path, head=head, layer_images=0).results
-    assert "among 3 features none can be 6 standard deviations out" in found["skipped"]["ablation"]
+    found = interpret(narrow, labeled_folder(data / "images"), tmp_path, head=head, layer_images=0).results
+    assert "none of 3 features can be 6 standard deviations from the mean" in found["skipped"]["ablation"]
     assert found["outliers"]["rows"][0]["outlier_share"] is None
-    assert "Among 3 features none can be" in (tmp_path / "index.html").read_text()
+    assert "None of 3 features can be" in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_remarks_on_folders_reach_the_page(data: Path, tmp_path: Path) -> None:
     folder = sets.write_classes(tmp_path / "images", each=3)
     (folder / "red" / "notes <b>.txt").write_text("x")
     (folder / "loose.png").write_bytes((folder / "red" / "00.png").read_bytes())
-    images, _, _ = gather(sets.encoder(), folder, {}, "none")
+    images = Inputs(folder).subject(sets.encoder(), "none").images
     found = interpret(sets.encoder(), images, tmp_path / "out", layer_images=0).results
-    assert found["data"]["imagenet"]["remarks"] == ["1 file that is no image left out", "1 image beside the class folders left out"]
-    assert "1 image beside the class folders" in (tmp_path / "out" / "index.html").read_text()
+    assert found["data"]["imagenet"]["remarks"] == ["left out: 1 file that is not an image", "1 image outside the class folders left out"]
+    assert "1 image outside the class folders" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_a_layer_that_never_fired_is_told(data: Path, tmp_path: Path) -> None:
@@ -293,9 +305,9 @@ def test_a_layer_that_never_fired_is_told(data: Path, tmp_path: Path) -> None:
 
 def test_names_of_sets_that_are_one_file_name(data: Path, tmp_path: Path) -> None:
     shifts = {
-        "a:b": labelled_folder(data / "noisy"),
-        "a/b": labelled_folder(data / "images"),
-        "imagenet$<i>\n": labelled_folder(data / "noisy"),
+        "a:b": labeled_folder(data / "noisy"),
+        "a/b": labeled_folder(data / "images"),
+        "imagenet$<i>\n": labeled_folder(data / "noisy"),
     }
     options = {"shifts": shifts, "broden": None, "layer_images": 0}
     first = run(data, tmp_path, **options)  # type: ignore[arg-type]
@@ -304,12 +316,14 @@ def test_names_of_sets_that_are_one_file_name(data: Path, tmp_path: Path) -> Non
     assert "<i>" not in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_an_earlier_run_left_is_no_part_of_a_smaller_one(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     shutil.copytree(whole.folder, tmp_path / "again")
     interpret(sets.encoder(), image_folder(data / "images"), tmp_path / "again", layer_images=0)
     assert {path.stem for path in (tmp_path / "again").glob("*.csv")} == {"kurtosis", "features"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_lost_files_are_made_again(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     shutil.copytree(whole.folder, tmp_path / "again")
     (tmp_path / "again" / "concepts" / "units.safetensors").unlink()
@@ -317,6 +331,7 @@ def test_lost_files_are_made_again(whole: Interpretation, data: Path, tmp_path: 
     assert run(data, tmp_path / "again", resume=True).results == whole.results
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_stage_depends_on_is_among_its_facts(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     shutil.copytree(whole.folder, tmp_path / "again")
     changed = Baseline({"imagenet": [40.0, 60.0, 90.0], "noisy": [10.0, 20.0, 60.0]})
@@ -329,6 +344,7 @@ def test_what_a_stage_depends_on_is_among_its_facts(whole: Interpretation, data:
     assert other["concepts"]["images"] == 30 and whole.results["concepts"]["images"] == 60
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_killed_in_any_stage_and_resumed(whole: Interpretation, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was written last, the rest follows: as after kill -9, nothing is tidied up."""
     original = Stages.run
@@ -348,10 +364,11 @@ def test_killed_in_any_stage_and_resumed(whole: Interpretation, data: Path, tmp_
     assert run(data, tmp_path, resume=True).results == whole.results
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_cannot_be_read_is_counted(data: Path, tmp_path: Path) -> None:
     folder = sets.write_classes(tmp_path / "images", each=4)
     (folder / "red" / "torn <b>.png").write_bytes((folder / "red" / "00.png").read_bytes()[:60])
-    found = interpret(sets.encoder(), labelled_folder(folder), tmp_path / "out", head=sets.head(sets.encoder()), layer_images=0)
+    found = interpret(sets.encoder(), labeled_folder(folder), tmp_path / "out", head=sets.head(sets.encoder()), layer_images=0)
     (skipped,) = found.results["data"]["imagenet"]["skipped"]
     assert skipped["file"] == "red/torn <b>.png" and found.results["data"]["imagenet"]["images"] == 12
     page = (tmp_path / "out" / "index.html").read_text()
@@ -360,7 +377,7 @@ def test_what_cannot_be_read_is_counted(data: Path, tmp_path: Path) -> None:
 
 def test_refusals(data: Path, tmp_path: Path) -> None:
     images = image_folder(data / "images")
-    with pytest.raises(ValueError, match="the head takes 5 features, but the representation of colours has 64"):
+    with pytest.raises(ValueError, match="the head takes 5 features, but the representation of colors has 64"):
         interpret(sets.encoder(), images, tmp_path, head=Head(torch.randn(3, 5)))
     with pytest.raises(ValueError, match="the name of the unshifted images"):
         interpret(sets.encoder(), images, tmp_path, shifts={"imagenet": images})
@@ -377,36 +394,38 @@ def test_own_head_by_name_of_the_folders(data: Path) -> None:
     own = sets.head(model)
     shuffled = Head(own.weight.detach()[[2, 0, 1]], names=("Red", "Blue", "GREEN"))
     model.head = shuffled
-    images, shifts, head = gather(model, data / "images", {"noisy": data / "noisy"}, "own")
-    assert head is shuffled and set(images.labels[:14]) == {1} and set(shifts["noisy"].labels[:6]) == {1}  # type: ignore[attr-defined]
+    subject = Inputs(data / "images", {"noisy": data / "noisy"}).subject(model, "own")
+    images, noisy = subject.images, subject.shifts["noisy"]
+    assert subject.head is shuffled and set(images.labels[:14]) == {1} and set(noisy.labels[:6]) == {1}  # type: ignore[attr-defined]
 
 
 def test_own_head_without_names(data: Path) -> None:
     model = sets.encoder()
     model.head = Head(sets.head(model).weight.detach())
-    images, _, _ = gather(model, data / "images", {}, "auto")
+    images = Inputs(data / "images").subject(model, "auto").images
     assert images.labels[0] == 0  # type: ignore[attr-defined]
     model.head = Head(torch.randn(5, sets.FEATURES))
-    with pytest.raises(DatasetError, match="3 class folders, the head 5 classes without names"):
-        gather(model, data / "images", {}, "own")
+    with pytest.raises(DatasetError, match="3 class folders, but the head has 5 rows without names"):
+        Inputs(data / "images").subject(model, "own")
 
 
 def test_words_that_mean_no_head(data: Path, tmp_path: Path) -> None:
     model = sets.encoder()
+    inputs = Inputs(data / "images")
     with pytest.raises(EncoderError, match="no trained head"):
-        gather(model, data / "images", {}, "own")
+        inputs.subject(model, "own")
     with pytest.raises(EncoderError, match="no text tower"):
-        gather(model, data / "images", {}, "zero-shot")
-    assert gather(model, data / "images", {}, "auto")[2] is None
+        inputs.subject(model, "zero-shot")
+    assert inputs.subject(model, "auto").head is None
     sets.head(model).save(tmp_path / "head.safetensors")
-    assert gather(model, data / "images", {}, str(tmp_path / "head.safetensors"))[2] is not None
+    assert inputs.subject(model, str(tmp_path / "head.safetensors")).head is not None
 
 
 def test_a_folder_of_imagenet_that_is_not_a_wnid(tmp_path: Path) -> None:
     sets.write_classes(tmp_path / "images", each=1)
     (tmp_path / "images" / "red").rename(tmp_path / "images" / "n01440764")
-    with pytest.raises(DatasetError, match="blue is no class of imagenet"):
-        gather(sets.encoder(), tmp_path / "images", {}, "none")
+    with pytest.raises(DatasetError, match="blue is not a class of imagenet"):
+        Inputs(tmp_path / "images").subject(sets.encoder(), "none")
 
 
 def test_imagenet_within_its_only_folder(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Names, selection, and where the features are."""
+"""Names, selection, and the dimension of the features."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def names(model: nn.Module, layers: Any = None) -> list[str]:
         ("blocks.*", ["blocks.0", "blocks.1", "blocks.2"]),
         ("blocks.1", ["blocks.1"]),
         ("blocks.*.mlp.*", [f"blocks.{i}.mlp.{j}" for i in range(3) for j in range(2)]),
-        ("*", ["stem", "head"]),  # a ModuleList is never called, so patterns pass over it
+        ("*", ["stem", "head"]),  # a ModuleList is never called, so patterns skip it
         ("**.qkv", [f"blocks.{i}.attn.qkv" for i in range(3)]),
         ("blocks.0.**", [f"blocks.0{s}" for s in ("", ".attn", ".attn.qkv", ".attn.proj", ".mlp", ".mlp.0", ".mlp.1")]),
         ("s*", ["stem"]),
@@ -85,12 +85,12 @@ def test_two_stars_select_everything_that_is_called() -> None:
     [
         ("block.1", ValueError, "no layer 'block.1'; did you mean 'blocks.1'"),
         (["head", "blocks.0.atn"], ValueError, "no layer 'blocks.0.atn'; did you mean 'blocks.0.attn'"),
-        ("zzz", ValueError, r"its layers are 'stem', 'blocks.0', .* \(23 in all\)"),
+        ("zzz", ValueError, r"its layers are 'stem', 'blocks.0', .* \(23 in total\)"),
         ("blocks.*.nope", ValueError, r"'blocks.\*.nope' matches no layer"),
         (re.compile("blocks"), ValueError, "'blocks' matches no whole name"),
         (lambda name, module: False, ValueError, "predicate selects no layer"),
         ([], ValueError, "empty"),
-        ("blocks", ValueError, r"'blocks' is a ModuleList, which is never called; name its children, 'blocks.\*'"),
+        ("blocks", ValueError, r"'blocks' is a ModuleList, which is never called; select its children, 'blocks.\*'"),
         ([3], TypeError, "holds names and globs, not int"),
         (3, TypeError, "takes names, globs, a compiled regular expression or a predicate"),
         (nn.Linear(1, 1), TypeError, "not a module"),
@@ -129,7 +129,7 @@ def test_one_module_under_two_names() -> None:
     assert names(model, "second") == ["first"]
 
 
-class DistributedDataParallel(nn.Module):  # the real one needs a process group; tests/test_distributed.py has it
+class DistributedDataParallel(nn.Module):  # the real one needs a process group, see tests/test_distributed.py
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
@@ -220,9 +220,9 @@ class LayerNorm2d(nn.LayerNorm):
         (nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(2), nn.LayerNorm(1)), 4, -1),  # the last child decides
         (nn.Sequential(convolutional(), nn.Dropout()), 4, 1),
         (Attention(), 2, -1),
-        (LayerNorm2d(1), 4, 1),  # named for maps, although a LayerNorm
+        (LayerNorm2d(1), 4, 1),  # its name says maps, although it is a LayerNorm
         (Norm2d(1), 4, 1),
-        (nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 1, 1)), 4, 1),  # its class is swapped for a subclass
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 1, 1)), 4, 1),  # its class is replaced by a subclass
         (nn.utils.parametrizations.weight_norm(nn.Linear(1, 1)), 4, -1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
@@ -231,7 +231,7 @@ def test_default_feature_dim(module: nn.Module, dims: int, expected: int) -> Non
     assert default_feature_dim(layer(module), dims) == expected
 
 
-def test_an_activation_function_does_what_its_parent_does() -> None:
+def test_an_activation_function_follows_its_parent() -> None:
     relu, maps, tokens = nn.ReLU(), convolutional(), Attention()
     assert default_feature_dim(layer(relu, maps), 4) == 1
     assert default_feature_dim(layer(relu, tokens), 4) == -1
@@ -253,14 +253,14 @@ def test_feature_dim_is_overridden_and_stated() -> None:
     assert [row["features"] for row in rec.rows()] == [5, 7, 7]
 
 
-def test_feature_dim_of_no_layer() -> None:
-    with pytest.raises(ValueError, match="feature_dim: 'heat' is none of the selected layers; did you mean 'head'"):
+def test_feature_dim_of_an_unknown_layer() -> None:
+    with pytest.raises(ValueError, match="feature_dim: 'heat' is not one of the selected layers; did you mean 'head'"):
         select_layers(Encoder(), feature_dim={"heat": 1}, layers="head")
     with pytest.raises(TypeError, match="must be an int"):
         select_layers(Encoder(), feature_dim={"": "last"})
 
 
-def test_a_misspelt_glob_suggests_the_nearest():
+def test_a_misspelled_glob_suggests_the_nearest():
     model = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
     with pytest.raises(ValueError, match=r"'block\.\*' matches no layer; did you mean 'blocks\.\*'\?"):
         torchprobe.record(model, "block.*")

@@ -41,7 +41,7 @@ def test_jsonl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for line in lines:
         assert set(line) == {"step"} | keys(["0", "1", "2", "3", "4"])
         assert line["act/2/vectors"] == 64
-        assert line["act/4/outlier_features"] is None  # too narrow to have any: nan, which JSON has not
+        assert line["act/4/outlier_features"] is None  # too narrow to have any, so nan, which JSON does not have
         assert line["act/2/vector_kurtosis"] > 1
 
 
@@ -125,7 +125,7 @@ def test_lightning(tmp_path: Path) -> None:
     layers = [f"net.{i}" for i in range(6)]
     assert rec.layers == layers
     assert rec.history.steps == [2, 4, 6, 8, 10, 12]
-    assert rec.history["vectors"].tolist() == [[8.0] * 6] * 6  # two batches to a window, and no validation
+    assert rec.history["vectors"].tolist() == [[8.0] * 6] * 6  # two batches in a window, and no validation
     logged = (Path(whole.logger.log_dir) / "metrics.csv").read_text().splitlines()
     assert set(logged[0].split(",")) >= keys(layers)
     first = fit(1)
@@ -183,7 +183,7 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
 
     trainer, rec = fit("whole", 6)
     assert rec.history.steps == [2, 4, 6]
-    assert rec.history["vectors"].tolist() == [[8.0] * 7] * 3  # two batches to a window, and no evaluation
+    assert rec.history["vectors"].tolist() == [[8.0] * 7] * 3  # two batches in a window, and no evaluation
     logged = [line for line in trainer.state.log_history if any(name.startswith("act/") for name in line)]
     assert [line["step"] for line in logged] == [2, 4, 6]
     assert set(logged[0]) >= keys([f"net.{i}" for i in range(6)])
@@ -193,7 +193,7 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(resumed.history["std"]), torch.from_numpy(rec.history["std"]))
 
 
-# -- whatever the logger -----------------------------------------------------------------------------------------------------------
+# -- for every logger -------------------------------------------------------------------------------------------------------------
 
 
 def test_keys_are_the_same_before_and_after_a_layer_fires_for_the_first_time() -> None:
@@ -220,7 +220,7 @@ def test_keys_are_the_same_before_and_after_a_layer_fires_for_the_first_time() -
     assert [numbers["blocks.1/vectors"] for numbers in seen[1:]] == pytest.approx([math.nan, 24.0, math.nan], nan_ok=True)
 
 
-def test_a_layer_that_turns_out_to_hold_nothing_has_no_keys() -> None:
+def test_a_layer_without_recorded_values_has_no_keys() -> None:
     class Counts(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.sum(0).long()

@@ -61,7 +61,7 @@ def test_mask_holds_until_changed_or_to_the_end_of_its_block() -> None:
     assert seen == [3, 3, 6, 3, 15]
 
 
-def test_mask_passes_over_one_vector_per_input() -> None:
+def test_a_mask_ignores_one_vector_per_input() -> None:
     class Pooled(Net):
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.blocks[0](x)[:, 0])
@@ -78,7 +78,7 @@ def test_mask_passes_over_one_vector_per_input() -> None:
     ("mask", "error", "message"),
     [
         (torch.ones(4, 3, dtype=torch.bool), ValueError, r"layer 'head': the mask has shape \(4, 3\).*activation has shape \(5, 3, 4\)"),
-        (torch.ones(5, 3), TypeError, r"bool tensor .* got torch.float32; try mask.bool\(\)"),
+        (torch.ones(5, 3), TypeError, r"bool tensor.* got torch.float32: try mask.bool\(\)"),
         ([[True]], TypeError, "got list"),
         (torch.ones(5, dtype=torch.bool), ValueError, r"shape \(batch, tokens\), got \(5,\)"),
     ],

@@ -15,7 +15,7 @@ from oracle import assert_close, moments
 from torchprobe import Moments
 from torchprobe.ops import layout
 from torchprobe.statistics import Statistic
-from torchprobe.statistics.moments import FIELDS, summarise
+from torchprobe.statistics.moments import FIELDS, summarize
 
 
 def observed(x: torch.Tensor, **options) -> Moments:
@@ -39,7 +39,7 @@ def test_types_and_shapes():
     for name in ("mean", "variance", "std", "skewness", "kurtosis", "min", "max", "mean_abs", "count", "nonfinite", "outlier_frequency"):
         value = getattr(m, name)
         assert value.dtype == torch.float64 and value.shape == (7,), name
-        value.fill_(-1)  # a read is a copy: the state is not touched
+        value.fill_(-1)  # a read is a copy: the state does not change
     assert isinstance(m.vector_kurtosis, float) and isinstance(m.vectors, int) and m.vectors == 10
     assert m.count.tolist() == [10.0] * 7
 
@@ -92,9 +92,9 @@ def test_merge_is_the_union():
 
 
 def test_merge_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="3 and 4 features"):
+    with pytest.raises(ValueError, match="features 3 and 4"):
         Moments(3).merge(Moments(4))
-    with pytest.raises(ValueError, match="outlier_sigma 6 and 5"):
+    with pytest.raises(ValueError, match="outlier_sigma 6.0 and 5.0"):
         Moments(3).merge(Moments(3, outlier_sigma=5.0))
     with pytest.raises(TypeError, match="dict"):
         Moments(3).merge({})
@@ -127,12 +127,15 @@ def test_state_dict_round_trip():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features": 13}, "features=13, these have features=12"),
+        ({"features": 13}, "features=13, this one has features=12"),
         ({"outlier_sigma": 5.0}, "outlier_sigma=5.0"),
-        ({"mean": torch.zeros(11)}, r"mean of the saved Moments has shape \(11,\), expected \(12,\)"),
-        ({"mean": "text"}, r"mean of the saved Moments has shape"),
+        (
+            {"mean": torch.zeros(11)},
+            r"mean in the saved state of Moments is torch.float32 of shape \(11,\), expected torch.float64 of shape \(12,\)",
+        ),
+        ({"mean": "text"}, r"mean in the saved state of Moments is str, expected torch.float64 of shape \(12,\)"),
         ({"extra": torch.zeros(1)}, r"unknown \['extra'\]"),
-        ({"m2": None}, r"lack \['m2'\]"),
+        ({"m2": None}, r"lacks \['m2'\]"),
     ],
 )
 def test_a_state_dict_that_does_not_fit_changes_nothing(change, message):
@@ -159,7 +162,7 @@ def test_summary_of_several_layers_is_the_summary_of_each():
     x[1, :, 7] += 30
     x[2, 5, 5] = math.nan
     layers = [*(observed(part) for part in x), Moments(50)]
-    together = summarise(torch.stack([m.state for m in layers]), 50)
+    together = summarize(torch.stack([m.state for m in layers]), 50)
     assert together.shape == (4, len(FIELDS))
     for row, m in zip(together, layers, strict=True):
         f = dict(zip(FIELDS, row.tolist(), strict=True))
@@ -173,7 +176,7 @@ def test_summary_of_several_layers_is_the_summary_of_each():
     assert together[1, FIELDS.index("outlier_features")] == 1
 
 
-def test_repr_is_one_line_that_says_it_all():
+def test_repr_is_one_complete_line():
     x = torch.randn(100, 64)
     x[:, 3] += 50
     x[0, 0] = math.nan

@@ -25,7 +25,7 @@ def shown(images, positives, seed=0):
 
 
 def broden_like(images, concepts=300, seed=0):
-    """Colours on nearly every image, and a long tail of what is rare; which category each is of."""
+    """Colors on nearly every image, and a long tail of what is rare; which category each is of."""
     rng = np.random.default_rng(seed)
     frequent = np.r_[0.985, 0.97, rng.uniform(0.8, 0.96, 7), 0.6, 0.3]
     rare = np.clip(3.0 / np.arange(1, concepts - 10), 10 / images, 0.3)
@@ -79,7 +79,7 @@ def test_tables_are_kept_and_the_seed_decides():
     other = null_tables([(200, 5), (100, 5)], draws=500, seed=1)
     assert not np.array_equal(other[200, 5].value, first[200, 5].value)
     assert null_tables([(200, 5)])[200, 5].draws == 100_000 and null_tables([]) == {}
-    with pytest.raises(ValueError, match=r"of 7 images 8 cannot be positive"):
+    with pytest.raises(ValueError, match=r"8 positives among 7 images: expected 1 to 7"):
         null_tables([(7, 8)])
 
 
@@ -128,7 +128,7 @@ def test_special_concepts():
     ap = average_precision(torch.randn(4, 50), labels)
     p = p_values(ap, support(labels))
     assert p[:, 0].isnan().all() and (p[:, 1] == 1).all() and ((p[:, 2] > 0) & (p[:, 2] <= 1)).all()
-    with pytest.raises(ValueError, match=r"AP of shape \(4, 2\) does not go with 3 concepts"):
+    with pytest.raises(ValueError, match=r"AP of shape \(4, 2\) does not fit 3 concepts"):
         p_values(ap[:, :2], support(labels))
     assert p_values(ap[0], support(labels)).shape == (3,)
     assert p_values(torch.zeros(2, 0), Support(*torch.zeros(2, 0, dtype=torch.int64))).shape == (2, 0)
@@ -185,5 +185,5 @@ def test_permutation_of_nothing():
     labels = shown(20, [0, 5])
     test = permutation_test(torch.randn(2, 20), labels, permutations=3)
     assert test.p[:, 0].isnan().all() and test.adjusted[:, 0].isnan().all() and not test.p[:, 1].isnan().any()
-    with pytest.raises(ValueError, match=r"at least one permutation, got 0"):
+    with pytest.raises(ValueError, match=r"permutations must be at least 1, got 0"):
         permutation_test(torch.randn(2, 20), labels, permutations=0)

@@ -1,4 +1,4 @@
-"""The operator: every layout, type and hostile value against the float64 two-pass."""
+"""The operator, compared with two passes in float64 for every layout, type and hostile value."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_mask(observe):
     assert_close(observe(x, -1, nothing), x, -1, nothing)
 
 
-# -- the same from any side ------------------------------------------------------------------------------------------------
+# -- invariances -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [-100, -37, -1, 1, 20, 60, 100, 117])
@@ -227,7 +227,7 @@ def test_any_partition_and_any_merge_order(offset):
     assert_close(whole, x)
 
 
-def test_a_state_that_saw_nan_goes_on():
+def test_a_state_with_nan_takes_more_values():
     x = torch.randn(400, 40)
     x[3, 5] = NAN
     m = Moments(40)
@@ -257,7 +257,7 @@ def test_schema():
     assert schema.arguments[0].alias_info.is_write and not schema.returns
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own look at its copies
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck itself looks at its copies
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(dtype, requires_grad):
@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_refused_in_words(call):
         call(state, x, 2)
     with pytest.raises(ValueError, match=r"float64, float32, bfloat16 and float16; got torch.int64"):
         call(state, x.long())
-    with pytest.raises(ValueError, match=r"no state of observe_"):
+    with pytest.raises(ValueError, match=r"not a state of observe_"):
         call(torch.zeros(17, dtype=torch.float64), x)
     with pytest.raises(ValueError, match=r"every must be at least 1, got 0"):
         call(state, x, every=0)

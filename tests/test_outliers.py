@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchprobe.analysis import blocks as blocks_module
+from torchprobe.analysis import inputs as blocks_module
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.outliers import (
     FEATURE_COLUMNS,

@@ -1,4 +1,4 @@
-"""Overlap: the counts against brute force, exactly, whatever the maps, the labels and the machine."""
+"""Overlap: exactly the counts of brute force, for all maps, labels and machines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODES = ("default", "netdissect", "global")
 
 @pytest.fixture(params=["operator", "reference"])
 def overlap_class(request, monkeypatch):
-    """Both ways to the counts: what the dispatcher has for this device, and plain PyTorch."""
+    """Both implementations of the counts: the one that the dispatcher selects, and the reference."""
 
     def through_reference(intersection, activation, truth, maps, *arguments, **options):
         widened = maps.float() if maps.is_floating_point() else maps
@@ -136,9 +136,9 @@ def test_close_to_upsampling_in_float64():
 def test_the_grid_of_the_original_is_its_spline():
     interpolate = pytest.importorskip("scipy.interpolate")
     maps = torch.randn(3, 7, 7)
-    centres = np.arange(7) * 16 + 8
+    centers = np.arange(7) * 16 + 8
     for map_, ours in zip(maps, upsample(maps, 112, 112, "anchored", 224, 224), strict=True):
-        spline = interpolate.RectBivariateSpline(centres, centres, map_.numpy().astype(np.float64), kx=1, ky=1)
+        spline = interpolate.RectBivariateSpline(centers, centers, map_.numpy().astype(np.float64), kx=1, ky=1)
         np.testing.assert_allclose(ours.numpy(), spline(np.arange(112), np.arange(112)), atol=2e-6)
 
 

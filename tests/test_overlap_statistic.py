@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused_in_words():
     wrong = LabelBatch.pack([[("c", plane), ("s", [1])], [("c", plane), ("s", [9])]], [(4, 4)] * 2)
     with pytest.raises(ValueError, match=r"image 1 of the batch has label 9"):
         overlap.update(maps, wrong)
-    with pytest.raises(ValueError, match=r"planes has 31 elements, but sizes tell of 32"):
+    with pytest.raises(ValueError, match=r"planes has 31 elements, but sizes require 32"):
         overlap.update(maps, labels._replace(planes=labels.planes[1:]))
     with pytest.raises(ValueError, match=r"sizes\[1\] = \[1, 0, 4, 0\]: a grid has between 1 and 1048576 rows"):
         overlap.update(maps, labels._replace(sizes=torch.tensor([[1, 4, 4, 0], [1, 0, 4, 0]])))

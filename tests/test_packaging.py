@@ -1,4 +1,4 @@
-"""What an installation promises: metadata, a light import, and kernels that may be absent but never in the way."""
+"""What an installation promises: metadata, a light import, and kernels that may be absent without an error."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from packaging.requirements import Requirement
 from processes import python
 
 import torchprobe
-from torchprobe.common.distribution import DISTRIBUTION
-from torchprobe.ops import _library, kernels, new_state
+from torchprobe.common.messages import DISTRIBUTION
+from torchprobe.ops import kernels, library, new_state
 from torchprobe.ops.observe import reference
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +43,22 @@ def test_one_version_everywhere() -> None:
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest is not None
     assert torchprobe.__version__ == metadata.version(DISTRIBUTION) == newest[1]
+
+
+def test_one_name_everywhere() -> None:
+    """``torchprobe`` on the public index is another project, so no hint may install that."""
+    named = re.search(r'^name = "(.+?)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert named is not None
+    assert named[1] == DISTRIBUTION == metadata.metadata(DISTRIBUTION)["Name"]
+    another = re.compile(r"\btorchprobe\[|pip install (?:-\S+ )*['\"]?torchprobe(?!-interp)\b")
+    texts = [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".py", ".yaml") or path.name == "Makefile"]
+    for folder in ("torchprobe", "docs", "examples", "benchmarks", "tests"):
+        texts += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".toml", ".html", ".ipynb", ".csv")]
+    assert len(texts) > 100
+    assert [str(path) for path in texts if path != Path(__file__) and another.search(path.read_text(encoding="utf-8"))] == []
+    for hint in ("pip install torchprobe", "pip install 'torchprobe[report]'", "pip install -U torchprobe", "needs torchprobe[demo]"):
+        assert another.search(hint)
+    assert not another.search(f"pip install {DISTRIBUTION}, pip install '{DISTRIBUTION}[report]', pip install torchvision")
 
 
 def test_metadata() -> None:
@@ -118,17 +134,17 @@ assert state.count_nonzero() > 0
 )
 def test_gpus_that_cannot_run_the_kernels_are_named(monkeypatch: pytest.MonkeyPatch, obstacles: list[str | None], status: str) -> None:
     module = SimpleNamespace(unavailable=lambda index: obstacles[index] if obstacles else "no driver")
-    monkeypatch.setitem(_library._loaded, "cuda", module)
-    monkeypatch.setitem(_library._status, "cuda", "loaded: CUDA 13.0")
+    monkeypatch.setitem(library.loaded, "cuda", module)
+    monkeypatch.setitem(library.status, "cuda", "loaded: CUDA 13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(obstacles))
     assert kernels()["cuda"] == status
 
 
 def test_the_fallback_is_the_reference_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_library._loaded, "cuda", SimpleNamespace(unavailable=lambda index: "an old driver"))
-    monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setitem(library.loaded, "cuda", SimpleNamespace(unavailable=lambda index: "an old driver"))
+    monkeypatch.setattr(library, "warned", set())
     state, expected, x = new_state(5), new_state(5), torch.randn(20, 5)
-    with pytest.warns(UserWarning, match="takes the PyTorch reference instead of the CUDA kernel: an old driver"):
+    with pytest.warns(UserWarning, match="uses the PyTorch reference instead of the CUDA kernel: an old driver"):
         torch.ops.torchprobe.observe_reference_(state, x)
     torch.ops.torchprobe.observe_reference_(state, x)  # any warning would be an error
     for _ in range(2):
@@ -151,7 +167,7 @@ with_cuda = pytest.mark.skipif(not torch.version.cuda, reason=f"torch {torch.__v
 def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """A wheel of a copy of the sources, made in ``folder``."""
     wheels.copy_sources(folder)
-    (folder / "torchprobe" / "_C.abi3.so").touch()  # left by an earlier editable install; must not ship
+    (folder / "torchprobe" / "_C.abi3.so").touch()  # as if from an earlier editable install; must not be in the wheel
     (folder / "torchprobe" / "_C_cuda.abi3.so").touch()
     return subprocess.run(
         [sys.executable, "setup.py", "--quiet", "bdist_wheel"],
@@ -185,7 +201,7 @@ def test_without_a_compiler_the_wheel_is_pure(tmp_path: Path, environment: dict[
     said = [line for line in result.stderr.splitlines() if line.startswith("torchprobe: ")]
     assert [line for line in said if reason in line] == [line for line in said if line.startswith("torchprobe: cpu ")]
     (wheel,) = (tmp_path / "dist").iterdir()
-    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.name == f"{DISTRIBUTION.replace('-', '_')}-{torchprobe.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         reasons = json.loads(archive.read("torchprobe/_build.json"))
         assert reasons.keys() == {"cpu", "cuda"}
@@ -200,7 +216,7 @@ def test_without_a_compiler_the_wheel_is_pure(tmp_path: Path, environment: dict[
 def test_an_nvcc_that_does_not_suit_torch_is_no_error(tmp_path: Path, old_nvcc: str) -> None:
     result = build(tmp_path, **{**NEITHER, "CUDA_HOME": old_nvcc})
     assert result.returncode == 0, result.stderr
-    assert f"torchprobe: cuda kernels not built: {old_nvcc}/bin/nvcc is of CUDA 8.0, but torch" in result.stderr
+    assert f"torchprobe: cuda kernels not built: {old_nvcc}/bin/nvcc is from CUDA 8.0, but torch" in result.stderr
 
 
 @pytest.mark.slow("builds a wheel")
@@ -209,7 +225,7 @@ def test_unless_kernels_are_demanded(tmp_path: Path, old_nvcc: str) -> None:
     result = build(tmp_path, TORCHPROBE_BUILD="1", **{**NEITHER, "CUDA_HOME": old_nvcc})
     assert result.returncode != 0
     assert "TORCHPROBE_BUILD=1" in result.stderr
-    assert "is of CUDA 8.0" in result.stderr
+    assert "is from CUDA 8.0" in result.stderr
 
 
 @pytest.mark.slow("builds a wheel")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchprobe.analysis import pruning_pass
+from torchprobe.analysis import pruning as pruning_module
 from torchprobe.analysis.directions import privileged_directions
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.evaluation import evaluate
@@ -110,9 +110,9 @@ def test_pruning_by_importance_is_better_where_sigma_is_not_what_matters():
 
 def test_directions_of_another_head_are_refused():
     found = privileged_directions(torch.randn(5, 7), torch.randn(9, 7))
-    with pytest.raises(ValueError, match=r"of a head \(classes, features\) of \(5, 7\), this one is \(6, 7\)"):
+    with pytest.raises(ValueError, match=r"of a head \(classes, features\) of \(5, 7\), but this head is \(6, 7\)"):
         prune(torch.randn(6, 7), found, 0.5)
-    with pytest.raises(ValueError, match=r"of a head .* of \(5, 7\), this one is \(5, 24\)"):
+    with pytest.raises(ValueError, match=r"of a head .* of \(5, 7\), but this head is \(5, 24\)"):
         pruning_curve(torch.randn(5, FEATURES), found, drawn())
     with pytest.raises(ValueError, match="ordered by one of"):
         prune(torch.randn(5, 7), found, 0.5, "size")
@@ -209,7 +209,7 @@ def test_blocks_and_memory_maps_make_no_difference(monkeypatch, tmp_path):
     e.save(tmp_path / "e.safetensors")
     mapped = Embeddings.load(tmp_path / "e.safetensors")
     for logits in (1, CLASSES * 7, CLASSES * 1000):
-        monkeypatch.setattr(pruning_pass, "_LOGITS", logits)
+        monkeypatch.setattr(pruning_module, "_LOGITS", logits)
         assert torch.equal(pruning_curve(head, found, mapped).accuracy, whole.accuracy)
 
 
@@ -239,7 +239,7 @@ def test_reduced_precision_of_products_changes_nothing():
 
 def test_only_what_rounding_may_change_is_decided_again(monkeypatch):
     asked = []
-    monkeypatch.setattr(pruning_pass, "predict", lambda w, b, h, *rest: asked.append(len(h)) or predict(w, b, h, *rest))
+    monkeypatch.setattr(pruning_module, "predict", lambda w, b, h, *rest: asked.append(len(h)) or predict(w, b, h, *rest))
     predict = evaluate.__globals__["predict"]
     head, e = torch.randn(CLASSES, 256), embeddings(torch.randn(2000, 256), torch.arange(2000) % CLASSES)
     found = privileged_directions(head, e.h)
@@ -253,7 +253,7 @@ def test_what_cannot_be_evaluated():
     found = privileged_directions(head, torch.randn(5, FEATURES))
     with pytest.raises(ValueError, match="nothing to evaluate: of 4 rows 4 have no label"):
         pruning_curve(head, found, embeddings(torch.randn(4, FEATURES), torch.full((4,), -1)))
-    with pytest.raises(ValueError, match="label 17 .*is no row of the head, which has 17"):
+    with pytest.raises(ValueError, match="label 17 .*is not a row of the head, which has 17 rows"):
         pruning_curve(head, found, embeddings(torch.randn(1, FEATURES), torch.tensor([17])))
     with pytest.raises(ValueError, match="classes must be distinct rows"):
         pruning_curve(head, found, drawn(), classes=[])
@@ -295,7 +295,7 @@ def test_rows_for_tables():
 
 
 def test_the_benchmark_runs():
-    sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are no part of the installed package
+    sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not part of the installed package
     from benchmarks import pruning, report
 
     section = pruning.run(0.01, images=200, features=16, classes=10)

@@ -1,4 +1,4 @@
-"""The upper quantile against sorting everything: exact, beyond the memory, merged, saved; and the operator beneath it."""
+"""The upper quantile against sorting everything: exact, beyond the memory, merged, saved; and its operator."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def assert_same_tail(capacity: int, calls: list[tuple[Tensor, int]]) -> None:
     for values, counts, bound in (native_state, reference_state):
         assert torch.equal(largest(values, capacity), largest(kept, capacity))
         assert torch.equal(counts[1], rows.isnan().sum(1))
-        assert torch.equal(counts[0], (values > -INF).sum(1))  # nothing behind what is kept
+        assert torch.equal(counts[0], (values > -INF).sum(1))  # the rest of the buffer is empty
         assert torch.equal(
             counts[2].where(bound > -INF, 0), ((kept == bound[:, None]).sum(1) - (values == bound[:, None]).sum(1)).where(bound > -INF, 0)
         )
@@ -146,7 +146,7 @@ def test_threads_do_not_matter():
         assert all(torch.equal(a, b) for a, b in zip(state, states[0], strict=True))
 
 
-def test_the_operator_is_a_good_citizen():
+def test_the_operator_passes_opcheck():
     state = new_buffers(6, 5 + BLOCK)
     torch.library.opcheck(torch.ops.torchprobe.keep_largest_.default, (*state, torch.randn(9, 6), -1, 5))
     assert str(torch.ops.torchprobe.keep_largest_.default._schema) == f"torchprobe::{SCHEMA}"
@@ -211,7 +211,7 @@ def test_the_definition_is_numpys_inverted_cdf():
 
 def test_levels_are_decimal():
     x = torch.arange(100.0).view(-1, 1)
-    assert 0.29 * 100 < 29  # in floating point
+    assert 0.29 * 100 < 29  # in floating-point arithmetic
     assert observed(x, quantile=0.29).value().item() == 70  # 29 values exceed it
     assert observed(x, quantile=Fraction(29, 100)).value().item() == 70
 
@@ -233,7 +233,7 @@ def test_smaller_quantiles_of_the_same_pass():
     q = observed(x, quantile=0.05)
     for quantile in (0.05, 0.01, NETDISSECT):
         assert torch.equal(q.value(quantile), brute(x, quantile))
-    with pytest.raises(ValueError, match=r"keeps the upper 0.05 only; 0.06"):
+    with pytest.raises(ValueError, match=r"keeps only the upper 0.05 of the values; 0.06 is below it"):
         q.value(0.06)
 
 
@@ -312,7 +312,7 @@ def test_merge_leaves_the_other_and_takes_itself():
 
 
 def level_error(q: Quantile, x: Tensor, quantile: Fraction | float = 0.005) -> Tensor:
-    """By how many standard deviations, as stated, the level of the value is off; ties count in its favour."""
+    """The error of the level of the value, in standard deviations as stated; ties count in its favor."""
     value = q.value(quantile)
     share = float(quantile)
     above, reached = (x > value).double().mean(0), (x >= value).double().mean(0)
@@ -338,7 +338,7 @@ def test_the_stated_error_holds(name):
     assert not q.exact
     z = level_error(q, x, 0.05)
     assert (z < 5).all(), z
-    if name not in ("ascending", "descending"):  # there all features have the same places in the sample
+    if name not in ("ascending", "descending"):  # there the sample is the same for all features
         assert z.square().mean() < 1.5, z
     limit = (
         0.35 if name in ("descending", "dries up") else 0.05
@@ -455,7 +455,7 @@ def _damage(state, key, value):
         ("capacity", 3, "capacity=3"),
         ("extra", 1, r"unknown \['extra'\]"),
         ("positions", 3, "positions of the saved Quantile are 3"),
-        ("generator", torch.zeros(3, dtype=torch.uint8), "no state of a random generator"),
+        ("generator", torch.zeros(3, dtype=torch.uint8), "not the state of a random generator"),
         ("0/values", lambda v: v.double(), "0/values of the saved Quantile is torch.float64"),
         ("0/values", lambda v: v[:3], "expected torch.float32 of shape"),
         ("0/values", "text", "0/values of the saved Quantile is str"),
@@ -486,7 +486,7 @@ def test_refusals():
             Quantile(3, quantile)
     with pytest.raises(ValueError, match="at least 1"):
         Quantile(0)
-    with pytest.raises(ValueError, match="room for 25 values of a feature"):
+    with pytest.raises(ValueError, match="room for only 25 values of a feature"):
         Quantile(10, memory=1000)
     q = Quantile(3)
     for x in (torch.zeros(4, 5), torch.zeros(5), torch.zeros(()), torch.zeros(2, 3, dtype=torch.int64), [1.0, 2.0, 3.0]):
@@ -494,7 +494,7 @@ def test_refusals():
             q.update(x)
     with pytest.raises(ValueError, match="mask must be bool of shape"):
         q.update(torch.zeros(4, 3), mask=torch.ones(3, dtype=torch.bool))
-    with pytest.raises(TypeError, match="merge a Quantile with dict"):
+    with pytest.raises(TypeError, match="merge Quantile with dict"):
         q.merge({})
     for other, message in ((Quantile(4), "features 3 and 4"), (Quantile(3, 0.1), "quantile"), (Quantile(3, memory=10**6), "capacity")):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The recorder and the recording: numbers, selection of calls, and what is shown."""
+"""The recorder and the recording: numbers, selection of calls, and display."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_a_recorder_keeps_no_model_alive() -> None:
 
 
 class Range:
-    """A statistic of another kind: smallest and largest value."""
+    """The smallest and largest value, in a class of the earlier protocol."""
 
     def __init__(self, features: int, device: Any = None, outlier_sigma: float = 6.0) -> None:
         self.features = features
@@ -230,18 +230,24 @@ class Range:
         self.state.copy_(state["state"])
 
 
-def test_another_statistic() -> None:
+def test_a_class_of_the_earlier_protocol() -> None:
     model, data = Net(), batches(2)
-    rec = record(model, data, "head", statistic=Range)
+    with pytest.warns(DeprecationWarning, match="Range is not a subclass of torchprobe.statistics.Statistic") as caught:
+        rec = torchprobe.record(model, "head", statistic=Range)
+    assert caught[0].filename == __file__
+    with rec:
+        for x in data:
+            model(x)
     expected = torch.from_numpy(activations(model, data)["head"]).float()
-    assert torch.equal(rec["head"].state[2], expected.amax(0).clamp(min=0))  # type: ignore[attr-defined]
-    other = torchprobe.record(model, "head", statistic=Range)
+    assert isinstance(rec["head"], Range)
+    assert torch.equal(rec["head"].state[2], expected.amax(0).clamp(min=0))
+    with pytest.warns(DeprecationWarning, match="Range"):
+        other = torchprobe.record(model, "head", statistic=Range)
     other.load_state_dict(rec.state_dict())
     assert torch.equal(other["head"].state, rec["head"].state)
-    for refused in (rec.metrics, rec.rows, lambda: rec.snapshot(0), lambda: rec.save("nowhere")):
-        with pytest.raises(TypeError, match="hold Moments, not Range"):
-            refused()
-    with pytest.raises(ValueError, match="Range.update takes no every"):
-        torchprobe.record(model, statistic=Range, every=2)
+    assert rec.metrics() == {}
+    assert rec.rows() == [{"layer": "head", "module": "Linear", "features": 4, "feature_dim": -1, "positions": "all"}]
+    rec.snapshot(0)
+    assert torch.equal(rec.total["head"].state, other["head"].state)
     with pytest.raises(ValueError, match="Range.update takes no mask"):
         rec.mask(torch.ones(1, 1, dtype=torch.bool))

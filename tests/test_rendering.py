@@ -1,11 +1,9 @@
 """Tables, figures and pages from rows and arrays, with names that mean harm."""
 
-import contextlib
 import csv
 import math
 import os
 import re
-import stat
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,9 +11,8 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
-from torchprobe.common.files import replacing
-from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 from torchprobe.rendering.tables import LAYER_COLUMNS, Column, layer_table, number, printable, shown_columns, write_csv
+from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -147,26 +144,6 @@ def test_csv_round_trip(tmp_path):
     assert back[-1]["vectors"] == ""
 
 
-def test_an_interruption_leaves_the_old_file(tmp_path):
-    target = tmp_path / "a.txt"
-    target.write_text("old")
-    with contextlib.suppress(KeyboardInterrupt), replacing(target) as temporary:
-        temporary.write_text("ha")
-        raise KeyboardInterrupt
-    assert target.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
-    with replacing(target) as temporary:
-        temporary.write_text("new")
-    assert target.read_text() == "new"
-    assert stat.S_IMODE(target.stat().st_mode) & 0o444 == 0o444 & ~_umask()
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 # -- figures -------------------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +153,7 @@ def all_figures(names):
     rows = [row(name, vector_kurtosis=3.0 + i) for i, name in enumerate(names)]
     yield plots.depth_profile(rows, band=[rows, rows[:-1]], label=names[0], band_label=names[-1])
     yield plots.kurtosis_histogram(rng.lognormal(2, 1, 100), 64, interval=(7, 9))
-    yield plots.feature_profile(rng.random(100), rng.random(100), labelled=[3, 4, 90])
+    yield plots.feature_profile(rng.random(100), rng.random(100), named=[3, 4, 90])
 
 
 @pytest.fixture
@@ -207,7 +184,7 @@ def test_figures_of_nothing_nan_and_one_layer(plots, width, tmp_path):
         plots.kurtosis_histogram(nothing, 1, width=width),
         plots.kurtosis_histogram([2.0], 3, interval=(math.nan, math.nan), width=width),
         plots.feature_profile(nothing, nothing, width=width),
-        plots.feature_profile(np.zeros(4), np.zeros(4), labelled=[0], width=width),
+        plots.feature_profile(np.zeros(4), np.zeros(4), named=[0], width=width),
     ]
     for figure in figures:
         assert plots.svg(figure, "a figure").startswith("<svg")
@@ -249,7 +226,7 @@ def test_svg_escapes_names_and_links_nowhere(plots):
         assert not [name for _, name, _ in parsed.attributes if name.startswith("on")]
 
 
-def test_svg_takes_its_colours_from_the_page_and_is_reproducible(plots):
+def test_svg_takes_its_colors_from_the_page_and_is_reproducible(plots):
     first, second = (plots.svg(plots.depth_profile([row("a"), row("b")]), "depth") for _ in range(2))
     assert first == second
     assert "var(--accent)" in first

@@ -23,7 +23,7 @@ from torchprobe.analysis.robustness import (
     robustness,
 )
 
-# Published accuracies of OpenAI's encoders (OpenCLIP's table), per cent.
+# Published accuracies of OpenAI's encoders (OpenCLIP's table), percent.
 VIT_B_32 = {"imagenet": 63.32, "imagenet_v2": 55.92, "imagenet_r": 69.33, "imagenet_sketch": 42.29, "objectnet": 44.31, "imagenet_a": 31.55}
 VIT_L_14 = {"imagenet": 75.54, "imagenet_v2": 69.83, "imagenet_r": 87.84, "imagenet_sketch": 59.59, "objectnet": 68.89, "imagenet_a": 70.75}
 RN50_YFCC = {"imagenet": 32.75, "imagenet_v2": 27.93, "imagenet_r": 22.20, "imagenet_sketch": 7.15, "objectnet": 17.72, "imagenet_a": 13.73}
@@ -76,7 +76,7 @@ def test_below_the_baseline_it_is_extrapolated():
 @pytest.mark.parametrize("key", FITS, ids=" ".join)
 def test_the_fits_say_how_good_they_are(key):
     fit = FITS[key]
-    assert (fit.shift, fit.x) == key
+    assert (fit.shift, fit.imagenet_classes) == key
     assert fit.n == {"imagenet_r": 80, "imagenet_a": 84, "mean": 80}.get(fit.shift, 85)
     assert fit.poor == (fit.shift == "imagenet_a") == (fit.r2 < POOR)
     assert "Taori" in fit.source
@@ -95,7 +95,7 @@ def test_the_fits_are_those_of_the_published_models(key):
     for name in ("slope", "intercept", "r2", "lowest_x", "highest_x", "residual_std", "x_mean", "x_squares"):
         assert getattr(fit, name) == pytest.approx(getattr(published, name), rel=1e-8), name
     assert fit.n == published.n
-    rounded = {  # as Taori et al.'s results were summarised
+    rounded = {  # as Taori et al.'s results were summarized
         ("imagenet_v2", "full"): (0.923, -0.498, 0.996),
         ("imagenet_r", "full"): (0.912, -1.600, 0.877),
         ("imagenet_sketch", "full"): (1.071, -2.370, 0.869),
@@ -183,17 +183,17 @@ def test_a_baseline_of_your_own_is_used():
 
 def test_the_classes_of_a_shift():
     known = {**VIT_B_32, "imagenet_on_r_classes": 90.0, "imagenet_on_objectnet_classes": 70.0, "imagenet_on_a_classes": 85.0}
-    table = robustness(known, x="subset")
+    table = robustness(known, imagenet_classes="subset")
     assert table.of_mean is None
     for shift in SHIFTS:
         row, x = table[shift], known[SUBSETS.get(shift, "imagenet")]
         assert row.imagenet == x
-        assert row.effective_robustness == effective_robustness(known[shift], x, shift=shift, x="subset")
+        assert row.effective_robustness == effective_robustness(known[shift], x, shift=shift, imagenet_classes="subset")
         assert row.fit is FITS[shift, "subset" if shift in SUBSETS else "full"]
-    assert mean_effective_robustness(known, x="subset") == table.mean_effective_robustness
+    assert mean_effective_robustness(known, imagenet_classes="subset") == table.mean_effective_robustness
     assert Baseline(invented()).fit("imagenet_r", "subset").slope != Baseline(invented()).fit("imagenet_r").slope
     with pytest.raises(ValueError, match="imagenet_on_r_classes"):
-        robustness(VIT_B_32, x="subset")
+        robustness(VIT_B_32, imagenet_classes="subset")
     with pytest.raises(ValueError, match="no subset of the classes in common"):
         effective_robustness(1.5, 2.5, shift=MEAN, x="subset")
 
@@ -221,11 +221,11 @@ def test_accuracies_near_the_ends():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((-1, 50), "-1 is no accuracy on imagenet_r: accuracies are in per cent"),
-        ((50, 101), "101 is no accuracy on ImageNet"),
-        ((50, math.inf), "inf is no accuracy"),
-        ((50, 0), "0 % on ImageNet has no logit"),
-        ((50, [60, 100]), "100 % on ImageNet has no logit"),
+        ((-1, 50), "-1 is not an accuracy on imagenet_r: accuracies are in percent"),
+        ((50, 101), "101 is not an accuracy on ImageNet"),
+        ((50, math.inf), "inf is not an accuracy"),
+        ((50, 0), "accuracy of 0 % has no logit"),
+        ((50, [60, 100]), "accuracy of 100 % has no logit"),
     ],
 )
 def test_what_is_no_percentage(arguments, message):
@@ -245,16 +245,16 @@ def test_fractions_are_noticed():
         effective_robustness(0.69, 0.63, shift="imagenet_r")
     with pytest.warns(UserWarning, match="look like fractions"):
         robustness({"imagenet": 0.63, "imagenet_r": 0.69})
-    with pytest.raises(ValueError, match=r"imagenet is nowhere above 1.*multiply by 100"):
+    with pytest.raises(ValueError, match=r"imagenet is never above 1.*multiply by 100"):
         Baseline({"imagenet": [0.6, 0.7], "imagenet_r": [20, 30]})
 
 
 def test_names_that_do_not_exist():
     with pytest.raises(ValueError, match="did you mean 'imagenet_r'"):
         effective_robustness(50, 50, shift="imagenet-r")
-    with pytest.raises(ValueError, match="'full' or 'subset'"):
+    with pytest.raises(ValueError, match="imagenet_classes is 'full' or 'subset'"):
         effective_robustness(50, 50, shift="imagenet_r", x="half")
-    with pytest.raises(ValueError, match=r"no accuracy under any of.*there are imagenet"):
+    with pytest.raises(ValueError, match=r"no accuracy under any of.*the given ones are imagenet"):
         robustness({"imagenet": 50})
     with pytest.raises(ValueError, match="needs the accuracy 'imagenet'"):
         robustness({"imagenet_r": 50})
@@ -273,7 +273,7 @@ def test_a_table_is_read(tmp_path):
     fit = Baseline.from_csv(path).fit("imagenet_r")
     assert fit.n == 3
     assert str(path) in fit.source
-    with pytest.raises(ValueError, match=r"models\.csv: no accuracies 'objectnet'; there are imagenet, imagenet_r"):
+    with pytest.raises(ValueError, match=r"models\.csv: no accuracies 'objectnet'; it has imagenet, imagenet_r"):
         Baseline.from_csv(path).fit("objectnet")
     with pytest.raises(OSError, match="none"):
         Baseline.from_csv(tmp_path / "none.csv")
@@ -285,10 +285,10 @@ def test_a_table_is_read(tmp_path):
         ("", "no column model and no column imagenet; the first line has nothing"),
         ("model;imagenet;imagenet_r\na;60;20\n", "the first line has model;imagenet;imagenet_r"),
         ("model,imagenet,imagenet_r\n", "no models"),
-        ("model,imagenet,objects\na,60,twenty\n", "a baseline needs .imagenet. and a shift, such as some of imagenet_v2"),
-        ("model,imagenet,imagenet_r\na,60,20\nb,sixty,20\n", "line 3, column imagenet: 'sixty' is no number"),
-        ("model,imagenet,imagenet_r\na,60,20\nb,70,120\n", "line 3, column imagenet_r: 120 is no percentage"),
-        ("model,imagenet,imagenet_r\na,60,20\nb,nan,20\n", "line 3, column imagenet: nan is no percentage"),
+        ("model,imagenet,objects\na,60,twenty\n", "a baseline needs .imagenet. and at least one shift, such as imagenet_v2"),
+        ("model,imagenet,imagenet_r\na,60,20\nb,sixty,20\n", "line 3, column imagenet: 'sixty' is not a number"),
+        ("model,imagenet,imagenet_r\na,60,20\nb,70,120\n", "line 3, column imagenet_r: 120 is not a percentage"),
+        ("model,imagenet,imagenet_r\na,60,20\nb,nan,20\n", "line 3, column imagenet: nan is not a percentage"),
         ("model,imagenet,imagenet_r\na,60,20\nb,70\n", "line 3 has fewer cells"),
         ("model,imagenet,imagenet_r\na,60,20\nb,70,30,4\n", "line 3 has more cells"),
         ("model,imagenet,imagenet_r\na,.60,.20\nb,.7,.3\n", "multiply by 100"),
@@ -312,7 +312,7 @@ def test_too_few_models_for_a_line():
         Baseline({"imagenet": [60, 60], "imagenet_r": [10, 20, 30]})
     with pytest.raises(ValueError, match="2 models need as many names, got 1"):
         Baseline({"imagenet": [60, 70], "imagenet_r": [10, 20]}, ["one"])
-    with pytest.raises(ValueError, match=r"second, imagenet_r: -3 is no percentage"):
+    with pytest.raises(ValueError, match=r"second, imagenet_r: -3 is not a percentage"):
         Baseline({"imagenet": [60, 70], "imagenet_r": [10, -3]}, ["first", "second"])
     assert math.isnan(Baseline({"imagenet": [60, 70, 80], "imagenet_r": [20, 20, 20]}).fit("imagenet_r").r2)
 
@@ -321,7 +321,7 @@ def test_a_shift_of_ones_own(tmp_path):
     path = tmp_path / "models.csv"
     path.write_text("model,imagenet,noisy,remark,parameters\n" + "".join(f"{i},{50 + i},{40 + i},none,{1e6 + i}\n" for i in range(8)))
     baseline = Baseline.from_csv(path)
-    assert baseline.shifts == ("noisy",)  # neither a text nor what is no percentage
+    assert baseline.shifts == ("noisy",)  # neither a text nor what is not a percentage
     er = effective_robustness(60.0, 55.0, shift="noisy", baseline=baseline)
     assert er == pytest.approx(15.0, abs=0.05)  # the models lie on y = x − 10
     table = robustness({"imagenet": 55.0, "noisy": 60.0, "elsewhere": 3.0}, baseline=baseline)

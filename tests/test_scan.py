@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import io
 import json
 import math
 
@@ -12,10 +13,11 @@ import torch
 from torch import nn
 
 import torchprobe
+from torchprobe.common.files import to_json
 from torchprobe.datasets import DatasetError, Images, image_folder
 from torchprobe.encoders import Encoder
-from torchprobe.common.files import to_json
 from torchprobe.studies.scan import bootstrap_interval, scan, vector_kurtosis
+from torchprobe.studies.scan_report import write_scan
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 for package in ("matplotlib", "jinja2"):
@@ -66,7 +68,7 @@ def add_unreadable(folder):
     (folder / "<b>[red]text.png").write_text("not an image")
     (folder / "empty.jpeg").touch()
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(folder / "sixteen bits.png")
-    (folder / "notes.txt").write_text("is no image and does not claim to be")
+    (folder / "notes.txt").write_text("not an image, and does not claim to be one")
 
 
 # -- images --------------------------------------------------------------------------------------------------------------
@@ -93,14 +95,14 @@ def test_a_limit_takes_from_everywhere(photos):
 
 def test_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match=r"no image beneath .*empty; it is empty"):
+    with pytest.raises(DatasetError, match=r"no images in .*empty; it is empty"):
         image_folder(tmp_path / "empty")
     (tmp_path / "empty" / "a.txt").touch()
-    with pytest.raises(DatasetError, match=r"holds 1 other files.*\.jpeg"):
+    with pytest.raises(DatasetError, match=r"has 1 other files.*\.jpeg"):
         image_folder(tmp_path / "empty")
-    with pytest.raises(DatasetError, match="not there"):
+    with pytest.raises(DatasetError, match="does not exist"):
         image_folder(tmp_path / "none")
-    with pytest.raises(DatasetError, match="a file"):
+    with pytest.raises(DatasetError, match="is a file"):
         image_folder(tmp_path / "empty" / "a.txt")
 
 
@@ -166,11 +168,11 @@ def test_the_numbers_of_a_scan(photos):
     assert first["relative_size"] == pytest.approx(abs(h[:, 17]).mean() / abs(h).mean(), rel=1e-5)
     assert [row["feature"] for row in result.outliers()] == [17]
     assert sorted(row["feature"] for row in result.features()) == list(range(64))
-    layers = {row["layer"]: row["vectors_per_image"] for row in result.layers()}
+    layers = {row["layer"]: row["vectors_per_image"] for row in result.rows()}
     assert layers == {"visual.blocks.0": 36, "visual.blocks.1": 36, "": 1}
 
 
-def test_named_layers_come_beside_the_representation(photos):
+def test_named_layers_come_with_the_representation(photos):
     result = scan(small_encoder(), image_folder(photos), ["visual.stem", "visual.blocks.*"])
     assert result.recording.layers == ["visual.stem", "visual.blocks.0", "visual.blocks.1", ""]
     with pytest.raises(ValueError, match=r"visual\.stem"):
@@ -181,7 +183,7 @@ def test_too_few_features_for_outliers(photos, tmp_path):
     result = scan(small_encoder(features=8), image_folder(photos))
     assert result.outliers() == []
     assert math.isnan(result.features()[0]["outlier_share"])
-    assert "8 features" in result.write(tmp_path)["page"].read_text()
+    assert "8 features" in write_scan(result, tmp_path)["page"].read_text()
 
 
 class Broken(Small):
@@ -202,7 +204,7 @@ def test_nonfinite_and_constant_vectors_are_counted(photos, tmp_path):
     assert math.isfinite(summary["vector_kurtosis"])
     assert result.images == 11
     json.loads(to_json(result.summary()))
-    assert result.write(tmp_path)["page"].stat().st_size > 1000
+    assert write_scan(result, tmp_path)["page"].stat().st_size > 1000
 
 
 # -- what cannot be read, and interruptions ------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def test_unreadable_files_are_named_with_their_reason(photos, tmp_path):
     assert result.total == 15
     assert {file for file, _ in result.unreadable} == {"truncated.jpg", "<b>[red]text.png", "empty.jpeg", "sixteen bits.png"}
     assert "I;16" in dict(result.unreadable)["sixteen bits.png"]
-    page = result.write(tmp_path)["page"].read_text()
+    page = write_scan(result, tmp_path)["page"].read_text()
     assert "&lt;b&gt;[red]text.png" in page
     assert "<b>[red]" not in page
     np.testing.assert_allclose(
@@ -241,8 +243,8 @@ def test_stopping_leaves_what_was_seen(photos, tmp_path):
     assert seen == [(4, 11), (8, 11)]
     assert result.partial
     assert result.images == result.representation.vectors == 8
-    assert all(row["vectors"] == 8 * row["vectors_per_image"] for row in result.layers())
-    files = result.write(tmp_path)
+    assert all(row["vectors"] == 8 * row["vectors_per_image"] for row in result.rows())
+    files = write_scan(result, tmp_path)
     assert "Partial: stopped after 8 of 11" in files["page"].read_text()
     assert torchprobe.load(files["recording"])[""].vectors == 8
 
@@ -272,7 +274,7 @@ def test_no_hooks_are_left(photos):
 
 def test_the_files_of_a_scan(photos, tmp_path):
     result = scan(small_encoder(outlier=5), image_folder(photos))
-    files = result.write(tmp_path / "new" / "folder")
+    files = write_scan(result, tmp_path / "new" / "folder")
     assert set(files) == {"recording", "layers", "features", "summary", "plot", "page"}
     back = torchprobe.load(files["recording"])
     assert back.layers == result.recording.layers
@@ -285,14 +287,26 @@ def test_the_files_of_a_scan(photos, tmp_path):
     assert summary["representation"]["features"] == 64
     assert summary["outlier_features"][0]["feature"] == 5
     page = files["page"].read_text()
-    for phrase in ("vector kurtosis", "3(d − 1)/(d + 1)", "5.4 to 9", "choices of ours", "there is no threshold", "over images"):
+    for phrase in ("vector kurtosis", "3(d − 1)/(d + 1)", "5.4 to 9", "our choices", "there is no threshold", "over images"):
         assert phrase in page, phrase
     assert "://" not in page
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {path.name for path in files.values()}
 
 
-def test_json_knows_no_nan():
-    assert json.loads(to_json({"a": [math.nan, math.inf, (1, 2.5)], 3: True})) == {"a": [None, None, [1, 2.5]], "3": True}
+def test_the_interval_is_computed_once(photos, tmp_path, monkeypatch):
+    from rich.console import Console
+
+    from torchprobe.studies import scan as study
+    from torchprobe.studies.scan_report import print_scan
+
+    seeds = []
+    monkeypatch.setattr(study, "bootstrap_interval", lambda values, seed: seeds.append(seed) or bootstrap_interval(values, seed))
+    result = scan(small_encoder(), image_folder(photos), seed=3)
+    write_scan(result, tmp_path)
+    print_scan(result, Console(file=io.StringIO()))
+    low, high = result.summary()["representation"]["interval"]
+    assert seeds == [3]
+    assert (low, high) == result.headline.interval == bootstrap_interval(result.kurtosis, 3)
 
 
 # -- the demo ------------------------------------------------------------------------------------------------------------
@@ -311,9 +325,9 @@ def demo():
 def test_the_demo_has_real_weights_and_photos(demo):
     images = demo.photos()
     assert len(images) == 36
-    labelled = Images([path for path in images.paths if path.name.startswith("imagenet_")])
+    labeled = Images([path for path in images.paths if path.name.startswith("imagenet_")])
     encoder, head = demo.trained()
-    correct, count = demo.accuracy(encoder.eval(), head.eval(), labelled)
+    correct, count = demo.accuracy(encoder.eval(), head.eval(), labeled)
     assert count == 20
     assert correct >= 17
 
@@ -329,10 +343,10 @@ def test_the_demo_compares_trained_with_random(demo, monkeypatch, tmp_path):
     assert [row["layer"] for row in rows][-1] == ""
     assert len(rows) == 19
     assert all(row["random_low"] <= row["random_high"] for row in rows)
-    stds = [row["std"] for row in result.random[0].layers()]
+    stds = [row["std"] for row in result.random[0].rows()]
     assert all(0.05 < std < 50 for std in stds)  # calibrated: neither vanishing nor exploding
     page = result.write(tmp_path)["page"].read_text()
-    assert "random initialisation" in page
+    assert "random initialization" in page
     assert "imagenet_00_243.jpg" in page
 
 

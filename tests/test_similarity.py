@@ -200,7 +200,8 @@ def test_features_can_be_left_out():
     tokens = torch.randn(8, 5, 3)
     got = cka(Replay(tokens), Replay(tokens), [torch.arange(8)], "layers.*", "layers.*", drop_a=[1])
     torch.testing.assert_close(got, exact([[tokens[..., [0, 2]]]], [[tokens]]), rtol=1e-5, atol=1e-5)
-    for drop, message in (([11], "features 0 to 10; 11"), (range(11), "no features but"), ({"layer.0": [1]}, "'layer.0' is none of")):
+    none = "'layer.0' matches none of"
+    for drop, message in (([11], "features 0 to 10; 11"), (range(11), "all 11 features of layer"), ({"layer.0": [1]}, none)):
         with pytest.raises(ValueError, match=message):
             cka(Replay(a), Replay(b), numbers, "layers.*", "layers.*", drop_a=drop)
 
@@ -228,7 +229,7 @@ def test_pooling():
         torch.testing.assert_close(got, exact([[x]], [[y]]), rtol=1e-5, atol=1e-5)
     got = cka(a, Replay(tokens), numbers, "0", "layers.0", pooling="mean", feature_dim_a=1, feature_dim_b={"layers.*": 1})
     torch.testing.assert_close(got, exact([[maps.mean((2, 3))]], [[tokens.mean(2)]]), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="feature_dim=4 is none of them"):
+    with pytest.raises(ValueError, match="has no dimension feature_dim=4"):
         cka(a, Replay(tokens), numbers, "0", "layers.0", feature_dim_a=4)
     with pytest.raises(ValueError, match='pooling is "flatten" or "mean"'):
         cka(a, a, numbers, pooling="max")
@@ -264,7 +265,7 @@ def test_images_that_cannot_be_told_apart():
         def forward(self, x):
             return x.reshape(-1, 2)
 
-    with pytest.raises(ValueError, match=r"layer '0' gives shape \(18, 2\) for 6 images, in which they cannot be told apart"):
+    with pytest.raises(ValueError, match=r"layer '0' gives shape \(18, 2\) for 6 images: no dimension of the images was found"):
         cka(nn.Sequential(Windows()), nn.Sequential(nn.Linear(6, 2)), [torch.randn(6, 6)], "0", "0")
     with pytest.raises(ValueError, match=r"layer '0' gives shape \(6,\)"):
         cka(nn.Sequential(nn.Flatten(0)), nn.Sequential(nn.Linear(1, 2)), [torch.randn(6, 1)], "0", "0")
@@ -330,9 +331,9 @@ def test_a_pair_for_models_that_preprocess_differently():
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
-        ([], ValueError, "there was no batch"),
+        ([], ValueError, "no batch was given"),
         ([torch.zeros(3, 6)], ValueError, "at least 4 images; 3 images were given, in smaller batches"),
-        (torch.zeros(8, 6), TypeError, r"\[x\] is one batch"),
+        (torch.zeros(8, 6), TypeError, r"give \[x\] for one batch"),
         ([(torch.zeros(8, 6), torch.zeros(7, 6))], ValueError, "batch 0 has 8 images for the first model and 7 for the second"),
         ([[torch.zeros(8, 6), torch.arange(8)]], TypeError, "looks like images and their labels"),
         ([[torch.zeros(8, 6)] * 3], TypeError, "neither a tensor nor a pair of tensors"),

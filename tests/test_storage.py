@@ -1,4 +1,4 @@
-"""Joining recordings, resuming, and files."""
+"""Merging recordings, resuming, and files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import torchprobe
+from torchprobe.statistics import FEATURES, State, Statistic
 
 
 def test_merge_equals_one_recording_of_everything() -> None:
@@ -48,7 +49,7 @@ def test_merge_brings_windows_and_histories_together() -> None:
     assert first["blocks.0"].vectors == 30  # nothing was changed
 
 
-def test_merge_into_a_recorder_that_never_ran_and_goes_on() -> None:
+def test_merge_into_a_recorder_before_its_first_run() -> None:
     model, data = Net(), batches(2)
     rec = torchprobe.record(model)
     rec.merge(record(model, data[:1]))
@@ -57,12 +58,12 @@ def test_merge_into_a_recorder_that_never_ran_and_goes_on() -> None:
     assert_equal(rec, record(model, data), rtol=1e-9)
 
 
-def test_merge_refuses_what_does_not_belong_together() -> None:
+def test_merge_refuses_recordings_that_do_not_fit() -> None:
     model, data = Net(), batches(1)
     rec = record(model, data, "blocks.*")
-    with pytest.raises(ValueError, match="other recording has layers that this one has not: 'head'"):
+    with pytest.raises(ValueError, match="other recording has layers that this one does not have: 'head'"):
         rec.merge(record(model, data, "head"))
-    with pytest.raises(ValueError, match="made differently"):
+    with pytest.raises(ValueError, match="made with different settings"):
         rec.merge(record(model, data, "blocks.*", outlier_sigma=3.0))
     with pytest.raises(ValueError, match="layer 'blocks.0' is 6 features wide here and 8 there"):
         rec.merge(record(Net(8), batches(1, width=8), "blocks.*"))
@@ -187,15 +188,22 @@ def layers(**values: Any) -> Callable[[str], str]:
         ("layers", "{}", "'layers': expected a JSON list, got dict"),
         ("layers", '[{"name": 3}]', "'layers': each layer has name, module"),
         ("layers", layers(features=10**15), "'layers': layer .* cannot have 10{15} features"),
-        ("layers", layers(features=7), "'blocks.0/closed/mean': missing, or not 7 features wide"),
+        ("layers", layers(features=7), "'blocks.0/closed/count': expected F64 of shape \\(7,\\), got F64 of \\(6,\\)"),
         ("layers", layers(features="6"), "'layers': a value is of the wrong kind"),
-        ("layers", layers(name="x"), "'x/closed/mean': missing"),
+        ("layers", layers(name="x"), "'x/closed/calls': missing"),
         ("layers", lambda text: json.dumps(json.loads(text)[1:]), "'blocks.0/.*': belongs to no layer"),
-        ("layers", lambda text: json.dumps([json.loads(text)[0]] * 2), "'blocks.0/closed/mean': missing"),
-        ("aliases", '{"a": 1}', "'aliases': an alias is no text"),
+        ("layers", lambda text: json.dumps([json.loads(text)[0]] * 2), "'blocks.0/closed/calls': missing"),
+        ("layers", layers(outlier_sigma=-1.0), "'layers': outlier_sigma of layer 'blocks.0' must be positive, got -1.0"),
+        ("layers", layers(calls=3), "'layers': each layer has name, module"),
+        ("settings", lambda text: text.replace("6.0", "1" + 400 * "0"), "'settings': outlier_sigma must be positive"),
+        ("settings", lambda text: text.replace("Moments", "Zeros"), "'statistics': expected the names in 'Zeros'"),
+        ("aliases", '{"a": 1}', "'aliases': an alias is not text"),
+        ("history", lambda text: text.replace("[1, 3]", "[1, NaN]"), "'history': steps are finite numbers"),
+        ("history", lambda text: text.replace("[1, 3]", f"[1, 1{400 * '0'}]"), "'history': steps are finite numbers"),
+        ("history", lambda text: text.replace('"dropped": 0', '"dropped": -1'), "'history': dropped counts windows, got -1"),
         ("history", '{"steps": 1}', "'history': expected the lists"),
         ("history", lambda text: text.replace("[1, 3]", "[1, 3, 5]"), "'history': expected F64 of shape \\(3, 4, 15\\)"),
-        ("history", lambda text: text.replace("[1, 3]", '["x"]'), "'history': steps are numbers"),
+        ("history", lambda text: text.replace("[1, 3]", '["x"]'), "'history': steps are finite numbers"),
         ("blocks.0/m2", None, "'blocks.0/m2': missing"),
         ("blocks.0/m2", torch.ones(5, dtype=torch.float64), r"'blocks.0/m2': expected F64 of shape \(6,\), got F64 of \(5,\)"),
         ("blocks.0/m2", torch.ones(6), "'blocks.0/m2': expected F64 of .*, got F32"),
@@ -206,7 +214,7 @@ def layers(**values: Any) -> Callable[[str], str]:
         ("surprise", torch.ones(1), "'surprise': belongs to no layer"),
     ],
 )
-def test_loading_believes_nothing(tmp_path: Path, key: str, value: Any, message: str) -> None:
+def test_damaged_files(tmp_path: Path, key: str, value: Any, message: str) -> None:
     path = tmp_path / "run.safetensors"
     recorded_windows(Net()).save(path)
     with pytest.raises(ValueError, match=message) as caught:
@@ -214,20 +222,73 @@ def test_loading_believes_nothing(tmp_path: Path, key: str, value: Any, message:
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layers", layers(calls=-1), "layer 'blocks.0' cannot have -1 calls"),
+        ("layers", layers(calls=10**400), "cannot have 10{400} calls"),
+        ("layers", layers(window_state={"values": [], "tensors": []}), "expected values and the names of tensors for 'blocks.0/'"),
+        ("layers", layers(window_state={"values": {"features": 6}, "tensors": ["no"]}), "'blocks.0/no': missing"),
+        ("layers", layers(window_state={"values": {"features": 10**9}, "tensors": []}), "'blocks.0': the saved state of Wide"),
+        ("layers", layers(window_state={"values": {"features": [6]}, "tensors": []}), "'blocks.0': TypeError: "),
+        ("layers", layers(window_state={"values": {}, "tensors": []}), r"'blocks.0': the saved state of Wide lacks \['features'\]"),
+        ("blocks.0/matrix", torch.ones(6, 7, dtype=torch.float64), r"'blocks.0': matrix in .* \(6, 7\), expected .* \(6, 6\)"),
+        ("blocks.0/matrix", torch.ones(6, 6, dtype=torch.int64), "'blocks.0': matrix in the saved state of Wide is torch.int64"),
+        ("statistics", '"Statistic"', "'statistics': expected the names in 'Wide'"),
+        ("statistics", "[]", "'statistics': expected the names in 'Wide'"),
+        ("statistics", "3", "'statistics': expected a JSON str, got int"),
+    ],
+)
+def test_damaged_files_of_any_statistic(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    class Wide(Statistic):
+        states = {"matrix": State((FEATURES, FEATURES))}
+
+        def accumulate(self, x: Tensor, kept: Tensor) -> None:
+            self.matrix += x.T @ x
+
+    path = tmp_path / "run.safetensors"
+    record(Net(), batches(1), "blocks.0", statistic=Wide).save(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        torchprobe.load(tampered(path, edit(key, value)), statistic=Wide)
+    assert str(path) in str(caught.value)
+
+
 def test_loading_other_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         torchprobe.load(tmp_path / "none")
     (tmp_path / "text").write_bytes(b"no recording at all")
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         torchprobe.load(tmp_path / "text")
     save_file({"a": torch.ones(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="'format': expected '1', got None"):
         torchprobe.load(tmp_path / "weights")
 
 
-def test_saving_into_no_folder_says_so(tmp_path):
+def test_saving_to_a_missing_folder(tmp_path):
     model = torch.nn.Linear(2, 2)
     with torchprobe.record(model) as rec:
         model(torch.randn(3, 2))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         rec.save(tmp_path / "missing" / "run.safetensors")
+
+
+def test_files_of_the_previous_version_load() -> None:
+    """A development version of 0.1.0 wrote them, before statistics had a contract; tests/data/recording.json holds its own results."""
+    data = Path(__file__).parent / "data"
+    expected = json.loads((data / "recording.json").read_text())
+    loaded = torchprobe.load(data / "recording.safetensors")
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    resumed = torchprobe.record(model, every=2)
+    resumed.load_state_dict(torch.load(data / "recorder.pt", weights_only=True))
+    for rec in (loaded, resumed):
+        for rows, before in ((rec.rows(), expected["rows"]), (rec.total.rows(), expected["total"])):
+            for mine, theirs in zip(rows, before, strict=True):
+                numbers = {key: value for key, value in theirs.items() if not isinstance(value, str)}
+                assert [mine[key] for key in numbers] == pytest.approx(list(numbers.values()), rel=1e-12, nan_ok=True)
+        assert {name: rec.total[name].calls for name in rec} == expected["calls"]
+        assert rec.history.steps == expected["steps"]
+        assert rec.history["vector_kurtosis"].tolist() == expected["kurtosis"]
+        assert rec.history.histograms.sum((0, 1)).tolist()[:30] == expected["histogram"]
+    with resumed:
+        model(torch.zeros(2, 3))
+    assert resumed.total["0"].calls == expected["calls"]["0"] + 1

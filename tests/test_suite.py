@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchprobe.encoders import EncoderError, Head, load_encoder
-from torchprobe.encoders.suite import ROLES, TEST_SETS, Row, load_suite
+from torchprobe.encoders.suite import ROLES, TEST_SETS, SuiteRow, load_suite
 
 GOLDEN = os.environ.get("TORCHPROBE_GOLDEN")
 PUBLISHED = [row for row in load_suite() if row.role == "zero-shot"]
@@ -112,7 +112,7 @@ def test_quick_gelu_where_the_weights_were_trained_with_it(monkeypatch, row):
 
 def test_defaults_and_paths(tmp_path):
     (row,) = suite(tmp_path, ENTRY)
-    assert row == Row("a", "supervised", "RN18", "ImageNet-1k", "torchvision:resnet18", head="own") and hash(row)
+    assert row == SuiteRow("a", "supervised", "RN18", "ImageNet-1k", "torchvision:resnet18", head="own") and hash(row)
     (row,) = suite(tmp_path, ENTRY + 'checkpoint = "w/a.pt"\nhead = "h.safetensors"\nnormalize = true\naccuracy = {imagenet = 70}\n')
     assert (row.checkpoint, row.head) == (str(tmp_path / "w/a.pt"), str(tmp_path / "h.safetensors"))
     assert row.normalize is True and row.accuracy == {"imagenet": 70.0}
@@ -146,8 +146,8 @@ def test_a_row_loads_its_encoder_and_its_head(tmp_path):
 
 def test_a_row_without_its_file_says_so(tmp_path):
     (row,) = suite(tmp_path, ENTRY + 'checkpoint = ""\n')
-    assert row.missing() == "it needs a checkpoint of yours: fill in its path"
-    with pytest.raises(EncoderError, match="a cannot be loaded: it needs a checkpoint of yours"):
+    assert row.missing() == "it needs your checkpoint: fill in its path"
+    with pytest.raises(EncoderError, match="a cannot be loaded: it needs your checkpoint"):
         row.load()
 
 
@@ -161,18 +161,18 @@ def test_every_problem_is_named(tmp_path):
         + ENTRY.replace('"a"', "3").replace("supervised", "zero-shot"),
     )
     for part in (
-        "suite.toml is no suite: unknown key 'encoders'; did you mean encoder?",
+        "suite.toml is not a suite: unknown key 'encoders'; did you mean encoder?",
         "encoder 1 ('a'): unknown key 'backbones'; did you mean backbone?",
         "backbone is missing",
         "unknown role 'superviced', expected one of zero-shot, fine-tuned, supervised, imagenet-captions; did you mean supervised?",
         "encoder 2 ('a'): unknown key 'chekpoint'; did you mean checkpoint?",
-        "normalize is true or false, got 1",
+        "normalize must be true or false, got 1",
         "'resnet18' is not the name of an encoder: expected one of timm:NAME",
         "unknown head 'trained', expected one of zero-shot, own, none, or a file",
         "unknown test set 'imagenet_v3'; did you mean imagenet_v2",
-        "the accuracy on imagenet is in per cent, 0 to 100, got 101",
-        "the accuracy on objectnet is in per cent, 0 to 100, got '60'",
-        "encoder 3: name is a string, got 3",
+        "the accuracy on imagenet must be in percent, 0 to 100, got 101",
+        "the accuracy on objectnet must be in percent, 0 to 100, got '60'",
+        "encoder 3: name must be a string, got 3",
         "'torchvision:resnet18' has no text tower for a zero-shot head",
         "the name 'a' occurs 2 times",
     ):

@@ -12,16 +12,17 @@ import interpret_sets as sets
 import pytest
 import torch
 from click.testing import CliRunner
+from drawing import stop_drawing
 
 from torchprobe.analysis.baseline import Baseline
 from torchprobe.cli import cli
+from torchprobe.common.runs import RunOptions
 from torchprobe.datasets import Broden, DatasetError
 from torchprobe.encoders import EncoderError, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
 from torchprobe.studies.compare import Comparison, load_results, write
-from torchprobe.studies.interpret.inputs import kept_head
-from torchprobe.studies.suite import Inputs, run_suite
-from torchprobe.studies.suite_pairs import ALPHAS, run_pair
+from torchprobe.studies.interpret.inputs import Inputs, kept_head
+from torchprobe.studies.suite import ALPHAS, run_pair, run_suite
 
 CONFIG = {
     "embed_dim": 48,
@@ -78,16 +79,18 @@ def inputs(folder: Path) -> Inputs:
         broden=Broden(folder / "concepts"),
         baseline=Baseline.from_csv(folder / "baseline.csv"),
         templates=["a {} picture"],
-        batch_size=12,
     )
+
+
+OPTIONS = RunOptions(batch_size=12)
 
 
 @pytest.fixture(scope="module")
 def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchprobe.studies.interpret.write.write_plots", lambda *_: None)  # test_interpret.py looks at those
-        comparison = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out)
+        stop_drawing(patch)  # test_interpret.py looks at the plots
+        comparison = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out, batch_size=12)
     write(comparison, out)
     return comparison, out
 
@@ -95,7 +98,7 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Compa
 def test_all_that_are_there_are_run(found: tuple[Comparison, Path]) -> None:
     comparison, out = found
     assert [row["model"] for row in comparison.models] == ["zero", "tuned", "scratch"]
-    assert comparison.skipped == [{"model": "absent", "why": "it needs a checkpoint of yours: fill in its path"}]
+    assert comparison.skipped == [{"model": "absent", "why": "it needs your checkpoint: fill in its path"}]
     assert all((out / name / "index.html").is_file() for name in ("zero", "tuned", "scratch"))
     assert all(row["robustness"] is not None and row["accuracy"] is not None for row in comparison.models)
 
@@ -116,15 +119,16 @@ def test_pairs(found: tuple[Comparison, Path]) -> None:
     assert "CKA of the layers: zero → tuned" in page and "Left out" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resumed(found: tuple[Comparison, Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comparison, out = found
 
     def refuse(*_: object) -> None:
         raise AssertionError("computed again")
 
-    for name in ("_cka", "_along"):
-        monkeypatch.setattr(f"torchprobe.studies.suite_pairs.{name}", refuse)
-    again = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out, resume=True)
+    for name in ("layer_similarity", "along_interpolation"):
+        monkeypatch.setattr(f"torchprobe.studies.suite.{name}", refuse)
+    again = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out, batch_size=12, resume=True)
     assert again.models == comparison.models and again.extras == comparison.extras
 
 
@@ -137,7 +141,7 @@ def test_a_pair_is_computed_anew_when_one_of_them_changed(found: tuple[Compariso
     rows = {row.name: row for row in load_suite(folder / "suite.toml")}
     pair = [(rows[name], load_results(out / name)) for name in ("zero", "tuned")]
     before = {path.name: path.stat().st_mtime_ns for path in (out / "pairs" / "stages").glob("zero--tuned-*")}
-    run_pair(pair[0], pair[1], inputs(folder), out / "pairs", resume=True)
+    run_pair(pair[0], pair[1], inputs(folder), out / "pairs", replace(OPTIONS, resume=True))
     after = {path.name: path.stat().st_mtime_ns for path in (out / "pairs" / "stages").glob("zero--tuned-*")}
     assert len(before) == 13 and all(after[name] > before[name] for name in before)  # CKA, 11 steps and what they give
 
@@ -148,12 +152,13 @@ def test_zero_shot_heads_are_kept(found: tuple[Comparison, Path], folder: Path, 
 
     row = next(row for row in load_suite(folder / "suite.toml") if row.name == "zero")
     monkeypatch.setattr("torchprobe.encoders.ClipEncoder.zero_shot_head", refuse)
-    kept = inputs(folder).load(row, kept_head(found[1] / "zero", True))[3]
+    kept = inputs(folder).load(row, OPTIONS, kept_head(found[1] / "zero", True)).head
     assert kept is not None and kept.names == sets.CLASSES
     with pytest.raises(AssertionError, match="made again"):
-        inputs(folder).load(row, kept_head(found[1] / "tuned", True))
+        inputs(folder).load(row, OPTIONS, kept_head(found[1] / "tuned", True))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_encoder_that_does_not_fit_the_images_is_skipped(folder: Path, tmp_path: Path) -> None:
     Head(torch.randn(2, 48), names=("cat", "dog")).save(folder / "animals.safetensors")
     rows = {row.name: row for row in load_suite(folder / "suite.toml")}
@@ -162,14 +167,14 @@ def test_an_encoder_that_does_not_fit_the_images_is_skipped(folder: Path, tmp_pa
     shown = replace(inputs(folder), shifts={}, broden=None, layer_images=0)
     comparison = run_suite(chosen, shown, tmp_path, pairs=False)
     assert [row["model"] for row in comparison.models] == ["zero", "scratch"]
-    assert comparison.skipped[0]["model"] == "strange" and "none of the 2 classes" in comparison.skipped[0]["why"]
+    assert comparison.skipped[0]["model"] == "strange" and "not one of the 2 classes" in comparison.skipped[0]["why"]
 
 
 def test_the_folders_are_looked_at_before_any_encoder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchprobe.encoders.suite.Row.load", lambda self: pytest.fail("fetched"))
-    with pytest.raises(DatasetError, match="is not there"):
+    monkeypatch.setattr("torchprobe.encoders.suite.SuiteRow.load", lambda self: pytest.fail("fetched"))
+    with pytest.raises(DatasetError, match="does not exist"):
         run_suite(load_suite(folder / "suite.toml"), replace(inputs(folder), images=tmp_path / "absent"), tmp_path / "out")
-    with pytest.raises(DatasetError, match="is not there"):
+    with pytest.raises(DatasetError, match="does not exist"):
         run_suite(load_suite(folder / "suite.toml"), replace(inputs(folder), shifts={"noisy": tmp_path / "absent"}), tmp_path / "out")
 
 
@@ -185,21 +190,23 @@ def test_a_hub_that_does_not_answer_is_asked_once(folder: Path, tmp_path: Path, 
         except OSError as error:
             raise EncoderError("could not be fetched") from error
 
-    monkeypatch.setattr("torchprobe.encoders.suite.Row.load", unreachable)
+    monkeypatch.setattr("torchprobe.encoders.suite.SuiteRow.load", unreachable)
     with pytest.raises(EncoderError, match="0 of 4"):
         run_suite(load_suite(folder / "suite.toml"), inputs(folder), tmp_path)
     assert seen == [False, True, True] and constants.HF_HUB_OFFLINE is False
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_too_few(folder: Path, tmp_path: Path) -> None:
     rows = [row for row in load_suite(folder / "suite.toml") if row.name in ("zero", "absent")]
-    with pytest.raises(EncoderError, match="1 of 2 encoders .* absent: it needs a checkpoint"):
+    with pytest.raises(EncoderError, match="1 of 2 encoders .* absent: it needs your checkpoint"):
         run_suite(rows, inputs(folder), tmp_path)
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_interpret_one(folder: Path, tmp_path: Path) -> None:
     options = ["--images", str(folder / "images"), "--shift", f"noisy={folder / 'noisy'}", "--baseline", str(folder / "baseline.csv"),
                "--broden", str(folder / "concepts"), "--checkpoint", str(folder / "zero.safetensors"), "--device", "cpu",
@@ -214,6 +221,7 @@ def test_interpret_one(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and "Vector kurtosis" in result.stdout and result.stdout.rstrip().endswith("index.html")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_interpret_a_suite_and_compare(folder: Path, tmp_path: Path, found: tuple[Comparison, Path]) -> None:
     options = ["--suite", str(folder / "suite.toml"), "--only", "zero", "--only", "tuned", "--no-pairs", "--images", str(folder / "images"),
                "--device", "cpu", "--layer-images", "0"]  # fmt: skip
@@ -234,7 +242,7 @@ def test_interpret_a_suite_and_compare(folder: Path, tmp_path: Path, found: tupl
         (["--images", "x"], "give either MODEL or --suite"),
         (["timm:x", "--suite", "paper", "--images", "x"], "give either MODEL or --suite"),
         (["--suite", "paper", "--checkpoint", "x", "--images", "x"], "the suite has its own"),
-        (["timm:x", "--only", "a", "--images", "x"], "--only chooses from a --suite"),
+        (["timm:x", "--only", "a", "--images", "x"], "--only needs a --suite to choose from"),
         (["timm:x", "--shift", "imagenet_r", "--images", "x"], "is not NAME=DIR"),
         (["timm:x", "--shift", "a=b", "--shift", "a=c", "--images", "x"], "two --shift have the same name"),
         (["--suite", "paper", "--only", "nobody", "--images", "x"], "the suite has no 'nobody'"),

@@ -11,7 +11,7 @@ CATEGORY = torch.tensor([-1, 0, 1, 0, 1, -1])
 NAMES = ["object", "color"]
 
 
-def test_best_labels_ignore_the_unlabelled_and_take_the_first_of_equals():
+def test_best_labels_ignore_the_unlabeled_and_take_the_first_of_equals():
     iou = torch.tensor([[0.9, 0.2, 0.5, 0.2, 0.1, 0.8], [0.9, 0.0, 0.0, 0.0, 0.3, 0.8]])
     best = best_labels(iou, CATEGORY, 3)
     assert best.label.tolist() == [[1, 2, -1], [-1, 4, -1]]

@@ -1,4 +1,4 @@
-"""What layers give to their hooks: structures, precisions, and tensors that are none."""
+"""Outputs of layers: structures, precisions, and special tensors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_first_floating_point_tensor_of_structured_outputs(wrap: Callable[[T
 
 
 class ModelOutput(OrderedDict):  # type: ignore[type-arg]
-    """Made like the outputs of transformers: an ordered dict with attributes, built from keywords, without what is None."""
+    """Like the outputs of transformers: an ordered dict with attributes, created from keywords, without entries that are None."""
 
     def __init__(self, **values: Any) -> None:
         super().__init__({name: value for name, value in values.items() if value is not None})
@@ -98,7 +98,7 @@ def test_inputs_by_keyword() -> None:
     assert torch.equal(rec[""].max, X.double().amax(0))
 
 
-def test_no_tensor_where_one_was_asked_for() -> None:
+def test_a_selected_layer_without_a_tensor() -> None:
     model = Calls(lambda self, x: "text", inner=nn.Linear(6, 6))
     with (
         pytest.raises(TypeError, match="layer '': it holds no floating-point tensor with features; pass select="),
@@ -106,14 +106,14 @@ def test_no_tensor_where_one_was_asked_for() -> None:
     ):
         model(X)
     with (
-        pytest.raises(TypeError, match="layer '': select gave no tensor"),
+        pytest.raises(TypeError, match="layer '': select must return a tensor"),
         torchprobe.record(model, "", select=lambda out: out),
     ):
         model(X)
     assert hooks_on(model) == 0
 
 
-def test_integers_are_refused_with_a_way_out() -> None:
+def test_integers_are_refused_with_advice() -> None:
     model = Calls(lambda self, x: x.long())
     with pytest.raises(TypeError, match="layer '': it holds no floating-point tensor with features"), torchprobe.record(model, ""):
         model(X)
@@ -124,7 +124,7 @@ def test_integers_are_refused_with_a_way_out() -> None:
         model(X)
 
 
-def test_integers_of_a_layer_that_nobody_named_are_passed_over_and_reported() -> None:
+def test_integers_of_a_default_layer_are_skipped_and_reported() -> None:
     model = Calls(lambda self, x: self.blocks(x).argmax(-1), blocks=mlp())
     text = report(recorder := torchprobe.record(model), lambda: model(X))
     assert text.endswith("'': it holds no floating-point tensor with features; pick one with select=")
@@ -140,7 +140,7 @@ def test_a_width_that_changes() -> None:
     assert rec["layer"].vectors == 5
 
 
-def test_a_loss_before_the_logits_is_passed_over() -> None:
+def test_a_loss_before_the_logits_is_skipped() -> None:
     model = Calls(lambda self, x: ModelOutput(loss=x.sum(), logits=x * 1))
     with torchprobe.record(model, "") as rec, torchprobe.record(model, "", of="gradient") as gradients:
         out = model(X.clone().requires_grad_())
@@ -155,13 +155,13 @@ def test_a_single_number_has_no_features() -> None:
     assert text.endswith("'': it holds no floating-point tensor with features; pick one with select=")
     assert recorder.layers == [f"blocks.{i}" for i in range(6)]
     model = Calls(lambda self, x: x.sum())
-    with pytest.raises(ValueError, match="layer '': it gives a single number"), torchprobe.record(model, ""):
+    with pytest.raises(ValueError, match="layer '': it holds a single number, which has no features"), torchprobe.record(model, ""):
         model(X)
 
 
 def test_feature_dim_outside_the_activation() -> None:
     with (
-        pytest.raises(ValueError, match="layer '': its activations have 2 dimensions, and feature_dim=3 is none of them"),
+        pytest.raises(ValueError, match="layer '': its activations have 2 dimensions, and feature_dim=3 is not one of them"),
         torchprobe.record(model := nn.Linear(6, 6), "", feature_dim=3),
     ):
         model(X)
@@ -214,7 +214,7 @@ def test_nested_tensors_of_the_transformer_encoder_with_a_padding_mask() -> None
         torchprobe.record(encoder, ["layers.0", "layers.1", "layers.0.linear1"]) as rec,
         rec.mask(~padding),
     ):
-        warnings.simplefilter("ignore")  # nested tensors are a prototype, says PyTorch
+        warnings.simplefilter("ignore")  # PyTorch warns that nested tensors are a prototype
         encoder(x, src_key_padding_mask=padding)
         expected = encoder.layers[0](x, src_key_padding_mask=padding)[~padding]
     assert rec["layers.0"].vectors >= 8
@@ -238,7 +238,7 @@ def test_nested_tensors_are_read_value_by_value() -> None:
 def test_vmap_is_refused() -> None:
     model = nn.Linear(6, 6)
     with torchprobe.record(model, "") as rec:
-        for _ in range(2):  # before the state is made, and after
+        for _ in range(2):  # before the state exists, and after
             with pytest.raises((ValueError, RuntimeError), match="layer '': .*vmap"):
                 torch.func.vmap(model)(X)
             model(X)
@@ -262,7 +262,7 @@ def test_jit_trace_keeps_the_operator_out() -> None:
         traced = torch.jit.trace(model, (X,), check_trace=False)
         model(X)
     assert "torchprobe" not in str(traced.inlined_graph)
-    assert rec["0"].vectors == 15  # the example is a call like any other
+    assert rec["0"].vectors == 15  # the example counts as a call
 
 
 def test_fake_and_meta_tensors_hold_nothing_to_read() -> None:

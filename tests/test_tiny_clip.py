@@ -1,4 +1,4 @@
-"""The miniature of the paper, end to end and shortened: a CLIP and its two twins through the whole analysis."""
+"""The miniature of the paper with shorter settings: a CLIP and its two counterparts through the whole analysis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "tiny_clip.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three epochs of 384 digits: enough to go through everything, not to be right."""
+    """Three epochs on 384 digits: enough to run everything, not to learn much."""
     folder = tmp_path_factory.mktemp("tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [SCRIPT.name, "--output", str(folder), "--epochs", "3", "--limit", "884"])
@@ -55,5 +55,5 @@ def test_every_part_of_every_encoder(folder: Path) -> None:
             "noisy",
             "blurred",
         }
-        assert set(found["skipped"]) <= {"ablation"}  # there may be no outlier features
+        assert set(found["skipped"]) <= {"ablation"}  # the encoder may have no outlier features
         assert (path.parent / "index.html").is_file()

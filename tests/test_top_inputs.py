@@ -86,7 +86,7 @@ def test_any_partition_order_and_merging_is_the_same(name):
 
 def test_an_input_seen_twice_counts_once():
     scores = torch.randn(60, 4)
-    ids = [i % 25 for i in range(60)]  # as a distributed sampler pads, but with other scores
+    ids = [i % 25 for i in range(60)]  # as with the padding of a distributed sampler, but with other scores
     check(observed(scores, ids, parts=7, k=10), scores, ids)
     top = observed(scores[:20], range(20), k=10)
     check(top.merge(copy.deepcopy(top)), scores[:20], list(range(20)))
@@ -127,7 +127,7 @@ def test_the_mean_does_not_depend_on_the_batch():
     assert torch.equal(observed(x.permute(0, 2, 3, 1).contiguous(), range(40), 3, -1, score="mean", k=40).scores, want.scores)
 
 
-def test_ids_count_on_by_themselves():
+def test_default_ids_continue():
     top = TopInputs(3, k=4)
     scores = torch.randn(50, 3)
     for part in scores.split(8):
@@ -169,7 +169,7 @@ def test_saving():
         ({"scores": torch.zeros(5, 20)}, "scores of the saved TopInputs is torch.float32"),
         ({"ids": torch.zeros(5, 19, dtype=torch.int64)}, r"expected torch.int64 of shape \(5, 20\)"),
         ({"unscored": None}, "unscored of the saved TopInputs is NoneType"),
-        ({"inputs": -1}, "inputs of the saved TopInputs are -1"),
+        ({"inputs": -1}, "inputs of the saved TopInputs is -1"),
         ({"extra": 1}, r"unknown \['extra'\]"),
     ],
 )

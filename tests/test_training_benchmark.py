@@ -1,9 +1,10 @@
-"""The training benchmark runs, its contestants watch what they say, and who cannot take part is named with the reason."""
+"""The training benchmark runs, its contestants watch what they claim, and a contestant that cannot take part is named with the reason."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,16 +15,17 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # the benchmarks are no part of the installed package
+sys.path.append(str(ROOT))  # the benchmarks are not part of the installed package
 
 from benchmarks import formulas, monitors, report, training  # noqa: E402
-from benchmarks.timing import MIN_ROUNDS, Timing  # noqa: E402
+from benchmarks.networks import block_outputs  # noqa: E402
+from benchmarks.timing import MIN_ROUNDS  # noqa: E402
 
 CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
-    """Two blocks that give maps (N, 6, H, W), and a head."""
+    """Two blocks that return maps (N, 6, H, W), and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +36,7 @@ class Net(nn.Module):
         return self.head(self.layer1(x).mean((-1, -2)))
 
 
-TINY = training.Network("a tiny network", "torch", Net, lambda name: name.startswith("layer1."), size=8, maps=True, feature_dim=1)
+TINY = training.Network("a tiny network", "torch", Net, re.compile(r"layer1\..*"), size=8, feature_dim=1)
 
 
 @pytest.fixture
@@ -42,6 +44,11 @@ def few(monkeypatch):
     """Without the packages that are slow to import."""
     kept = ("plain", "torchprobe, every step", "torchprobe, every=10", "hooks in plain PyTorch")
     monkeypatch.setattr(monitors, "MONITORS", {name: monitors.MONITORS[name] for name in kept})
+
+
+def outputs(run):
+    """What the blocks return in a forward pass."""
+    return block_outputs(run.blocks(run.model).values(), lambda: run.forward(run.model))
 
 
 def test_every_contestant_has_a_row(few):
@@ -70,22 +77,7 @@ def test_twins_share_weights_but_not_modules(few):
     before = twin.head.weight.detach().clone()
     run.step(twin)
     assert not torch.equal(run.model.head.weight, before)
-    assert [tuple(x.shape) for x in run.outputs()] == [(4, 6, 8, 8)] * 2
-
-
-def test_the_clock_counts_what_lies_between():
-    run = training.Training(TINY, 4, CPU)
-    clock = training.Clock(run, run.twin())
-    clock.place(clock.begin)
-    for block in run.blocks(clock.model).values():
-        block.register_forward_hook(lambda *_: torch.randn(100_000).sort() and None)
-    clock.place(clock.end)
-    clock.step()
-    empty = training.Clock(run, run.twin())
-    empty.place(empty.begin)
-    empty.place(empty.end)
-    empty.step()
-    assert clock.timing(Timing((1.0,))).seconds[0] > 10 * empty.timing(Timing((1.0,))).seconds[0] > 0
+    assert [tuple(x.shape) for x in outputs(run)] == [(4, 6, 8, 8)] * 2
 
 
 def test_the_hooks_in_plain_pytorch_see_what_torchprobe_sees(monkeypatch):
@@ -94,7 +86,7 @@ def test_the_hooks_in_plain_pytorch_see_what_torchprobe_sees(monkeypatch):
     run = training.Training(TINY, 4, CPU)
     with monitors.eager(run.model, run.blocks(run.model)):
         run.model(run.images)
-    for x, output in zip(seen, run.outputs(), strict=True):
+    for x, output in zip(seen, outputs(run), strict=True):
         torch.testing.assert_close(x, output.movedim(1, -1).reshape(-1, 6))
     run.model(run.images)
     assert len(seen) == 2  # the hooks are gone
@@ -113,7 +105,7 @@ def test_monitors_leave_the_output_as_it_is(name):
         run.step(run.model)
 
 
-def test_who_cannot_take_part_is_named_with_the_reason(monkeypatch):
+def test_a_contestant_that_cannot_take_part_is_named_with_the_reason(monkeypatch):
     absent = monitors.Monitor("", monitors.nothing, "no_such_package.at_all")
     monkeypatch.setattr(monitors, "MONITORS", {"absent": absent, "maps": replace(absent, module="", maps_only=True)})
     present, skipped = monitors.available(maps=False)
@@ -129,7 +121,7 @@ class Hungry(Net):
 
 
 def test_peak_memory_sees_what_a_step_needs():
-    """In a process of its own, as the benchmark does: this one may hold enough already."""
+    """In a separate process, as in the benchmark: this process may already have used as much."""
     code = "import test_training_benchmark as t; print(t.training.peak(t.replace(t.TINY, build=t.Hungry), 'plain', 2, t.CPU))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""One wheel for everyone: what is in it, what it needs, and whether it runs beside an old PyTorch as well as beside the newest."""
+"""One wheel for everyone: what is in it, what it needs, and whether it runs with an old PyTorch as well as with the newest."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ import torch
 from packaging.utils import parse_wheel_filename
 from wheels import Build
 
-OLD = ("2.10.0", "2.11.0", "2.13.0")  # the first that can be had
-# What manylinux promises beside glibc of its own version: the newest GLIBCXX and CXXABI of the oldest distribution that counts.
+from torchprobe.common.messages import DISTRIBUTION
+
+OLD = ("2.10.0", "2.11.0", "2.13.0")  # the first that is available
+# What manylinux promises in addition to its glibc version: the newest GLIBCXX and CXXABI of the oldest distribution that counts.
 CXX = {
     17: ((3, 4, 19), (1, 3, 7)),
     28: ((3, 4, 24), (1, 3, 11)),
@@ -117,7 +119,7 @@ def glibc_of(wheel: Path) -> int:
 
 def test_name_and_tags(built: Build, modules: dict[str, Module]) -> None:
     name, _, _, tags = parse_wheel_filename(built.wheel.name)
-    assert name == "torchprobe"
+    assert name == DISTRIBUTION
     assert {(tag.interpreter, tag.abi) for tag in tags} == {("cp310", "abi3")}
     assert all(tag.platform.startswith("manylinux_2_") for tag in tags)
     assert {module.path.name for module in modules.values()} <= {"_C.abi3.so", "_C_cuda.abi3.so"}
@@ -129,7 +131,7 @@ def test_contents(built: Build) -> None:
         names = archive.namelist()
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL")]
         reasons = json.loads(archive.read("torchprobe/_build.json"))
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"torchprobe"}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"torchprobe", DISTRIBUTION.replace("-", "_")}
     assert {"torchprobe/py.typed", "torchprobe/ops/observe.py"} <= set(names)
     assert not [name for name in names if name.endswith((".cu", ".cuh", ".cpp", ".h", ".pyc"))]
     assert "Root-Is-Purelib: false" in metadata
@@ -196,7 +198,7 @@ for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
     error = max(error, abs(rec["0"].vector_kurtosis / expected - 1))
     assert rec["0"].vectors == 192
 
-# Where the CUDA kernels cannot run, the call goes on to the reference. No tensor is on such a device here, so the dispatcher is told.
+# Where the CUDA kernels cannot run, the call runs the reference. No tensor is on such a device here, so the test names the dispatch key.
 fallback = None
 if kernels()["cuda"].startswith("not used"):
     key, x, mask = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.randn(6, 7, 5), torch.rand(6, 14)[:, ::2] < 0.5
@@ -221,7 +223,7 @@ print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "devic
 
 @dataclass(frozen=True)
 class Environment:
-    """An environment of its own, with pip."""
+    """A separate environment, with pip."""
 
     folder: Path
 
@@ -230,14 +232,14 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def pip(self, *arguments: object) -> str:
-        """Installs something; returns what stops it, or nothing."""
+        """Installs something; returns the error messages, or an empty text."""
         options = ["--disable-pip-version-check", "--quiet", "--only-binary=:all:", "--no-compile"]  # little of it is ever imported
         command = [self.python, "-m", "pip", "install", *options, *arguments]
         result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1200)
         return result.stdout + result.stderr if result.returncode else ""
 
     def version(self, requirement: str) -> str:
-        """Of what pip would install for a requirement; empty when it finds nothing."""
+        """The version that pip would install for a requirement; empty if there is none."""
         options = ["--quiet", "--dry-run", "--no-deps", "--only-binary=:all:", "--report=-"]
         result = subprocess.run([self.python, "-m", "pip", "install", *options, requirement], capture_output=True, text=True, timeout=300)
         return "" if result.returncode else str(json.loads(result.stdout)["install"][0]["metadata"]["version"])
@@ -268,11 +270,11 @@ def check(result: dict[str, object], environment: Environment, with_cuda: bool) 
     if result["fallback"] is not None:
         reason = kernels["cuda"].removeprefix("not used: ")
         assert reason
-        assert result["fallback"] == [f"torchprobe: cuda:-1 takes the PyTorch reference instead of the CUDA kernel: {reason}"]
+        assert result["fallback"] == [f"torchprobe: cuda:-1 uses the PyTorch reference instead of the CUDA kernel: {reason}"]
     assert (result["fallback"] is None) == (bool(result["devices"]) or not with_cuda or not result["cuda"])
 
 
-def test_runs_beside_an_old_torch(built: Build, modules: dict[str, Module]) -> None:
+def test_runs_with_an_old_torch(built: Build, modules: dict[str, Module]) -> None:
     with tempfile.TemporaryDirectory(prefix="torchprobe-") as name:  # several GB: not one of the folders that pytest keeps
         venv.create(name, with_pip=True)
         environment = Environment(Path(name))
@@ -286,7 +288,7 @@ def test_runs_beside_an_old_torch(built: Build, modules: dict[str, Module]) -> N
         check(result, environment, "_C_cuda" in modules)
 
 
-def test_runs_beside_a_torch_without_cuda(built: Build, modules: dict[str, Module]) -> None:
+def test_runs_with_a_torch_without_cuda(built: Build, modules: dict[str, Module]) -> None:
     with tempfile.TemporaryDirectory(prefix="torchprobe-") as name:
         venv.create(name, with_pip=True)
         environment = Environment(Path(name))
@@ -299,7 +301,7 @@ def test_runs_beside_a_torch_without_cuda(built: Build, modules: dict[str, Modul
         check(result, environment, "_C_cuda" in modules)
 
 
-def test_runs_beside_the_newest_torch(tmp_path: Path, built: Build, modules: dict[str, Module]) -> None:
+def test_runs_with_the_newest_torch(tmp_path: Path, built: Build, modules: dict[str, Module]) -> None:
     """The newest is what the tests themselves run with. To save the time of installing it again, the environment sees it, and what else
     torchprobe needs, through a .pth file; torchprobe itself comes from the wheel."""
     venv.create(tmp_path / "env", with_pip=True)

@@ -1,4 +1,4 @@
-"""``make wheel`` in a copy of the sources, where nothing is left from earlier builds."""
+"""``make wheel`` in a copy of the sources, without files of earlier builds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHANGED_BY_USERS = ("TORCH_CUDA_ARCH_LIST", "TORCHPROBE_BUILD", "TORCHPROBE_DISA
 
 @dataclass(frozen=True)
 class Build:
-    """A wheel, and what the compilers said on the way."""
+    """A wheel, and the messages of the compilers."""
 
     wheel: Path
     log: str
@@ -30,7 +30,7 @@ def copy_sources(to: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Without the variables that change what is built, and with the Python that runs the tests as ``python``."""
+    """The environment without the variables that change the build; ``python`` is the Python that runs the tests."""
     kept = {name: value for name, value in os.environ.items() if name not in CHANGED_BY_USERS}
     return {**kept, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
 
@@ -38,7 +38,7 @@ def environment() -> dict[str, str]:
 def make_wheel(folder: Path) -> Build:
     copy_sources(folder)
     (folder / ".venv").mkdir()
-    for name in (".torch", ".ready"):  # what make would prepare is this very environment
+    for name in (".torch", ".ready"):  # make would prepare an environment like this one
         (folder / ".venv" / name).touch()
     result = subprocess.run(
         ["make", "wheel"],

@@ -46,7 +46,7 @@ _LAZY |= dict.fromkeys(("Encoder", "load_encoder"), "torchprobe.encoders")
 
 
 def __getattr__(name: str) -> Any:
-    """What training does not need is imported only when asked for."""
+    """Imports the packages that training does not need when they are first used."""
     if name not in _LAZY:
         raise AttributeError(f"module 'torchprobe' has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name])

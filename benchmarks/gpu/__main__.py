@@ -5,44 +5,55 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import torch
 
-from benchmarks.gpu import bandwidth, graph, launch, results, rivals, step
+from benchmarks.gpu import observe, results, training
 from benchmarks.gpu.device import Device, find, versions
-from benchmarks.gpu.markdown import markdown
-from benchmarks.gpu.results import Figure
+from benchmarks.gpu.results import Figure, markdown
+from benchmarks.report import HELP
 
-PARTS: dict[str, tuple[str, Any]] = {
-    "bandwidth": ("Bandwidth", bandwidth),
-    "rivals": ("Beside eager PyTorch and inductor", rivals),
-    "launch": ("One call on one vector", launch),
-    "step": ("A training step", step),
-    "graph": ("The training step in a CUDA graph", graph),
+
+class Part(Protocol):
+    """What is measured together. Its fields say how large and how long; without arguments it is the full measurement."""
+
+    @classmethod
+    def quick(cls) -> Part:
+        """Small inputs, a few seconds."""
+
+    def run(self, device: Device) -> Iterator[Figure]: ...
+
+
+PARTS: dict[str, tuple[str, type[Part]]] = {
+    "bandwidth": ("Bandwidth", observe.Bandwidth),
+    "rivals": ("Compared with eager PyTorch and inductor", observe.Rivals),
+    "launch": ("One call on one vector", observe.Launch),
+    "step": ("A training step", training.Step),
+    "graph": ("The training step in a CUDA graph", training.Graph),
 }
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.option(
-    "--only", multiple=True, type=click.Choice(list(PARTS)), help="This part; may be repeated. The others stay as they are in the file."
+    "--only", multiple=True, type=click.Choice(list(PARTS)), help="This part; may be repeated. The file keeps the figures of the others."
 )
 @click.option(
-    "--quick", is_flag=True, help="Small inputs, a few seconds: shows that everything runs. Writes no file unless --results is given."
+    "--quick", is_flag=True, help="Small inputs, a few seconds: only shows that everything runs. Writes files only with --results."
 )
-@click.option("--device", "name", default="cuda", show_default=True, help="cpu runs the same code for tests; its figures mean nothing.")
+@click.option("--device", "name", default="cuda", show_default=True, help="cpu runs the same code for tests; the figures mean nothing.")
 @click.option(
     "--results", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Where the files go  [default: benchmarks/results]"
 )
 def main(only: tuple[str, ...], quick: bool, name: str, folder: Path | None) -> None:
-    """What torchprobe costs on a GPU: all figures in DIR/<device>.json, and as tables in DIR/<device>.md and on standard output.
+    """What torchprobe costs on a GPU. Figures go to DIR/<device>.json; tables go to DIR/<device>.md and to standard output.
 
-    Planned for about six minutes and 25 GB of device memory. Exit code 2: there is no GPU, or its kernels do not run; 1: a part failed.
+    Planned for about six minutes and 25 GB of device memory. Exit code 2: there is no GPU, or its kernels do not run. 1: a part failed.
     """
     device = find(name)
     folder = folder or (None if quick or device.torch_device.type == "cpu" else RESULTS)
@@ -55,7 +66,7 @@ def main(only: tuple[str, ...], quick: bool, name: str, folder: Path | None) -> 
         document["parts"][part] = _measure(part, device, quick)
         failed |= document["parts"][part]["error"] is not None
         click.echo(f"{part}: {document['parts'][part]['seconds']:.0f} s", err=True)
-        if folder is not None:  # after every part: what has been measured is not lost when time runs out
+        if folder is not None:  # after every part, so that an interruption loses little
             results.write(folder / f"{device.slug}.json", document)
             (folder / f"{device.slug}.md").write_text(markdown(document), encoding="utf-8")
     click.echo(markdown(document))
@@ -64,13 +75,12 @@ def main(only: tuple[str, ...], quick: bool, name: str, folder: Path | None) -> 
 
 
 def _measure(part: str, device: Device, quick: bool) -> dict[str, Any]:
-    """Runs one part; one that fails keeps the figures it has and does not stop the others."""
-    title, module = PARTS[part]
-    run: Callable[..., Iterator[Figure]] = module.run
+    """Runs one part. If it fails, its figures so far are kept, and the other parts still run."""
+    title, kind = PARTS[part]
     figures: list[Figure] = []
     error, start = None, perf_counter()
     try:
-        figures.extend(run(device, module.QUICK if quick else module.Plan()))
+        figures.extend((kind.quick() if quick else kind()).run(device))
     except Exception as failure:
         traceback.print_exc()
         error = f"{type(failure).__name__}: {failure}".partition("\n")[0]

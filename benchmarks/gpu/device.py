@@ -1,4 +1,4 @@
-"""The device that is measured, and what it says of itself."""
+"""The device that is measured, and its properties."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torchprobe.ops import kernels, new_state, observe_
 
 
 class CannotMeasure(click.ClickException):
-    """Nothing to measure on: one line, exit code 2."""
+    """There is no device to measure: one line, exit code 2."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Device:
-    """``clock`` is the highest clock of the multiprocessors, in Hz; it and ``driver`` are None where nobody tells."""
+    """``clock`` is the highest clock of the multiprocessors, in Hz. It and ``driver`` are None if unknown."""
 
     torch_device: torch.device
     name: str
@@ -54,7 +54,7 @@ def find(name: str) -> Device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise CannotMeasure(f"{name!r} is no device: {str(error).partition(chr(10))[0]}") from error
+        raise CannotMeasure(f"{name!r} is not a device: {str(error).partition(chr(10))[0]}") from error
     if device.type == "cpu":
         return Device(device, report.machine()["processor"])
     if device.type != "cuda":
@@ -67,15 +67,15 @@ def find(name: str) -> Device:
         raise CannotMeasure(f"no {device}: there are {torch.cuda.device_count()} CUDA devices")
     torch.cuda.set_device(device)
     try:
-        observe_(new_state(64, device), torch.randn(2, 64, device=device))  # a kernel that cannot run says so at its first call
+        observe_(new_state(64, device), torch.randn(2, 64, device=device))  # a kernel that cannot run fails at its first call
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         raise CannotMeasure(f"nothing runs on {device}: {str(error).partition(chr(10))[0]}") from error
     status = kernels()["cuda"]
     if not status.startswith("loaded") or f"{device}: " in status.partition("not used on")[2]:
-        raise CannotMeasure(f"the CUDA kernels do not run here, and the reference is not what is to be measured: {status}")
+        raise CannotMeasure(f"the CUDA kernels do not run here, and measuring the reference would be misleading: {status}")
     about = torch.cuda.get_device_properties(device)
-    said = ask(device, "driver_version", "clocks.max.sm")
+    reported = ask(device, "driver_version", "clocks.max.sm")
     return Device(
         device,
         about.name,
@@ -83,13 +83,13 @@ def find(name: str) -> Device:
         about.multi_processor_count,
         about.total_memory,
         about.L2_cache_size,
-        number(said["clocks.max.sm"], 1e6) or 1e3 * getattr(about, "clock_rate", 0) or None,
-        said["driver_version"],
+        number(reported["clocks.max.sm"], 1e6) or 1e3 * getattr(about, "clock_rate", 0) or None,
+        reported["driver_version"],
     )
 
 
 def ask(device: torch.device, *fields: str) -> dict[str, str | None]:
-    """What nvidia-smi says of ``device``: field → value, None where it does not tell."""
+    """What nvidia-smi reports for ``device``: field → value, None if unknown."""
     try:
         done = subprocess.run(_question(device, fields), capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -98,7 +98,7 @@ def ask(device: torch.device, *fields: str) -> dict[str, str | None]:
 
 
 def clock_under(work: Callable[[], object], device: torch.device) -> float | None:
-    """The clock in Hz while ``work`` is done over and over; None where nvidia-smi does not tell."""
+    """The clock in Hz while ``work`` is repeated; None if nvidia-smi does not report it."""
     fields = ("clocks.sm",)
     try:
         asking = subprocess.Popen(_question(device, fields), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -112,7 +112,7 @@ def clock_under(work: Callable[[], object], device: torch.device) -> float | Non
 
 
 def versions() -> dict[str, str | None]:
-    """Of everything the figures depend on."""
+    """The versions of everything that the figures depend on."""
     try:
         import triton
     except ImportError:
@@ -123,12 +123,12 @@ def versions() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "triton": getattr(triton, "__version__", None),
         "python": platform.python_version(),
-        "kernels": re.split(r", (?=/)", kernels()["cuda"])[0],  # not where they lie
+        "kernels": re.split(r", (?=/)", kernels()["cuda"])[0],  # without their path
     }
 
 
 def number(text: str | None, scale: float = 1.0) -> float | None:
-    """A figure of nvidia-smi, which says ``[N/A]`` where it has none."""
+    """A number that nvidia-smi printed; None for ``[N/A]``."""
     try:
         return None if text is None else float(text) * scale
     except ValueError:
@@ -136,7 +136,7 @@ def number(text: str | None, scale: float = 1.0) -> float | None:
 
 
 def _question(device: torch.device, fields: tuple[str, ...]) -> list[str]:
-    uuid = str(torch.cuda.get_device_properties(device).uuid)  # its own numbers take no notice of CUDA_VISIBLE_DEVICES
+    uuid = str(torch.cuda.get_device_properties(device).uuid)  # the device numbers of nvidia-smi ignore CUDA_VISIBLE_DEVICES
     return ["nvidia-smi", f"--id=GPU-{uuid.removeprefix('GPU-')}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
 
 

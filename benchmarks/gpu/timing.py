@@ -1,16 +1,13 @@
 """Time on the device: many calls in one CUDA graph, between two events, contestants in turn.
 
-A graph leaves out what the host does, so what is timed is the device alone. Each graph is replayed once unmeasured right before it is
-measured: the host is then ahead of the device, and no gap falls between the events. On a CPU the calls are simply made and timed by the
-host's clock; that is for tests, its figures mean nothing.
+A graph leaves out the work of the host, so only the device is timed. Each graph is replayed once, unmeasured, right before it is measured.
+The host is then ahead of the device, and no gap falls between the events. On a CPU the calls are simply made and timed by the host's
+clock. This is for tests only; the figures mean nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -18,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Timing
+from benchmarks.timing import Timing, no_garbage_collection, synchronize, turns
 
-WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 3, 5, 300
+WARM_UP, MAX_ROUNDS = 3, 300
 L2_MULTIPLE = 4  # the buffers that take turns are together this many times the size of the L2 cache
 REPLAY_BYTES = 2 << 30  # one replay reads about this much, half a millisecond at 4 TB/s …
 REPLAY_CALLS = 256  # … or makes this many calls, if that is less
@@ -35,7 +32,7 @@ class Contestant:
 
 
 class Mark:
-    """A point in the work of the device: what was asked for before it, and what after."""
+    """A point in the work of the device, between the work requested before it and after it."""
 
     def __init__(self, device: torch.device) -> None:
         self._event = None
@@ -45,26 +42,12 @@ class Mark:
         self._time = perf_counter()
 
     def since(self, earlier: Mark) -> float:
-        """Seconds from ``earlier`` to here; waits until the device has got here."""
+        """Seconds from ``earlier`` to here. Waits until the device has reached this point."""
         if self._event is None or earlier._event is None:
             return self._time - earlier._time
         self._event.synchronize()
         milliseconds: float = earlier._event.elapsed_time(self._event)
         return milliseconds / 1e3
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextlib.contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def capture(
@@ -75,9 +58,9 @@ def capture(
     stream: Any = None,
     pool: Any = None,
 ) -> Callable[[], object]:
-    """``calls`` as one CUDA graph: what is returned replays it. Before that they are made ``warm_up`` times on the same stream.
+    """Captures ``calls`` in one CUDA graph and returns its replay. Before that, it makes them ``warm_up`` times on the same stream.
 
-    Graphs that share a ``pool`` also share a ``stream``, and none may read what another has left in that pool.
+    Graphs that share a ``pool`` must also share a ``stream``, and none may read what another has left in that pool.
     """
     if device.type != "cuda":
         return calls
@@ -88,17 +71,15 @@ def capture(
             calls()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with (
-        no_garbage_collection(),
-        torch.cuda.graph(graph, pool=pool, stream=stream),
-    ):  # to destroy a graph while another is captured is an error
+    # The garbage collector must not destroy one graph while another is captured: CUDA reports this as an error.
+    with no_garbage_collection(), torch.cuda.graph(graph, pool=pool, stream=stream):
         calls()
     replay: Callable[[], object] = graph.replay
     return replay
 
 
 def rotation(size: int, l2: int) -> int:
-    """How many buffers of ``size`` bytes must take turns so that none is still in the L2 cache when its turn comes again."""
+    """How many buffers of ``size`` bytes must take turns, so that each has left the L2 cache before its next turn."""
     return max(1, -(-L2_MULTIPLE * l2 // size))
 
 
@@ -108,7 +89,7 @@ def rotating(
     device: torch.device,
     replay_bytes: int = REPLAY_BYTES,
 ) -> Contestant:
-    """``call`` on each of ``buffers`` in turn, the whole round as often as fills ``replay_bytes`` or makes ``REPLAY_CALLS``."""
+    """``call`` on each of ``buffers`` in turn, repeated until ``replay_bytes`` are read or ``REPLAY_CALLS`` made."""
     round_bytes = sum(x.nbytes for x in buffers)
     repeats = max(1, min(replay_bytes // round_bytes, REPLAY_CALLS // len(buffers)))
 
@@ -123,24 +104,18 @@ def rotating(
 def race(contestants: Mapping[str, Contestant], seconds: float, device: torch.device, *, lead_in: bool = True) -> dict[str, Timing]:
     """The time of one call of each contestant, once a round, in an order that changes, for about ``seconds`` in all.
 
-    ``lead_in`` runs each once more, unmeasured, right before its turn. Leave it out for what is long against a launch, such as a whole
-    training step.
+    ``lead_in`` runs each once more, unmeasured, right before its turn. Leave it out for calls that take much longer than a launch, such as
+    a whole training step.
     """
     for contestant in contestants.values():
         contestant.run()
     synchronize(device)
-    order, shuffle = list(contestants), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    rounds, end = 0, perf_counter() + seconds
-    with no_garbage_collection():
-        while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and perf_counter() < end):
-            shuffle(order)
-            for name in order:
-                contestant = contestants[name]
-                if lead_in:
-                    contestant.run()
-                start = Mark(device)
-                contestant.run()
-                times[name].append(Mark(device).since(start) / contestant.calls)
-            rounds += 1
+    for name in turns(contestants, seconds, MAX_ROUNDS):
+        contestant = contestants[name]
+        if lead_in:
+            contestant.run()
+        start = Mark(device)
+        contestant.run()
+        times[name].append(Mark(device).since(start) / contestant.calls)
     return {name: Timing(tuple(seconds)) for name, seconds in times.items()}

@@ -1,16 +1,11 @@
-// torchprobe::average_precision on the CPU. The schema is defined by torchprobe/ops/average_precision.py, which also says what everything means:
+// torchprobe::average_precision on the CPU. torchprobe/ops/average_precision.py defines the schema and explains it:
 //
 //   average_precision(Tensor scores, Tensor crow, Tensor col, int concepts, Tensor? eligible=None, Tensor? group=None, bool both=False) -> Tensor
 //
-// For every unit the images are sorted once, by radix; then they are walked in the order of their scores, and each adds what it means for the
-// concepts it shows: with h the number of images so far that show the concept, of n so far, a further h / n. Images of equal score count as one
-// step, so they are walked twice: first all of them are counted, then all add the same h / n. Going backwards gives the order of the negated
-// scores for nothing. The running h and sum of a concept lie side by side, and those of a thousand concepts stay in the first-level cache; there
-// is nothing that wider vectors could do.
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+// For every unit the images are radix-sorted once and then visited in the order of their scores. Among the n images so far, h show a concept. Each
+// image that shows it adds h / n to the concept's sum. Images with equal scores are one step, so they are visited twice: first all of them are
+// counted, then each adds the same h / n. The backward order gives the result for the negated scores without another sort. The running h and sum
+// of a concept are neighbors in memory, and those of a thousand concepts stay in the first-level cache. Wider vectors would not help.
 
 #include <algorithm>
 #include <cmath>
@@ -22,7 +17,8 @@
 #include <string>
 #include <vector>
 
-#include "deal.h"
+#include "arguments.h"
+#include "parallel.h"
 
 namespace torchprobe::cpu {
 namespace {
@@ -36,23 +32,23 @@ using torch::stable::Tensor;
 #define TORCHPROBE_PREFETCH(p)
 #endif
 
-constexpr size_t LANES = 8;  // groups of concepts are dealt with so many at a time
+constexpr size_t LANES = 8;  // groups of concepts that are counted at a time
 
-// What is known of the images, the same for all units.
+// The labels of all images, the same for all units.
 struct Labels {
   int64_t images, concepts, groups;
-  std::vector<int64_t> positives;    // of a concept, among the images that count for it
+  std::vector<int64_t> positives;    // for each concept, among the eligible images
   std::vector<uint32_t> begin;       // images + 1
-  std::vector<uint32_t> concept_of;  // image i: from begin[i] to begin[i + 1] the number of its pattern, and its concepts
-  const uint8_t* eligible;           // (images, groups): for which concepts an image counts; null: for all
-  std::vector<int32_t> patterns;     // the different rows of it, padded to whole lanes
+  std::vector<uint32_t> concept_of;  // from begin[i] to begin[i + 1]: the number of image i's pattern, then its concepts
+  const uint8_t* eligible;           // (images, groups): the groups of concepts for which an image counts; null: all groups
+  std::vector<int32_t> patterns;     // the distinct rows of eligible, padded to whole lanes
   std::vector<uint32_t> group;       // of each concept
   std::vector<double> inverse;       // 1 / n, up to the number of images
 
   size_t lanes() const { return (size_t(groups) + LANES - 1) / LANES * LANES; }
 };
 
-// Keys that grow as the scores fall. −0 and 0 are one score.
+// Keys increase as scores decrease. −0 and 0 are the same score.
 inline uint32_t key_of(float score) {
   score += 0.0f;
   uint32_t bits;
@@ -72,7 +68,7 @@ struct Item {
   uint32_t image;
 };
 
-// Sorted by key, least significant digit first; what all have in common is passed over. Returns the one of the two buffers that holds the result.
+// Sorts by key, least significant digit first, and skips a digit that all keys share. Returns the buffer that contains the result, one of two.
 template <class Key>
 Item<Key>* radix_sort(Item<Key>* items, Item<Key>* other, int64_t n, uint32_t* histogram) {
   constexpr int BITS = 11, DIGITS = 1 << BITS, PASSES = (int(sizeof(Key)) * 8 + BITS - 1) / BITS;
@@ -98,7 +94,7 @@ struct Running {
   double hits, sum;
 };
 
-// Everything that a thread needs.
+// The work of one thread.
 template <class T>
 struct Walk {
   using Key = decltype(key_of(T{}));
@@ -112,7 +108,7 @@ struct Walk {
       : labels(all), items(size_t(all.images)), other(size_t(all.images)), histogram(size_t(1) << 14), running(size_t(all.concepts)),
         seen(all.lanes()) {}
 
-  // One more image of the groups that it counts for. The lanes are copied: the compiler cannot know that they lie apart.
+  // Counts one more image in the groups of its pattern. Copies the lanes, since the compiler cannot know that the arrays do not overlap.
   void count(uint32_t pattern) {
     const int32_t* more = labels.patterns.data() + pattern * seen.size();
     for (size_t g = 0; g < seen.size(); g += LANES) {
@@ -123,9 +119,9 @@ struct Walk {
     }
   }
 
-  // One step per distinct score, from item 0 on by `step`.
+  // One step for each distinct score. `first` is the first item, and `step` leads to the next one.
   template <bool Grouped>
-  void go(const Item<Key>* first, int64_t step, double* result) {
+  void accumulate(const Item<Key>* first, int64_t step, double* result) {
     constexpr int64_t AHEAD = 12;
     const uint32_t *begin = labels.begin.data(), *concept_of = labels.concept_of.data(), *group = labels.group.data();
     std::fill(running.begin(), running.end(), Running{0, 0});
@@ -169,7 +165,7 @@ struct Walk {
     }
   }
 
-  // The results of one unit: for its scores, and for their opposites if there is room for them.
+  // The results of one unit for its scores, and for the negated scores if `opposite` is not null.
   bool unit(const T* scores, double* result, double* opposite) {
     bool valid = true;
     for (int64_t i = 0; i < labels.images; ++i) {
@@ -178,7 +174,7 @@ struct Walk {
     }
     if (!valid) return false;
     const Item<Key>* sorted = labels.images ? radix_sort(items.data(), other.data(), labels.images, histogram.data()) : items.data();
-    const auto walk = labels.eligible ? &Walk::go<true> : &Walk::go<false>;
+    const auto walk = labels.eligible ? &Walk::accumulate<true> : &Walk::accumulate<false>;
     (this->*walk)(sorted, 1, result);
     if (opposite) (this->*walk)(sorted + labels.images - 1, -1, opposite);
     return true;
@@ -188,7 +184,7 @@ struct Walk {
 template <class T>
 int64_t all_units(const Labels& labels, const T* scores, int64_t units, double* result, bool both) {
   std::vector<uint8_t> invalid(size_t(units), 0);
-  deal_out(units, [&] {
+  parallel_dynamic(units, [&] {
     return [&, walk = Walk<T>(labels)](int64_t unit) mutable {
       double* to = result + unit * labels.concepts;
       invalid[size_t(unit)] = !walk.unit(scores + unit * labels.images, to, both ? to + units * labels.concepts : nullptr);
@@ -197,23 +193,15 @@ int64_t all_units(const Labels& labels, const T* scores, int64_t units, double* 
   return std::find(invalid.begin(), invalid.end(), 1) - invalid.begin();
 }
 
-template <class T>
-const T* values(Tensor& t, ScalarType type, int64_t dims, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.dim() == dims && t.is_cpu(), name, " has another type or number of dimensions than it should");
-  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
 template <class Index>
 void read_rows(Labels& labels, Tensor& crow, Tensor& col) {
-  const ScalarType type = sizeof(Index) == 8 ? ScalarType::Long : ScalarType::Int;
-  const Index *rows = values<Index>(crow, type, 1, "crow"), *concept_of = values<Index>(col, type, 1, "col");
+  const Index *rows = const_elements<Index>(crow, 1, "crow"), *concept_of = const_elements<Index>(col, 1, "col");
   const int64_t images = labels.images, entries = col.numel();
   STD_TORCH_CHECK(crow.numel() == images + 1 && rows[0] == 0 && int64_t(rows[images]) == entries && entries + images < UINT32_MAX,
                   "crow does not belong to these images and this col");
   labels.positives.assign(size_t(labels.concepts), 0);
   labels.begin.push_back(0);
-  std::vector<int64_t> last(size_t(labels.concepts), -1);  // the image that showed the concept last
+  std::vector<int64_t> last(size_t(labels.concepts), -1);  // the last image with each concept
   std::map<std::string, uint32_t> patterns;
   for (int64_t i = 0; i < images; ++i) {
     std::string pattern(labels.lanes(), 0);
@@ -238,20 +226,20 @@ void read_rows(Labels& labels, Tensor& crow, Tensor& col) {
 Tensor average_precision(Tensor scores, Tensor crow, Tensor col, int64_t concepts, std::optional<Tensor> eligible,
                          std::optional<Tensor> group, bool both) {
   const bool wide = scores.scalar_type() == ScalarType::Double;
-  const void* score = wide ? static_cast<const void*>(values<double>(scores, ScalarType::Double, 2, "scores"))
-                           : static_cast<const void*>(values<float>(scores, ScalarType::Float, 2, "scores"));
+  const void* score = wide ? static_cast<const void*>(const_elements<double>(scores, 2, "scores"))
+                           : static_cast<const void*>(const_elements<float>(scores, 2, "scores"));
   const int64_t units = scores.size(0);
   Labels labels{};
   labels.images = scores.size(1);
   labels.concepts = concepts;
   for (int64_t n = 0; n <= labels.images; ++n) labels.inverse.push_back(1 / double(n));
-  STD_TORCH_CHECK(concepts >= 0 && concepts < INT32_MAX && labels.images < INT32_MAX, "there cannot be so many images or concepts");
-  STD_TORCH_CHECK(eligible.has_value() == group.has_value(), "eligible and group come together");
+  STD_TORCH_CHECK(concepts >= 0 && concepts < INT32_MAX && labels.images < INT32_MAX, "too many images or concepts");
+  STD_TORCH_CHECK(eligible.has_value() == group.has_value(), "eligible and group must be given together");
   if (eligible) {
-    STD_TORCH_CHECK(eligible->size(0) == labels.images && group->numel() == concepts, "eligible is for other images, or group for other concepts");
+    STD_TORCH_CHECK(eligible->size(0) == labels.images && group->numel() == concepts, "eligible or group does not fit the images or the concepts");
     labels.groups = eligible->size(1);
-    labels.eligible = values<uint8_t>(*eligible, ScalarType::Bool, 2, "eligible");
-    const int64_t* groups = values<int64_t>(*group, ScalarType::Long, 1, "group");
+    labels.eligible = const_elements<uint8_t>(*eligible, 2, "eligible");
+    const int64_t* groups = const_elements<int64_t>(*group, 1, "group");
     for (int64_t c = 0; c < concepts; ++c) {
       STD_TORCH_CHECK(groups[c] >= 0 && groups[c] < labels.groups, "concept ", c, " is of group ", groups[c], ", but there are ", labels.groups);
       labels.group.push_back(uint32_t(groups[c]));
@@ -265,7 +253,7 @@ Tensor average_precision(Tensor scores, Tensor crow, Tensor col, int64_t concept
   double* to = static_cast<double*>(result.mutable_data_ptr());
   const int64_t invalid = wide ? all_units(labels, static_cast<const double*>(score), units, to, both)
                                : all_units(labels, static_cast<const float*>(score), units, to, both);
-  STD_TORCH_CHECK(invalid == units, "the scores of unit ", invalid, " hold nan");
+  STD_TORCH_CHECK(invalid == units, "the scores of unit ", invalid, " contain nan");
   return result;
 }
 

@@ -1,11 +1,14 @@
-// The Python module torchprobe._C. Importing it loads this library, and the static registrations of the other files tell PyTorch's
-// dispatcher about the kernels; beside that it only says which instruction set they use.
+// The Python module torchprobe._C. Importing it loads this library, whose static registrations give the kernels to PyTorch's dispatcher.
+// Its one function names the instruction set of the kernels.
 
 #include <Python.h>
 
+#include "isa.h"
 #include "observe.h"
 
-static PyObject* describe(PyObject*, PyObject*) { return PyUnicode_FromString(torchprobe::cpu::instruction_set()); }
+static PyObject* describe(PyObject*, PyObject*) {
+  return PyUnicode_FromString(torchprobe::cpu::choose<torchprobe::cpu::ObserveKernels>().name);
+}
 
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {

@@ -1,4 +1,4 @@
-// What the operator (observe.cpp) hands to the kernels, which are compiled once per instruction set (observe_kernel.h).
+// What the operator (observe.cpp) passes to its kernels (observe_kernel.h), which are compiled once for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,29 +8,28 @@
 namespace torchprobe::cpu {
 
 constexpr int MAX_ROWS = 64;      // vectors in a tile of rows
-constexpr int MAX_VECTORS = 512;  // in any tile
+constexpr int MAX_VECTORS = 512;  // vectors in any tile
 
-// A call and its tiles, which are a function of it alone, so that no result depends on the number of threads.
+// A call and its tiles. The tiles depend on the call alone, so no result depends on the number of threads.
 struct Call : torchprobe::Call {
-  bool side_by_side{};  // neighbouring vectors are contiguous, features are not: see observe_kernel.h
+  bool side_by_side{};  // neighboring vectors are contiguous and features are not: see observe_kernel.h
   int64_t tiles{}, tile_vectors{};
-  int64_t scratch_bytes{}, scratch_row{};  // what a thread needs beside its partial state; elements from one packed row to the next
+  int64_t scratch_bytes{};  // memory that a thread needs in addition to its partial state
+  int64_t scratch_row{};    // elements from one row to the next in a tile that was copied
 };
 
-// One set of kernels. `partial` is a state (layout.h); slot CALLS is not touched.
-struct Kernels {
-  const char* name;
+// The kernels for one instruction set. `partial` is a state (layout.h); they do not touch its slot CALLS.
+struct ObserveKernels {
+  const char* name;  // of the instruction set
   void (*observe)(const Call&, int64_t first_tile, int64_t last_tile, double* partial, void* scratch);
-  // state += partial for features [begin, end); the header comes with `header`.
+  // state += partial for features [begin, end), and for the header if `header`.
   void (*merge)(double* state, const double* partial, int64_t features, int64_t begin, int64_t end, bool header);
-};
 
-const char* instruction_set();  // the one that was chosen on this machine
-
-extern const Kernels kernels_baseline;
+  static const ObserveKernels baseline;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+  static const ObserveKernels avx2, avx512;
+  static constexpr const ObserveKernels& avx512_popcount = avx512;
 #endif
+};
 
 }  // namespace torchprobe::cpu

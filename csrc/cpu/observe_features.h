@@ -1,15 +1,16 @@
-// The moments of each feature over a tile. No include guard: part of observe_kernel.h.
+// The moments of each feature over a tile. Part of observe_kernel.h.
 //
-// The fast loops leave a number of features in Features, and say whether all of them went well; what did not is done again by its owner.
+// The fast loops write the sums of several features to a Features and return whether all of them are valid. finish_features
+// (observe_tiles.h) repeats those that are not.
 
-// Over one tile, N features: the sums of the powers of (x·unit − shift)·scale, the extremes of x, and Σ|x|·unit. unit is 1 unless the values
-// lie so close to the ends of the range that even their sum would not fit.
+// N features over one tile: the sums of the powers of (x·unit − shift)·scale, the extremes of x, and Σ|x|·unit. unit is 1, except for values
+// so close to the ends of the range that their sum would not fit.
 template <class T, int N>
 struct alignas(64) Features {
   T unit[N], shift[N], scale[N], s1[N], s2[N], s3[N], s4[N], low[N], high[N], abs_sum[N], count[N];
 };
 
-// Whether a feature is to be done again, because the scale did not suit or a value is not finite, as far as the sums can tell.
+// Whether a feature must be repeated: its sums show an unsuitable scale or a nonfinite value.
 template <class V>
 TORCHPROBE_INLINE auto unsuited(V low, V high, V shift, V scale, V abs_sum) {
   using T = std::remove_reference_t<decltype(low[0])>;
@@ -17,8 +18,8 @@ TORCHPROBE_INLINE auto unsuited(V low, V high, V shift, V scale, V abs_sum) {
   return (abs_sum - abs_sum != 0) | (largest > Limits<T>::high) | ((largest < Limits<T>::low) & (low != high));
 }
 
-// The shift of a feature: the median of four of its values in the tile, so that one outlier among them does no harm. A tile with fewer repeats
-// its first.
+// The shift of a feature: the median of four of its values in the tile, so that one outlier among them does no harm. A tile with fewer than
+// four vectors takes the first one four times.
 TORCHPROBE_INLINE int quarter_of(int n, int i) { return n >= 4 ? n * i / 4 : 0; }
 template <class V>
 TORCHPROBE_INLINE V median(V a, V b, V c, V d) {
@@ -28,8 +29,8 @@ TORCHPROBE_INLINE V median(V a, V b, V c, V d) {
 
 // ---- the sums, features contiguous -------------------------------------------------------------------------------------------------------
 
-// V·W neighbouring features of n rows, from column j on. Meanwhile asks memory for the rows of type S that come next, a line here and there:
-// what lies between them the processor fetches by itself.
+// The sums of V·W neighboring features of n rows, starting at column j. Also prefetches some cache lines of the next rows, of type S; the
+// processor itself prefetches the lines between them.
 template <class S, class T, int V>
 TORCHPROBE_INLINE bool column_sums(const T* const* row, int n, int64_t j, const T* scales, Features<T, V * width<T>>& out,
                                    const S* const* ahead) {
@@ -52,7 +53,7 @@ TORCHPROBE_INLINE bool column_sums(const T* const* row, int n, int64_t j, const 
       low[v] = min(low[v], x);
       high[v] = max(high[v], x);
       sum[v] += abs(x);
-      s1[v] = v % 2 ? fma(d, splat<T>(1), s1[v]) : s1[v] + d;  // the same, on one unit or the other
+      s1[v] = v % 2 ? fma(d, splat<T>(1), s1[v]) : s1[v] + d;  // the same value, by the multiplier or by the adder
       s2[v] += q;
       s3[v] = fma(q, d, s3[v]);
       s4[v] = fma(q, q, s4[v]);
@@ -76,7 +77,7 @@ TORCHPROBE_INLINE bool column_sums(const T* const* row, int n, int64_t j, const 
   return !any(wrong);
 }
 
-// One feature by the same arithmetic, into lane i.
+// The sums of one feature with the same arithmetic, into lane i.
 template <class T, int N>
 void column_again(const T* x, int n, T shift, T scale, Features<T, N>& out, int i) {
   const T s = -(shift * scale);
@@ -92,10 +93,10 @@ void column_again(const T* x, int n, T shift, T scale, Features<T, N>& out, int 
   out.s1[i] = s1, out.s2[i] = s2, out.s3[i] = s3, out.s4[i] = s4, out.abs_sum[i] = sum;
 }
 
-// ---- the sums, neighbouring vectors contiguous -------------------------------------------------------------------------------------------
+// ---- the sums, neighboring vectors contiguous --------------------------------------------------------------------------------------------
 
-// One feature of n neighbouring vectors, into lane i, extremes included. Asks memory for every other line of `ahead`, the same of the next
-// tile; side_by_side asks for the rest.
+// The sums and extremes of one feature of n neighboring vectors, into lane i. Also prefetches every other cache line of `ahead`, the same
+// feature in the next tile; side_by_side prefetches the rest.
 template <class S, class T, int N>
 TORCHPROBE_INLINE void feature_sums(const S* x, const S* ahead, int n, T shift, T scale, Features<T, N>& out, int i) {
   constexpr int W = width<T>;
@@ -133,10 +134,10 @@ TORCHPROBE_INLINE void feature_sums(const S* x, const S* ahead, int n, T shift, 
   out.unit[i] = 1, out.shift[i] = shift, out.scale[i] = scale;
 }
 
-// ---- one feature again -------------------------------------------------------------------------------------------------------------------
+// ---- one feature, repeated ----------------------------------------------------------------------------------------------------------------
 
-// Lane i, from its n values x (which are overwritten), whatever they are: the finite ones alone, with a unit and a scale that suit, by the
-// arithmetic that the layout uses. Counts the others in `nonfinite`.
+// Lane i from its n values x, which it overwrites. Takes only the finite values, with a suitable unit and scale and the arithmetic of the
+// layout, and adds the number of the others to `nonfinite`.
 template <class T, int N, bool SideBySide>
 void feature_again(T* x, int n, Features<T, N>& out, int i, double& nonfinite) {
   int kept = 0;
@@ -177,12 +178,12 @@ TORCHPROBE_INLINE double inverse(double power) {
 }
 TORCHPROBE_INLINE vdouble inverse(vdouble power) { return (vdouble)((int64_t(2046) << 52) - (vlong)power); }
 
-// Features of a tile folded into the partial state: those from lane i on, of which na values were seen before and nb are now.
+// Merges features of a tile into the partial state, starting at lane i: na values were seen before, nb are new.
 template <class E, class T, int N>
 TORCHPROBE_INLINE void merge_lanes(const Features<T, N>& f, int i, const Rows& to, E na, E nb, E inverse_nb, const Weights<E>& w) {
   const E s1 = load_as<E>(f.s1 + i), s2 = load_as<E>(f.s2 + i), s3 = load_as<E>(f.s3 + i), s4 = load_as<E>(f.s4 + i);
   const E unit = inverse(load_as<E>(f.unit + i)), u = unit * inverse(load_as<E>(f.scale + i)), u2 = u * u, zero{};
-  // Powers about the shift to powers about the mean.
+  // From powers about the shift to powers about the mean.
   const E m = s1 * inverse_nb, mm = m * m, nmm = nb * mm;
   const E m2 = fma(-s1, m, s2), m3 = fma(m, fma(2.0 + zero, nmm, -3.0 * s2), s3);
   const E m4 = fma(mm, fma(6.0 + zero, s2, -3.0 * nmm), fma(-4.0 * m, s3, s4));
@@ -191,7 +192,7 @@ TORCHPROBE_INLINE void merge_lanes(const Features<T, N>& f, int i, const Rows& t
   store_as(to.abs_sum + i, fma(load_as<E>(f.abs_sum + i), unit, load_as<E>(to.abs_sum + i)));
 }
 
-// When every feature has seen `seen` values and now sees n more.
+// For features that have all seen `seen` values; n values are new.
 template <class T, int N>
 TORCHPROBE_INLINE void merge_features(const Features<T, N>& f, int lanes, double n, double seen, const Rows& to) {
   constexpr int W = width<double>;
@@ -203,7 +204,7 @@ TORCHPROBE_INLINE void merge_features(const Features<T, N>& f, int lanes, double
   for (; i < lanes; ++i) merge_lanes<double>(f, i, to, seen, n, inverse_n, one);
 }
 
-// When the counts differ: f.count is what each feature sees now.
+// For features with different counts; f.count is the number of new values of each.
 template <class E, class T, int N>
 TORCHPROBE_INLINE void merge_lanes_apart(const Features<T, N>& f, int i, const Rows& to) {
   const E na = load_as<E>(to.count + i), nb = load_as<E>(f.count + i), n = na + nb, zero{}, one = zero + 1.0;

@@ -1,6 +1,6 @@
-// One state folded into another. No include guard: part of observe_kernel.h.
+// Merges one state into another. Part of observe_kernel.h.
 
-// The per-feature rows of a partial state, from feature j on.
+// The per-feature rows of a partial state, starting at feature j.
 struct Rows {
   double *count, *nonfinite, *outliers, *low, *high, *abs_sum, *mean, *m2, *m3, *m4;
 };
@@ -11,16 +11,16 @@ inline Rows rows_of(double* state, int64_t features, int64_t j) {
           p + layout::M3 * features,    p + layout::M4 * features};
 }
 
-// How two sets of na and nb values are weighed against each other.
+// The weights of two sets of na and nb values in their union.
 template <class E>
 struct Weights {
-  E a, b, k2, k3, k4, aa, bb;  // shares, and the factors of δ², δ³ and δ⁴ below
+  E a, b, k2, k3, k4, aa, bb;  // shares, and the factors of δ², δ³ and δ⁴ in merge_moments
   TORCHPROBE_INLINE Weights(E na, E wa, E wb) : a(wa), b(wb), k2(na * wb), k3(k2 * (wa - wb)), k4(k2 * (wa * wa - wa * wb + wb * wb)),
                                                 aa(6.0 * wa * wa), bb(6.0 * wb * wb) {}
 };
 
-// The moments of two sets merged, Chan et al. (1982) and Pébay (SAND2008-6212), for one feature (E = double) or several (E = vdouble): the
-// features at `to` take in those given.
+// Merges the given moments into those at `to`, for one feature (E = double) or several (E = vdouble). Formulas: Chan et al. (1982) and Pébay
+// (SAND2008-6212).
 template <class E>
 TORCHPROBE_INLINE void merge_moments(const Rows& to, int64_t i, E mean, E m2, E m3, E m4, const Weights<E>& w) {
   const E mean_a = load_as<E>(to.mean + i), m2_a = load_as<E>(to.m2 + i), m3_a = load_as<E>(to.m3 + i), m4_a = load_as<E>(to.m4 + i);
@@ -38,7 +38,7 @@ TORCHPROBE_INLINE void merge_extremes(const Rows& a, int64_t i, E low, E high, E
   store_as(a.high + i, E(((na == 0) | ((nb > 0) & (high > high_a))) ? high : high_a));
 }
 
-// The features of state b from i on, folded into those of a.
+// Merges the features of state b, starting at i, into those of state a.
 template <class E>
 TORCHPROBE_INLINE void merge_rows(const Rows& a, const Rows& b, int64_t i) {
   const E na = load_as<E>(a.count + i), nb = load_as<E>(b.count + i), zero{}, one = zero + 1.0, n = na + nb;

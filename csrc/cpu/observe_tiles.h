@@ -1,14 +1,14 @@
-// The tiles of a call, one after the other. No include guard: part of observe_kernel.h.
+// The tiles of a call, one after the other. Part of observe_kernel.h.
 
-// What one thread carries from tile to tile.
+// What one thread keeps from tile to tile.
 template <class T>
 struct Run {
   const Call& call;
   double* partial;
-  T* scales;   // what suited each feature last
-  T* scratch;  // one vector
+  T* scales;   // the last suitable scale of each feature
+  T* scratch;  // room for one vector
   VectorState<T> vectors;
-  bool uniform = true;  // every feature has seen `seen` values; the row of counts is not kept up to date
+  bool uniform = true;  // every feature has seen `seen` values; until this ends, the row of counts is out of date
   double seen;
 
   Run(const Call& call, double* partial, T* memory)
@@ -23,7 +23,7 @@ struct Run {
     for (int64_t j = 0; j < call.scratch_row; ++j) scales[j] = 1;
   }
 
-  // The first guess of every scale, from one vector.
+  // The first guess of all scales, from one vector.
   template <class S>
   void guess_scales(const S* x, int64_t step) {
     T largest = largest_deviation(x, call.features, step, T(widen(x[0])));
@@ -32,7 +32,7 @@ struct Run {
     for (int64_t j = 0; j < call.scratch_row; ++j) scales[j] = vectors.scale;
   }
 
-  // From here on every feature is counted on its own; those before `done` have already seen the tile of n vectors.
+  // From now on each feature has its own count. The features before `done` have already seen the tile of n vectors.
   void count_apart(int64_t done, int n) {
     double* count = rows_of(partial, call.features, 0).count;
     for (int64_t j = 0; j < call.features; ++j) count[j] = seen + (j < done ? n : 0);
@@ -40,7 +40,8 @@ struct Run {
   }
 };
 
-// Features j … j + lanes of a tile of n vectors into the partial state, those that did not suit again: at(i, r) is feature i of vector r.
+// Merges features j … j + lanes of a tile of n vectors into the partial state, and first repeats those that are not valid. at(i, r) is feature i
+// of vector r.
 template <class T, int N, bool SideBySide, class At>
 TORCHPROBE_INLINE void finish_features(Features<T, N>& f, bool suited, int64_t j, int lanes, int n, Run<T>& run, At at) {
   const Rows to = rows_of(run.partial, run.call.features, j);
@@ -64,7 +65,7 @@ TORCHPROBE_INLINE void finish_features(Features<T, N>& f, bool suited, int64_t j
     merge_features_apart<T, N>(f, lanes, to);
 }
 
-// The positions of a call in their order, along its first dimensions: offset of each in elements.
+// Enumerates the positions of a call along its first `dims` dimensions, in order; offset is in elements.
 struct Cursor {
   const Call& call;
   const int dims;
@@ -87,7 +88,7 @@ struct Cursor {
   }
 };
 
-// The vectors of the next tile, those that are not masked out: their offsets.
+// Writes the offsets of the vectors of the next tile, except those that are masked out. Returns their number.
 inline int enumerate(const Call& call, Cursor& cursor, int64_t& vector, int64_t end, int64_t* offset) {
   int n = 0;
   for (; vector < end; ++vector, cursor.next())
@@ -95,7 +96,7 @@ inline int enumerate(const Call& call, Cursor& cursor, int64_t& vector, int64_t 
   return n;
 }
 
-// Copies n vectors whose features are not contiguous into rows. Neighbouring positions are contiguous in the usual case (N, C, H, W): then
+// Copies n vectors whose features are not contiguous into rows. In the usual case, (N, C, H, W), neighboring positions are contiguous. Then
 // blocks of W positions × W features are transposed in registers.
 template <class S, class T>
 void pack_tile(const S* x, const int64_t* offset, int n, const Call& call, T* to) {
@@ -132,12 +133,12 @@ TORCHPROBE_INLINE void observe_columns(T* const* row, int n, int64_t at, int64_t
   finish_features<T, width<T>, false>(f, suited, j, lanes, n, run, [&](int i, int r) { return row[r][at + i]; });
 }
 
-// A tile of n vectors that lie in rows: from[r], copied to row[r] on the way when it is not of type T. The next lie at ahead[r].
+// A tile of n vectors as rows: from[r], which is copied to row[r] if it is not of type T. The vectors of the next tile are at ahead[r].
 template <class S, class T>
 void observe_rows(const S* const* from, T* const* row, const S* const* ahead, int n, Run<T>& run) {
   constexpr int W = width<T>, V = REGISTERS == 32 ? 2 : 1;
   const int64_t features = run.call.features;
-  if (features == 1) {  // nothing to compute: a vector of one feature is constant
+  if (features == 1) {  // no kurtosis: a vector with one feature is constant
     for (int r = 0; r < n; ++r) run.partial[is_finite(row_sum<S, T>(from[r], 1, 1, row[r])) ? layout::CONSTANT : layout::INVALID] += 1;
   } else {
     Vectors<T> vectors;
@@ -152,7 +153,7 @@ void observe_rows(const S* const* from, T* const* row, const S* const* ahead, in
     finish_features<T, V * W, false>(f, suited, j, V * W, n, run, [&](int i, int r) { return row[r][j + i]; });
   }
   for (; j + W <= features; j += W) observe_columns<T>(row, n, j, j, W, run);
-  if (j < features) {  // what does not fill a vector is worked on in a copy that does
+  if (j < features) {  // the last features do not fill a register: use a copy that does
     T rest[MAX_ROWS][W];
     T* copy[MAX_ROWS] = {};
     for (int r = 0; r < n; ++r) {
@@ -191,7 +192,7 @@ void observe_row_tiles(const Call& call, int64_t first_tile, int64_t last_tile, 
       for (int r = 0; r < n; ++r) {
         from[r] = x + offset[r];
         ahead[r] = x + (r < next ? next_offset : offset)[r];
-        if constexpr (same) row[r] = const_cast<T*>(from[r]);  // worked on where it lies, and not written to
+        if constexpr (same) row[r] = const_cast<T*>(from[r]);  // used in place and never written
       }
       if (t == first_tile) run.guess_scales(from[0], 1);
       observe_rows<S, T>(from, row, ahead, n, run);
@@ -205,7 +206,7 @@ void observe_row_tiles(const Call& call, int64_t first_tile, int64_t last_tile, 
 
 // ---- vectors side by side ----------------------------------------------------------------------------------------------------------------
 
-// Blocks of neighbouring positions of (N, C, H, W): read where they lie, whatever their type.
+// Blocks of neighboring positions of (N, C, H, W), read in place for every type.
 template <class S, class T>
 void observe_blocks(const Call& call, int64_t first_tile, int64_t last_tile, Run<T>& run) {
   constexpr int N = 32;

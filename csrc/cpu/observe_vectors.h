@@ -1,14 +1,14 @@
-// The kurtosis of each vector of a tile. No include guard: part of observe_kernel.h.
+// The kurtosis of each vector of a tile. Part of observe_kernel.h.
 //
-// The fast loops leave the sums of the powers of (x − shift)·scale of every vector in a Vectors; finish_vectors turns them into kurtosis, and
-// does again, slowly and right, those it finds irregular: an element that is not finite, a scale that did not suit, hardly any variance.
+// The fast loops write the sums of the powers of (x − shift)·scale of every vector to a Vectors. finish_vectors computes the kurtosis from
+// them. It repeats irregular vectors with slower code: those with a nonfinite element, an unsuitable scale, or hardly any variance.
 
 template <class T>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr float low = 0x1p-20f, high = 0x1p24f;  // between these, the fourth powers of scaled deviations are safe to sum
-  static constexpr float damp = 0x1p-32f;                 // makes any sum of finite values fit
+  static constexpr float low = 0x1p-20f, high = 0x1p24f;  // the range in which the sum of fourth powers of scaled deviations is safe
+  static constexpr float damp = 0x1p-32f;                 // a sum of finite values with this factor does not overflow
 };
 template <>
 struct Limits<double> {
@@ -16,7 +16,7 @@ struct Limits<double> {
   static constexpr double damp = 0x1p-64;
 };
 
-// 2^-e with x·2^-e in [1, 2); x finite and positive. Kept within the normal range.
+// 2^-e with x·2^-e in [1, 2), for a finite and positive x. The result is a normal number.
 template <class T>
 T inverse_power(T x) {
   constexpr int bound = sizeof(T) == 4 ? 126 : 1022;
@@ -28,7 +28,7 @@ TORCHPROBE_INLINE bool is_finite(T x) {
   return x - x == 0;
 }
 
-// The largest |x − center| of n values, `step` apart.
+// The largest |x − center| of n values; step is from one value to the next.
 template <class S, class T>
 T largest_deviation(const S* x, int64_t n, int64_t step, T center) {
   T largest = 0;
@@ -39,34 +39,34 @@ T largest_deviation(const S* x, int64_t n, int64_t step, T center) {
   return largest;
 }
 
-// What the vectors of a tile have given.
+// The sums of the vectors of a tile.
 template <class T>
 struct alignas(64) Vectors {
   T shift[MAX_VECTORS], s1[MAX_VECTORS], s2[MAX_VECTORS], s3[MAX_VECTORS], s4[MAX_VECTORS];
-  T peak[MAX_VECTORS];  // no fourth power of the vector is larger
+  T peak[MAX_VECTORS];  // an upper bound of the fourth powers of the vector
 };
 
-// What one thread carries from tile to tile.
+// What one thread keeps from tile to tile.
 template <class T>
 struct VectorState {
   double* partial;
-  double* outliers;  // row of the partial state
+  double* outliers;  // a row of the partial state
   int64_t n;         // features
   double inverse_n, sigma, sigma4;
-  T scale = 1;  // what suited the last vectors
+  T scale = 1;  // the last suitable scale
 
   VectorState(double* partial, double* outliers, int64_t n, double sigma)
       : partial(partial), outliers(outliers), n(n), inverse_n(1.0 / double(n)), sigma(sigma) {
-    // An outlier deviates from the shift by more than (sigma − 1/4)·std, as the mean of a regular vector lies within std/4 of it.
+    // The mean of a regular vector lies within std/4 of the shift. So an outlier deviates from the shift by more than (sigma − 1/4)·std.
     const double reach = sigma > 0.25 ? sigma - 0.25 : 0;
-    const bool possible = double(n - 1) / __builtin_sqrt(double(n)) > sigma;  // the largest deviation that one of n can have
+    const bool possible = double(n - 1) / __builtin_sqrt(double(n)) > sigma;  // the largest possible deviation of one value among n
     sigma4 = possible ? 0.999 * (reach * reach) * (reach * reach) : __builtin_inf();
   }
 };
 
 // ---- the sums, features contiguous -------------------------------------------------------------------------------------------------------
 
-// The sum of x·factor over one vector, in the order of row_powers; x is copied to `to` on the way when it is not of type T.
+// The sum of x·factor over one vector, in the order of row_powers. Also copies x to `to` if x is not of type T.
 template <class S, class T>
 T row_sum(const S* x, int64_t n, T factor, T* to) {
   constexpr int W = width<T>;
@@ -86,10 +86,10 @@ T row_sum(const S* x, int64_t n, T factor, T* to) {
   return reduce(a + b);
 }
 
-// Powers of (x − shift)·scale over one vector, into v[r]; returns the sum of `next`, the vector after it, read (and copied) meanwhile. Asks
-// memory for every other line of `ahead`, a vector of the next tile; column_sums asks for the rest. Lanes are widened to double every 2048
-// elements. With Plain the scale is 1, and a subtraction does what else takes a fused multiply-add: there
-// is an adder to spare, but no multiplier.
+// Sums the powers of (x − shift)·scale over one vector into v[r]. At the same time it reads `next`, the vector that follows, copies it to `to` if
+// needed, and returns its sum. It also prefetches every other cache line of `ahead`, a vector of the next tile; column_sums prefetches the rest.
+// Lanes are widened to double every 2048 elements. With Plain the scale is 1, and a subtraction replaces the fused multiply-add: the adder has
+// free cycles and the multiplier does not.
 template <class S, class T, bool Plain>
 TORCHPROBE_INLINE T row_powers(const T* x, int64_t n, T shift, T scale, const S* next, T* to, const S* ahead, Vectors<T>& v, int r) {
   constexpr int W = width<T>;
@@ -135,7 +135,7 @@ TORCHPROBE_INLINE T row_powers(const T* x, int64_t n, T shift, T scale, const S*
   return reduce(sum_a + sum_b);
 }
 
-// All vectors of a tile that lie in rows: from[r] is copied to row[r] on the way when it is not of type T.
+// The sums of all vectors of a tile of rows. Also copies from[r] to row[r] if it is not of type T.
 template <class S, class T>
 TORCHPROBE_INLINE void row_sums(const S* const* from, T* const* row, const S* const* ahead, int rows, const VectorState<T>& state,
                                 Vectors<T>& v) {
@@ -149,11 +149,11 @@ TORCHPROBE_INLINE void row_sums(const S* const* from, T* const* row, const S* co
   }
 }
 
-// ---- the sums, neighbouring vectors contiguous -------------------------------------------------------------------------------------------
+// ---- the sums, neighboring vectors contiguous --------------------------------------------------------------------------------------------
 
-constexpr int PEAK_BLOCK = 32;  // features whose fourth powers are summed to bound the largest
+constexpr int PEAK_BLOCK = 32;  // features; the sum of their fourth powers bounds the largest one
 
-// V·W vectors at once, feature by feature; the last register may be in part (`lanes` of it).
+// V·W vectors at once, feature by feature. Of the last register only `lanes` may be in use.
 template <class S, class T, int V>
 TORCHPROBE_INLINE void side_by_side(const S* x, const S* ahead, int64_t stride, int lanes, const VectorState<T>& state, Vectors<T>& v, int at) {
   constexpr int W = width<T>;
@@ -198,7 +198,7 @@ TORCHPROBE_INLINE void side_by_side(const S* x, const S* ahead, int64_t stride, 
   }
 }
 
-// All vectors of a tile: element j of vector r is x[j·stride + r].
+// The sums of all vectors of a tile: element j of vector r is x[j·stride + r].
 template <class S, class T>
 TORCHPROBE_INLINE void side_by_side_sums(const S* x, const S* ahead, int64_t stride, int vectors, const VectorState<T>& state, Vectors<T>& v) {
   constexpr int W = width<T>, V = REGISTERS == 32 ? 4 : 2;
@@ -207,7 +207,7 @@ TORCHPROBE_INLINE void side_by_side_sums(const S* x, const S* ahead, int64_t str
   for (; r < vectors; r += W) side_by_side<S, T, 1>(x + r, ahead + r, stride, vectors - r < W ? vectors - r : W, state, v, r);
 }
 
-// One vector by the arithmetic of side_by_side.
+// The sums of one vector, with the arithmetic of side_by_side.
 template <class T>
 void lone_powers(const T* x, int64_t n, T shift, T scale, Vectors<T>& v, int r) {
   T s1 = 0, s2 = 0, s3 = 0, s4 = 0, peak = 0;
@@ -229,11 +229,11 @@ void lone_powers(const T* x, int64_t n, T shift, T scale, Vectors<T>& v, int r) 
 
 // ---- from the sums to the kurtosis -------------------------------------------------------------------------------------------------------
 
-// The kurtosis of a vector of finite values, two passes in double; 0 when it is constant. (x − x[0])·scale has the given mean and std.
+// The kurtosis of a vector of finite values by two passes in double; 0 if it is constant. Also returns mean and std of (x − x[0])·scale.
 template <class T>
 double exact_kurtosis(const T* x, int64_t n, double& mean, double& std, double& scale) {
   double largest = 0;
-  auto half = [&](int64_t i) { return double(x[i]) / 2 - double(x[0]) / 2; };  // no difference of halves overflows
+  auto half = [&](int64_t i) { return double(x[i]) / 2 - double(x[0]) / 2; };  // a difference of halves does not overflow
   for (int64_t i = 0; i < n; ++i) largest = __builtin_fabs(half(i)) > largest ? __builtin_fabs(half(i)) : largest;
   if (largest == 0) return 0;
   scale = inverse_power<double>(largest);
@@ -258,7 +258,7 @@ void count_outliers(const S* x, int64_t n, int64_t step, T shift, double scale, 
   constexpr int W = width<T>;
   int64_t i = 0;
   const T k = T(scale), s = -(shift * k + T(mean)), limit = T(threshold * (1 - 1e-5));
-  if (step == 1 && k > 0 && is_finite(s))  // a quick look first
+  if (step == 1 && k > 0 && is_finite(s))  // a fast comparison finds the candidates
     for (; i + W <= n; i += W)
       for (uint32_t bits = gt(abs(fma(load_wide(x + i), splat<T>(k), splat<T>(s))), splat<T>(limit)); bits; bits &= bits - 1)
         confirm(i + __builtin_ctz(bits));
@@ -273,8 +273,8 @@ inline void add_to_histogram(double* partial, double kurtosis) {
   partial[layout::HISTOGRAM + bin] += 1;
 }
 
-// Sums into kurtosis, mean and variance, for as many vectors from r on as there are lanes. In bits: which of them are irregular, and which
-// may hold an outlier.
+// Kurtosis, mean and variance from the sums, for one vector in each lane, starting at vector r. Returns two sets of bits: which vectors are
+// irregular, and which may contain an outlier.
 struct Found {
   uint32_t irregular, outlying;
 };
@@ -293,8 +293,8 @@ TORCHPROBE_INLINE Found kurtosis_of(const Vectors<T>& v, int r, const VectorStat
   return {gt(E(regular ? zero : one), zero), gt(E(outlying ? one : zero), zero)};
 }
 
-// The kurtosis of a vector that the fast loops could not do: the same sums with a scale that suits, or else the exact way. Counts its
-// outliers. 0 when the vector is constant, nan when an element is not finite.
+// The kurtosis of an irregular vector: from the same sums with a suitable scale, or else by exact_kurtosis. 0 if the vector is constant, nan if
+// an element is not finite. Also counts its outliers.
 template <class T, bool SideBySide>
 double irregular_kurtosis(const T* x, VectorState<T>& state) {
   const int64_t n = state.n;
@@ -331,7 +331,7 @@ double irregular_kurtosis(const T* x, VectorState<T>& state) {
   return kurtosis[0];
 }
 
-// Folds the vectors of a tile into the partial state. Element j of vector r is at(r)[j·step]; scratch holds one vector.
+// Merges the vectors of a tile into the partial state. Element j of vector r is at(r)[j·step]; scratch has room for one vector.
 template <class S, class T, bool SideBySide, class At>
 void finish_vectors(const Vectors<T>& v, int vectors, At at, int64_t step, VectorState<T>& state, T* scratch) {
   const double scale = state.scale;

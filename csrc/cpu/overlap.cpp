@@ -1,17 +1,12 @@
-// torchprobe::overlap_tally_ on the CPU: checks, the plan of the work, and threads. The schema is defined by torchprobe/ops/overlap.py, which
-// also says what everything means:
+// torchprobe::overlap_tally_ on the CPU: checks, label masks and threads. torchprobe/ops/overlap.py defines the schema and explains it:
 //
 //   overlap_tally_(Tensor(a!) intersection, Tensor(b!) activation, Tensor(c!) truth, Tensor maps, Tensor thresholds, Tensor category,
 //                  Tensor planes, Tensor sizes, Tensor whole, str grid="half_pixel", int height=0, int width=0, bool per_plane=False) -> ()
 //
-// First the label planes become masks, image by image. Then the images are taken a few at a time, and each thread takes some units through all
-// of these, so that no two threads write to one place, and the rows of the counts stay in its cache.
+// First the label planes become masks, image by image. Then a few images are processed at a time: each thread takes some units through all of
+// them. So two threads never write to the same place, and the counts of these units stay in the thread's cache.
 
 #include "overlap.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -22,8 +17,9 @@
 #include <string>
 #include <vector>
 
-#include "deal.h"
+#include "arguments.h"
 #include "isa.h"
+#include "parallel.h"
 
 namespace torchprobe::cpu {
 namespace {
@@ -31,34 +27,18 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t LONGEST = int64_t(1) << 20;           // rows and columns of a grid: keeps weights at most 1 − 2^-21
-constexpr int64_t MOST_PIXELS = int64_t(1) << 31;       // of a grid
-constexpr int64_t MASK_WORDS = (int64_t(1) << 19) / 8;  // of the images that are taken at a time: half a megabyte stays in a cache
-constexpr int64_t UNITS = 16;                           // whose counts are kept in the cache from image to image
+constexpr int64_t LONGEST = int64_t(1) << 20;           // most rows or columns of a grid: keeps weights at most 1 − 2^-21
+constexpr int64_t MOST_PIXELS = int64_t(1) << 31;       // in a grid
+constexpr int64_t MASK_WORDS = (int64_t(1) << 19) / 8;  // in the images processed at a time: half a megabyte stays in a cache
+constexpr int64_t UNITS = 16;                           // whose counts stay in the cache from image to image
 
-const OverlapKernels& choose_kernels() {
-  switch (choose_isa()) {
-#if defined(__x86_64__)
-    case Isa::Avx512Popcount: return overlap_avx512_popcount;
-    case Isa::Avx512: return overlap_avx512;
-    case Isa::Avx2: return overlap_avx2;
-#endif
-    default: return overlap_baseline;
-  }
-}
-
-const OverlapKernels& kernels() {
-  static const OverlapKernels& chosen = choose_kernels();
-  return chosen;
-}
-
-// Memory on a cache line of its own.
+// Memory that starts on a cache line.
 template <class T>
 class Aligned {
  public:
   explicit Aligned(int64_t size = 0) { grow(size); }
   T* get() const { return data_.get(); }
-  // Room for at least so many; what was there stays, what is new is 0.
+  // Makes room for at least `size` elements. Old elements stay; new ones are 0.
   void grow(int64_t size) {
     if (size <= size_) return;
     const int64_t most = std::max(size, 2 * size_);
@@ -77,12 +57,12 @@ class Aligned {
   int64_t size_ = 0;
 };
 
-// Where the points of one axis of a grid lie between those of the map.
+// The places of the pixels along one axis of a grid, between the points of the map.
 struct Axis {
   std::vector<int32_t> low, high;
   std::vector<float> weight;
 
-  void add(int64_t numerator, int64_t denominator, int64_t n) {  // at numerator / denominator, in points of the map
+  void add(int64_t numerator, int64_t denominator, int64_t n) {  // a pixel at numerator / denominator, in points of the map
     numerator = std::clamp<int64_t>(numerator, 0, (n - 1) * denominator);
     const int64_t at = numerator / denominator;
     low.push_back(int32_t(at));
@@ -105,7 +85,7 @@ Axis anchored(int64_t n, int64_t size, int64_t input, int64_t reduction) {
   return axis;
 }
 
-// A grid with the memory it points to.
+// A grid and the memory that it points to.
 struct Plan {
   Axis x, y;
   std::vector<Gap> gaps;
@@ -137,7 +117,7 @@ struct Plan {
   }
 };
 
-// One image on its way: where its labels are given, and what becomes of them.
+// One image: its labels as they were given, and as masks.
 struct Work {
   const Plan* plan = nullptr;
   const int32_t* planes = nullptr;
@@ -150,15 +130,16 @@ struct Work {
   int64_t bad_label = 0;
 };
 
-// The labels of one image as masks. slot: one number a label, all −1 before and after.
-void find_labels(Work& work, std::vector<int32_t>& slot, const int64_t* category, int64_t columns, bool per_plane) {
+// Makes the masks of one image. slot: one number for each label, all −1 before and after.
+void find_labels(Work& work, const OverlapKernels& kernels, std::vector<int32_t>& slot, const int64_t* category, int64_t columns,
+                 bool per_plane) {
   const Grid& grid = work.plan->grid;
   const int64_t words = int64_t(grid.blocks) * BLOCK, size = int64_t(grid.rows) * grid.columns, labels = int64_t(slot.size());
   std::vector<int64_t> found;  // the label of each mask
   size_t first_of_plane = 0;
   for (int64_t k = 0; k < work.plane_count && !work.bad; ++k) {
     const int32_t* plane = work.planes + k * size;
-    for (int32_t row = 0; (row = kernels().paint(plane, grid, row, slot.data(), labels, work.masks.get())) < grid.rows;) {
+    for (int32_t row = 0; (row = kernels.paint(plane, grid, row, slot.data(), labels, work.masks.get())) < grid.rows;) {
       for (const int32_t* p = plane + int64_t(row) * grid.columns; p < plane + int64_t(row + 1) * grid.columns; ++p) {
         if (*p < 0 || *p >= labels) work.bad = true, work.bad_label = *p;
         if (*p <= 0 || *p >= labels || slot[size_t(*p)] >= 0) continue;
@@ -187,7 +168,7 @@ void find_labels(Work& work, std::vector<int32_t>& slot, const int64_t* category
     while (!bits[first]) ++first;
     while (!bits[last]) --last;
     work.labels.push_back({found[i], bits, int32_t(first / BLOCK), int32_t(last / BLOCK + 1)});
-    work.truth.push_back(kernels().count(bits, words));
+    work.truth.push_back(kernels.count(bits, words));
   }
   for (const int64_t label : everywhere) work.labels.push_back({label, nullptr, 0, 0}), work.truth.push_back(size);
   std::vector<bool> belongs(size_t(columns), false);
@@ -200,31 +181,25 @@ void find_labels(Work& work, std::vector<int32_t>& slot, const int64_t* category
   }
 }
 
-int64_t* counts(Tensor& t, int64_t dims, const char* name) {
+int64_t* count_elements(Tensor& t, int64_t dims, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == dims && t.is_contiguous() && t.is_cpu(), name,
                   " must be contiguous int64 on the CPU");
   return static_cast<int64_t*>(t.mutable_data_ptr());
 }
 
-template <class T>
-const T* values(Tensor& t, ScalarType type, int64_t dims, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.dim() == dims && t.is_cpu(), name, " has another type or number of dimensions than it should");
-  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
 void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor maps, Tensor thresholds, Tensor category, Tensor planes,
                     Tensor sizes, Tensor whole, std::string grid, int64_t height, int64_t width, bool per_plane) {
   Tally to{};
-  to.intersection = counts(intersection, 2, "intersection");
-  to.activation = counts(activation, 2, "activation");
-  int64_t* truth_counts = counts(truth, 1, "truth");
-  const float* map = values<float>(maps, ScalarType::Float, 4, "maps");
-  to.thresholds = values<float>(thresholds, ScalarType::Float, 1, "thresholds");
-  const int64_t* primary = values<int64_t>(category, ScalarType::Long, 1, "category");
-  const int32_t* plane = values<int32_t>(planes, ScalarType::Int, 1, "planes");
-  const int64_t* size = values<int64_t>(sizes, ScalarType::Long, 2, "sizes");
-  const int64_t* everywhere = values<int64_t>(whole, ScalarType::Long, 1, "whole");
+  const OverlapKernels& kernels = choose<OverlapKernels>();
+  to.intersection = count_elements(intersection, 2, "intersection");
+  to.activation = count_elements(activation, 2, "activation");
+  int64_t* truth_counts = count_elements(truth, 1, "truth");
+  const float* map = const_elements<float>(maps, 4, "maps");
+  to.thresholds = const_elements<float>(thresholds, 1, "thresholds");
+  const int64_t* category_of = const_elements<int64_t>(category, 1, "category");
+  const int32_t* plane = const_elements<int32_t>(planes, 1, "planes");
+  const int64_t* size = const_elements<int64_t>(sizes, 2, "sizes");
+  const int64_t* everywhere = const_elements<int64_t>(whole, 1, "whole");
   const int64_t images = maps.size(0), units = maps.size(1), h = maps.size(2), w = maps.size(3);
   to.labels = intersection.size(1);
   to.columns = activation.size(1);
@@ -233,7 +208,7 @@ void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor
                   "the counts, maps, thresholds, category and sizes do not fit together");
   STD_TORCH_CHECK(h > 0 && w > 0 && h <= LONGEST && w <= LONGEST, "maps must have at least one position");
   STD_TORCH_CHECK(grid == "half_pixel" || grid == "anchored", "grid must be half_pixel or anchored");
-  for (int64_t i = 0; i < to.labels; ++i) STD_TORCH_CHECK(primary[i] < to.columns - 1, "category holds a number beyond activation's columns");
+  for (int64_t i = 0; i < to.labels; ++i) STD_TORCH_CHECK(category_of[i] < to.columns - 1, "category holds a number beyond activation's columns");
 
   std::vector<std::unique_ptr<Plan>> plans;
   std::vector<Work> work(static_cast<size_t>(images));
@@ -241,7 +216,7 @@ void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor
   for (int64_t n = 0; n < images; ++n, size += 4) {
     const int64_t rows = size[1], columns = size[2];
     STD_TORCH_CHECK(rows > 0 && columns > 0 && rows <= LONGEST && columns <= LONGEST && rows * columns <= MOST_PIXELS, "image ", n,
-                    " has a label grid that cannot be");
+                    " has an impossible label grid");
     STD_TORCH_CHECK(size[0] >= 0 && (size[0] == 0 || rows * columns <= planes_left / size[0]) && size[3] >= 0 && size[3] <= whole_left,
                     "sizes do not fit planes and whole at image ", n);
     auto plan = std::find_if(plans.begin(), plans.end(), [&](auto& p) { return p->grid.rows == rows && p->grid.columns == columns; });
@@ -250,7 +225,7 @@ void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor
       const int64_t reduction = std::max<int64_t>((2 * width + columns) / (2 * columns), 1);
       Axis across = anchor ? anchored(w, columns, width, reduction) : half_pixel(w, columns);
       Axis down = anchor ? anchored(h, rows, height, reduction) : half_pixel(h, rows);
-      plans.push_back(std::make_unique<Plan>(std::move(across), std::move(down), h, w, kernels().lanes));
+      plans.push_back(std::make_unique<Plan>(std::move(across), std::move(down), h, w, kernels.lanes));
       plan = plans.end() - 1;
     }
     work[size_t(n)].plan = plan->get();
@@ -261,13 +236,13 @@ void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor
   }
   STD_TORCH_CHECK(planes_left == 0 && whole_left == 0, "planes or whole hold more than sizes say");
 
-  deal_out(images, [&] {
+  parallel_dynamic(images, [&] {
     return [&, slot = std::vector<int32_t>(size_t(to.labels), -1)](int64_t n) mutable {
-      find_labels(work[size_t(n)], slot, primary, to.columns, per_plane);
+      find_labels(work[size_t(n)], kernels, slot, category_of, to.columns, per_plane);
     };
   });
   int64_t floats = 0, words = 0;
-  for (int64_t n = 0; n < images; ++n) {  // before anything is counted: a bad label leaves the counts as they were
+  for (int64_t n = 0; n < images; ++n) {  // before anything is counted: a bad label leaves the counts unchanged
     const Work& image = work[size_t(n)];
     STD_TORCH_CHECK(!image.bad, "image ", n, " of the batch has label ", image.bad_label, ", but labels are numbered 0 to ", to.labels - 1);
     floats = std::max(floats, scratch_floats(image.plan->grid));
@@ -281,13 +256,13 @@ void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor
     for (int64_t held = 0; last < images && (last == first || held < MASK_WORDS); ++last) {
       held += int64_t(work[size_t(last)].labels.size()) * work[size_t(last)].plan->grid.blocks * BLOCK;
     }
-    deal_out((units + UNITS - 1) / UNITS, [&] {
+    parallel_dynamic((units + UNITS - 1) / UNITS, [&] {
       return [&, scratch = Aligned<float>(floats), mask = Aligned<uint64_t>(words)](int64_t piece) {
         for (int64_t n = first; n < last; ++n) {
           const Work& from = work[size_t(n)];
           const Image image{&from.plan->grid,       map + n * units * h * w,       from.labels.data(), int64_t(from.labels.size()),
                             from.categories.data(), int64_t(from.categories.size())};
-          kernels().tally(image, to, piece * UNITS, std::min((piece + 1) * UNITS, units), scratch.get(), mask.get());
+          kernels.tally(image, to, piece * UNITS, std::min((piece + 1) * UNITS, units), scratch.get(), mask.get());
         }
       };
     });

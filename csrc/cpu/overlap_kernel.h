@@ -1,18 +1,16 @@
-// The kernels of overlap_tally_, for the instruction set that is being compiled. No include guard, included inside a namespace.
+// The kernels of overlap_tally_ for one instruction set; included between isa_begin.h and isa_end.h, inside a namespace.
 //
-// A unit is worth a look in an image only if its map exceeds the threshold somewhere, and then only between rows, and in columns, of which
-// one does: a weighted mean exceeds neither of its ends, not even rounded (weights are at most 1 − 2^-21, see overlap.cpp). That leaves a few
-// pixels in a hundred. Those are interpolated and compared, 16 at a time, straight into the bits of a mask; with each label of the image the
-// mask has as many pixels in common as their conjunction has bits.
+// Most pixels need no interpolation. A weighted mean exceeds neither of its two values, not even after rounding (weights are at most
+// 1 − 2^-21, see overlap.cpp). So a pixel can be active only between two rows, and between two columns, of which one exceeds the threshold.
+// That leaves a few pixels in a hundred. They are interpolated and compared, 16 at a time, and the results become the bits of a mask. The
+// intersection with a label is the number of bits in the conjunction of both masks.
 //
-// A difference overflows when its ends are nearly as large as floats can be, and a result may then exceed both. Maps with such values, and
-// with inf and nan, are computed everywhere.
-
-#include "simd.h"
+// If two values are nearly as large as floats can be, their difference overflows, and an interpolated value may exceed both. Maps with such
+// values, inf or nan are therefore interpolated everywhere.
 
 constexpr int LANES = width<float>;
-constexpr int VECTORS = GROUP / LANES;                    // of a group
-typedef uint16_t __attribute__((may_alias)) GroupBits;    // a group within the words of a mask
+constexpr int VECTORS = GROUP / LANES;                    // in a group
+typedef uint16_t __attribute__((may_alias)) GroupBits;    // a group inside the words of a mask
 constexpr int64_t BLOCK_GROUPS = BLOCK * 64 / GROUP;
 
 #if defined(TORCHPROBE_AVX512)
@@ -46,7 +44,7 @@ int32_t paint(const int32_t* plane, const Grid& grid, int32_t row, const int32_t
       }
       vint pixels[VECTORS];
       for (int v = 0; v < VECTORS; ++v) pixels[v] = load_ints(p + v * LANES);
-      while (rest) {  // once for each label of the group
+      while (rest) {  // one round for each label in the group
         const int32_t label = p[__builtin_ctz(rest)];
         uint32_t bits = 0;
         for (int v = 0; v < VECTORS; ++v) bits |= equal(pixels[v], label - vint{}) << (v * LANES);
@@ -61,7 +59,7 @@ int32_t paint(const int32_t* plane, const Grid& grid, int32_t row, const int32_t
   return row;
 }
 
-// The bits that two masks have in common, in n blocks.
+// The number of bits that two masks have in common, in n blocks.
 TORCHPROBE_INLINE int64_t common(const uint64_t* a, const uint64_t* b, int64_t n) {
 #if defined(TORCHPROBE_VPOPCNT)
   __m512i sum = _mm512_setzero_si512();
@@ -71,7 +69,7 @@ TORCHPROBE_INLINE int64_t common(const uint64_t* a, const uint64_t* b, int64_t n
   }
   return _mm512_reduce_add_epi64(sum);
 #elif defined(TORCHPROBE_AVX512) || (defined(__x86_64__) && !defined(TORCHPROBE_AVX2))
-  // No instruction for it, or none for vectors: sums of neighbouring bits, pairs, fours, and bytes (Hacker's Delight, 5-1).
+  // Without an instruction that counts the bits of a vector: sums of neighboring bits, pairs, fours, and bytes (Hacker's Delight, 5-1).
   typedef uint64_t Words __attribute__((vector_size(VECTOR_BYTES)));
   constexpr int STEP = VECTOR_BYTES / 8;
   const uint64_t ones = ~uint64_t(0) / 3, twos = ~uint64_t(0) / 5, fours = ~uint64_t(0) / 17, bytes = ~uint64_t(0) / 257;
@@ -102,7 +100,7 @@ int64_t count(const uint64_t* bits, int64_t words) { return common(bits, bits, w
 
 enum : int { BELOW = 0, ABOVE = 1, ANYTHING = 2 };
 
-// Whether some of n values exceed the threshold, or are so large, or no numbers, that nothing can be said.
+// Whether any of n values exceeds the threshold (ABOVE), or none (BELOW). ANYTHING: a value is nan, inf or so large that differences overflow.
 TORCHPROBE_INLINE int look(const float* p, int64_t n, float threshold) {
   const vfloat t = splat<float>(threshold);
   vint large{}, above{};
@@ -120,7 +118,7 @@ TORCHPROBE_INLINE int look(const float* p, int64_t n, float threshold) {
   return any(large) ? ANYTHING : any(above) ? ABOVE : BELOW;
 }
 
-// One row of the map on the columns of the grid.
+// Interpolates one row of the map at the columns of the grid.
 TORCHPROBE_INLINE void stretch(const float* row, const Grid& grid, float* padded, float* to) {
   const int64_t columns = row_floats(grid);
 #if defined(TORCHPROBE_AVX512) || defined(TORCHPROBE_AVX2)
@@ -144,7 +142,7 @@ TORCHPROBE_INLINE void stretch(const float* row, const Grid& grid, float* padded
   }
 }
 
-// The rows of one gap, from the two rows beside it; the mask is 0 there.
+// The mask in the rows of one gap, from the map's two rows around it. These rows of the mask must be 0 before.
 TORCHPROBE_INLINE void fill(const float* low, const float* high, const Grid& grid, const Gap& gap, float threshold, bool everywhere,
                            GroupBits* mask) {
   const vfloat t = splat<float>(threshold);
@@ -170,18 +168,18 @@ TORCHPROBE_INLINE void fill(const float* low, const float* high, const Grid& gri
   }
 }
 
-// The mask of one unit, of which `found` says that there may be something. Returns the blocks that hold any; the rest is undefined.
+// The mask of one unit; `found` is the result of look, and not BELOW. Returns the range of blocks with active pixels; other blocks are undefined.
 struct Range {
   int32_t first, last;
 };
 TORCHPROBE_INLINE Range draw(const float* map, const Grid& grid, float threshold, int found, float* scratch, uint64_t* mask) {
   const bool everywhere = found == ANYTHING;
   float *rows[2] = {scratch, scratch + row_floats(grid)}, *padded = scratch + 2 * row_floats(grid);
-  int32_t held[2] = {-1, -1};  // which row of the map either of them is
+  int32_t held[2] = {-1, -1};  // the row of the map that each of them contains
   int32_t first = -1, last = 0, known = -1;
-  bool above = false;  // whether row `known` of the map is; they are asked for in order, most of them twice
+  bool above = false;  // whether row `known` of the map exceeds the threshold; most rows are needed twice in succession
   auto* groups = reinterpret_cast<GroupBits*>(mask);
-  int64_t cleared = 0;  // groups before this one are as they should be
+  int64_t cleared = 0;  // groups before this one are valid
   for (int32_t i = 0; i < grid.gap_count; ++i) {
     const Gap& gap = grid.gaps[i];
     bool hot = everywhere;

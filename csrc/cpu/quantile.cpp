@@ -1,13 +1,9 @@
-// torchprobe::keep_largest_ on the CPU: the largest values of every feature, in one read of x. The schema is defined by
-// torchprobe/ops/quantile.py, which also says what everything means:
+// torchprobe::keep_largest_ on the CPU: the largest values of every feature, in one read of x. torchprobe/ops/quantile.py defines the schema and
+// explains it:
 //
 //   keep_largest_(Tensor(a!) values, Tensor(b!) counts, Tensor(c!) bound, Tensor x, int feature_dim, int capacity) -> ()
 //
-// Nearly every value lies below its feature's bound, so the work is one comparison a value; the compiler vectorises it for any processor.
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+// Nearly every value lies below its feature's bound, so the work is one comparison for each value. The compiler vectorizes it for any processor.
 
 #include <algorithm>
 #include <cstdint>
@@ -17,6 +13,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "arguments.h"
+
 namespace torchprobe::cpu {
 namespace {
 
@@ -24,17 +22,17 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int BLOCK = 16;  // values that are compared at once; QUANTILE_BLOCK of the schema's file
+constexpr int BLOCK = 16;  // values that are compared at once; the same as BLOCK in torchprobe/ops/quantile.py
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
-// The buffer of one feature. Behind the first `fill` values everything is −inf.
+// The buffer of one feature. All values after the first `fill` are −inf.
 struct Buffer {
   float* values;
   int64_t slots, capacity;
   int64_t &fill, &nans, &ties;
   float& bound;
 
-  // Room for a block more. What is dropped is not above the bound, now or ever.
+  // Makes room for one more block. No dropped value is above the bound, now or later.
   void make_room() {
     if (slots - fill >= BLOCK) return;
     std::nth_element(values, values + capacity - 1, values + fill, std::greater<float>());
@@ -47,7 +45,7 @@ struct Buffer {
   }
   void add(const float* block) {
     make_room();
-    for (int i = 0; i < BLOCK; ++i) {  // without a branch: written always, kept if it counts
+    for (int i = 0; i < BLOCK; ++i) {  // without a branch: every value is written, and kept if `fill` advances
       values[fill] = block[i];
       fill += block[i] > bound;
       ties += block[i] == bound;
@@ -86,7 +84,7 @@ TORCHPROBE_INLINE void load_block(const S* x, int64_t stride, int64_t count, flo
   }
 }
 
-// A run of positions of one feature.
+// Adds some positions of one feature, `stride` apart.
 template <class S>
 void add_run(const Buffer& of, const S* x, int64_t count, int64_t stride) {
   Buffer buffer = of;
@@ -109,7 +107,7 @@ void add_run(const Buffer& of, const S* x, int64_t count, int64_t stride) {
   }
 }
 
-// One position of features [begin, end), which lie side by side.
+// Adds one position of features [begin, end), which are contiguous.
 template <class S>
 void add_position(const State& state, const S* x, int64_t begin, int64_t end) {
   float block[BLOCK];
@@ -126,25 +124,14 @@ void add_position(const State& state, const S* x, int64_t begin, int64_t end) {
   }
 }
 
-// x as features × positions; the positions are enumerated by `dims` dimensions, adjacent ones joined, the last one fastest.
+// x as features × positions. The positions are numbered by `dims` dimensions; the last one runs fastest.
 struct View {
-  static constexpr int MAX_DIMS = 64;  // PyTorch's own limit
-  int64_t features, feature_stride, positions = 1;
-  int dims = 0;
+  int64_t features, feature_stride, positions;
+  int dims;
   int64_t size[MAX_DIMS], stride[MAX_DIMS];
 
   View(const Tensor& x, int64_t feature_dim) : features(x.size(feature_dim)), feature_stride(x.stride(feature_dim)) {
-    for (int64_t d = 0; d < x.dim(); ++d) {
-      if (d == feature_dim || x.size(d) == 1) continue;
-      positions *= x.size(d);
-      if (dims && stride[dims - 1] == x.size(d) * x.stride(d)) {  // steps of the outer dimension continue the inner one
-        size[dims - 1] *= x.size(d);
-        stride[dims - 1] = x.stride(d);
-      } else {
-        size[dims] = x.size(d);
-        stride[dims++] = x.stride(d);
-      }
-    }
+    positions = join_positions(x, feature_dim, dims, size, stride);
     if (!dims) size[0] = 1, stride[0] = 1, dims = 1;
   }
 };

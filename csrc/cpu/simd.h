@@ -1,8 +1,5 @@
-// The few vector operations the kernels need, for the instruction set that is being compiled. No include guard: each translation unit
-// compiles one set, inside its own namespace, so that the linker can never put wide instructions where a narrow machine would run them.
-// Arithmetic uses the compiler's vector types; only what they lack is spelled out.
-//
-// TORCHPROBE_AVX512, TORCHPROBE_AVX2 or neither.
+// The vector operations that the kernels need, for one instruction set: see isa_begin.h, which includes this file inside a namespace.
+// Arithmetic uses the compiler's vector types. This file adds only what they lack.
 
 #if defined(TORCHPROBE_AVX512)
 constexpr int VECTOR_BYTES = 64;
@@ -53,9 +50,9 @@ TORCHPROBE_INLINE void store(T* p, Vec<T> v) {
 }
 template <class T>
 TORCHPROBE_INLINE Vec<T> splat(T s) {
-  return s - Vec<T>{};  // x − 0 is x, whatever x is: a broadcast
+  return s - Vec<T>{};  // a broadcast, since x − 0 is x for every x
 }
-// Doubles from an array of floats or doubles: a vector of them, or one.
+// One double or a vector of doubles (E), from an array of floats or doubles.
 typedef float vhalf __attribute__((vector_size(VECTOR_BYTES / 2)));
 template <class E>
 TORCHPROBE_INLINE E load_as(const float* p) {
@@ -85,8 +82,8 @@ TORCHPROBE_INLINE void store_as(double* p, E v) {
 TORCHPROBE_INLINE vfloat abs(vfloat v) { return (vfloat)((vint)v & 0x7fffffff); }
 TORCHPROBE_INLINE vdouble abs(vdouble v) { return (vdouble)((vlong)v & 0x7fffffffffffffff); }
 
-// a·b + c, rounded once where the hardware can, and `fma` of scalars rounds just as `fma` of vectors does.
-// min and max return the second operand when one is nan, and gt, in bit i, whether a[i] > b[i].
+// fma is a·b + c, rounded once if the hardware can do that. Scalars and vectors are rounded in the same way.
+// min and max return the second operand if one operand is nan. Bit i of gt says whether a[i] > b[i].
 #if defined(TORCHPROBE_AVX512)
 TORCHPROBE_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 TORCHPROBE_INLINE vdouble fma(vdouble a, vdouble b, vdouble c) { return (vdouble)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
@@ -128,7 +125,7 @@ TORCHPROBE_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a
 TORCHPROBE_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #endif
 
-// Whether any lane of a comparison holds.
+// Whether a comparison is true in any lane.
 template <class I>
 TORCHPROBE_INLINE bool any(I mask) {
 #if defined(TORCHPROBE_AVX512)
@@ -160,7 +157,7 @@ TORCHPROBE_INLINE Four reduce4(vfloat a, vfloat b, vfloat c, vfloat d) {
   return {lanes[0], lanes[1], lanes[2], lanes[3]};
 }
 #endif
-// The sum, the smallest and the largest of the lanes, halves folded onto each other.
+// The sum, the minimum and the maximum of the lanes. The upper half is combined with the lower half until one lane is left.
 template <class V, class F>
 TORCHPROBE_INLINE auto fold_lanes(V v, F f) {
   constexpr int W = sizeof(V) / sizeof(v[0]);
@@ -220,7 +217,7 @@ TORCHPROBE_INLINE float widen(BFloat16 x) {
   return f;
 }
 TORCHPROBE_INLINE float widen(Float16 x) {
-  // Moves the fields into place and lets one multiplication set the exponent, subnormals included.
+  // Shifts the bits into place. One multiplication then corrects the exponent, also of subnormal numbers.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   float f;
   __builtin_memcpy(&f, &magnitude, 4);
@@ -257,7 +254,7 @@ TORCHPROBE_INLINE vfloat load_wide(const Float16* p) {
 #endif
 }
 
-// The first n lanes from memory, the rest `fill`.
+// The first n lanes from memory; the other lanes are `fill`.
 template <class S>
 TORCHPROBE_INLINE auto load_part(const S* p, int64_t n, decltype(widen(S{})) fill) {
 #if defined(TORCHPROBE_AVX512)
@@ -279,7 +276,7 @@ TORCHPROBE_INLINE auto load_part(const S* p, int64_t n, decltype(widen(S{})) fil
 #endif
 }
 
-// W vectors of W lanes, transposed in place: log2(W) rounds of a perfect shuffle.
+// Transposes W vectors of W lanes in place, by log2(W) rounds of a perfect shuffle.
 #if !defined(__has_builtin)
 #define __has_builtin(x) 0
 #endif

@@ -1,4 +1,4 @@
-"""A Lightning callback that records every block, logs to whatever loggers the trainer has, and resumes with its history.
+"""A Lightning callback that records every block, logs to all loggers of the trainer, and resumes with its history.
 
     trainer = lightning.Trainer(callbacks=[RecordActivations(every=50)])
 
@@ -17,9 +17,9 @@ from torchprobe.recording import select_layers
 
 
 class RecordActivations(lightning.Callback):
-    """Closes a window, and logs it, at every ``every``-th step of the optimizer; validation stays out.
+    """Logs and closes a window after every ``every`` steps of the optimizer. Validation is not recorded.
 
-    ``layers`` and ``options`` are those of :func:`torchprobe.record`; by default every block. ``recorder`` stays readable afterwards.
+    ``layers`` and ``options`` go to :func:`torchprobe.record`; by default every block is recorded. ``recorder`` stays readable afterwards.
     """
 
     def __init__(self, layers: Any = None, every: int = 50, prefix: str = "act/", **options: Any) -> None:
@@ -30,14 +30,14 @@ class RecordActivations(lightning.Callback):
         self.last = 0
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # Lightning enters the module itself by training_step, not by forward: there is nothing of its own to record.
+        # Lightning calls training_step of the module, not forward, so the module itself has no output to record.
         layers = self.layers or [layer.name for layer in select_layers(pl_module) if layer.name]
         self.recorder = torchprobe.record(pl_module, layers, **self.options).start()
         if self.saved is not None:
             self.recorder.load_state_dict(self.saved)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        step = trainer.global_step  # stands still while gradients are accumulated
+        step = trainer.global_step  # does not change while gradients are accumulated
         if step % self.every or step == self.last:
             return
         self.last = step

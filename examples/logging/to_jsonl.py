@@ -1,4 +1,4 @@
-"""One line of JSON for every window of a training run: nothing to install, any tool reads it, and a killed run loses nothing.
+"""One line of JSON for every window of a training run. It needs no other package, and a killed run loses no line.
 
 python examples/logging/to_jsonl.py --output run.jsonl
 """
@@ -17,7 +17,7 @@ import torchprobe
 
 
 def write(path: Path, step: int, numbers: dict[str, float]) -> None:
-    """Appends one line; what is not finite becomes null, since JSON has no nan."""
+    """Appends one line. Numbers that are not finite become null, because JSON has no nan."""
     line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in numbers.items()}}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -26,7 +26,7 @@ def write(path: Path, step: int, numbers: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--window", type=int, default=10, help="steps to a line")
+    parser.add_argument("--window", type=int, default=10, help="steps in a line")
     parser.add_argument("--output", type=Path, default=Path("run.jsonl"))
     options = parser.parse_args()
 

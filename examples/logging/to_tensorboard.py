@@ -24,7 +24,7 @@ def write(writer: SummaryWriter, step: int, numbers: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--window", type=int, default=10, help="steps to a point")
+    parser.add_argument("--window", type=int, default=10, help="steps in a point")
     parser.add_argument("--output", type=Path, default=Path("runs/kurtosis"))
     options = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""A callback for the Trainer of Hugging Face transformers: records every block, logs with the loss, and resumes with its history.
+"""A callback for the Trainer of Hugging Face transformers. It records every block, logs with the loss, and resumes with its history.
 
     trainer = Trainer(model, arguments, train_dataset=…)
     trainer.add_callback(RecordActivations(trainer))
@@ -18,9 +18,9 @@ import torchprobe
 
 
 class RecordActivations(TrainerCallback):
-    """Closes a window, and logs it to whatever the trainer reports to, whenever the trainer logs; evaluation stays out.
+    """Logs and closes a window whenever the trainer logs, to the same loggers. Evaluation is not recorded.
 
-    ``layers`` and ``options`` are those of :func:`torchprobe.record`; by default every block. ``recorder`` stays readable afterwards.
+    ``layers`` and ``options`` go to :func:`torchprobe.record`; by default every block is recorded. ``recorder`` stays readable afterwards.
     """
 
     def __init__(self, trainer: Trainer, layers: Any = None, prefix: str = "act/", **options: Any) -> None:
@@ -49,5 +49,5 @@ class RecordActivations(TrainerCallback):
 
 
 def _file(args: TrainingArguments, state: TrainerState) -> Path:
-    """Each process has windows of its own, and a file of its own in the checkpoint."""
+    """Each process has its own windows, and its own file in the checkpoint."""
     return Path(args.output_dir, f"checkpoint-{state.global_step}", f"recorder-{args.process_index}.pt")

@@ -1,41 +1,40 @@
-"""The measures of "Interpreting CLIP" (TMLR 2024), each usable alone.
+"""The measures of "Interpreting CLIP" (TMLR 2024). Each can be used alone.
 
-================================  ==============================================================================================
-:func:`embed`                     an encoder and images: their :class:`Embeddings`
-:func:`evaluate`                  how often a head is right on them
-:func:`vector_kurtosis`           the measure of outlier features; :func:`summarise` gives it with its controls
-:func:`rotation_control`          the same with the axes forgotten
-:func:`outlier_features`          which features, and what they are like
-:func:`ablate`                    representations without some features; :func:`ablation` measures what it costs
-:func:`privileged_directions`     the singular directions of a head and their importance; :func:`centred`, without the mean over classes
-:func:`split`                     images to measure importance on, and others to evaluate on
+================================  ============================================================================================
+:func:`embed`                     an encoder and images → their :class:`Embeddings`
+:func:`evaluate`                  the accuracy of a head on embeddings
+:func:`vector_kurtosis`           the measure of outlier features; :func:`summarize` adds its controls
+:func:`rotation_control`          the same after random rotations of the axes
+:func:`outlier_features`          the outlier features, and a table of all features
+:func:`ablate`                    representations without some features; :func:`ablation` measures the loss of accuracy
+:func:`privileged_directions`     the singular directions of a head and their importance; :func:`centered` subtracts its class mean
+:func:`split`                     images to measure importance on, and other images to evaluate on
 :func:`prune`                     a head without some of its directions; :func:`pruning_curve`, :func:`pruning_bands`
-:func:`concepts`                  what units and directions encode, beside the nulls; :func:`concept_sweep`
+:func:`concepts`                  the concepts that units and directions encode, with nulls; :func:`concept_sweep`
 :func:`effective_robustness`      accuracy under shift beyond what standard models have; :func:`robustness`, :class:`Baseline`
-:func:`cka`                       how alike the layers of two models are; :func:`similarity`
+:func:`cka`                       the similarity of the layers of two models; :func:`similarity` adds names and a heat map
 :func:`interpolate`               models between two models
 :func:`rank_correlation`          do two numbers rise together over models?
-:func:`bootstrap_interval`        how sure a mean is
-================================  ==============================================================================================
+:func:`bootstrap_interval`        how certain a mean is
+================================  ============================================================================================
 
-The definitions of outliers by others – LLM.int8, massive activations, registers, He et al. – are in
-:mod:`torchprobe.analysis.outliers` under their names.
+Published definitions of outliers – LLM.int8, massive activations, registers, He et al. – are in :mod:`torchprobe.analysis.outliers`.
 """
 
 from torchprobe.analysis.ablation import Ablation, ablate, ablation
 from torchprobe.analysis.baseline import FITS, SHIFTS, Baseline, Fit
 from torchprobe.analysis.concepts import concept_names, concept_overlap, concept_sweep, concepts, in_basis
-from torchprobe.analysis.correlation import RankCorrelation, rank_correlation
-from torchprobe.analysis.directions import Directions, centred, privileged_directions, split
+from torchprobe.analysis.directions import Directions, centered, privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings, embed
 from torchprobe.analysis.evaluation import Evaluation, evaluate
 from torchprobe.analysis.interpolation import interpolate
-from torchprobe.analysis.intervals import bootstrap_interval
-from torchprobe.analysis.kurtosis import KurtosisSummary, RotationControl, rotation_control, summarise, vector_kurtosis
+from torchprobe.analysis.kurtosis import KurtosisSummary, RotationControl, rotation_control, summarize, vector_kurtosis
 from torchprobe.analysis.outliers import OutlierFeatures, outlier_features
 from torchprobe.analysis.pruning import PruningBands, PruningCurve, prune, pruning_bands, pruning_curve
+from torchprobe.analysis.resampling import RankCorrelation, bootstrap_interval, rank_correlation
 from torchprobe.analysis.robustness import RobustnessTable, effective_robustness, mean_effective_robustness, robustness
 from torchprobe.analysis.similarity import Similarity, cka, similarity
+from torchprobe.common.deprecation import renamed
 
 __all__ = [
     "embed",
@@ -43,7 +42,7 @@ __all__ = [
     "evaluate",
     "Evaluation",
     "vector_kurtosis",
-    "summarise",
+    "summarize",
     "KurtosisSummary",
     "rotation_control",
     "RotationControl",
@@ -54,7 +53,7 @@ __all__ = [
     "Ablation",
     "privileged_directions",
     "Directions",
-    "centred",
+    "centered",
     "split",
     "prune",
     "pruning_curve",
@@ -82,3 +81,5 @@ __all__ = [
     "RankCorrelation",
     "bootstrap_interval",
 ]
+
+__getattr__ = renamed(__name__, {"summarise": "summarize", "centred": "centered"})

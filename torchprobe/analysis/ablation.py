@@ -1,4 +1,4 @@
-"""What becomes of the accuracy when some features are taken out, against equally many others at random."""
+"""The accuracy without some features, compared with the accuracy without equally many random other features."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchprobe.analysis.blocks import blocks, representations
 from torchprobe.analysis.directions import feature_indices
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.evaluation import evaluate
-from torchprobe.analysis.heads import HeadLike
-from torchprobe.analysis.intervals import band
+from torchprobe.analysis.inputs import HeadLike, blocks, representations
 from torchprobe.analysis.outliers import OutlierFeatures
+from torchprobe.analysis.resampling import band
 
 Features = Tensor | Sequence[int] | OutlierFeatures
-"""Indices of features, each once, or what :func:`torchprobe.analysis.outliers.outlier_features` found."""
+"""Indices of features, each once, or the result of :func:`torchprobe.analysis.outlier_features`."""
 
 HOW = ("mean", "zero")
 
@@ -29,13 +28,13 @@ class Ablation:
 
     Attributes:
         accuracy: with all features.
-        ablated: without those in question.
-        random: without equally many others, float64 (repeats,).
-        random_mean: over the repeats.
-        random_band: the 95 % band of the repeats, from the 2.5 to the 97.5 % quantile.
-        features: those in question, int64 (k,).
-        how: what took their place, "mean" or "zero".
-        n: images evaluated.
+        ablated: without the given features.
+        random: without equally many random other features, float64 (repeats,).
+        random_mean: mean of ``random``.
+        random_band: the 95 % band of ``random``, from the 2.5 % to the 97.5 % quantile.
+        features: the given features, int64 (k,).
+        how: what replaced them, "mean" or "zero".
+        n: number of images evaluated.
     """
 
     accuracy: float
@@ -53,18 +52,18 @@ class Ablation:
 
 
 def ablate(h: Tensor, features: Features, how: str = "zero", reference: Tensor | Embeddings | None = None) -> Tensor:
-    """The representations with some features replaced, as a copy (n, d) of the same type.
+    """A copy (n, d) of the representations, of the same type, with some features replaced.
 
     Args:
         h: (n, d).
-        features: which.
+        features: the features to replace.
         how: "zero", or "mean": the mean of the feature over the vectors of ``reference`` without nan or inf. Features that are large in
-            every image alike are far from zero, so zero also moves the representation to where it never is.
-        reference: where the mean is taken, best of other images; default: ``h`` itself.
+            every image are far from zero. For them, zero also moves the representation to a place where it never lies.
+        reference: the mean is taken over these, preferably of other images; default: ``h`` itself.
 
     Raises:
-        ValueError: h is not (n, d), features it does not have, another word, or a reference of another width or without a vector to take
-            the mean of.
+        ValueError: h is not (n, d) or does not have the features; ``how`` is another word; ``reference`` has another width, or no
+            finite vector.
 
     >>> ablate(torch.tensor([[1.0, 5.0], [2.0, 7.0]]), [1], how="mean")
     tensor([[1., 6.],
@@ -72,7 +71,7 @@ def ablate(h: Tensor, features: Features, how: str = "zero", reference: Tensor |
     """
     whole = representations(h)
     index = feature_indices(features, whole.shape[1])
-    return _replaced(whole, index, _values(whole, index, how, reference))
+    return _replaced(whole, index, _replacements(whole, index, how, reference))
 
 
 def ablation(
@@ -85,21 +84,21 @@ def ablation(
     reference: Tensor | Embeddings | None = None,
     classes: Iterable[int] | None = None,
 ) -> Ablation:
-    """Does the head need these features more than others? Accuracy without them, and without equally many random other ones.
+    """Does the head need these features more than others? Accuracy without them, and without equally many random other features.
 
-    Where the head normalises, it does so after the ablation.
+    A head that normalizes does so after the ablation.
 
     Args:
         head: a linear layer or its weight.
-        embeddings: labelled.
-        features: which; none is allowed, and changes nothing.
-        how, reference: as in :func:`ablate`; the same for the random ones.
-        repeats: draws of other features, without replacement within a draw.
+        embeddings: with labels.
+        features: the features to ablate. An empty list is allowed and changes nothing.
+        how, reference: as in :func:`ablate`; the random features are replaced in the same way.
+        repeats: number of draws of other features, without replacement within a draw.
         seed: of the draws.
         classes: the rows of the head to choose from, as in :func:`torchprobe.analysis.evaluate`.
 
     Raises:
-        ValueError: ``repeats`` below 1, fewer other features than there are to draw, and whatever :func:`ablate` and ``evaluate`` refuse.
+        ValueError: ``repeats`` is below 1, there are too few other features to draw from, or as :func:`ablate` and ``evaluate``.
 
     >>> h = torch.eye(4).repeat(5, 1)
     >>> e = Embeddings(h, torch.arange(4).repeat(5), [str(i) for i in range(20)])
@@ -113,13 +112,13 @@ def ablation(
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     others = torch.ones(d, dtype=torch.bool).index_fill(0, index, False).nonzero().flatten()
     if len(others) < len(index):
-        raise ValueError(f"there are {len(others)} features beside the {len(index)} to ablate, too few to draw as many")
-    means = _values(embeddings.h, torch.arange(d), how, reference)
+        raise ValueError(f"there are only {len(others)} features other than the {len(index)} to ablate, too few to draw as many at random")
+    replacements = _replacements(embeddings.h, torch.arange(d), how, reference)
 
     def accuracy(some: Tensor) -> float:
-        h = _replaced(embeddings.h, some, means[some])
-        less = Embeddings(h, embeddings.y, embeddings.ids, classes=embeddings.classes, groups=embeddings.groups)
-        return evaluate(head, less, classes).accuracy
+        h = _replaced(embeddings.h, some, replacements[some])
+        without = Embeddings(h, embeddings.y, embeddings.ids, classes=embeddings.classes, groups=embeddings.groups)
+        return evaluate(head, without, classes).accuracy
 
     whole = evaluate(head, embeddings, classes)
     generator = torch.Generator().manual_seed(seed)
@@ -138,10 +137,10 @@ def ablation(
     )
 
 
-def _values(h: Tensor, index: Tensor, how: str, reference: Tensor | Embeddings | None) -> Tensor:
-    """What takes the place of some features, float64 (k,)."""
+def _replacements(h: Tensor, index: Tensor, how: str, reference: Tensor | Embeddings | None) -> Tensor:
+    """The values that replace some features, float64 (k,)."""
     if how not in HOW:
-        raise ValueError(f'features are replaced by their "mean" or by "zero", got {how!r}')
+        raise ValueError(f'features are replaced by their "mean" or by "zero", got how={how!r}')
     if how == "zero":
         return torch.zeros(len(index), dtype=torch.float64)
     source = h if reference is None else representations(reference)
@@ -153,11 +152,11 @@ def _values(h: Tensor, index: Tensor, how: str, reference: Tensor | Embeddings |
         total += finite[:, index].sum(0)
         count += len(finite)
     if not count and len(index):
-        raise ValueError(f"no vector to take the mean of: of the {len(source)} of the reference none is without nan or inf")
+        raise ValueError(f"no vector to take the mean of: of the {len(source)} vectors of the reference, none is finite")
     return total / max(1, count)
 
 
-def _replaced(h: Tensor, index: Tensor, values: Tensor) -> Tensor:
+def _replaced(h: Tensor, index: Tensor, replacements: Tensor) -> Tensor:
     h = h.clone()
-    h[:, index.to(h.device)] = values.to(h)
+    h[:, index.to(h.device)] = replacements.to(h)
     return h

@@ -1,8 +1,8 @@
 """Standard models: how accurate they are under a distribution shift, given how accurate they are on ImageNet.
 
-A line through their accuracies, in logits, is what effective robustness is measured from: least squares over models trained
-on ImageNet without extra data and without an intervention for robustness (Taori et al. 2020, https://arxiv.org/abs/2007.00644).
-All accuracies are in per cent.
+Effective robustness is measured from a line through their accuracies, in logits. The line is a least squares fit to models trained on
+ImageNet without extra data and without an intervention for robustness (Taori et al. 2020, https://arxiv.org/abs/2007.00644). All accuracies
+are in percent.
 """
 
 from __future__ import annotations
@@ -19,22 +19,28 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-X = Literal["full", "subset"]
+from torchprobe.analysis.resampling import LEVEL
+from torchprobe.common.deprecation import RenamedAttribute, renamed_arguments
+
+ImagenetClasses = Literal["full", "subset"]
+"""The classes of an ImageNet accuracy: all 1000, or only those that a shift has."""
+
 Floats = TypeVar("Floats", float, NDArray[np.float64])
 
+IMAGENET = "imagenet"
+"""The name of the unshifted images, also if they are not ImageNet's."""
+
 SHIFTS = ("imagenet_v2", "imagenet_r", "imagenet_sketch", "objectnet", "imagenet_a")
-"""The five shifts, under the names that every function and every column here uses."""
+"""The five shifts, under the names that every function and every column uses."""
 
 MEAN = "mean"
-"""The name of the mean accuracy over the five shifts, where a shift may be named."""
+"""The name of the mean accuracy over the five shifts; it can be given as a shift."""
 
 SUBSETS = {"imagenet_r": "imagenet_on_r_classes", "objectnet": "imagenet_on_objectnet_classes", "imagenet_a": "imagenet_on_a_classes"}
-"""Shift with a part of the classes → the name of the ImageNet accuracy on these classes. The other shifts have all of them."""
+"""Shift with only some of the classes → the name of the ImageNet accuracy on these classes. The other shifts have all classes."""
 
 POOR = 0.85
-"""Fits whose R² is below are noted in each row (a choice of ours)."""
-
-LEVEL = 0.95
+"""Every row notes a fit with a smaller R² (we chose the number)."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +49,18 @@ class Fit:
 
     Attributes:
         shift: one of :data:`SHIFTS`, or ``"mean"``.
-        x: "full": ImageNet accuracy on all classes; "subset": on the classes that the shift has.
+        imagenet_classes: "full": the x axis is ImageNet accuracy on all classes; "subset": on the classes that the shift has.
         slope, intercept: of the line.
-        r2: share of the variance of the logits that it explains.
-        n: models it was fitted to.
-        lowest_x, highest_x: their lowest and highest ImageNet accuracy, per cent.
-        residual_std: standard deviation of the residuals, n − 2 degrees of freedom, logits.
-        x_mean, x_squares: mean of the logits of x, and Σ (logit x − mean)²; for :meth:`interval`.
-        source: which models these are.
+        r2: share of the variance of the logits that the line explains.
+        n: number of models that it was fitted to.
+        lowest_x, highest_x: their lowest and highest ImageNet accuracy, percent.
+        residual_std: standard deviation of the residuals with n − 2 degrees of freedom, in logits.
+        x_mean, x_squares: mean of the logits of the ImageNet accuracies, and Σ (logit − mean)²; for :meth:`interval`.
+        source: a description of the models.
     """
 
     shift: str
-    x: X
+    imagenet_classes: ImagenetClasses
     slope: float
     intercept: float
     r2: float
@@ -66,23 +72,25 @@ class Fit:
     x_squares: float
     source: str
 
+    x = RenamedAttribute("imagenet_classes")
+
     def predict(self, imagenet_accuracy: Floats) -> Floats:
-        """The accuracy under the shift of a standard model with this accuracy on ImageNet, per cent."""
+        """The accuracy under the shift of a standard model with this ImageNet accuracy, percent."""
         return _accuracy(self.slope * _logit(imagenet_accuracy) + self.intercept)
 
     def interval(self, imagenet_accuracy: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
-        """Where the accuracy of one more standard model is to be expected: a prediction interval, symmetric in logits.
+        """The prediction interval for the accuracy of one more standard model, symmetric in logits.
 
-        ŷ ± t · s · √(1 + 1/n + (x − mean x)² / Σ (x − mean x)²), t with n − 2 degrees of freedom. Beyond the models that were
-        fitted it takes for granted that the line goes on.
+        ŷ ± t · s · √(1 + 1/n + (x − mean x)² / Σ (x − mean x)²), t with n − 2 degrees of freedom. Outside the range of the fitted models it
+        assumes that the line continues.
         """
         x = _logit(imagenet_accuracy)
         half = _student(self.n - 2, level) * self.residual_std * (1 + 1 / self.n + (x - self.x_mean) ** 2 / self.x_squares) ** 0.5
-        centre = self.slope * x + self.intercept
-        return _accuracy(centre - half), _accuracy(centre + half)
+        center = self.slope * x + self.intercept
+        return _accuracy(center - half), _accuracy(center + half)
 
     def extrapolates(self, imagenet_accuracy: float) -> bool:
-        """Whether the line was fitted to models that are all better, or all worse, on ImageNet."""
+        """Whether the fitted models are all better, or all worse, on ImageNet."""
         return not self.lowest_x <= imagenet_accuracy <= self.highest_x
 
     @property
@@ -96,8 +104,8 @@ _SOURCE = (
     "under the shift is missing or 0 are left out"
 )
 
-FITS: Mapping[tuple[str, X], Fit] = {
-    (fit.shift, fit.x): fit
+FITS: Mapping[tuple[str, ImagenetClasses], Fit] = {
+    (fit.shift, fit.imagenet_classes): fit
     for fit in (
         Fit(
             "imagenet_v2", "full", 0.923228982, -0.497689869, 0.996045642, 85, 56.522, 84.726, 0.0186165255, 1.17086876, 8.50079876, _SOURCE
@@ -114,25 +122,25 @@ FITS: Mapping[tuple[str, X], Fit] = {
         Fit("imagenet_a", "subset", 1.99000481, -7.63247473, 0.827793199, 84, 76.15, 96.9, 0.463759641, 2.46947883, 21.4073572, _SOURCE),
     )
 }
-"""(shift, x) → the fit to the standard models of the ImageNet testbed, 85 with at least 55 % on ImageNet.
+"""(shift, classes) → the fit to the standard models of the ImageNet testbed: the 85 models with at least 55 % on ImageNet.
 
-One rule for all, the class-subsampled fit of ImageNet-A included: a model whose accuracy under the shift is missing or 0, which
-has no logit, is left out (a choice of ours: clipping 0 to 0.01 % instead would let ResNet-50, against which ImageNet-A was
-filtered, draw the line down). The fit of ImageNet-A is poor; its authors use a line in two pieces."""
+One rule holds for all fits, also for the class-subsampled fit of ImageNet-A. A model whose accuracy under the shift is missing or 0 is left
+out, because 0 has no logit. We chose this rule: clipping 0 to 0.01 % would let ResNet-50, against which ImageNet-A was filtered, pull the
+line down. The fit of ImageNet-A is poor; its authors use a line in two pieces."""
 
 
 class Baseline:
-    """Accuracies of standard models, to draw a line through of your own.
+    """Your own standard models: their accuracies, and the lines through them.
 
     Args:
-        accuracies: name → accuracies in per cent, all of one length, nan where unknown: ``"imagenet"``, shifts – those of
-            :data:`SHIFTS`, or of your own under any name –, and for ``x="subset"`` the names in :data:`SUBSETS`.
+        accuracies: name → accuracies in percent, all of one length, nan if unknown. The names are ``"imagenet"``, the shifts of
+            :data:`SHIFTS` or any other shifts, and for ``imagenet_classes="subset"`` those in :data:`SUBSETS`.
         models: their names, for messages.
-        minimum: models with less on ImageNet are left out. The published fits have 55.
-        source: which models these are; told with every fit.
+        minimum: models with a smaller ImageNet accuracy are left out. The published fits use 55.
+        source: a description of the models, which every fit keeps.
 
     Raises:
-        ValueError: no ``"imagenet"``, no shift, different lengths, or a value that is no percentage.
+        ValueError: no ``"imagenet"``, no shift, different lengths, or a value outside 0 to 100.
 
     >>> Baseline({"imagenet": [60, 70, 80], "imagenet_v2": [47, 58, 69]}).fit("imagenet_v2").n
     3
@@ -151,44 +159,44 @@ class Baseline:
         self.source = source
         shapes = {name: values.shape for name, values in self.accuracies.items()}
         if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
-            raise ValueError(f"accuracies of a baseline have one value for each model, got the shapes {shapes}")
-        if "imagenet" not in shapes or not self.shifts:
+            raise ValueError(f"accuracies of a baseline need one value for each model, got the shapes {shapes}")
+        if IMAGENET not in shapes or not self.shifts:
             raise ValueError(
-                f"a baseline needs 'imagenet' and a shift, such as some of {', '.join(SHIFTS)}; it has {', '.join(shapes) or 'nothing'}"
+                f"a baseline needs 'imagenet' and at least one shift, such as {', '.join(SHIFTS)}; it has {', '.join(shapes) or 'nothing'}"
             )
-        count = len(self.accuracies["imagenet"])
+        count = len(self.accuracies[IMAGENET])
         self.models = tuple(models) if models is not None else tuple(f"model {i}" for i in range(count))
         if len(self.models) != count:
             raise ValueError(f"{count} models need as many names, got {len(self.models)}")
         for name, values in self.accuracies.items():
             for i in np.nonzero(~np.isnan(values) & ~((values >= 0) & (values <= 100)))[0]:
-                raise ValueError(f"{self.models[i]}, {name}: {values[i]:g} is no percentage; accuracies are 0 to 100")
+                raise ValueError(f"{self.models[i]}, {name}: {values[i]:g} is not a percentage; accuracies are 0 to 100")
             if np.nanmax(values, initial=0.0) <= 1 and (values > 0).any():
-                raise ValueError(f"{name} is nowhere above 1: these look like fractions; accuracies are in per cent, so multiply by 100")
+                raise ValueError(f"{name} is never above 1: these look like fractions; accuracies are in percent, so multiply by 100")
 
     @property
     def shifts(self) -> tuple[str, ...]:
-        """The shifts it knows, in the order of its columns."""
-        return tuple(name for name in self.accuracies if name not in ("imagenet", *SUBSETS.values()))
+        """Its shifts, in the order of its columns."""
+        return tuple(name for name in self.accuracies if name not in (IMAGENET, *SUBSETS.values()))
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str], *, minimum: float = 0.0) -> Baseline:
-        """Reads a table with the columns ``model``, ``imagenet``, some of :data:`SHIFTS`, and perhaps the names in :data:`SUBSETS`.
+        """Reads a table with the columns ``model``, ``imagenet``, some of :data:`SHIFTS`, and optionally the names in :data:`SUBSETS`.
 
-        An empty cell is an accuracy that is not known. Any other column of percentages is a shift of that name; the rest, such as text,
-        is left aside.
+        An empty cell is an unknown accuracy. Any other column of percentages is a shift with the name of the column. Other columns, such as
+        text, are ignored.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: a column is missing, a cell is no percentage (told with its line), or there are no rows.
+            ValueError: a column is missing, a cell is not a percentage (the message has its line), or there are no rows.
         """
-        known = ("imagenet", *SHIFTS, *SUBSETS.values())
+        known = (IMAGENET, *SHIFTS, *SUBSETS.values())
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             try:
                 header = [name.strip() for name in reader.fieldnames or ()]
                 reader.fieldnames = header
-                if missing := [name for name in ("model", "imagenet") if name not in header]:
+                if missing := [name for name in ("model", IMAGENET) if name not in header]:
                     raise ValueError(f"no column {' and no column '.join(missing)}; the first line has {', '.join(header) or 'nothing'}")
                 if twice := {name for name in header if header.count(name) > 1 and name in (*known, "model")}:
                     raise ValueError(f"column {' and column '.join(sorted(twice))} twice")
@@ -204,21 +212,22 @@ class Baseline:
                     raise ValueError("no models: there is nothing below the first line")
                 return cls(accuracies, [str(row["model"]) for _, row in rows], minimum=minimum, source=f"the models in {os.fspath(path)}")
             except (csv.Error, ValueError) as error:
-                raise ValueError(f"{os.fspath(path)} is no baseline: {error}") from error
+                raise ValueError(f"{os.fspath(path)} is not a baseline: {error}") from error
 
-    def fit(self, shift: str, x: X = "full") -> Fit:
-        """The line through the models, without those whose accuracy is missing, 0 or 100 on either axis, and those below ``minimum``.
+    @renamed_arguments(x="imagenet_classes")
+    def fit(self, shift: str, imagenet_classes: ImagenetClasses = "full") -> Fit:
+        """The line through the models. Models below ``minimum`` or with an accuracy that is missing, 0 or 100 are left out.
 
-        ``shift="mean"``: through the mean accuracy of the models that have all five.
+        With ``shift="mean"`` it is the line through the mean accuracies of the models that have all five shifts.
 
         Raises:
             ValueError: an unknown shift, accuracies that the baseline does not have, fewer than three models, or models that
                 are all equal on ImageNet.
         """
-        check_names(shift, x, self.shifts)
-        across = self._column(imagenet_name(shift, x))
+        check_names(shift, imagenet_classes, self.shifts)
+        across = self._column(imagenet_name(shift, imagenet_classes))
         along = np.mean([self._column(name) for name in SHIFTS], 0) if shift == MEAN else self._column(shift)
-        usable = self.accuracies["imagenet"] >= self.minimum
+        usable = self.accuracies[IMAGENET] >= self.minimum
         for values in (across, along):
             usable &= (values > 0) & (values < 100)  # nan is neither
         x_logits, y_logits = _logit(across[usable]), _logit(along[usable])
@@ -234,7 +243,7 @@ class Baseline:
         rest, total = float(residuals @ residuals), float(((y_logits - y_logits.mean()) ** 2).sum())
         return Fit(
             shift=shift,
-            x=x if shift in SUBSETS else "full",
+            imagenet_classes=imagenet_classes if shift in SUBSETS else "full",
             slope=slope,
             intercept=intercept,
             r2=1 - rest / total if total > 0 else math.nan,
@@ -249,39 +258,41 @@ class Baseline:
 
     def _column(self, name: str) -> NDArray[np.float64]:
         if name not in self.accuracies:
-            raise ValueError(f"{self.source}: no accuracies {name!r}; there are {', '.join(self.accuracies)}")
+            raise ValueError(f"{self.source}: no accuracies {name!r}; it has {', '.join(self.accuracies)}")
         return self.accuracies[name]
 
 
-def published(shift: str, x: X = "full") -> Fit:
+def published(shift: str, imagenet_classes: ImagenetClasses = "full") -> Fit:
     """The entry of :data:`FITS`.
 
     Raises:
-        ValueError: an unknown shift, or ``"mean"`` with ``x="subset"``.
+        ValueError: an unknown shift, or ``"mean"`` with ``imagenet_classes="subset"``.
     """
-    check_names(shift, x)
-    return FITS[shift, x if shift in SUBSETS else "full"]
+    check_names(shift, imagenet_classes)
+    return FITS[shift, imagenet_classes if shift in SUBSETS else "full"]
 
 
-def imagenet_name(shift: str, x: X = "full") -> str:
-    """The name of the accuracy on ImageNet that goes with a shift."""
-    return SUBSETS.get(shift, "imagenet") if x == "subset" else "imagenet"
+def imagenet_name(shift: str, imagenet_classes: ImagenetClasses = "full") -> str:
+    """The name of the ImageNet accuracy to compare a shift with."""
+    return SUBSETS.get(shift, IMAGENET) if imagenet_classes == "subset" else IMAGENET
 
 
-def check_names(shift: str, x: str, shifts: Sequence[str] = SHIFTS) -> None:
-    """Refuses a shift or a kind of x that does not exist; ``shifts`` are those of the baseline."""
+def check_names(shift: str, imagenet_classes: str, shifts: Sequence[str] = SHIFTS) -> None:
+    """Refuses an unknown shift or choice of classes; ``shifts`` are those of the baseline."""
     known = dict.fromkeys((*SHIFTS, *shifts, MEAN))
     if shift not in known:
         near = difflib.get_close_matches(shift, known, 1, 0.4)
-        raise ValueError(f"unknown shift {shift!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"))
-    if x not in get_args(X):
-        raise ValueError(f"x is 'full' or 'subset', got {x!r}")
-    if shift == MEAN and x == "subset":
-        raise ValueError("the mean of five shifts has no subset of the classes in common: take x='full', or mean_effective_robustness")
+        raise ValueError(f"unknown shift {shift!r}" + (f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"))
+    if imagenet_classes not in get_args(ImagenetClasses):
+        raise ValueError(f"imagenet_classes is 'full' or 'subset', got {imagenet_classes!r}")
+    if shift == MEAN and imagenet_classes == "subset":
+        raise ValueError(
+            "the five shifts have no subset of the classes in common: take imagenet_classes='full', or mean_effective_robustness"
+        )
 
 
 def _percentages(cells: Iterable[object]) -> bool:
-    """Whether a column that nobody named holds nothing but percentages, and some."""
+    """Whether a column holds only percentages, and at least one."""
     try:
         values = [_percentage(cell, "", 0) for cell in cells]
     except ValueError:
@@ -296,9 +307,9 @@ def _percentage(cell: object, column: str, line: int) -> float:
     try:
         value = float(text) if text else math.nan
     except ValueError:
-        raise ValueError(f"line {line}, column {column}: {text!r} is no number") from None
+        raise ValueError(f"line {line}, column {column}: {text!r} is not a number") from None
     if text and not 0 <= value <= 100:
-        raise ValueError(f"line {line}, column {column}: {text} is no percentage; accuracies are 0 to 100")
+        raise ValueError(f"line {line}, column {column}: {text} is not a percentage; accuracies are 0 to 100")
     return value
 
 
@@ -308,7 +319,7 @@ def _logit(accuracy: Floats) -> Floats:
 
 
 def _accuracy(logit: Floats) -> Floats:
-    accuracy: Floats = 50 * (1 + np.tanh(logit / 2))  # 100 / (1 + exp(−logit)) that does not overflow
+    accuracy: Floats = 50 * (1 + np.tanh(logit / 2))  # = 100 / (1 + exp(−logit)), without overflow
     return accuracy
 
 

@@ -1,4 +1,4 @@
-"""The concepts that a representation encodes: in its own axes, in the directions of its head, and what chance gives."""
+"""The concepts that a representation encodes, along its axes and along the directions of its head, with controls and chance."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from torchprobe.datasets.broden import Broden
 from torchprobe.dissection import Dissection, dissect, random_rotation
-from torchprobe.dissection.bases import check_basis, project
 from torchprobe.dissection.ranking import Ranking
+from torchprobe.dissection.taps import check_basis, project
 
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-"""Average precision from which a concept counts as encoded; the headline is 0.9 (a choice of ours, so the sweep is reported)."""
+"""Thresholds of average precision from which a concept counts as encoded. The headline is 0.9 (we chose it, so the sweep is reported)."""
 
 UNITS, DIRECTIONS, ROTATION, SHUFFLED = "units", "directions", "random rotation", "units, shuffled labels"
-"""The bases of :func:`concepts`: the axes; the singular directions of the head; the axes turned at random, which is the control for both;
-and the axes against the labels of other images, which is what chance gives."""
+"""The bases of :func:`concepts`: the axes; the singular directions of the head; the axes after a random rotation, the control for both; and
+the axes with the labels of other images, which measures chance."""
 
 
 def concepts(
@@ -27,22 +27,22 @@ def concepts(
 ) -> dict[str, Dissection]:
     """Scores units and directions of a representation as detectors of concepts, by average precision.
 
-    The images pass the network once: what a direction says of an image is a sum of what the units say. Every basis is scored in both signs
-    and the better one counts, since the sign of a singular vector means nothing; corrections count both.
+    The images pass through the network once, because the score of a direction is a sum over the scores of the units. Every basis is scored
+    with both signs and the better one counts, because the sign of a singular vector has no meaning. The corrections count both signs.
 
     Args:
         encoder: images → representations (N, features), or any module with such a layer.
         broden: the images and their labels.
         directions: rows (k, features), such as ``privileged_directions(head, h).directions``.
-        layer: one vector per image is taken from it; default: the output.
+        layer: a layer that gives one vector per image; default: the output.
         seed: of the rotation and of the shuffled labels.
         options: for :func:`torchprobe.dissection.dissect`, such as ``checkpoint``, ``minimum_area`` and ``negatives``.
 
     Returns:
-        {"units": …, "directions": …, "random rotation": …, "units, shuffled labels": …}; no "directions" where none are given.
+        {"units": …, "directions": …, "random rotation": …, "units, shuffled labels": …}; without "directions" if none are given.
 
     Raises:
-        ValueError: directions of another width; and whatever ``dissect`` refuses.
+        ValueError: directions of another width, or as ``dissect``.
 
     >>> import tempfile, numpy as np
     >>> from torchprobe.datasets import BrodenWriter
@@ -70,7 +70,7 @@ def concepts(
 
 
 def in_basis(units: Dissection, directions: Tensor) -> Dissection:
-    """The same images in other directions: what each direction (k, units) ranks them by.
+    """The same images, ranked along other directions (k, units).
 
     Raises:
         ValueError: the scores were not kept (``keep_scores=True``), or directions of another width.
@@ -78,20 +78,21 @@ def in_basis(units: Dissection, directions: Tensor) -> Dissection:
     if units.scores is None or units.ranking is None:
         raise ValueError("the scores of the images were not kept: dissect with keep_scores=True")
     directions = check_basis(directions, units.units, units.layer)
-    turned = replace(units, units=len(directions), thresholds=None, counts=None, top=None)
-    turned.rank(units.ranking, project(units.scores.T, directions).T.contiguous(), keep=True)
-    return turned
+    rotated = replace(units, units=len(directions), thresholds=None, counts=None, top=None)
+    rotated.rank(units.ranking, project(units.scores.T, directions).T.contiguous(), keep=True)
+    return rotated
 
 
 def concept_sweep(
     dissection: Dissection, thresholds: Sequence[float] = THRESHOLDS, alpha: float = 0.05, minimum_positives: int = 1
 ) -> list[dict[str, Any]]:
-    """How many concepts are encoded at each threshold of average precision, and how many a direction shares.
+    """The number of encoded concepts, and of concepts per direction, at each threshold of average precision.
 
     Returns:
-        one row per threshold: ``threshold``; ``unique``, the size of the union over directions; ``encoding``, directions with at least one
-        concept; ``polysemanticity``, concepts per direction, mean over all; ``polysemanticity_encoding``, over those with at least one
-        (nan where there is none); ``distribution``, how many directions encode 0, 1, 2, … concepts.
+        One row per threshold: ``threshold``; ``unique``, the number of distinct concepts over all directions; ``encoding``, the number of
+        directions with at least one concept; ``polysemanticity``, concepts per direction, mean over all directions;
+        ``polysemanticity_encoding``, mean over the directions with at least one concept (nan without any); ``distribution``, the number of
+        directions that encode 0, 1, 2, … concepts.
     """
     rows = []
     for threshold in thresholds:
@@ -112,15 +113,15 @@ def concept_sweep(
 
 
 def concept_names(dissection: Dissection, threshold: float = 0.9, alpha: float = 0.05) -> list[str]:
-    """The names of the concepts that some direction encodes, in the order of the labels."""
+    """The names of the concepts that at least one direction encodes, in the order of the labels."""
     return [label.name for label in dissection.unique_concepts(threshold, alpha)]
 
 
 def concept_overlap(models: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """For each pair of models the concepts both encode, and those of one only.
+    """For each pair of models, the number of concepts that both encode and that only one encodes.
 
     Args:
-        models: name → concepts, from the same data set with the same threshold.
+        models: name → names of concepts, from the same data set with the same threshold.
 
     >>> concept_overlap({"a": ["sky", "sea"], "b": ["sea"]})
     [{'a': 'a', 'b': 'b', 'shared': 1, 'only_a': 1, 'only_b': 0, 'jaccard': 0.5}]
@@ -145,7 +146,7 @@ def concept_overlap(models: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]
 
 
 def _shuffled(ranking: Ranking, seed: int) -> Ranking:
-    """Every image gets the labels of another, all of them together, so that what occurs together still does."""
+    """Every image gets all labels of another image, so that labels still occur together as before."""
     order = torch.randperm(ranking.images, generator=torch.Generator().manual_seed(seed))
     lengths = ranking.crow.diff()[order]
     crow = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

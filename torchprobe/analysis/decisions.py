@@ -1,11 +1,11 @@
-"""Which class a head decides for: the argmax of the exact logits, whatever the order in which they are summed.
+"""The class that a head decides for: the argmax of the exact logits, independent of the order of the sums.
 
-Logits in float32 depend, in their last digits, on the size of the batch, the number of threads and the processor, and so would the
-argmax where two of them are close. Here float32 decides only where the two are further apart than rounding can move them; the rest is
-computed in float64, and what is still open, such as a true tie, exactly. The lowest row wins a tie.
+The last digits of float32 logits depend on the batch size, the number of threads and the processor. If two logits are close, the argmax
+would depend on these too. Here float32 decides only if the two largest logits are further apart than rounding can move them. The other
+decisions are made in float64, and those that are still open, such as true ties, exactly. The lowest row wins a tie.
 
-The bound is the standard one of a dot product of d terms in any order, |fl(w·h) − w·h| ≤ γ_d |w|·|h| with γ_d = d·u / (1 − d·u)
-(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1), and |w|·|h| ≤ ‖w‖‖h‖.
+The bound is the standard one of a dot product of d terms in any order: |fl(w·h) − w·h| ≤ γ_d |w|·|h| with γ_d = d·u / (1 − d·u), and
+|w|·|h| ≤ ‖w‖‖h‖. See Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_BLOCK = 1 << 22  # logits in work at a time; 16 MB in float32
-_EPS = 1e-12  # torch.nn.functional.normalize divides by no less
-_HUGE = {torch.float32: 1e37, torch.float64: 1e290}  # sums beyond may overflow on their way
+_BLOCK = 1 << 22  # logits at a time; 16 MB in float32
+_EPS = 1e-12  # the smallest number that torch.nn.functional.normalize divides by
+_HUGE = {torch.float32: 1e37, torch.float64: 1e290}  # larger sums may overflow while they are computed
 
 
 def predict(
     weight: Tensor, bias: Tensor | None, h: Tensor, classes: Iterable[int] | None = None, normalize: bool = False, top: int = 1
 ) -> Tensor:
-    """The class of the largest logit of each representation, decided as if there was no rounding.
+    """The class of the largest logit of each representation, decided as if there were no rounding.
 
     Works block by block, so a memory-mapped ``h`` is never copied whole.
 
@@ -36,16 +36,16 @@ def predict(
         weight: floating point (C, d), finite.
         bias: (C,), or None.
         h: floating point (n, d).
-        classes: the rows of the head that are to choose from; None: all.
-        normalize: the logits are those of h / ‖h‖.
-        top: 1, or k for the k largest, in order.
+        classes: the rows of the head to choose from; None: all.
+        normalize: whether the logits are those of h / ‖h‖.
+        top: 1, or k for the k largest logits, in descending order.
 
     Returns:
-        int64 (n,), or (n, k) for ``top`` = k > 1: rows of the head, whatever ``classes`` is. −1 where a representation has nan or inf
-        (or, both being float64, where logits exceed 1e290).
+        int64 (n,), or (n, k) for ``top`` = k > 1: rows of the head, also if ``classes`` is given. −1 if a representation has nan or inf
+        (or, for a float64 head and representation, if logits exceed 1e290).
 
     Raises:
-        ValueError: shapes that do not fit, ``classes`` that are no rows of the head or not distinct, ``top`` beyond their number.
+        ValueError: shapes that do not match, ``classes`` that are not distinct rows of the head, or ``top`` above their number.
 
     >>> predict(torch.eye(3), None, torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 0.0]]))
     tensor([1, 0])
@@ -58,7 +58,7 @@ def predict(
     columns = len(weight) if rows is None else len(rows)
     if not 1 <= top <= columns:
         raise ValueError(f"top must be between 1 and the number of classes, {columns}, got {top}")
-    place = h.device if h.device.type in ("cpu", "cuda") else torch.device("cpu")  # others may have no float64
+    place = h.device if h.device.type in ("cpu", "cuda") else torch.device("cpu")  # other devices may lack float64
     if rows is not None:
         index = torch.tensor(rows, device=weight.device)
         weight, bias = weight[index], None if bias is None else bias[index]
@@ -76,13 +76,13 @@ def predict(
 
 
 def settle(logits: Tensor, bound: Tensor | float, exact: Callable[[Tensor], Tensor]) -> Tensor:
-    """The argmax of each row of rounded logits, where rounding cannot have changed it; the others are left to ``exact``.
+    """The argmax of each row of rounded logits if rounding cannot have changed it; ``exact`` decides the other rows.
 
     Args:
         logits: floating point (n, C).
-        bound: how far the difference of two logits of a row may be off, (n,) or one for all; inf leaves the row to ``exact``.
-        exact: is called with the rows, int64 (m,), in which the two largest logits are not further apart than ``bound``, or the largest
-            is not finite; returns the columns, int64 (m,). Not called when there are none.
+        bound: the largest error of the difference of two logits of a row, (n,) or one for all rows; inf leaves the row to ``exact``.
+        exact: called with the rows, int64 (m,), whose two largest logits are not further apart than ``bound``, or whose largest logit is
+            not finite. It returns the columns, int64 (m,). It is not called if there are no such rows.
 
     Returns:
         int64 (n,): columns.
@@ -94,23 +94,23 @@ def settle(logits: Tensor, bound: Tensor | float, exact: Callable[[Tensor], Tens
 
 
 def rows_of(classes: Iterable[int] | None, size: int) -> list[int] | None:
-    """``classes`` sorted, checked to be distinct rows of a head with ``size`` of them; None when there is no restriction.
+    """``classes`` sorted, after a check that they are distinct rows of a head with ``size`` rows; None for None.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are not distinct rows of the head, or empty.
     """
     if classes is None:
         return None
     rows = sorted(int(c) for c in classes)
     if not rows or len(set(rows)) < len(rows):
-        raise ValueError(f"classes must be distinct rows of the head, at least one, got {len(rows)} of which {len(set(rows))} are distinct")
+        raise ValueError(f"classes must be distinct rows of the head, at least one; got {len(rows)} of which {len(set(rows))} are distinct")
     if rows[0] < 0 or rows[-1] >= size:
-        raise ValueError(f"class {rows[0] if rows[0] < 0 else rows[-1]} is no row of the head, which has {size} (0 to {size - 1})")
+        raise ValueError(f"class {rows[0] if rows[0] < 0 else rows[-1]} is not a row of the head, which has {size} rows (0 to {size - 1})")
     return rows
 
 
 def _settle(logits: Tensor, bound: Tensor | float, k: int, exact: Callable[[Tensor], Tensor]) -> Tensor:
-    """As :func:`settle`, for the ``k`` largest in order: int64 (n, k)."""
+    """As :func:`settle`, for the ``k`` largest logits in descending order: int64 (n, k)."""
     values, columns = logits.topk(min(k + 1, logits.shape[1]), dim=-1)
     limit = torch.as_tensor(bound, device=logits.device).reshape(-1, 1)
     certain = values[:, 0].isfinite() & (values[:, :-1] - values[:, 1:] > limit).all(-1)
@@ -121,7 +121,7 @@ def _settle(logits: Tensor, bound: Tensor | float, k: int, exact: Callable[[Tens
 
 
 class _Logits:
-    """The logits weight · h + bias · s with s = 1, or, to normalise, s = ‖h‖: the same decisions without a division."""
+    """The logits weight · h + bias · s with s = 1, or s = ‖h‖ to normalize: the same decisions without a division."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, normalize: bool) -> None:
         self.weight, self.bias = weight.double(), None if bias is None else bias.double()
@@ -129,11 +129,11 @@ class _Logits:
         self.longest = float(torch.linalg.vector_norm(self.weight, dim=-1).max())
         self.farthest = 0.0 if self.bias is None else float(self.bias.abs().max())
         backend: Any = torch.backends.cuda if weight.is_cuda else torch.backends.mkldnn
-        single = backend.matmul.fp32_precision in ("none", "ieee")  # TF32 and bfloat16 are no float32
+        single = backend.matmul.fp32_precision in ("none", "ieee")  # TF32 and bfloat16 are not float32
         self.single = (weight.float(), None if bias is None else bias.float()) if single else None
 
     def best(self, h: Tensor, k: int) -> Tensor:
-        """The ``k`` largest, int64 (n, k); ``h`` (n, d) is finite."""
+        """The columns of the ``k`` largest logits, int64 (n, k); ``h`` (n, d) is finite."""
         if self.single is None:
             return self._double(h.double(), k)
         length = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float64)
@@ -153,38 +153,38 @@ class _Logits:
 
         def exact(rows: Tensor) -> Tensor:
             near = logits[rows] >= (logits[rows].topk(k, dim=-1).values[:, -1] - bound[rows])[:, None]
-            told = bound[rows].isfinite().tolist()
+            bounded = bound[rows].isfinite().tolist()
             found = [
-                self._exact(x, candidates.nonzero()[0], k) if tell else [-1] * k
-                for x, candidates, tell in zip(h[rows].cpu().numpy(), near.cpu().numpy(), told, strict=True)
+                self._exact(x, candidates.nonzero()[0], k) if decidable else [-1] * k
+                for x, candidates, decidable in zip(h[rows].cpu().numpy(), near.cpu().numpy(), bounded, strict=True)
             ]
             return torch.tensor(found, device=h.device)
 
         return _settle(logits, bound, k, exact)
 
     def _bound(self, length: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """How far the difference of two logits may be off, (n,) float64: rounding, and what underflows."""
+        """The largest error of the difference of two logits, (n,) float64, from rounding and underflow."""
         kind, d = torch.finfo(dtype), self.weight.shape[1]
-        terms = d + 6 + (d if self.normalize else 0)  # d products and sums, the bias, rounded operands; s is a sum itself
+        terms = d + 6 + (d if self.normalize else 0)  # d products and sums, the bias, rounded operands; s is a sum too
         size = self.longest * length + self.farthest * scale
         error = 1.01 * terms * (kind.eps / 2) * size + 2 * (d + 2) * kind.tiny
         return (2 * error).where(size < _HUGE[dtype], math.inf)
 
     @functools.cached_property
     def _first_like(self) -> NDArray[np.int64]:
-        """For each class the first one with the same weight and bias."""
+        """For each class the first class with the same weight and bias."""
         whole = self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], dim=1)
         _, first, group = np.unique((whole + 0.0).cpu().numpy(), axis=0, return_index=True, return_inverse=True)  # −0 is 0
         return first[group.reshape(-1)]
 
     @functools.cached_property
     def _of_zero(self) -> list[int]:
-        """The order of all classes when h is zero: that of the biases."""
+        """The order of all classes for h = 0: that of the biases."""
         bias = torch.zeros(len(self.weight)) if self.bias is None else self.bias.cpu()
         return bias.argsort(descending=True, stable=True).tolist()
 
     def _exact(self, x: NDArray[np.float64], candidates: NDArray[np.int64], k: int) -> list[int]:
-        """The ``k`` largest of the candidates, by sums that are rounded once (math.fsum): the sign of a difference is its true sign."""
+        """The ``k`` largest of the candidates. Sums are rounded once (math.fsum), so the sign of a difference is its true sign."""
         if not x.any():
             return self._of_zero[:k]
         first = self._first_like[candidates]
@@ -215,7 +215,7 @@ class _Logits:
 
 
 def _product(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """a · b as the rounded product and what rounding took from it (Dekker 1971, with Veltkamp's splitting)."""
+    """a · b as the rounded product and its rounding error (Dekker 1971, with Veltkamp's splitting)."""
     (a1, a2), (b1, b2) = _halves(a), _halves(b)
     product = a * b
     return product, a2 * b2 - (((product - a1 * b1) - a2 * b1) - a1 * b2)

@@ -1,6 +1,6 @@
-"""The directions that a head reads a representation along, and how much each of them matters.
+"""The directions along which a head reads a representation, and how important each of them is.
 
-W = Σ_i σ_i u_i v_iᵀ is the head; its right singular vectors v_i are the directions. The importance of one on some images is
+W = Σ_i σ_i u_i v_iᵀ is the head; its right singular vectors v_i are the directions. The importance of a direction for some images is
 σ_i · mean_n |cos(v_i, h_n)|: how strongly the head reads it, times how far the representations point along it ("Interpreting CLIP",
 TMLR 2024).
 """
@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchprobe.analysis.blocks import blocks, representations
-from torchprobe.analysis.heads import HeadLike, as_head, weight_and_bias
+from torchprobe.analysis.inputs import HeadLike, as_head, blocks, representations, weight_and_bias
 from torchprobe.analysis.outliers import OutlierFeatures
+from torchprobe.common.deprecation import renamed
 from torchprobe.encoders import Head
 
 if TYPE_CHECKING:
     from torchprobe.analysis.embeddings import Embeddings
+
+__getattr__ = renamed(__name__, {"centred": "centered"})
 
 ORDERS = ("importance", "sigma", "random")
 
@@ -31,19 +33,19 @@ ORDERS = ("importance", "sigma", "random")
 class Directions:
     """The singular value decomposition of a head (C, d), largest singular value first; r = min(C, d).
 
-    Everything is float64 on the CPU. The sign of a direction means nothing; it is chosen such that the entry of largest size is positive
-    (the first one of equals), and ``left`` goes with it.
+    Everything is float64 on the CPU. The sign of a direction has no meaning. It is chosen so that the largest entry in absolute value is
+    positive (the first of equal ones); ``left`` has the matching sign.
 
     Attributes:
-        singular_values: σ, (r,), falling.
+        singular_values: σ, (r,), in descending order.
         directions: v, orthonormal rows, (r, d).
         left: u, orthonormal columns, (C, r).
         importance: σ_i · mean_n |cos(v_i, h_n)|, (r,).
-        rank: the numerical rank: how many σ exceed max(C, d) · eps · σ_1, with the eps of the weight's type,
-            float32 at least (``numpy.linalg.matrix_rank``). What the head says along the others is rounding of its weights.
-        vectors: representations that the importance is measured on.
-        zero_vectors: left out because a vector of zeros points nowhere.
-        invalid_vectors: left out because of nan or inf.
+        rank: the numerical rank: the number of σ above max(C, d) · eps · σ_1, with the eps of the weight's type, at least float32
+            (``numpy.linalg.matrix_rank``). The other σ are rounding errors of the weights.
+        vectors: number of representations that the importance is measured on.
+        zero_vectors: number left out because a vector of zeros has no direction.
+        invalid_vectors: number left out because of nan or inf.
     """
 
     singular_values: Tensor
@@ -59,9 +61,9 @@ class Directions:
         return len(self.singular_values)
 
     def order(self, by: str = "importance", seed: int = 0) -> Tensor:
-        """The directions from the first to keep to the last, int64 (r,).
+        """The order in which to keep the directions, int64 (r,).
 
-        Those beyond the rank are always last. Among equals the larger singular value comes first.
+        Directions beyond the rank are always last. Of equal ones, the larger singular value comes first.
 
         Args:
             by: "importance", "sigma" (the singular value) or "random".
@@ -81,19 +83,19 @@ class Directions:
         return torch.cat([within, beyond])
 
     def alignment(self, features: Tensor | Sequence[int] | OutlierFeatures) -> Tensor:
-        """Σ_{j∈O} v_ij², how far each direction lies in the span of some features: 0 … 1, float64 (r,); k/d for k features by chance.
+        """How far each direction lies in the span of some features, Σ_{j∈O} v_ij²: 0 … 1, float64 (r,); k/d for k features by chance.
 
         Raises:
-            ValueError: features that the head does not have, or one of them twice.
+            ValueError: features that the head does not have, or a feature given twice.
         """
         return self.directions[:, feature_indices(features, self.directions.shape[1])].square().sum(1)
 
     def gaps(self) -> Tensor:
-        """How far each singular value is from its nearest neighbour, in units of the largest, float64 (r,).
+        """The distance of each singular value to its nearest neighbor, in units of the largest singular value, float64 (r,).
 
-        A direction is determined only as well as its value stands apart: when the head moves by E, it turns by at most about
-        ‖E‖ / gap (Wedin, BIT, 1972). Where the gap is near the precision of the weights (1e-7 in float32) only the span of the
-        neighbours means something, not each direction. Where d > r the value 0, of what the head does not read, is a neighbour too.
+        The gap tells how well a direction is determined: if the head changes by E, the direction turns by at most about ‖E‖ / gap (Wedin,
+        BIT, 1972). If the gap is near the precision of the weights (1e-7 in float32), only the span of the neighbors has a meaning, not
+        each direction. For d > r, the singular value 0 of the directions that the head does not read is a neighbor too.
         """
         sigma = self.singular_values
         outside = sigma.new_tensor([math.inf])
@@ -106,15 +108,15 @@ class Directions:
 def privileged_directions(head: HeadLike, h: Tensor | Embeddings) -> Directions:
     """The singular directions of a head and their importance for some images.
 
-    Measure importance on other images than those that a pruned head is evaluated on; :func:`split` makes the two parts. Whether
-    representations are normalised makes no difference, a cosine does not see their length. The bias has no direction.
+    Do not measure importance on the images on which a pruned head is evaluated; :func:`split` makes two parts. Normalizing the
+    representations changes nothing, because a cosine does not depend on their length. The bias has no direction.
 
     Args:
         head: a linear layer, or its weight (C, d).
-        h: the representations (n, d), or embeddings. Read block by block.
+        h: the representations (n, d), or embeddings. They are read block by block.
 
     Raises:
-        ValueError: the head is not finite or zero, h is not (n, d), or no vector is left to measure importance on.
+        ValueError: the head is zero or not finite, h is not (n, d), or no vector is left to measure importance on.
 
     >>> h = torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.1, -2.0]])
     >>> found = privileged_directions(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]), h)
@@ -152,13 +154,13 @@ def privileged_directions(head: HeadLike, h: Tensor | Embeddings) -> Directions:
     )
 
 
-def centred(head: HeadLike) -> Head:
-    """The head without what it says of all classes alike: the mean over classes is taken from weight and bias.
+def centered(head: HeadLike) -> Head:
+    """The head minus its mean over classes, in weight and bias.
 
-    Softmax and argmax do not see the difference; singular values and directions do, since the first direction of a zero-shot head is
-    mostly that mean. Its rank is at most C − 1.
+    Softmax and argmax stay the same. Singular values and directions change, because the first direction of a zero-shot head is mostly
+    that mean. The rank is at most C − 1.
 
-    >>> centred(torch.tensor([[3.0, 1.0], [1.0, 1.0]])).weight
+    >>> centered(torch.tensor([[3.0, 1.0], [1.0, 1.0]])).weight
     Parameter containing:
     tensor([[ 1.,  0.],
             [-1.,  0.]], requires_grad=True)
@@ -166,23 +168,23 @@ def centred(head: HeadLike) -> Head:
     whole = as_head(head)
     weight, bias = weight_and_bias(whole)
     wide = weight.double()
-    less = None if bias is None else (bias.double() - bias.double().mean()).to(bias)
-    return Head((wide - wide.mean(0)).to(weight), less, normalize=whole.normalize, names=whole.names)
+    centered_bias = None if bias is None else (bias.double() - bias.double().mean()).to(bias)
+    return Head((wide - wide.mean(0)).to(weight), centered_bias, normalize=whole.normalize, names=whole.names)
 
 
 def split(embeddings: Embeddings, fraction: float = 0.5, seed: int = 0) -> tuple[Embeddings, Embeddings]:
-    """Two parts without an image in common: one to measure importance on, one to evaluate on.
+    """Two parts without a common image: one to measure importance on, one to evaluate on.
 
-    Which part an image falls into depends on its id and the seed alone, so it is the same for every encoder, whatever the order and
-    whatever could not be read. Sizes and classes are therefore only about in proportion.
+    The part of an image depends only on its id and the seed. So it is the same for every encoder, for every order, and also if some images
+    could not be read. The sizes and the classes of the parts are therefore only approximately in proportion.
 
     Args:
         embeddings: with ids.
-        fraction: of the images, about, in the first part.
-        seed: another one divides otherwise.
+        fraction: approximate share of the images in the first part.
+        seed: another seed gives another division.
 
     Raises:
-        ValueError: ``fraction`` outside (0, 1), or a part that is empty.
+        ValueError: ``fraction`` is outside (0, 1), or a part is empty.
 
     >>> from torchprobe.analysis.embeddings import Embeddings
     >>> e = Embeddings(torch.randn(6, 4), torch.zeros(6, dtype=torch.int64), list("abcdef"))
@@ -194,7 +196,9 @@ def split(embeddings: Embeddings, fraction: float = 0.5, seed: int = 0) -> tuple
     first = torch.tensor([_share(name, seed) < fraction for name in embeddings.ids], dtype=torch.bool)
     parts = first.nonzero().flatten(), (~first).nonzero().flatten()
     if not all(map(len, parts)):
-        raise ValueError(f"{len(first)} images are too few to split: {len(parts[0])} fall into one part and {len(parts[1])} into the other")
+        raise ValueError(
+            f"{len(first)} images are too few to split: {len(parts[0])} are in the first part and {len(parts[1])} in the second"
+        )
     return embeddings.select(parts[0]), embeddings.select(parts[1])
 
 
@@ -202,21 +206,21 @@ def feature_indices(features: Tensor | Sequence[int] | OutlierFeatures, width: i
     """Features of a representation as int64 (k,).
 
     Raises:
-        ValueError: one that is not among the ``width``, is named twice, or is no whole number.
+        ValueError: an index is outside the ``width`` features, given twice, or not a whole number.
     """
     given = features.indices if isinstance(features, OutlierFeatures) else features
     index = torch.as_tensor(given if isinstance(given, Tensor) else list(given), device="cpu")
     if index.numel() and (index.dim() != 1 or index.dtype == torch.bool or index.is_floating_point()):
-        raise ValueError(f"features are indices, whole numbers (k,), got {index.dtype} of shape {tuple(index.shape)}")
+        raise ValueError(f"features are given as indices, whole numbers (k,); got {index.dtype} of shape {tuple(index.shape)}")
     index = index.reshape(-1).long()
     if bool(((index < 0) | (index >= width)).any()):
         raise ValueError(f"features are indices from 0 to {width - 1}, got {int(index.min())} … {int(index.max())}")
     if len(index.unique()) < len(index):
-        raise ValueError(f"{len(index)} features are given, but only {len(index.unique())} different ones")
+        raise ValueError(f"{len(index)} features are given, but only {len(index.unique())} of them are different")
     return index
 
 
 def _share(name: str, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing else, evenly spread over names."""
+    """A number in [0, 1) that depends only on the name and the seed, uniform over names."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

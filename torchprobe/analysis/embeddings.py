@@ -1,11 +1,12 @@
-"""Representations of a set of images, with their labels."""
+"""Representations of a set of images, with their labels, and the pass through an encoder that computes them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,33 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprobe.analysis.embedding_run import by_first, finish, run
-from torchprobe.analysis.embeddings_file import KIND, GrowingFile, Part, packed, require_alike, small, values
+from torchprobe.analysis.embeddings_file import KIND, GrowingFile, Part, labels_int32, metadata, names_tensor, require_same
 from torchprobe.analysis.reading import Source, stable_repr
-from torchprobe.datasets.labelled import check_groups
 from torchprobe.common import storage
+from torchprobe.common.deprecation import RenamedAttribute, renamed_fields
+from torchprobe.common.messages import reason
 from torchprobe.common.ranks import Ranks
-from torchprobe.common.digest import digest
+from torchprobe.common.runs import CountCallback
+from torchprobe.common.storage import digest
+from torchprobe.datasets.images import Batch, DatasetError
+from torchprobe.datasets.labeled import check_groups
 
-_BLOCK = 1 << 22  # numbers looked at at a time
+_BLOCK = 1 << 22  # numbers at a time
 
 
+@renamed_fields(made="provenance")
 @dataclass(repr=False)
 class Embeddings:
-    """What an encoder makes of images: one row each, before normalisation.
+    """The representations of images by an encoder: one row each, before normalization.
 
     Args:
-        h: the representations, (n, d); kept in float32. Nan and inf stay in.
-        y: the labels, rows of the head, (n,); kept in int64. −1 where it is not known.
-        ids: what the images are called.
-        skipped: images that could not be read, with the reason.
+        h: the representations, (n, d), kept in float32. They may contain nan and inf.
+        y: the labels, rows of the head, (n,), kept in int64. −1 if unknown.
+        ids: the names of the images.
+        skipped: images that could not be read, each with the reason.
         classes: the rows of the head to choose from; None: all.
-        groups: rows that stand for the same class, by label; see :class:`torchprobe.datasets.LabelledImages`.
-        made: how they were made – encoder, data, batch size – as far as it is known.
-        partial: it was stopped before the end.
+        groups: label → rows that stand for the same class; see :func:`torchprobe.datasets.imagenet_set`.
+        provenance: the encoder, data and batch size from which they were computed, as far as known.
+        partial: whether the run was stopped before the end.
 
     Raises:
-        ValueError: shapes or types that do not fit.
+        ValueError: shapes or types that do not match.
 
     >>> Embeddings(torch.randn(3, 8), torch.tensor([0, 1, -1]), ["a", "b", "c"])
     Embeddings(3 × 8, 2 with a label)
@@ -51,18 +56,21 @@ class Embeddings:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     classes: tuple[int, ...] | None = None
     groups: dict[int, tuple[int, ...]] | None = None
-    made: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     partial: bool = False
+
+    made = RenamedAttribute("provenance")
+    labelled = RenamedAttribute("labeled")
 
     def __post_init__(self) -> None:
         if self.h.dim() != 2 or not self.h.is_floating_point():
-            raise ValueError(f"representations are floating point (n, d), got {self.h.dtype} {tuple(self.h.shape)}")
+            raise ValueError(f"representations must be floating point (n, d), got {self.h.dtype} {tuple(self.h.shape)}")
         if self.y.shape != (len(self.h),) or self.y.is_floating_point() or self.y.is_complex():
             raise ValueError(f"expected {len(self.h)} whole numbers as labels, got {self.y.dtype} {tuple(self.y.shape)}")
         if len(self.ids) != len(self.h):
             raise ValueError(f"expected {len(self.h)} ids, got {len(self.ids)}")
         if len(self.y) and int(self.y.min()) < -1:
-            raise ValueError(f"a label is a row of the head, or -1 where it is not known, got {int(self.y.min())}")
+            raise ValueError(f"a label is a row of the head, or -1 if unknown, got {int(self.y.min())}")
         check_groups(self.groups)
         self.h, self.y = self.h.float(), self.y.long()
         self.classes = None if self.classes is None else tuple(self.classes)
@@ -71,12 +79,12 @@ class Embeddings:
         return len(self.h)
 
     def __repr__(self) -> str:
-        said = [f"{len(self)} × {self.features}", f"{int((self.y >= 0).sum())} with a label"]
+        parts = [f"{len(self)} × {self.features}", f"{int((self.y >= 0).sum())} with a label"]
         if self.classes is not None:
-            said.append(f"{len(self.classes)} classes")
+            parts.append(f"{len(self.classes)} classes")
         if self.skipped:
-            said.append(f"{len(self.skipped)} skipped")
-        return f"Embeddings({', '.join(said)}{', partial' if self.partial else ''})"
+            parts.append(f"{len(self.skipped)} skipped")
+        return f"Embeddings({', '.join(parts)}{', partial' if self.partial else ''})"
 
     @property
     def features(self) -> int:
@@ -85,17 +93,17 @@ class Embeddings:
 
     @property
     def nonfinite(self) -> int:
-        """Rows with nan or inf."""
+        """The number of rows with nan or inf."""
         rows = max(1, _BLOCK // max(1, self.features))
         return sum(int((~block.isfinite().all(-1)).sum()) for block in self.h.split(rows)) if len(self) else 0
 
     def select(self, index: Tensor | Sequence[int] | Sequence[bool] | slice) -> Embeddings:
-        """Some of the rows: by index, in that order, or a bool for each.
+        """Some of the rows: by index, in that order, or by a bool for each row.
 
-        A slice leaves memory-mapped representations mapped; anything else copies. What was skipped stays on the list.
+        A slice keeps memory-mapped representations mapped; other indices copy. The list of skipped images stays the same.
 
         Raises:
-            ValueError: not a bool for each row, or an index beyond the last.
+            ValueError: not a bool for each row, or an index outside the rows.
 
         >>> e = Embeddings(torch.randn(3, 8), torch.tensor([0, 1, -1]), ["a", "b", "c"])
         >>> e.select(e.y > 0).ids, e.select([2, 0]).ids
@@ -113,50 +121,50 @@ class Embeddings:
         at = at.long() % max(1, len(self))
         return self._with(self.h[at.to(self.h.device)], self.y[at.to(self.y.device)], [self.ids[i] for i in at.tolist()])
 
-    def labelled(self) -> Embeddings:
+    def labeled(self) -> Embeddings:
         """The rows with a label."""
         known = self.y >= 0
         return self if known.all() else self.select(known)
 
     def merge(self, other: Embeddings) -> Embeddings:
-        """Adds, in place, the rows of other images by the same encoder; returns self.
+        """Adds the rows of other images by the same encoder, in place, and returns self.
 
         Raises:
-            ValueError: another width, another encoder, other classes or groups, or images in common.
+            ValueError: another width, another encoder, other classes or groups, or common images.
         """
         if other.features != self.features:
             raise ValueError(f"cannot merge embeddings of {self.features} and {other.features} features")
         for key in ("encoder", "weights", "preprocessing"):
-            if key in self.made and key in other.made and self.made[key] != other.made[key]:
-                raise ValueError(f"cannot merge embeddings of another {key}: {self.made[key]!r} and {other.made[key]!r}")
+            if key in self.provenance and key in other.provenance and self.provenance[key] != other.provenance[key]:
+                raise ValueError(f"cannot merge embeddings with different {key}: {self.provenance[key]!r} and {other.provenance[key]!r}")
         if self.classes != other.classes or self.groups != other.groups:
-            raise ValueError("cannot merge embeddings with other classes to choose from: set both to the same")
+            raise ValueError("cannot merge embeddings with different classes to choose from: set both to the same")
         if common := set(self.ids) & set(other.ids):
-            raise ValueError(f"cannot merge embeddings with {len(common)} images in common, such as {min(common)!r}")
+            raise ValueError(f"cannot merge embeddings with {len(common)} common images, such as {min(common)!r}")
         self.h, self.y = torch.cat([self.h, other.h.to(self.h.device)]), torch.cat([self.y, other.y.to(self.y.device)])
         self.ids = [*self.ids, *other.ids]
         self.skipped = list(dict.fromkeys([*self.skipped, *other.skipped]))
         self.partial |= other.partial
-        self.made = {key: value for key, value in self.made.items() if other.made.get(key) == value}
+        self.provenance = {key: value for key, value in self.provenance.items() if other.provenance.get(key) == value}
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; one of that name is replaced only when everything is on the disk.
+        """Writes a safetensors file. It replaces an older file only when everything is on the disk.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: a label beyond 2³¹ − 1.
+            ValueError: a label above 2³¹ − 1.
         """
-        tensors = {"h": self.h, "y": small(self.y), "names": packed(self.ids, self.skipped)}
-        storage.write(path, KIND, tensors, {"made": self.made, **values(self.classes, self.groups, self.partial)})
+        tensors = {"h": self.h, "y": labels_int32(self.y), "names": names_tensor(self.ids, self.skipped)}
+        storage.write(path, KIND, tensors, metadata(self.provenance, self.classes, self.groups, self.partial))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Embeddings:
-        """Reads a file of :meth:`save` or :func:`embed`; the representations stay on the disk and are read when they are used.
+        """Reads a file of :meth:`save` or :func:`embed`. The representations stay on the disk and are read when they are used.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is something else, or damaged; names the file and the part.
+            ValueError: another kind of file, or a damaged one; the message names the file and the part.
         """
         file = storage.File(path, KIND)
         h = file.tensor("h", torch.float32, (None, None))
@@ -178,7 +186,7 @@ class Embeddings:
             raise ValueError(f"{os.fspath(path)} is damaged: {error}") from error
 
     def _with(self, h: Tensor, y: Tensor, ids: list[str]) -> Embeddings:
-        return Embeddings(h, y, ids, list(self.skipped), self.classes, self.groups, dict(self.made), self.partial)
+        return Embeddings(h, y, ids, list(self.skipped), self.classes, self.groups, dict(self.provenance), self.partial)
 
 
 def embed(
@@ -190,33 +198,35 @@ def embed(
     workers: int = 2,
     path: str | os.PathLike[str] | None = None,
     resume: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountCallback | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Embeddings:
     """Runs images through an encoder and keeps its representations, float32, with their labels.
 
-    With ``path`` they go to a safetensors file batch by batch and memory stays small; a run that was interrupted, even killed, goes on
-    after its last whole batch. Where ``torch.distributed`` is initialised the ranks share the batches, rank r taking each batch i with
-    i mod ranks = r, and every rank returns the whole: the same batches, so the same numbers, whatever their number. All must see ``path``.
+    With ``path`` they are written to a safetensors file batch by batch, so memory use stays small. A run that was interrupted, even killed,
+    resumes after its last complete batch. If ``torch.distributed`` is initialized, the ranks share the batches: rank r takes each batch i
+    with i mod ranks = r. Every rank returns all embeddings. The batches, and so the numbers, do not depend on the number of ranks. All
+    ranks must see ``path``.
 
     Args:
-        encoder: a :class:`torchprobe.Encoder`, or any module: images → (N, d). It is run in eval mode and then put back.
-        dataset: :class:`torchprobe.datasets.Images` or :class:`torchprobe.datasets.LabelledImages`; or a map-style PyTorch data set of
-            (image, label) or images. PIL images go through ``encoder.preprocess``, tensors are taken as they are; a label is a row of
-            the head. Items that cannot be read are skipped and counted; an item of a PyTorch data set is called by its index.
-        batch_size: images in a batch. Part of the definition: a network gives slightly different numbers in batches of another size.
-        device: where the encoder is moved to; default: where it is.
+        encoder: a :class:`torchprobe.Encoder`, or any module: images → (N, d). It runs in eval mode; its mode is restored afterwards.
+        dataset: images of :mod:`torchprobe.datasets`, with or without labels, or a map-style PyTorch data set of (image, label) or of
+            images. PIL images are preprocessed by ``encoder.preprocess``; tensors are used unchanged. A label is a row of the head. Items
+            that cannot be read are skipped and counted. The name of an item of a PyTorch data set is its index.
+        batch_size: images in a batch. It is part of the definition: a network gives slightly different numbers in batches of another size.
+        device: the encoder is moved there; None: it stays where it is.
         workers: threads that decode files.
         path: of the file.
-        resume: a file of the same encoder, data and batch size is gone on with, or just read if it is finished; what was skipped stays
-            skipped. False begins anew and replaces it at the end.
-        progress: told (images done, images in all) after every batch.
-        stop: asked before every batch; True ends with what is there, marked as partial. So does KeyboardInterrupt.
+        resume: a file of the same encoder, data and batch size is continued, or loaded if complete; skipped images stay skipped. False
+            starts over and replaces the file at the end.
+        progress: called with (images done, images in all) after every batch.
+        stop: called before every batch. If it returns True, the run ends, and the result is marked as partial. KeyboardInterrupt does the
+            same.
 
     Raises:
-        DatasetError: the data set is empty, not one image could be read, or items of a kind that cannot be used.
-        ValueError: ``path`` is a file of another encoder, data set or batch size, which the message names, or no file of embeddings; the
-            encoder gives no (N, d).
+        DatasetError: the data set is empty, no image could be read, or it holds items that cannot be used.
+        ValueError: ``path`` is a file of another encoder, data set or batch size, which the message names, or not a file of embeddings; or
+            the output of the encoder is not (N, d).
 
     >>> from torch.utils.data import TensorDataset
     >>> embed(nn.Flatten(), TensorDataset(torch.randn(5, 3, 2, 2), torch.arange(5)))
@@ -224,42 +234,145 @@ def embed(
     """
     source = Source(dataset, getattr(encoder, "preprocess", None), batch_size, workers)
     encoder = encoder if device is None else encoder.to(device)
-    made = {
+    provenance = {
         "encoder": str(getattr(encoder, "name", type(encoder).__name__)),
         "weights": digest([*encoder.parameters(), *encoder.buffers()]),
         "preprocessing": stable_repr(source.preprocess),
         "data": source.identity(),
         "batch_size": batch_size,
     }
-    file = None if path is None else GrowingFile(Path(path), made, values(source.classes, source.groups), len(source))
+    file = None if path is None else GrowingFile(Path(path), metadata(provenance, source.classes, source.groups), len(source))
     with Ranks() as ranks, contextlib.ExitStack() as stack:
         if file is not None:
             stack.callback(file.close)
-        done = by_first(ranks, lambda: 0 if file is None else _begin(file, resume))
-        if done < 0:  # it is finished
+        done = ranks.on_first(lambda: 0 if file is None else _begin(file, resume))
+        if done < 0:  # the file is complete
             assert path is not None
             return Embeddings.load(path)
         kept: list[Part] = []
-        partial = run(encoder, source, ranks, done, kept.append if file is None else file.append, progress, stop)
-        whole = by_first(ranks, lambda: finish(kept, file, partial))
+        partial = _run(encoder, source, ranks, done, kept.append if file is None else file.append, progress, stop)
+        whole = ranks.on_first(lambda: _finish(kept, file, partial))
         if file is not None and not partial:
             ranks.barrier()
             return Embeddings.load(file.path)
     h = whole.h if file is None else file.so_far(len(whole.ids), whole.h.shape[1])
     y = torch.tensor(whole.y, dtype=torch.int64)
-    return Embeddings(h, y, whole.ids, whole.skipped, source.classes, source.groups, made, partial)
+    return Embeddings(h, y, whole.ids, whole.skipped, source.classes, source.groups, provenance, partial)
+
+
+# -- the pass ------------------------------------------------------------------------------------------------------------
 
 
 def _begin(file: GrowingFile, resume: bool) -> int:
-    """The batches that are there already; −1 when all are and the file is finished."""
+    """The number of batches that are done; −1 if the file is complete."""
     if file.path.exists():
         if not resume:
-            storage.File(file.path, KIND)  # nothing else is replaced
+            storage.File(file.path, KIND)  # refuses to replace another kind of file
         else:
             finished = Embeddings.load(file.path)
-            require_alike(file.path, finished.made, file.made)
+            require_same(file.path, finished.provenance, file.provenance)
             if finished.partial:
-                raise ValueError(f"{file.path} holds part of the embeddings only: give another path, or resume=False to begin anew")
+                raise ValueError(f"{file.path} holds only a part of the embeddings: give another path, or resume=False to start over")
             file.discard()
             return -1
     return file.open(resume)
+
+
+def _run(
+    encoder: nn.Module,
+    source: Source,
+    ranks: Ranks,
+    done: int,
+    keep: Callable[[Part], None],
+    progress: CountCallback | None,
+    stop: Callable[[], bool] | None,
+) -> bool:
+    """Computes the batches from number ``done`` on. The first rank calls ``keep`` with them, in order. True if the run was stopped."""
+    place = next((tensor.device for tensor in [*encoder.parameters(), *encoder.buffers()]), torch.device("cpu"))
+    mine = [i for i in range(done, source.batches) if i % ranks.size == ranks.rank]
+    files = min(done * source.size, len(source))
+
+    def share(number: int) -> Part | Exception | str | None:
+        try:
+            if stop is not None and stop():
+                return "stop"
+            return _part(encoder, place, *next(batches)) if number < source.batches else None
+        except KeyboardInterrupt:
+            return "stop"
+        except Exception as error:  # the other ranks have to know
+            return error if ranks.size == 1 else _portable(error, ranks.rank)
+
+    with torch.inference_mode(), _evaluating(encoder), warnings.catch_warnings(), contextlib.closing(source.read(mine)) as batches:
+        warnings.filterwarnings("ignore", module="PIL")  # about metadata of image files
+        for first in range(done, source.batches, ranks.size):
+            turn = [first + (rank - first) % ranks.size for rank in range(ranks.size)]
+            own = share(turn[ranks.rank])
+            shares = [own, *ranks.to_first(own)]
+            end: Exception | str | None = None
+            for _, part in sorted(zip(turn, shares, strict=False), key=lambda pair: pair[0]):
+                if isinstance(part, (Exception, str)):
+                    end = part
+                if end is None and isinstance(part, Part) and ranks.first:
+                    try:
+                        keep(part)
+                    except OSError as error:  # such as a full disk
+                        end = error
+                    files += part.files
+            end, files = ranks.from_first((end, files))
+            if isinstance(end, Exception):
+                raise end
+            if end is not None:
+                return True
+            if progress is not None:
+                progress(files, len(source))
+    return False
+
+
+def _part(encoder: nn.Module, place: torch.device, batch: Batch, labels: list[int]) -> Part:
+    if not batch.names:
+        return Part(skipped=batch.unreadable)
+    h = encoder(batch.pixels.to(place))
+    if not isinstance(h, Tensor) or h.dim() != 2 or len(h) != len(batch.names) or not h.is_floating_point():
+        given = f"{h.dtype} {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
+        raise ValueError(f"the encoder returned {given} for {len(batch.names)} images; expected one floating point vector each, (N, d)")
+    return Part(h.float().cpu().contiguous(), labels, batch.names, batch.unreadable)
+
+
+def _finish(kept: list[Part], file: GrowingFile | None, partial: bool) -> Part:
+    """All batches as one. With a file, the representations stay on the disk and only their width is returned."""
+    if file is None:
+        rows = [part.h for part in kept if part.ids]
+        whole = Part(skipped=[pair for part in kept for pair in part.skipped])
+        whole.h = torch.cat(rows) if rows else whole.h
+        whole.y, whole.ids = [label for part in kept for label in part.y], [name for part in kept for name in part.ids]
+    else:
+        whole = Part(torch.empty(0, file.features), file.y, file.ids, file.skipped)
+    if not whole.ids and partial:
+        raise KeyboardInterrupt
+    if not whole.ids:
+        if file is not None:
+            file.discard()
+        name, why = whole.skipped[0]
+        raise DatasetError(f"none of the {len(whole.skipped)} images could be read; the first, {name}: {why}")
+    if file is not None and not partial:
+        file.finish()
+        return Part()  # every rank loads the file
+    return whole
+
+
+def _portable(error: Exception, rank: int) -> Exception:
+    """An error that can be sent to other processes."""
+    kind = type(error) if type(error) in (DatasetError, ValueError, TypeError) else RuntimeError
+    return kind(f"rank {rank}: {error if kind is type(error) else reason(error)}")
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for the length of the block. Afterwards each part has its own mode again."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training

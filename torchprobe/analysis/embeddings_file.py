@@ -1,9 +1,9 @@
-"""The file of embeddings, and one that grows batch by batch and survives a kill.
+"""The file of embeddings, which grows batch by batch and survives a kill.
 
-A safetensors file with ``h`` F32 (n, d), ``y`` I32 (n,) and ``names`` U8: JSON with the ids and what was skipped. While it grows, the
-representations are appended to ``.NAME.part``, where they will stay, and ``.NAME.progress`` says, one line of JSON a batch, what belongs
-to them, with a checksum. A line or rows that did not reach the disk are noticed by that, and made again. At the end labels, names and the
-header, for which room was left, are added, and the file takes its name.
+It is a safetensors file with ``h`` F32 (n, d), ``y`` I32 (n,) and ``names`` U8, JSON with the ids and the skipped images. While it grows,
+the representations are appended to ``.NAME.part``. One line of JSON per batch in ``.NAME.progress`` holds labels, names and a checksum. The
+checksum detects lines or rows that did not reach the disk, and these batches are computed again. At the end, labels and names are appended,
+the header is written into the space that was left for it, and the part file is renamed to ``NAME``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torchprobe.common.storage import FORMAT
 
 KIND = "torchprobe.embeddings"
 
-_PIECE = 1 << 24  # bytes read at a time
+_PIECE = 1 << 24  # bytes to read at a time
 
 
 @dataclass
 class Part:
-    """One batch: representations float32 (rows, d), labels, ids, and what could not be read."""
+    """One batch: representations float32 (rows, d), labels, ids, and the images that could not be read, each with the reason."""
 
     h: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     y: list[int] = field(default_factory=list)
@@ -44,24 +44,28 @@ class Part:
 
 
 class GrowingFile:
-    """Embeddings on their way to the disk.
+    """A file of embeddings that is being written.
 
     Args:
-        path: what the file will be called.
-        made: what the embeddings depend on; a file can only go on with the same.
-        beside: what else the finished file says, see :func:`values`.
-        total: the images there are.
+        path: of the complete file.
+        metadata: see :func:`metadata`. A file is continued only with the same provenance.
+        total: the number of images.
     """
 
-    def __init__(self, path: Path, made: Mapping[str, Any], beside: Mapping[str, Any], total: int) -> None:
-        self.path, self.made, self.beside, self.total = path, json.loads(json.dumps(made)), dict(beside), total
+    def __init__(self, path: Path, metadata: Mapping[str, Any], total: int) -> None:
+        self.path, self.metadata, self.total = path, json.loads(json.dumps(metadata)), total
         self.rows, self.features, self.batches, self.files = 0, 0, 0, 0
         self.y: list[int] = []
         self.ids: list[str] = []
         self.skipped: list[tuple[str, str]] = []
         self._open = contextlib.ExitStack()
-        # As long as the header can get; h begins behind it, at a multiple of 64.
+        # The longest possible header; h begins after it, at a multiple of 64.
         self.start = -(-(8 + len(self._header(total, 10**9, 10**15))) // 64) * 64
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The facts from which the embeddings are computed."""
+        return dict(self.metadata["made"])
 
     @property
     def part(self) -> Path:
@@ -72,11 +76,11 @@ class GrowingFile:
         return self.path.with_name(f".{self.path.name}.progress")
 
     def open(self, resume: bool) -> int:
-        """Begins, or goes on where an earlier run was interrupted; returns the batches that are there.
+        """Starts the file, or continues an interrupted run; returns the number of batches that are done.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: the unfinished file is another run's, made otherwise or being written.
+            ValueError: the unfinished file has another provenance, or another process is writing it.
         """
         if not self.path.resolve().parent.is_dir():
             raise FileNotFoundError(f"cannot save to {os.fspath(self.path)!r}: there is no folder {str(self.path.resolve().parent)!r}")
@@ -88,7 +92,7 @@ class GrowingFile:
         self._data = self._open.enter_context(self.part.open("r+b" if end else "w+b"))
         self._data.truncate(self.start + 4 * self.rows * self.features)
         if not end:
-            self._write({"format": FORMAT, "start": self.start, "made": self.made})
+            self._write({"format": FORMAT, "start": self.start, "made": self.provenance})
         return self.batches
 
     def append(self, part: Part) -> None:
@@ -96,15 +100,15 @@ class GrowingFile:
         rows = part.h.numpy().tobytes()
         self._data.seek(self.start + 4 * self.rows * self.features)
         self._data.write(rows)
-        self._data.flush()  # before the line that says so
-        said = {"d": part.h.shape[1], "sum": zlib.crc32(rows), "y": part.y, "ids": part.ids, "skipped": part.skipped}
-        self._write(said)
+        self._data.flush()  # before the line that counts them
+        line = {"d": part.h.shape[1], "sum": zlib.crc32(rows), "y": part.y, "ids": part.ids, "skipped": part.skipped}
+        self._write(line)
         self._count(part.y, part.ids, part.skipped, part.h.shape[1])
 
     def finish(self) -> None:
-        """Gives the file its name, once everything is on the disk."""
+        """Completes the file, and renames it when everything is on the disk."""
         end = self.start + 4 * self.rows * self.features
-        labels, names = small(torch.tensor(self.y, dtype=torch.int64)), packed(self.ids, self.skipped)
+        labels, names = labels_int32(torch.tensor(self.y, dtype=torch.int64)), names_tensor(self.ids, self.skipped)
         self._data.seek(end)
         self._data.write(labels.numpy().tobytes() + names.numpy().tobytes())
         self._data.truncate()
@@ -118,15 +122,15 @@ class GrowingFile:
         self.discard()
 
     def so_far(self, rows: int, features: int) -> Tensor:
-        """The representations that are there, memory-mapped."""
+        """The representations that are done, memory-mapped."""
         return torch.from_numpy(np.memmap(self.part, np.float32, "c", self.start, (rows, features)))
 
     def close(self) -> None:
-        """Leaves what is there to be gone on with."""
+        """Closes the file. Its batches stay for a run that resumes."""
         self._open.close()
 
     def discard(self) -> None:
-        """Removes what an unfinished run left."""
+        """Removes the files of an unfinished run."""
         self.part.unlink(missing_ok=True)
         self.progress.unlink(missing_ok=True)
 
@@ -142,12 +146,12 @@ class GrowingFile:
         self.features = features if len(ids) else self.features
 
     def _recover(self) -> int:
-        """Counts the batches that are whole, and returns where their lines end; 0 when there is nothing to go on with."""
+        """Counts the complete batches and returns the position where their lines end; 0 if there is nothing to continue."""
         lines = _lines(self._log)
         first, end = next(lines, (None, 0))
         if not isinstance(first, dict) or not isinstance(first.get("made"), dict):
             return 0
-        require_alike(self.path, first["made"], self.made)
+        require_same(self.path, first["made"], self.provenance)
         if first.get("format") != FORMAT or first.get("start") != self.start or not self.part.exists():
             return 0
         with open(self.part, "rb") as data:
@@ -164,7 +168,7 @@ class GrowingFile:
         return end
 
     def _header(self, rows: int, features: int, names: int) -> bytes:
-        metadata = {"format": FORMAT, "kind": KIND, "values": json.dumps({"made": self.made, **self.beside})}
+        metadata = {"format": FORMAT, "kind": KIND, "values": json.dumps(self.metadata)}
         ends = np.cumsum([0, 4 * rows * features, 4 * rows, names]).tolist()
         shapes = {"h": ("F32", [rows, features]), "y": ("I32", [rows]), "names": ("U8", [names])}
         tensors = {
@@ -174,48 +178,51 @@ class GrowingFile:
         return json.dumps({"__metadata__": metadata, **tensors}).encode()
 
 
-def values(classes: Iterable[int] | None, groups: Mapping[int, tuple[int, ...]] | None, partial: bool = False) -> dict[str, Any]:
-    """What a file says beside its tensors and how it was made, as JSON takes it."""
+def metadata(
+    provenance: Mapping[str, Any], classes: Iterable[int] | None, groups: Mapping[int, tuple[int, ...]] | None, partial: bool = False
+) -> dict[str, Any]:
+    """The values of a file that are not tensors, as JSON holds them."""
     return {
+        "made": dict(provenance),
         "classes": None if classes is None else list(classes),
         "groups": None if groups is None else {str(label): list(rows) for label, rows in groups.items()},
         "partial": partial,
     }
 
 
-def packed(ids: Sequence[str], skipped: Sequence[tuple[str, str]]) -> Tensor:
-    """Names as a tensor of bytes, JSON."""
+def names_tensor(ids: Sequence[str], skipped: Sequence[tuple[str, str]]) -> Tensor:
+    """The names as a tensor of bytes, which are JSON."""
     text = json.dumps({"ids": list(ids), "skipped": [list(pair) for pair in skipped]})
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def small(y: Tensor) -> Tensor:
-    """Labels in int32, so that they may follow h, of any size, without a gap.
+def labels_int32(y: Tensor) -> Tensor:
+    """The labels in int32, so that they can follow h of any size without a gap.
 
     Raises:
-        ValueError: one does not fit.
+        ValueError: a label is too large.
     """
     if len(y) and int(y.max()) >= 1 << 31:
-        raise ValueError(f"label {int(y.max())} is beyond 2³¹ − 1, the largest that can be saved")
+        raise ValueError(f"label {int(y.max())} is above 2³¹ − 1, the largest label that can be saved")
     return y.cpu().to(torch.int32)
 
 
-def require_alike(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with, or to take over, what was made otherwise.
+def require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to continue or load a file of another provenance.
 
     Raises:
-        ValueError: it was; says what differs.
+        ValueError: the provenance differs; the message says in what.
     """
     if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
         key = "encoder" if "encoder" in other else other[0]
         raise ValueError(
             f"{path} was made with another {key}: {before.get(key)!r}, now it is {now.get(key)!r}. "
-            "Give another path, or resume=False to begin anew"
+            "Give another path, or resume=False to start over"
         )
 
 
 def _lines(log: IO[bytes]) -> Iterator[tuple[Any, int]]:
-    """What each whole line says, and where it ends; stops at one that is torn."""
+    """The content of each complete line, and the position of its end; stops at an incomplete one."""
     end = 0
     for line in log:
         if not line.endswith(b"\n"):
@@ -229,7 +236,7 @@ def _lines(log: IO[bytes]) -> Iterator[tuple[Any, int]]:
 
 
 def _agrees(data: IO[bytes], size: int, checksum: int) -> bool:
-    """Whether the next ``size`` bytes are there and have this checksum."""
+    """Whether the next ``size`` bytes exist and have this checksum."""
     found = 0
     while size > 0:
         piece = data.read(min(size, _PIECE))
@@ -241,7 +248,7 @@ def _agrees(data: IO[bytes], size: int, checksum: int) -> bool:
 
 
 def _lock(file: IO[bytes], path: Path) -> None:
-    """Keeps other processes out until the file is closed, where the system can."""
+    """Locks the file against other processes until it is closed, if the system can do so."""
     try:
         import fcntl
     except ImportError:
@@ -250,5 +257,5 @@ def _lock(file: IO[bytes], path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(f"{path} is being written by another process") from error
-    except OSError:  # some network file systems cannot
+    except OSError:  # some network file systems have no locks
         return

@@ -1,39 +1,37 @@
-"""The Gram matrix of each layer of a model, batch by batch: what linear CKA needs of a layer's activations, and all it keeps of them."""
+"""The Gram matrix of each layer of a model, batch by batch. Linear CKA needs and keeps nothing else of the activations."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from torchprobe.recording.layers import Layer, default_feature_dim, matches_glob
-from torchprobe.recording.tensors import first_tensor
+from torchprobe.recording.layers import Layer, matches_glob
+from torchprobe.recording.reader import LayerReader, Layout
 
 Pooling = Literal["flatten", "mean"]
 Features = Iterable[int] | Mapping[str, Iterable[int]]
 
 _BLOCK = 2**18
-"""Numbers that are shifted and multiplied at a time on the CPU: about what its caches hold."""
+"""Numbers that are shifted and multiplied at a time on the CPU: about the size of its caches."""
 
 _ROWS = 64
-"""Rows of a product at a time on the CPU, from the diagonal on: half of a symmetric matrix need not be computed."""
-
+"""Rows of a product at a time on the CPU, from the diagonal on, because half of a symmetric matrix need not be computed."""
 
 _NEAR = 8
-"""Rows whose mean is subtracted."""
+"""The number of rows whose mean is subtracted."""
 
 
 def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """What is above the diagonal of the Gram matrix X Xᵀ of features (n, d), shifted: (n, n), float64 (float32 on MPS).
+    """The Gram matrix X Xᵀ of shifted features (n, d) above its diagonal, otherwise 0: (n, n), float64 (float32 on MPS).
 
-    HSIC₁ does not depend on what is subtracted from every row, but rounding does. It is the mean of the shortest rows, which one row
-    far out does not move, in float64, so that what is constant becomes exactly 0. Products are in float32, of float64 in
-    float64; sums over blocks of features in float64.
+    The same vector is subtracted from every row. HSIC₁ does not depend on it, but rounding does. It is the mean of the shortest rows, which
+    one very long row does not move. It is computed in float64, so that constant features become exactly 0. Products are in float32 (float64
+    for float64 features), and sums over blocks of features in float64.
 
     >>> gram(torch.tensor([[1000.0], [1003.0]])).tolist()
     [[0.0, -2.25], [0.0, 0.0]]
@@ -55,7 +53,7 @@ def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
         else:
             total.copy_(product)
     for i in range(0, n, height):
-        total[i : i + height, i : i + height].triu_(1)  # nothing has been written below
+        total[i : i + height, i : i + height].triu_(1)  # nothing was written below the diagonal
     return total
 
 
@@ -64,18 +62,18 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 class Grams:
-    """Forward hooks on some layers of a model, removed at the end of the block. In it the model is in eval mode and runs eagerly.
+    """The Gram matrices of some layers of a model; see :class:`torchprobe.recording.reader.LayerReader` for how they are read.
 
     A layer that a forward pass calls several times counts with its last call.
 
     Args:
         model: any module.
         layers: of it, from :func:`torchprobe.recording.select_layers`.
-        pooling: "flatten": every position of a map or a sequence is a feature of its own; "mean": the mean over positions.
+        pooling: "flatten": every position of a map or a sequence has its own features; "mean": the mean over positions.
         drop: indices of features to leave out of every layer, or {name or glob: indices}.
 
     Raises:
-        ValueError: a layer that takes no hooks, or a name in ``drop`` that is none of the layers.
+        ValueError: a layer that takes no hooks, or a name in ``drop`` that matches no layer.
 
     >>> from torchprobe.recording import select_layers
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -88,137 +86,76 @@ class Grams:
     def __init__(self, model: nn.Module, layers: Sequence[Layer], pooling: Pooling = "flatten", drop: Features | None = None) -> None:
         if pooling not in ("flatten", "mean"):
             raise ValueError(f'pooling is "flatten" or "mean", got {pooling!r}')
-        if scripted := [layer.name for layer in layers if isinstance(layer.module, torch.jit.ScriptModule)]:
-            raise ValueError(f"layer {scripted[0]!r} is a scripted module, which takes no hooks: give the model before torch.jit.script")
-        self.model = model
-        self.layers = list(layers)
+        self.reader = LayerReader(model, layers)
         self.pooling = pooling
-        self.names = [layer.name for layer in self.layers]
-        self.fired: list[str] = []  # in the order in which they run; known after the first run
-        self._dropped = _dropped(self.layers, drop)
-        self._batch_dim: dict[str, int] = {}
-        self._unclear = False
+        self.names = list(self.reader.layers)
+        self._dropped = _dropped(layers, drop)
         self._number = {name: i for i, name in enumerate(self.names)}
         self._rows = torch.empty(0, 0)
-        self._images = 0  # in the running forward pass; 0: it is none of ours
         self._indices: dict[tuple[str, torch.device], Tensor] = {}
-        self._stack = ExitStack()
 
     def __enter__(self) -> Grams:
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.callback(layer.module.register_forward_hook(self._hook(layer)).remove)
-            for module, training in [(module, module.training) for module in self.model.modules()]:
-                stack.callback(setattr, module, "training", training)
-            self.model.eval()
-            if "torch._dynamo" in sys.modules:  # something may be compiled, in graphs that know nothing of these hooks
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(torch.no_grad())
-            self._stack = stack.pop_all()
+        self.reader.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._rows = torch.empty(0, 0)
-        self._stack.close()
+        self.reader.__exit__(*error)
+
+    @property
+    def fired(self) -> list[str]:
+        """The names in the order in which the layers run; known after the first run."""
+        return self.reader.fired
 
     def run(self, images: Tensor) -> Tensor:
-        """One forward pass over n images: for each layer, in the order of ``names``, what is above the diagonal of its Gram matrix, the
-        sums of the rows of the whole matrix without its diagonal, and the sum of these.
+        """One forward pass over n images.
 
         Returns:
-            float64 (float32 where a device has none), shape (layers, n² + n + 1), on the device of the first layer that runs. The next
-            run overwrites it.
+            float64 (float32 if a device does not have it), shape (layers, n² + n + 1), on the device of the first layer that runs. The rows
+            are in the order of ``names``. The first n² numbers are the Gram matrix above its diagonal, otherwise 0. The next n are the sums
+            of the rows of the whole matrix without its diagonal, and the last is their sum. The next run overwrites the result.
 
         Raises:
-            ValueError: a layer did not run, gave no tensor, or one in which the images cannot be told apart.
+            ValueError: see :meth:`torchprobe.recording.reader.LayerReader.read`.
         """
-        first = not self.fired
-        self._forward(images, self._read)
-        if first and self._unclear:
-            before = dict(self._batch_dim)
-            self._forward(images[:1], self._look)
-            if self._batch_dim != before:
-                self._forward(images, self._read)
+        n = len(images)
+
+        def put(layer: Layer, x: Tensor, layout: Layout) -> None:
+            if self._rows.shape[1] != n * n + n + 1:
+                self._rows = torch.empty(len(self.names), n * n + n + 1, dtype=_wide(x.device), device=x.device)
+            row = self._rows[self._number[layer.name]]
+            matrix, sums = row[: n * n].view(n, n), row[n * n : -1]
+            with exact_products(x.device.type):
+                k = gram(self._vectors(layer.name, x, layout), matrix if x.device == matrix.device else None)
+            if k is not matrix:  # a model spread over several devices
+                matrix.copy_(k)
+            torch.sum(matrix, 1, out=sums)
+            sums += matrix.sum(0)
+            torch.sum(sums, 0, out=row[-1])
+
+        self.reader.read(images, put)
         return self._rows
 
-    def _forward(self, images: Tensor, visit: Callable[[Layer, Tensor], None]) -> None:
-        self._images, self._visit = len(images), visit
-        self._visited: dict[str, None] = {}
-        try:
-            self.model(images)
-        finally:
-            self._images = 0
-        if missing := [name for name in self.names if name not in self._visited]:
-            model = type(self.model).__name__
-            raise ValueError(f"layer {missing[0]!r} is not called by the forward pass of {model}, or gives no tensor: leave it out")
-        self.fired = self.fired or list(self._visited)
-
-    def _hook(self, layer: Layer) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._images and (x := first_tensor(output)) is not None:
-                self._visited[layer.name] = None
-                self._visit(layer, x.detach())
-
-        return hook
-
-    def _look(self, layer: Layer, x: Tensor) -> None:
-        """With one image it is plain to see which dimension is that of the images: some transformers have (tokens, images, features)."""
-        if x.dim() > 2 and _feature_dim(layer, x) != 1 and (x.shape[0] == 1) != (x.shape[1] == 1):
-            self._batch_dim[layer.name] = 0 if x.shape[0] == 1 else 1
-
-    def _read(self, layer: Layer, x: Tensor) -> None:
-        x = self._vectors(layer, x)
-        n = self._images
-        if self._rows.shape[1] != n * n + n + 1:
-            self._rows = torch.empty(len(self.layers), n * n + n + 1, dtype=_wide(x.device), device=x.device)
-        row = self._rows[self._number[layer.name]]
-        matrix, sums = row[: n * n].view(n, n), row[n * n : -1]
-        with exact_products(x.device.type):
-            k = gram(x, matrix if x.device == matrix.device else None)
-        if k is not matrix:  # a model spread over several devices
-            matrix.copy_(k)
-        torch.sum(matrix, 1, out=sums)
-        sums += matrix.sum(0)
-        torch.sum(sums, 0, out=row[-1])
-
-    def _vectors(self, layer: Layer, x: Tensor) -> Tensor:
+    def _vectors(self, name: str, x: Tensor, layout: Layout) -> Tensor:
         """The activation as one vector for each image, (n, d)."""
-        name = layer.name
-        if x.is_nested or x.dim() < 2:
-            given = "a nested tensor" if x.is_nested else f"shape {tuple(x.shape)}"
-            raise ValueError(f"layer {name!r} gives {given}, where vectors, tokens or maps of each image were expected")
-        feature_dim = _feature_dim(layer, x)
-        if name not in self._batch_dim:
-            fitting = [i for i in range(2) if x.shape[i] == self._images and i != feature_dim]
-            self._batch_dim[name] = fitting[0] if fitting else 0
-            self._unclear |= len(fitting) > 1 or fitting == [1]
-        batch_dim = self._batch_dim[name]
-        if x.shape[batch_dim] != self._images:
-            raise ValueError(f"layer {name!r} gives shape {tuple(x.shape)} for {self._images} images, in which they cannot be told apart")
+        _, batch_dim, feature_dim = layout
         if name in self._dropped:
             x = x.index_select(feature_dim, self._kept(name, x.shape[feature_dim], x.device))
         if self.pooling == "mean" and x.dim() > 2:
             positions = [i for i in range(x.dim()) if i not in (batch_dim, feature_dim)]
             x = (x if x.dtype == torch.float64 else x.float()).mean(positions)
             batch_dim = 0 if batch_dim < feature_dim else 1
-        return x.movedim(batch_dim, 0).flatten(1)
+        return rearrange(x.movedim(batch_dim, 0), "images ... -> images (...)")
 
     def _kept(self, name: str, width: int, device: torch.device) -> Tensor:
         dropped = self._dropped[name]
         if wrong := sorted(i for i in dropped if not 0 <= i < width):
             raise ValueError(f"layer {name!r} has the features 0 to {width - 1}; {wrong[0]} cannot be left out")
         if len(dropped) == width:
-            raise ValueError(f"layer {name!r} has no features but those that are to be left out")
+            raise ValueError(f"all {width} features of layer {name!r} would be left out")
         if (name, device) not in self._indices:
             self._indices[name, device] = torch.tensor([i for i in range(width) if i not in dropped], device=device)
         return self._indices[name, device]
-
-
-def _feature_dim(layer: Layer, x: Tensor) -> int:
-    dim = default_feature_dim(layer, x.dim()) if layer.feature_dim is None else layer.feature_dim
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"layer {layer.name!r} gives {x.dim()} dimensions, and feature_dim={dim} is none of them")
-    return dim % x.dim()
 
 
 def _dropped(layers: Sequence[Layer], drop: Features | None) -> dict[str, frozenset[int]]:
@@ -230,14 +167,14 @@ def _dropped(layers: Sequence[Layer], drop: Features | None) -> dict[str, frozen
     for pattern, features in by_pattern.items():
         matched = [layer.name for layer in layers if any(name == pattern or matches_glob(pattern, name) for name in layer.names)]
         if not matched:
-            raise ValueError(f"drop: {pattern!r} is none of the layers {', '.join(repr(layer.name) for layer in layers)}")
+            raise ValueError(f"drop: {pattern!r} matches none of the layers {', '.join(repr(layer.name) for layer in layers)}")
         indices = frozenset(int(i) for i in features)
         dropped |= {name: dropped.get(name, frozenset()) | indices for name in matched if indices}
     return dropped
 
 
 def exact_products(device: str) -> contextlib.AbstractContextManager[object]:
-    """Products of float32 matrices in float32, whatever autocast, TF32 or bfloat16 the model is run with."""
+    """Products of float32 matrices in float32, also if the model runs with autocast, TF32 or bfloat16."""
     settings: Any = torch.backends
     exact = all(part.fp32_precision in ("ieee", "none") for part in (settings, settings.mkldnn, *_products()))
     return contextlib.nullcontext() if exact and not torch.is_autocast_enabled(device) else _in_full(device)

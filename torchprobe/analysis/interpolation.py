@@ -1,7 +1,7 @@
-"""Between two models of one architecture, weight by weight: θ = (1 − α) θ_a + α θ_b.
+"""Models between two models of one architecture, weight by weight: θ = (1 − α) θ_a + α θ_b.
 
-With a zero-shot model as one end and its fine-tuned twin as the other this is WiSE-FT (Wortsman et al. 2022,
-https://arxiv.org/abs/2109.01903), whose models often are accurate on ImageNet and robust at once; any measure can be taken along the way.
+Between a zero-shot model and its fine-tuned twin this is WiSE-FT (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903). Its models are
+often both accurate on ImageNet and robust. Every measure can be computed along the way.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def interpolate(a: Model, b: nn.Module, alphas: Iterable[float], recalibrate: Iterable[Any] | None = None) -> Iterator[tuple[float, Model]]:
-    """The models between ``a`` and ``b``, one after the other; each is a new copy, and neither ``a`` nor ``b`` is changed.
+    """The models between ``a`` and ``b``, one after the other. Each is a new copy; ``a`` and ``b`` are not changed.
 
-    Parameters and buffers of floating point are interpolated in float64 and rounded to their dtype; where ``a`` and ``b`` are
-    equal they stay exactly that. α = 0 gives ``a`` and α = 1 gives ``b``, bit by bit. Integer and boolean buffers are those of
-    ``a`` unless α = 1, and what is no number, such as activation functions, preprocessing, mode and device, is always that of
-    ``a``. Tied weights stay tied.
+    Floating point parameters and buffers are interpolated in float64 and rounded to their dtype. Equal values of ``a`` and ``b`` stay
+    exactly the same. α = 0 gives ``a`` and α = 1 gives ``b``, bit by bit. Integer and boolean buffers are those of ``a`` unless α = 1.
+    Everything that is not a tensor, such as activation functions, preprocessing, mode and device, is always that of ``a``. Tied weights
+    stay tied.
 
-    A head is a part like any other: interpolate the module that holds both, ``nn.ModuleDict({"encoder": …, "head": …})``. The
-    head and the text tower that an :class:`~torchprobe.encoders.Encoder` keeps beside its layers are interpolated where both
-    have one; else the result has none.
+    To interpolate a head too, interpolate a module that holds both, ``nn.ModuleDict({"encoder": …, "head": …})``. An
+    :class:`~torchprobe.encoders.Encoder` may keep a head and a text tower. They are interpolated if both encoders have one; otherwise the
+    result has none.
 
     Args:
         a, b: of one architecture: the same names, shapes and dtypes.
-        alphas: any numbers, in the order wanted.
-        recalibrate: batches of images, or of tuples that begin with images, in a list or a loader. The statistics of every batch
-            norm are computed anew from them, since those of a mixture are not the mixture of the statistics; not at α = 0 and 1,
-            where they are those of ``a`` and ``b``. See :func:`recalibrate_batch_norms`.
+        alphas: any numbers, in any order.
+        recalibrate: batches of images, or of tuples that begin with images, in a list or a loader. The statistics of every batch norm are
+            recomputed from them, because the statistics of a mixture are not the mixture of the statistics. At α = 0 and 1 they stay
+            those of ``a`` and ``b``. See :func:`recalibrate_batch_norms`.
 
     Raises:
-        ValueError: names, shapes or dtypes that differ, all of them named; weights that are tied in ``a`` and differ in ``b``; no α,
-            or one that is not finite; batches that can be run through only once, for several α.
+        ValueError: names, shapes or dtypes differ (the message names all of them); weights are tied in ``a`` and differ in ``b``; no α, or
+            an α that is not finite; an iterator of batches for several α.
 
     >>> a, b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     >>> _ = a.weight.data.fill_(2), b.weight.data.fill_(4)
@@ -50,10 +50,10 @@ def interpolate(a: Model, b: nn.Module, alphas: Iterable[float], recalibrate: It
     """
     steps = [float(alpha) for alpha in alphas]
     if not steps or not all(map(math.isfinite, steps)):
-        raise ValueError(f"alphas are finite numbers, at least one; got {steps}")
+        raise ValueError(f"alphas must be finite numbers, at least one; got {steps}")
     _check(a, b)
     if recalibrate is not None and iter(recalibrate) is recalibrate and sum(alpha not in (0, 1) for alpha in steps) > 1:
-        raise ValueError("recalibrate= is an iterator, which can be run through once only: give a list of batches, or a loader")
+        raise ValueError("recalibrate= is an iterator, which can be used only once: give a list of batches, or a loader")
     return _models(a, b, steps, recalibrate)
 
 
@@ -64,38 +64,38 @@ def _models(a: Model, b: nn.Module, alphas: list[float], recalibrate: Iterable[A
         if recalibrate is not None and alpha not in (0, 1):
             recalibrate_batch_norms(model, recalibrate)
         yield alpha, model
-        del model  # the next copy need not stand beside one that nobody keeps
+        del model  # so that the next copy does not need memory for two
 
 
 @torch.no_grad()
 def _mix(model: nn.Module, b: nn.Module, alpha: float) -> None:
-    """Turns a copy of ``a`` into the mixture."""
+    """Turns a copy of ``a`` into the mixture with ``b``."""
     for encoder, other in _encoders(model, b).values():
-        for part in encoder._companions:
+        for part in encoder.companions:
             if getattr(other, part, None) is None:
                 setattr(encoder, part, None)
     if alpha == 0:
         return
     mine, theirs = _tensors(model, b)
-    for name, x in {id(x): (name, x) for name, x in mine.items()}.values():  # each once, however many names it has
+    for name, x in {id(x): (name, x) for name, x in mine.items()}.values():  # each tensor once, also if it has several names
         y = theirs[name].to(x.device)
         if alpha == 1:
             x.copy_(y)
         elif x.is_floating_point() or x.is_complex():
             wide = torch.promote_types(x.dtype, torch.float32 if x.device.type == "mps" else torch.float64)
             mixed = (1 - alpha) * x.to(wide) + alpha * y.to(wide)
-            x.copy_(torch.where(x == y, x, mixed.to(x.dtype)))  # of equal infinities, as masks have them, the mixture is nan
+            x.copy_(torch.where(x == y, x, mixed.to(x.dtype)))  # the mixture of two infinities, as in masks, would be nan
 
 
 def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Computes the running statistics of every batch norm anew, as the average over batches; returns how many there are.
+    """Recomputes the running statistics of every batch norm as the average over batches. Returns the number of batch norms.
 
-    Everything but the batch norms is in eval mode meanwhile, so dropout is off; modes and momenta are as before afterwards. Every
-    batch counts the same, so let them be equally large. Without batch norms that keep statistics nothing is run.
+    During this, all other modules are in eval mode, so dropout is off. Modes and momenta are restored afterwards. Every batch has the same
+    weight, so use batches of equal size. A model without batch norms that keep statistics is not run.
 
     Args:
-        model: changed in place. If it has no forward, as ``nn.ModuleDict``, those of its parts that hold batch norms are called.
-        batches: of images, or of tuples that begin with images; they are moved to the device of the model.
+        model: changed in place. If it has no forward, as ``nn.ModuleDict``, its parts with batch norms are called.
+        batches: of images, or of tuples that begin with images. They are moved to the device of the model.
 
     Raises:
         ValueError: there are no batches.
@@ -141,16 +141,16 @@ def _norms(model: nn.Module) -> list[Any]:
 
 
 def _encoders(a: nn.Module, b: nn.Module) -> dict[str, tuple[Encoder, nn.Module | None]]:
-    """The encoders in ``a``, and what ``b`` has in their places."""
+    """The encoders in ``a``, and the modules of ``b`` with the same names."""
     others = dict(b.named_modules())
     return {name: (module, others.get(name)) for name, module in a.named_modules() if isinstance(module, Encoder)}
 
 
 def _parts(a: nn.Module, b: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
-    """The two models, and what both have beside their layers, with the prefix of their names."""
+    """The two models, and the heads and text towers that both have, each with the prefix of its names."""
     parts = [("", a, b)]
     for name, (encoder, other) in _encoders(a, b).items():
-        for part in encoder._companions:
+        for part in encoder.companions:
             mine, theirs = getattr(encoder, part), getattr(other, part, None)
             if mine is not None and theirs is not None:
                 parts.append((f"{name}.{part}." if name else f"{part}.", mine, theirs))
@@ -158,7 +158,7 @@ def _parts(a: nn.Module, b: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]
 
 
 def _tensors(a: nn.Module, b: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Every parameter and buffer of each, under every name it has."""
+    """Every parameter and buffer of both models, under each of its names."""
     found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     for prefix, *modules in _parts(a, b):
         for tensors, module in zip(found, modules, strict=True):
@@ -186,7 +186,7 @@ def _check(a: nn.Module, b: nn.Module) -> None:
         "only in the second": only[1],
         "of different shapes": shapes,
         "of different dtypes": dtypes,
-        "heads of which one normalises": heads,
+        "heads of which only one normalizes": heads,
     }
     if any(wrong.values()):
         parts = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)

@@ -1,4 +1,4 @@
-"""Outlier features: the features that are far above the rest, by our rule and by the definitions of others under their names."""
+"""Outlier features: the features that are far above the rest, by our rule and by published definitions under the names of their authors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from einops import reduce
 from torch import Tensor, nn
 
-from torchprobe.analysis.blocks import blocks, representations
+from torchprobe.analysis.inputs import blocks, representations
 from torchprobe.rendering.tables import Column
 from torchprobe.statistics import Moments
 from torchprobe.statistics.moments import OUTLIER_SHARE
@@ -19,17 +20,17 @@ if TYPE_CHECKING:
     from torchprobe.analysis.embeddings import Embeddings
 
 SIGMA = 6.0
-"""Standard deviations of its vector that a feature must be away from the mean of the vector (a choice of ours)."""
+"""An outlier lies more than so many standard deviations of its vector from the mean of the vector (we chose the number)."""
 
 
 def feature_columns(sigma: float = SIGMA) -> tuple[Column, ...]:
-    """The columns of a table of features whose outliers are ``sigma`` standard deviations out."""
+    """The columns of a table of features whose outliers lie ``sigma`` standard deviations from the mean."""
     return (
         Column("feature", "feature", "index within the representation", "index"),
         Column("outlier_share", "outlier share", f"share of the vectors with |h_i − mean h| > {sigma:g} std of that vector", "share"),
         Column("relative_size", "relative size", "mean |h_i| over images, divided by its average over features"),
         Column("energy_share", "energy share", "Σ h_i² as a share of the sum over all features", "share"),
-        Column("extreme_share", "extreme share", "share of the images in which |h_i| is the largest of all", "share"),
+        Column("extreme_share", "extreme share", "share of the images in which |h_i| is the largest of all features", "share"),
         Column("mean", "mean", "mean of h_i over images"),
         Column("std", "std", "standard deviation of h_i over images"),
     )
@@ -42,16 +43,16 @@ PEAK = Column("peak", "max|h_i| / mean|h|", "the largest |h_i| of any image, in 
 
 @dataclass(frozen=True)
 class OutlierFeatures:
-    """The features that are outliers often enough, and what each feature is like.
+    """The features that are outliers in enough vectors, and a table of all features.
 
     Attributes:
         indices: int64 (k,), the outlier features, most frequent first.
-        table: one row per feature, all d of them, most frequent outlier first; see ``columns``.
-        sigma: standard deviations that make an outlier.
-        frequency: share of the vectors from which a feature is an outlier feature.
-        vectors: how many were counted in.
-        constant_vectors: left out of ``outlier_share`` alone, because their variance is 0.
-        invalid_vectors: left out of everything because of nan or inf.
+        table: one row for each of the d features, most frequent outlier first; see ``columns``.
+        sigma: standard deviations from the mean that make an outlier.
+        frequency: share of the vectors in which an outlier feature is at least an outlier.
+        vectors: number of vectors counted.
+        constant_vectors: number left out of ``outlier_share`` only, because their variance is 0.
+        invalid_vectors: number left out of everything because of nan or inf.
     """
 
     indices: Tensor
@@ -67,7 +68,7 @@ class OutlierFeatures:
 
     @property
     def features(self) -> int:
-        """How many features there are in all, d."""
+        """The number d of all features."""
         return len(self.table)
 
     @property
@@ -77,7 +78,7 @@ class OutlierFeatures:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """What the table holds, with its help."""
+        """The columns of the table, with their help."""
         return (*feature_columns(self.sigma), PEAK)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -88,16 +89,17 @@ class OutlierFeatures:
 def outlier_features(h: Tensor | Embeddings, sigma: float = SIGMA, frequency: float = OUTLIER_SHARE) -> OutlierFeatures:
     """The features that lie more than ``sigma`` standard deviations from the mean of their vector in ``frequency`` of the vectors.
 
-    The rule is a choice of ours, as are six and a half: it asks for what vector kurtosis measures, of each feature. Among d features none
-    can be more than (d − 1)/√d standard deviations away; where that is no more than ``sigma`` the shares are nan and no feature is chosen.
+    We chose the rule, the 6 σ and the share of one half. The rule asks of each feature what vector kurtosis asks of a vector. Among d
+    features, none can be more than (d − 1)/√d standard deviations from the mean. If that is not more than ``sigma``, the shares are nan and
+    no feature is chosen.
 
     Args:
         h: (n, d), or embeddings.
-        sigma: how far out.
-        frequency: how often, as a share of the vectors; 0 takes every feature that is an outlier once.
+        sigma: standard deviations from the mean that make an outlier.
+        frequency: share of the vectors in which a feature must be an outlier; 0 takes every feature that is an outlier once.
 
     Raises:
-        ValueError: h is not (n, d), ``sigma`` not positive, or ``frequency`` outside [0, 1].
+        ValueError: h is not (n, d), ``sigma`` is not positive, or ``frequency`` is outside [0, 1].
 
     >>> h = torch.randn(200, 64)
     >>> h[:, 5] = 40
@@ -137,8 +139,8 @@ def feature_rows(moments: Moments, extreme: Tensor, vectors: int) -> list[dict[s
 
     Args:
         moments: of the representation.
-        extreme: int (d,), the vectors in which |h_i| is the largest of all.
-        vectors: how many there were.
+        extreme: int (d,), for each feature the number of vectors in which |h_i| is the largest of all.
+        vectors: number of vectors.
     """
     energy = moments.count * (moments.variance + moments.mean**2)
     parts = {
@@ -155,7 +157,13 @@ def feature_rows(moments: Moments, extreme: Tensor, vectors: int) -> list[dict[s
 
 
 class LLMInt8Outliers(NamedTuple):
-    """``indices`` int64 (k,) of the outlier features; ``layer_share`` and ``position_share`` float64 (d,) of every feature."""
+    """The result of :func:`llm_int8_outliers`.
+
+    Attributes:
+        indices: int64 (k,), the outlier features.
+        layer_share: float64 (d,), for every feature the share of the layers with a large value of it.
+        position_share: float64 (d,), for every feature the share of the positions with a large value of it.
+    """
 
     indices: Tensor
     layer_share: Tensor
@@ -165,15 +173,15 @@ class LLMInt8Outliers(NamedTuple):
 def llm_int8_outliers(
     layers: Sequence[Tensor], magnitude: float = 6.0, layer_share: float = 0.25, position_share: float = 0.06
 ) -> LLMInt8Outliers:
-    """The outlier features of LLM.int8(): abs(x_i) ≥ 6 somewhere in 25 % of the layers and at 6 % of all positions, for the same i.
+    """The outlier features of LLM.int8(): |x_i| ≥ 6 somewhere in 25 % of the layers and at 6 % of all positions, for the same i.
 
-    In absolute units, so it depends on the scale of the hidden states (Dettmers et al., NeurIPS 2022, arXiv 2208.07339).
+    The rule is in absolute units, so it depends on the scale of the hidden states (Dettmers et al., NeurIPS 2022, arXiv 2208.07339).
 
     Args:
         layers: the hidden states of each layer, (positions, d), all of one width.
-        magnitude: from which a value counts.
-        layer_share: of the layers that must have such a value of the feature.
-        position_share: of the positions of all layers together.
+        magnitude: a value counts from this size on.
+        layer_share: share of the layers that must have such a value of the feature.
+        position_share: share of the positions of all layers together that must have one.
 
     Raises:
         ValueError: no layer, or layers of different widths.
@@ -184,18 +192,19 @@ def llm_int8_outliers(
     tensor([2])
     """
     if not layers:
-        raise ValueError("there is no layer to look for outliers in")
+        raise ValueError("no layer was given: give the hidden states of at least one layer")
     states = [representations(layer) for layer in layers]
     if len(widths := {layer.shape[1] for layer in states}) > 1:
         raise ValueError(f"an outlier is the same feature in several layers, so they must have one width; got {sorted(widths)}")
-    counts = torch.stack([torch.stack([(block.abs() >= magnitude).sum(0) for block in blocks(layer)]).sum(0) for layer in states])
+    large = [[(block.abs() >= magnitude).sum(0) for block in blocks(layer)] for layer in states]
+    counts = torch.stack([reduce(of_layer, "blocks d -> d", "sum") for of_layer in large])
     in_layers = (counts > 0).double().mean(0)
     at_positions = counts.sum(0).double() / max(1, sum(map(len, states)))
     return LLMInt8Outliers(((in_layers >= layer_share) & (at_positions >= position_share)).nonzero().flatten(), in_layers, at_positions)
 
 
 class MassiveActivations(NamedTuple):
-    """Where they are: ``vectors`` and ``features`` int64 (k,), in row order, and their ``values`` (k,), float64."""
+    """The positions ``vectors`` and ``features``, int64 (k,), in row order, and the ``values``, float64 (k,)."""
 
     vectors: Tensor
     features: Tensor
@@ -205,8 +214,8 @@ class MassiveActivations(NamedTuple):
 def massive_activations(h: Tensor, magnitude: float = 100.0, ratio: float = 1000.0) -> MassiveActivations:
     """The values above 100 in size that are at least 1000 times the median size of their vector (Sun et al., COLM 2024, arXiv 2402.17762).
 
-    Sun et al. say "hidden state" and "around 1,000"; that the median is over the features of one vector is a choice of ours, and so is
-    the median itself where d is even (the mean of the middle two). nan is no massive activation.
+    Sun et al. say "hidden state" and "around 1,000". We take the median over the features of one vector, and for even d the mean of the
+    middle two. Nan is not a massive activation.
 
     >>> h = torch.ones(2, 8)
     >>> h[1, 3] = -2000
@@ -230,9 +239,9 @@ def massive_activations(h: Tensor, magnitude: float = 100.0, ratio: float = 1000
 
 
 def registers(tokens: Tensor, norm: float = 150.0) -> Tensor:
-    """Which tokens are as long as registers: Euclidean norm above 150 (Darcet et al., ICLR 2024, arXiv 2309.16588).
+    """The tokens that are as long as registers: Euclidean norm above 150 (Darcet et al., ICLR 2024, arXiv 2309.16588).
 
-    An outlier among tokens, not among features. The threshold is that of DINOv2's ViT-g and depends on the model.
+    A register is an outlier among tokens, not among features. The threshold is that of DINOv2's ViT-g and depends on the model.
 
     tokens (…, d) → bool (…); False for a token with nan.
 
@@ -248,14 +257,14 @@ def registers(tokens: Tensor, norm: float = 150.0) -> Tensor:
 def rms_kurtosis(h: Tensor | Embeddings) -> float:
     """Kurtosis of the root mean squares of the features: mean_j(s_j²) / (mean_j s_j)² with s_j = mean_n h_nj² (He et al., NeurIPS 2024).
 
-    Between 1, when all features are of one size, and d, when one has everything ("Understanding and Minimising Outlier Features in
-    Transformer Training", arXiv 2405.19279). It compares features over all images, where vector kurtosis does so image by image.
+    It lies between 1, when all features have the same size, and d, when all but one are 0 ("Understanding and Minimising Outlier Features
+    in Transformer Training", arXiv 2405.19279). It compares features over all images; vector kurtosis compares them in each image.
 
     Args:
-        h: (n, d), or embeddings; vectors with nan or inf are left out.
+        h: (n, d), or embeddings. Vectors with nan or inf are left out.
 
     Returns:
-        nan when nothing is left, or all of it is 0.
+        The kurtosis; nan if no vector is left, or all are 0.
 
     >>> rms_kurtosis(torch.tensor([[1.0, -1.0], [-2.0, 2.0]])), rms_kurtosis(torch.tensor([[1.0, 0.0]]))
     (1.0, 2.0)
@@ -273,13 +282,13 @@ def rms_kurtosis(h: Tensor | Embeddings) -> float:
 
 @dataclass(frozen=True)
 class LayerNormOutliers:
-    """How often each feature is an outlier among the parameters of the LayerNorms.
+    """The features that are outliers among the parameters of the LayerNorms.
 
     Attributes:
-        indices: int64 (k,), the features beyond three standard deviations in γ in at least half of the LayerNorms, or so in β.
-        gain_share: float64 (d,), the share of the LayerNorms in which γ is.
-        bias_share: float64 (d,), the share of those with a bias in which β is; nan when none has one.
-        names: of the LayerNorms.
+        indices: int64 (k,), the features whose γ, or whose β, is an outlier in at least half of the LayerNorms.
+        gain_share: float64 (d,), the share of the LayerNorms in which γ of a feature is an outlier.
+        bias_share: float64 (d,), the share of the LayerNorms with a bias in which β is an outlier; nan if none has a bias.
+        names: the names of the LayerNorms.
     """
 
     indices: Tensor
@@ -292,13 +301,13 @@ def layer_norm_outliers(model: nn.Module, features: int | None = None, sigma: fl
     """Outlier features by the weights alone: LayerNorm gains or biases beyond 3σ of their layer in at least half of the LayerNorms.
 
     Kovaleva et al. ("BERT Busters", Findings of ACL 2021, arXiv 2105.06990) and Puccetti et al. (Findings of EMNLP 2022, arXiv 2205.11380).
-    Those are LayerNorms at the output of a layer; taking all of one width is a choice of ours.
+    They use the LayerNorms at the output of a layer; we use all LayerNorms of one width.
 
     Args:
-        model: any module; every ``nn.LayerNorm`` over one dimension in it counts, subclasses too.
-        features: their width; may be left out when there is only one.
-        sigma: standard deviations (population) from the mean of γ, or of β.
-        share: of the LayerNorms.
+        model: any module. Every ``nn.LayerNorm`` over one dimension in it counts, subclasses too.
+        features: their width; may be left out if all have the same.
+        sigma: standard deviations (population) from the mean of γ, or of β, that make an outlier.
+        share: share of the LayerNorms in which an outlier feature must be an outlier.
 
     Raises:
         ValueError: no LayerNorm with parameters, none of that width, or several widths to choose from.
@@ -330,7 +339,7 @@ def layer_norm_outliers(model: nn.Module, features: int | None = None, sigma: fl
 
 
 def _beyond(parameters: Sequence[Tensor], features: int, sigma: float) -> Tensor:
-    """The share of the vectors in which each element is more than ``sigma`` standard deviations from their mean."""
+    """For each element, the share of the vectors in which it is more than ``sigma`` standard deviations from the mean of the vector."""
     if not parameters:
         return torch.full((features,), math.nan, dtype=torch.float64)
     rows = torch.stack([parameter.detach().double().cpu() for parameter in parameters])

@@ -1,4 +1,4 @@
-"""Batches of pixels and labels from whatever holds images."""
+"""Batches of pixels and labels from anything that holds images."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from typing import Any
 
 from torch import Tensor
 
-from torchprobe.datasets.images import Batch, DatasetError, Images, reason, rgb, stack
-from torchprobe.datasets.labelled import LabelledImages
+from torchprobe.common.messages import reason
+from torchprobe.datasets.images import Batch, DatasetError, Images, rgb, stack
+from torchprobe.datasets.labeled import LabeledImages
 
 _UNKNOWN = -1
 
 
 class Source:
-    """A set of images, cut into batches: the same ones whoever reads them.
+    """A set of images in batches, which are the same for every reader.
 
     Args:
         dataset: :class:`torchprobe.datasets.Images`, or a map-style PyTorch data set.
         preprocess: PIL image → tensor (3, H, W); None if the encoder has none.
         size: images in a batch.
-        workers: threads that decode files. A PyTorch data set is read by one thread, in order, for none promises to bear more.
+        workers: threads that decode files. A PyTorch data set is read by one thread, in order, because it may not allow more.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: the data set is neither.
         DatasetError: it is empty.
-        ValueError: ``size`` or ``workers`` below 1.
+        ValueError: ``size`` or ``workers`` is below 1.
     """
 
     def __init__(self, dataset: Any, preprocess: Callable[[Any], Tensor] | None, size: int, workers: int) -> None:
@@ -39,29 +40,29 @@ class Source:
             raise ValueError(f"batch_size and workers must be at least 1, got {size} and {workers}")
         if not (hasattr(dataset, "__len__") and (isinstance(dataset, Images) or hasattr(dataset, "__getitem__"))):
             raise TypeError(
-                f"expected Images, such as image_folder gives, or a PyTorch data set with len() and [index], got {type(dataset).__name__}"
+                f"expected Images, as image_folder returns them, or a PyTorch data set with len() and [index], got {type(dataset).__name__}"
             )
         if not len(dataset):
             raise DatasetError("the data set is empty: there is nothing to embed")
         if isinstance(dataset, Images) and preprocess is None:
-            raise ValueError("nothing says how an image becomes a tensor: the encoder has no .preprocess; give a data set of tensors")
+            raise ValueError("the encoder has no .preprocess, which turns images into tensors: give a data set of tensors")
         self.dataset, self.preprocess, self.size, self.workers = dataset, preprocess, size, workers
-        self.classes = dataset.classes if isinstance(dataset, LabelledImages) else None
-        self.groups = dict(dataset.groups) if isinstance(dataset, LabelledImages) and dataset.groups else None
+        self.classes = dataset.classes if isinstance(dataset, LabeledImages) else None
+        self.groups = dict(dataset.groups) if isinstance(dataset, LabeledImages) and dataset.groups else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     @property
     def batches(self) -> int:
-        """How many there are."""
+        """The number of batches."""
         return -(-len(self) // self.size)
 
     def read(self, only: Sequence[int]) -> Generator[tuple[Batch, list[int]], None, None]:
-        """The batches of these numbers, in this order, each with the labels of what could be read."""
+        """The batches with these numbers, in this order, each with the labels of the images that could be read."""
         if isinstance(self.dataset, Images):
             assert self.preprocess is not None
-            labels = self.dataset.labels if isinstance(self.dataset, LabelledImages) else None
+            labels = self.dataset.labels if isinstance(self.dataset, LabeledImages) else None
             for batch in self.dataset.batches(self.preprocess, self.size, self.workers, only):
                 yield batch, [_UNKNOWN if labels is None else int(labels[i]) for i in batch.indices]
             return
@@ -76,11 +77,11 @@ class Source:
                 thread.shutdown(wait=False, cancel_futures=True)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this set from others: files by names, sizes and labels; another data set by its type, length and repr."""
+        """Facts that tell this set from others: names, sizes and labels of files; type, length and repr of a PyTorch data set."""
         described: list[Any]
         if isinstance(self.dataset, Images):
             described = [[self.dataset.name(path), _bytes(path)] for path in self.dataset.paths]
-            if isinstance(self.dataset, LabelledImages):
+            if isinstance(self.dataset, LabeledImages):
                 described += [[int(label) for label in self.dataset.labels], self.dataset.border]
                 described += [self.classes, sorted((self.groups or {}).items())]
         else:
@@ -95,7 +96,7 @@ class Source:
         for index in indices:
             try:
                 item = self.dataset[index]
-            except Exception as error:  # whatever a data set meets in its files
+            except Exception as error:  # a data set may raise anything when it reads a file
                 batch.unreadable.append((str(index), reason(error)))
                 continue
             image, label = (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) > 1 else (item, None)
@@ -103,7 +104,7 @@ class Source:
                 tensor = image if isinstance(image, Tensor) else self._tensor(image, index)
             except DatasetError:
                 raise
-            except Exception as error:  # decoding may be put off until now
+            except Exception as error:  # PIL may decode the image only now
                 batch.unreadable.append((str(index), reason(error)))
                 continue
             tensors.append(tensor)
@@ -114,13 +115,13 @@ class Source:
         return batch, labels
 
     def _tensor(self, image: Any, index: int) -> Tensor:
-        if not (hasattr(image, "mode") and hasattr(image, "convert")):  # PIL, which need not be installed
+        if not (hasattr(image, "mode") and hasattr(image, "convert")):  # a PIL image; PIL may not be installed
             raise DatasetError(
                 f"item {index} of the data set is {type(image).__name__}; expected a PIL image or a tensor, alone or as (image, label)"
             )
         if self.preprocess is None:
             raise DatasetError(
-                f"item {index} of the data set is a PIL image, and the encoder has no .preprocess: let the data set give tensors"
+                f"item {index} of the data set is a PIL image, and the encoder has no .preprocess: let the data set return tensors"
             )
         return self.preprocess(rgb(image))
 
@@ -139,10 +140,10 @@ def _label(label: Any, index: int) -> int:
         value = int(label.item() if isinstance(label, Tensor) else label.__index__())
     except (TypeError, AttributeError) as error:
         raise DatasetError(
-            f"the label of item {index} of the data set is {label!r}; expected a whole number, a row of the head, or None"
+            f"the label of item {index} of the data set is {label!r}; expected a whole number (a row of the head), or None"
         ) from error
     if value < _UNKNOWN:
-        raise DatasetError(f"the label of item {index} of the data set is {value}; expected a row of the head, or -1 where it is not known")
+        raise DatasetError(f"the label of item {index} of the data set is {value}; expected a row of the head, or -1 if unknown")
     return value
 
 

@@ -15,11 +15,16 @@ from torchprobe.cli.tools import (
     MODEL,
     console,
     device_named,
+    device_option,
+    interruptible,
+    json_option,
+    output_option,
     print_files,
     print_json,
     progress_bar,
     say,
     stage_bar,
+    workers_option,
     working,
 )
 from torchprobe.rendering.tables import printable
@@ -28,9 +33,10 @@ if TYPE_CHECKING:
     from torchprobe.datasets import Broden
 
 HELP = (
-    "What do the units of MODEL detect? Matches every unit of some layers with every concept of a labelled set in the format of Broden: by "
-    "the overlap of its activated region with the concept's (iou), and by how well it ranks the images that show the concept (ap). Writes "
-    f"tables, results and a page for each layer; goes on after an interruption with --resume.\n\n{MODEL} Left out with --check."
+    "What do the units of MODEL detect? Compares every unit of some layers with every concept of a labeled data set in the format of "
+    "Broden. The scores are the overlap of the activated region with the concept (iou), and the ranking of the images by the unit (ap). "
+    "Writes tables, results and a page for each layer. --resume continues an interrupted run.\n\n"
+    f"{MODEL} Not needed with --check."
 )
 
 
@@ -46,16 +52,16 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
         return found
 
 
-@click.command(epilog=EXIT_CODES, help=HELP)
+@click.command(epilog=EXIT_CODES, short_help="Find out which concepts the units of an encoder detect.", help=HELP)
 @click.argument("model", required=False)
-@click.option("--layers", multiple=True, metavar="PATTERN", help="Names or globs of layers; may be repeated. See torchprobe layers.")
+@click.option("--layers", multiple=True, metavar="PATTERN", help="Name or glob of layers; may be repeated. See torchprobe layers.")
 @click.option("--broden", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder in the format of Broden.")
-@click.option("--out", type=click.Path(path_type=Path), default="torchprobe-dissection", show_default=True, metavar="DIR")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run in --out.")
+@output_option("torchprobe-dissection")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run in --out.")
 @click.option("--score", type=Scores(), default="iou,ap", show_default=True, help="iou needs layers with positions.")
-@click.option("--check", is_flag=True, help="List every problem of the folder, and do no more.")
+@click.option("--check", is_flag=True, help="Only list every problem of the data set.")
 @click.option("--split", type=click.Choice(["train", "val"]), help="Only this part of the images.")
-@click.option("--category", "categories", multiple=True, metavar="NAME", help="Only these categories; may be repeated.")
+@click.option("--category", "categories", multiple=True, metavar="NAME", help="Only this category; may be repeated.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images; their order is random.")
 @click.option("--mode", type=click.Choice(["default", "netdissect", "global"]), default="default", show_default=True)
 @click.option(
@@ -63,26 +69,41 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Share of activations above the threshold.  [default: 0.005]",
 )
-@click.option("--sign", type=click.Choice(["positive", "negative", "both"]), default="positive", show_default=True, help="Of ap.")
-@click.option("--negatives", type=click.Choice(["category", "all"]), default="category", show_default=True, help="Of ap.")
+@click.option(
+    "--sign", type=click.Choice(["positive", "negative", "both"]), default="positive", show_default=True, help="Sign of a unit, for ap."
+)
+@click.option(
+    "--negatives",
+    type=click.Choice(["category", "all"]),
+    default="category",
+    show_default=True,
+    help="Images to rank for ap: those annotated for the category, or all.",
+)
 @click.option("--pooling", type=click.Choice(["max", "mean"]), default="max", show_default=True, help="How a map becomes a score, for ap.")
 @click.option(
     "--minimum-area",
     type=click.FloatRange(0, 1),
     default=0.0,
     show_default=True,
-    help="Share of an image that a concept must cover to be in it, for ap.",
+    help="Smallest share of an image that a concept must cover, for ap.",
 )
 @click.option(
     "--positions",
     type=click.Choice(["patch", "class", "all"]),
     default="patch",
     show_default=True,
-    help="Of tokens; class and all for ap only.",
+    help="Which tokens; class and all only for ap.",
 )
 @click.option("--rotate", is_flag=True, help="Dissect a random rotation of each layer (--seed): the control for its axes.")
-@click.option("--shuffle-labels", type=int, metavar="SEED", help="Give the images each other's labels: the null.")
-@click.option("--null", "nulls", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="An earlier --out to compare with.")
+@click.option("--shuffle-labels", type=int, metavar="SEED", help="Shuffle the labels of the images: a null.")
+@click.option(
+    "--null",
+    "nulls",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="An earlier --out to compare with.",
+)
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights: .safetensors, .pt, .pth, .ckpt.")
 @click.option("--random-init", is_flag=True, help="Random weights from --seed, batch norms calibrated on the images: a null.")
 @click.option("--pictures", type=click.IntRange(min=0), default=5, show_default=True, help="Top images of each unit on the page.")
@@ -92,19 +113,19 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
     "--memory",
     type=click.IntRange(min=1),
     metavar="MIB",
-    help="For the thresholds of a layer; beyond it they are estimated.  [default: 256]",
+    help="Memory for the thresholds of a layer; if it is too small, they are estimated.  [default: 256]",
 )
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto takes an accelerator if there is one.")
-@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Threads that decode images.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --random-init and --rotate.")
-@click.option("--json", "as_json", is_flag=True, help="JSON on standard output, nothing else.")
+@device_option
+@workers_option
+@click.option("--seed", type=int, default=0, show_default=True, help="For --random-init and --rotate.")
+@json_option
 def dissect(model: str | None, layers: tuple[str, ...], folder: Path, check: bool, as_json: bool, **options: Any) -> None:
     if check:
         return _check(folder, options["workers"], as_json)
     if model is None:
-        raise click.UsageError("Missing argument 'MODEL'. Only --check does without.")
+        raise click.UsageError("Missing argument 'MODEL'; only --check works without it.")
     if not layers:
-        raise click.UsageError("--layers is missing; torchprobe layers MODEL lists what there is")
+        raise click.UsageError("--layers is missing; torchprobe layers MODEL lists the layers")
     if options["checkpoint"] and options["random_init"]:
         raise click.UsageError("--checkpoint and --random-init exclude each other")
     _dissect(model, layers, folder, as_json, **options)
@@ -149,13 +170,11 @@ def _dissect(
 ) -> None:
     import torch
 
+    from torchprobe.common.ranks import torchrun
     from torchprobe.datasets import Broden
     from torchprobe.encoders import load_encoder
     from torchprobe.rendering import page
-    from torchprobe.studies.dissect import dissect_folder, summary
-    from torchprobe.studies.dissect_pages import earlier, recalibrate, write_pages
-    from torchprobe.studies.dissect_text import print_dissections
-    from torchprobe.common.ranks import torchrun
+    from torchprobe.studies.dissect import dissect_folder, earlier, print_dissections, recalibrate, write_pages
 
     page.require()
     broden: Broden = Broden(folder, split, categories or None)
@@ -167,22 +186,24 @@ def _dissect(
             encoder = load_encoder(model, checkpoint, pretrained=not random_init).to(place)
             if random_init:
                 recalibrate(encoder, broden, options["batch_size"])
-        options["images"] = None if limit is None else range(min(limit, len(broden)))
+        options["rows"] = None if limit is None else range(min(limit, len(broden)))
         options["basis"] = "rotation" if rotate else None
         if memory is not None:
             options["memory"] = memory << 20
         try:
-            with stage_bar(quiet=rank > 0) as progress:
-                results = dissect_folder(encoder, broden, layers, out, seed=seed, progress=progress, **options)
+            with interruptible() as stop, stage_bar(quiet=rank > 0) as progress:
+                results = dissect_folder(encoder, broden, layers, out, seed=seed, progress=progress, stop=stop, **options)
         except KeyboardInterrupt:
-            say(f"Interrupted. The same command with --resume goes on from what is in {os.fspath(out)}.")
+            say(f"Interrupted. To continue from {os.fspath(out)}, run the same command with --resume.")
             raise click.exceptions.Exit(INTERRUPTED) from None
         if rank > 0:
             return
-        with progress_bar("pages") as told:
-            files = write_pages(out, results, broden, encoder, against, pictures, evidence, rotate, told)
+        with progress_bar("pages") as tell:
+            files = write_pages(out, results, broden, encoder, against, pictures, evidence, rotate, tell)
     if as_json:
-        print_json({"layers": [summary(result) for result in results.values()], "files": {kind: str(path) for kind, path in files.items()}})
+        print_json(
+            {"layers": [result.summary() for result in results.values()], "files": {kind: str(path) for kind, path in files.items()}}
+        )
     else:
         print_dissections(results, against, console())
         print_files(files)

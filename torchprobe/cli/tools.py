@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, what they print and how, progress, interruptions."""
+"""What the commands share: exit codes, options, printing, progress, and interruptions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
 
+from torchprobe.common.files import to_json
+from torchprobe.common.runs import CountCallback, Progress
 from torchprobe.rendering.tables import printable
 
 OK, FAILED, USAGE, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -22,10 +24,10 @@ OK, FAILED, USAGE, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = """\b
 Exit codes:
   0    done
-  1    it could not be done; the message says why
-  2    the command line is wrong
+  1    failed; the message says why
+  2    wrong command line
   3    doctor: a check failed; dissect --check: the folder has problems
-  130  interrupted (Ctrl-C); what was seen until then was written, if anything was
+  130  interrupted (Ctrl-C); results so far were written, if there were any
 """
 
 MODEL = (
@@ -33,30 +35,51 @@ MODEL = (
     "timm:vit_small_patch14_dinov2, torchvision:resnet50/IMAGENET1K_V2, open_clip:ViT-B-32/laion2b_s34b_b79k."
 )
 
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+# -- options that several commands have ------------------------------------------------------------------------------------
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto uses an accelerator if available."
+)
+workers_option = click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Threads that decode images.")
+
+
+def output_option(default: str) -> Callable[[Command], Command]:
+    """``--out``, also under the name ``--output``."""
+    return click.option(
+        *("--out", "--output", "out"),
+        type=click.Path(path_type=Path),
+        default=default,
+        show_default=True,
+        metavar="DIR",
+        help="Folder for the results.",
+    )
+
 
 # -- printing ------------------------------------------------------------------------------------------------------------
 
 
 def print_files(files: dict[str, Path]) -> None:
-    """The paths, the page last, each whole on its line so that it can be copied."""
+    """Prints the paths, the page last. Each path is on one line, so that it can be copied."""
     click.echo()
     for kind, path in sorted(files.items(), key=lambda item: item[0] == "page"):
         click.echo(f"{kind:<10} {printable(path.resolve())}")
 
 
 def print_json(value: object) -> None:
-    from torchprobe.common.files import to_json
-
     click.echo(to_json(value))
 
 
 def console() -> Console:
-    """Standard output; into a pipe or a file wide enough that names stay whole."""
+    """Standard output; 160 characters wide in a pipe or a file, so that names are not cut."""
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 
 def say(message: str) -> None:
-    """One message on standard error."""
+    """Prints a message on standard error."""
     click.echo("\n".join(map(printable, message.splitlines())), err=True)
 
 
@@ -71,15 +94,16 @@ def show_warning(
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """A sign of life on standard error while something of unknown length runs."""
+    """Shows on standard error that work of unknown length continues."""
     with Console(stderr=True).status(what):
         yield
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left on standard error; nothing where that is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+def progress_bar(what: str) -> Iterator[CountCallback]:
+    """A bar with the remaining time on standard error; nothing if standard error is not a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("{task.description}"),
@@ -90,14 +114,14 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks for an end after the running batch, so that what was seen is whole; the second does not wait."""
+    """The first Ctrl-C stops the run after the present batch, so that the results so far are complete. The second stops it at once."""
     asked = False
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -115,6 +139,11 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def device_named(name: str) -> str:
+    """The device of ``--device``.
+
+    Raises:
+        click.BadParameter: it cannot be used on this machine.
+    """
     import torch
 
     if name == "auto":
@@ -127,18 +156,21 @@ def device_named(name: str) -> str:
 
 
 @contextlib.contextmanager
-def stage_bar(quiet: bool = False, every: float = 60.0) -> Iterator[Callable[[Any], None]]:
-    """For work that tells a :class:`torchprobe.dissection.Progress`: a bar with the time left on standard error; where that is no terminal,
-    a line every so many seconds, so that a log shows it too."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def stage_bar(quiet: bool = False, every: float = 60.0) -> Iterator[Callable[[Progress], None]]:
+    """A bar with the remaining time on standard error, for work that reports :class:`torchprobe.common.runs.Progress`.
+
+    If standard error is not a terminal, a line is printed every so many seconds, so that a log shows the progress.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
 
     stderr = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
     said = time.monotonic()
-    with Progress(*columns, console=stderr, transient=True, disable=quiet or not stderr.is_terminal) as bar:
+    with Bar(*columns, console=stderr, transient=True, disable=quiet or not stderr.is_terminal) as bar:
         task = bar.add_task("", total=None, left="")
 
-        def tell(progress: Any) -> None:
+        def tell(progress: Progress) -> None:
             nonlocal said
             left = "" if progress.remaining is None else f"{duration(progress.remaining)} left"
             bar.update(task, description=progress.stage, completed=progress.done, total=progress.total, left=left)
@@ -150,7 +182,7 @@ def stage_bar(quiet: bool = False, every: float = 60.0) -> Iterator[Callable[[An
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people.
+    """Seconds as hours, minutes and seconds.
 
     >>> duration(9), duration(75), duration(3 * 3600 + 125)
     ('0:09', '1:15', '3:02:05')

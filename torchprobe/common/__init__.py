@@ -1,13 +1,12 @@
-"""The ground floor: what every room uses and nobody owns.
+"""The ground floor: helpers that every other package uses.
 
-======================================  ==================================================================
-:mod:`torchprobe.common.files`          files that are written whole or not at all; JSON without nan
-:mod:`torchprobe.common.storage`        tensors and plain values in one safetensors file
-:mod:`torchprobe.common.ranks`          the processes that share a run
-:mod:`torchprobe.common.progress`       how far a run is
-:mod:`torchprobe.common.digest`         telling tensors apart without keeping them
-:mod:`torchprobe.common.options`        the options that every long run has
-:mod:`torchprobe.common.deprecation`    old public names, which keep working with a warning
-:mod:`torchprobe.common.distribution`   the name to ``pip install``
-======================================  ==================================================================
+=====================================  =========================================================================
+:mod:`torchprobe.common.files`         files that are written as a whole or not at all; JSON without nan
+:mod:`torchprobe.common.storage`       tensors and plain values in one safetensors file; digests of tensors
+:mod:`torchprobe.common.ranks`         the processes that share a run
+:mod:`torchprobe.common.runs`          the options of a long run, how far it is, and when it will end
+:mod:`torchprobe.common.records`       typed results that read as mappings and that JSON can hold
+:mod:`torchprobe.common.messages`      parts of messages; the name for ``pip install``
+:mod:`torchprobe.common.deprecation`   old public names, which keep working with a warning
+=====================================  =========================================================================
 """

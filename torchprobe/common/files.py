@@ -1,4 +1,4 @@
-"""Writing files: an interruption never leaves half of one, and JSON is valid JSON."""
+"""Writing files: an interruption leaves no incomplete file, and JSON is valid JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well and is removed when it does not.
+    """A temporary path next to ``path``. It replaces ``path`` when the block ends, and it is removed if the block raises.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "a.txt"
@@ -25,7 +25,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask says; some writers make files that only their owner can read
+        mode = temporary.stat().st_mode  # as the umask says; some writers create files that only their owner can read
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
@@ -34,7 +34,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def to_json(value: object) -> str:
-    """JSON in which nan and inf, which JSON does not know, are null.
+    """JSON, with null in place of nan and inf, which JSON does not have.
 
     >>> to_json({"a": math.nan})
     '{\\n  "a": null\\n}'

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 
 class Ranks:
-    """``rank`` and ``size``, and what they tell each other, by way of the host. All of them call the same methods in the same order.
+    """``rank``, the number ``size`` of ranks, and values that they send each other over the host.
+
+    All ranks must call the same methods in the same order.
 
     >>> with Ranks() as ranks:
     ...     (ranks.rank, ranks.size, ranks.from_first("a"), list(ranks.to_first("b")))
@@ -41,20 +45,34 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Waits for all."""
+        """Waits for all ranks."""
         if self._group is not None:
             torch.distributed.barrier(self._group)
 
     def from_first(self, value: Any) -> Any:
-        """What the first rank calls this with."""
+        """The value of the first rank, on every rank."""
         if self._group is None:
             return value
         box = [value]
         torch.distributed.broadcast_object_list(box, 0, group=self._group)
         return box[0]
 
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Calls ``action`` on the first rank only. All ranks return its result, or raise its error."""
+        outcome: Any = None
+        if self.first:
+            try:
+                outcome = action()
+            except (OSError, RuntimeError, ValueError, KeyboardInterrupt) as error:
+                outcome = error
+        outcome = self.from_first(outcome)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        result: T = outcome
+        return result
+
     def to_first(self, value: Any) -> Iterator[Any]:
-        """On the first rank what the others call this with, one after the other, so that only one is in memory; nothing elsewhere."""
+        """On the first rank, the values of the other ranks, one at a time to save memory; on the other ranks, nothing."""
         if self._group is None:
             return
         for sender in range(1, self.size):
@@ -68,7 +86,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def torchrun() -> Iterator[tuple[int, int | None]]:
-    """Joins the processes that ``torchrun`` started for the length of the block: (rank, rank on this machine); (0, None) without it.
+    """Joins the processes of ``torchrun`` during the block: (rank, rank on this machine), or (0, None) without ``torchrun``.
 
     >>> with torchrun() as (rank, local):
     ...     rank

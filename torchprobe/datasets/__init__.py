@@ -1,22 +1,26 @@
 """Where inputs come from.
 
-=======================  ==================================================================
-:class:`Images`          image files in batches; what cannot be decoded is counted and named
-:func:`image_folder`     the images beneath a folder
-:class:`LabelledImages`  images with a row of the head each
-:func:`labelled_folder`  one folder a class
+=======================  ========================================================================
+:class:`Images`          image files in batches; files that cannot be read are counted and named
+:func:`image_folder`     the images in a folder and its subfolders
+:class:`LabeledImages`   images with labels, which are rows of the head
+:func:`labeled_folder`   one folder for each class
 :func:`imagenet_set`     ImageNet, -V2, -R, -Sketch, -A and ObjectNet, from the folders of their releases
 :class:`Broden`          pictures with their concepts, in the format of the Broden data set
-:class:`BrodenWriter`    any segmentation set into that format
-:func:`validate`         every problem of such a folder
-=======================  ==================================================================
+:class:`BrodenWriter`    writes any segmentation data set in that format
+:func:`validate`         finds every problem of such a folder
+:class:`DatasetError`    the error of a folder or a file that cannot be used
+=======================  ========================================================================
 """
 
+from torchprobe.common.deprecation import renamed
 from torchprobe.datasets.broden import Broden, BrodenWriter, validate
 from torchprobe.datasets.imagenet import imagenet_set
 from torchprobe.datasets.images import DatasetError, Images, image_folder
-from torchprobe.datasets.labelled import LabelledImages, labelled_folder
+from torchprobe.datasets.labeled import LabeledImages, labeled_folder
 
 __all__ = [
-    "Broden", "BrodenWriter", "DatasetError", "Images", "LabelledImages", "image_folder", "imagenet_set", "labelled_folder", "validate",
+    "Broden", "BrodenWriter", "DatasetError", "Images", "LabeledImages", "image_folder", "imagenet_set", "labeled_folder", "validate",
 ]  # fmt: skip
+
+__getattr__ = renamed(__name__, {"LabelledImages": "LabeledImages", "labelled_folder": "labeled_folder"})

@@ -1,4 +1,4 @@
-"""Image files in batches, without losing one silently."""
+"""Image files in batches. Files that cannot be read are counted and named."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from torchprobe.common.messages import reason
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""The files that are taken for images; the case does not matter."""
+"""The endings of image files, in any case."""
 
 
 class DatasetError(RuntimeError):
-    """A folder or file that cannot be used; the message says which, and what was expected."""
+    """A folder or a file cannot be used. The message says which one, and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Images:
 
     Args:
         paths: the files.
-        root: the folder they are named relative to.
+        root: the folder that names of files are relative to.
     """
 
     paths: Sequence[Path]
@@ -41,23 +43,23 @@ class Images:
         return len(self.paths)
 
     def name(self, path: Path) -> str:
-        """How a file is called in messages and tables."""
+        """The name of a file in messages and tables."""
         return path.relative_to(self.root).as_posix() if self.root and path.is_relative_to(self.root) else str(path)
 
     def batches(
         self, preprocess: Callable[[Image], Tensor], size: int, workers: int = 2, only: Sequence[int] | None = None
     ) -> Iterator[Batch]:
-        """Batches of up to ``size`` files, decoded and preprocessed by threads, two batches ahead.
+        """Batches of up to ``size`` files. Threads decode and preprocess two batches ahead.
 
         Args:
-            preprocess: PIL image in RGB → tensor (3, H, W), the same shape for all.
+            preprocess: PIL image in RGB → tensor (3, H, W), the same shape for all images.
             size: files in a batch.
-            workers: threads.
-            only: which of the batches, by number, in this order; None: all.
+            workers: number of threads.
+            only: the numbers of the batches to return, in this order; None: all.
 
         Raises:
             ValueError: ``size`` or ``workers`` below 1.
-            DatasetError: ``preprocess`` gives tensors of different shapes.
+            DatasetError: ``preprocess`` returns tensors of different shapes.
         """
         if size < 1 or workers < 1:
             raise ValueError(f"size and workers must be at least 1, got {size} and {workers}")
@@ -71,7 +73,7 @@ class Images:
                         ahead.append([threads.submit(_load, path, preprocess) for path in later])
                     yield self._collect(start, group, [future.result() for future in ahead.popleft()])
             finally:
-                threads.shutdown(wait=False, cancel_futures=True)  # whoever stops early does not wait
+                threads.shutdown(wait=False, cancel_futures=True)  # a caller that stops early does not wait
 
     def _collect(self, start: int, group: Sequence[Path], results: list[Tensor | str]) -> Batch:
         batch = Batch(files=len(group))
@@ -87,10 +89,14 @@ class Images:
 
 @dataclass
 class Batch:
-    """A group of files: the pixels of those that could be read, and the others with the reason.
+    """A group of files.
 
-    ``pixels`` has shape (len(names), 3, H, W); ``indices`` are the positions of those in the set;
-    ``files`` = len(names) + len(unreadable).
+    Attributes:
+        files: number of files, ``len(names) + len(unreadable)``.
+        pixels: of the files that could be read, shape (len(names), 3, H, W).
+        names: of these files.
+        indices: positions of these files in the data set.
+        unreadable: the other files, each with the reason.
     """
 
     files: int
@@ -101,56 +107,68 @@ class Batch:
 
 
 def stack(tensors: Sequence[Tensor], names: Sequence[str]) -> Tensor:
-    """One tensor of all; ``torch.empty(0)`` of none.
+    """Stacks the tensors of a batch; without tensors the result is ``torch.empty(0)``.
 
     Raises:
-        DatasetError: they differ in shape; names two that do.
+        DatasetError: two tensors differ in shape; the message names both.
+
+    >>> stack([torch.zeros(3, 2, 2)], ["a.png"]).shape
+    torch.Size([1, 3, 2, 2])
     """
     for tensor, name in zip(tensors, names, strict=True):
         if tensor.shape != tensors[0].shape:
             shapes = f"{names[0]} becomes {tuple(tensors[0].shape)}, {name} {tuple(tensor.shape)}"
-            raise DatasetError(f"the preprocessing must give all images the same shape: {shapes}; resize and crop")
+            raise DatasetError(f"the preprocessing must return the same shape for all images: {shapes}; resize and crop")
     return torch.stack(list(tensors)) if tensors else torch.empty(0)
 
 
 def rgb(image: Image) -> Image:
-    """The image in RGB, transparent colours as they are underneath.
+    """The image in RGB. Transparent pixels keep their color without the transparency.
 
     Raises:
-        ValueError: pixels of more than 8 bits, whose range is not known.
+        ValueError: the pixels have more than 8 bits, so their range is unknown.
     """
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"pixels of mode {image.mode} (more than 8 bits), whose range is not known")
+        raise ValueError(f"pixels of mode {image.mode} have more than 8 bits, and their range is unknown")
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
-def reason(error: BaseException) -> str:
-    """An error in one short line."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-
-
 def image_folder(root: str | os.PathLike[str], limit: int | None = None, seed: int = 0) -> Images:
-    """The image files anywhere beneath ``root``, sorted by path; links to folders are followed, each folder once.
+    """The image files in ``root`` and its subfolders, sorted by path. Links to folders are followed; each folder is read once.
 
     Args:
         root: a folder.
-        limit: take so many of them, chosen at random (the first so many might all be of one class).
-        seed: of that choice.
+        limit: take this number of images, chosen at random; the first images might all be of one class.
+        seed: of the random choice.
 
     Raises:
-        DatasetError: no such folder, or no image in it.
+        DatasetError: the folder does not exist, or it has no images.
         ValueError: ``limit`` below 1.
 
     >>> import tempfile
     >>> image_folder(tempfile.mkdtemp())  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
-    torchprobe.datasets.images.DatasetError: no image beneath …
+    torchprobe.datasets.images.DatasetError: no images in …
     """
     root = Path(root)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if not root.is_dir():
-        raise DatasetError(f"{root} is {'a file' if root.exists() else 'not there'}; expected a folder with images")
+        raise DatasetError(f"{root} {'is a file' if root.exists() else 'does not exist'}; expected a folder with images")
+    paths, others = image_files(root)
+    if not paths:
+        found = f"it has {others} other files" if others else "it is empty"
+        raise DatasetError(f"no images in {root}; {found}. Expected files ending in {', '.join(sorted(SUFFIXES))}")
+    if limit is not None and limit < len(paths):
+        paths = sorted(random.Random(seed).sample(paths, limit))
+    return Images(paths, root)
+
+
+def image_files(root: Path) -> tuple[list[Path], int]:
+    """The image files in a folder and its subfolders, sorted by path, and the number of other files.
+
+    Links to folders are followed; each folder is read once.
+    """
     paths: list[Path] = []
     visited: set[str] = set()
     others = 0
@@ -162,21 +180,15 @@ def image_folder(root: str | os.PathLike[str], limit: int | None = None, seed: i
         images = [Path(folder, file) for file in files if Path(file).suffix.lower() in SUFFIXES]
         paths += images
         others += len(files) - len(images)
-    if not paths:
-        seen = f"; it holds {others} other files" if others else "; it is empty"
-        raise DatasetError(f"no image beneath {root}{seen}. Expected files ending in {', '.join(sorted(SUFFIXES))}")
-    paths.sort()
-    if limit is not None and limit < len(paths):
-        paths = sorted(random.Random(seed).sample(paths, limit))
-    return Images(paths, root)
+    return sorted(paths), others
 
 
 def _load(path: Path, preprocess: Callable[[Image], Tensor]) -> Tensor | str:
-    """The tensor, or why there is none."""
+    """The tensor, or the reason why the file could not be read."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             return preprocess(rgb(image))
-    except Exception as error:  # a decoder meeting hostile bytes may raise anything
+    except Exception as error:  # a decoder may raise anything on damaged bytes
         return reason(error)

@@ -1,8 +1,8 @@
-"""Units against concepts: what a layer's units detect, and what of it is beyond chance.
+"""Units against concepts: what the units of a layer detect, and what of that is beyond chance.
 
 ==========================  ====================================================================
 :func:`dissect`             a model, some layers and Broden: a :class:`Dissection` for each layer
-:class:`Dissection`         what the units of a layer detect; saved, merged, summed up
+:class:`Dissection`         what the units of a layer detect; saved, merged, summarized
 :func:`singular_vectors`    directions of a head; :func:`random_rotation` is their control
 :class:`Overlap`            counts of pixels over a data set; mergeable; their :class:`Counts`
 :class:`LabelBatch`         the labels of a batch of images
@@ -11,23 +11,23 @@
 :func:`support`             among how many images, and how many of them show it; prevalence
 :func:`pool`                a map as one score
 :func:`concept_matrix`      which image shows which concept
-:func:`p_values`            what chance gives; :func:`permutation_test` where scores have ties
-:func:`correct`             p-values corrected for being many
-:func:`unique_detectors`    detectors and their concepts, as the original counts them
+:func:`p_values`            the null; :func:`permutation_test` if scores have ties
+:func:`correct`             p-values corrected for multiple tests
+:func:`unique_detectors`    detectors and their concepts, counted as in the original
 :func:`encoded`             pairs of unit and concept beyond threshold and chance
 ==========================  ====================================================================
 """
 
+from torchprobe.common.runs import Progress
 from torchprobe.dissection.average_precision import average_precision, concept_matrix, gain, pool, support
-from torchprobe.dissection.bases import random_rotation, singular_vectors
+from torchprobe.dissection.batches import LabelBatch
 from torchprobe.dissection.dissect import dissect
-from torchprobe.dissection.dissection import Dissection, UnitConcept
-from torchprobe.dissection.labels import LabelBatch
-from torchprobe.dissection.maps import as_maps
+from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.nulls import correct, p_values, permutation_test
 from torchprobe.dissection.overlap import Counts, Overlap
-from torchprobe.common.progress import Progress
+from torchprobe.dissection.scores import UnitConcept
 from torchprobe.dissection.summaries import best_labels, encoded, polysemanticity, unique_concepts, unique_detectors
+from torchprobe.dissection.taps import as_maps, random_rotation, singular_vectors
 
 __all__ = [
     "dissect",

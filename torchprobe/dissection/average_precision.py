@@ -1,4 +1,4 @@
-"""Units as detectors of concepts: average precision of their ranking of images, and what goes in and stands beside it."""
+"""Units as detectors of concepts: the average precision of their ranking of images, its inputs, and the prevalence to compare it with."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def average_precision(
     category: Tensor | None = None,
     annotated: Tensor | None = None,
 ) -> Tensor:
-    """How well each unit's score ranks the images that show each concept before those that do not.
+    """How well the score of each unit ranks the images that show a concept before the other images.
 
-    AP = Σ (R_n − R_{n−1}) P_n with images of equal score as one step, as ``sklearn.metrics.average_precision_score``; every unit is sorted
-    once for all concepts.
+    AP = Σ (R_n − R_{n−1}) P_n with images of equal score as one step, as in ``sklearn.metrics.average_precision_score``. Each unit is
+    sorted once for all concepts.
 
     Args:
         scores: (units, images), floating point; one number for each image, see :func:`pool`. No nan.
         labels: (images, concepts), dense bool or ``torch.sparse_csr``: the image shows the concept.
-        sign: "positive": a unit detects by high scores; "negative": by low ones; "both": the better of the two, for directions whose sign
-            means nothing.
-        negatives: "all": a concept is ranked among all images. "category": only among those annotated for its category, since elsewhere its
-            absence is not known.
+        sign: "positive": a unit detects by high scores; "negative": by low scores; "both": the better of the two, for directions whose sign
+            has no meaning.
+        negatives: "all": a concept is ranked among all images. "category": only among images annotated for its category; in the other
+            images it is unknown whether the concept is absent.
         category: for "category": int (concepts,), the category of each concept.
         annotated: for "category": bool (images, categories). By default an image is annotated for a category when it shows some concept of
             it. A concept in an image that is not annotated for it is left out.
@@ -72,7 +72,7 @@ class Support(NamedTuple):
 
     @property
     def prevalence(self) -> Tensor:
-        """positives / images, float64: what a random ranking comes to, but for a little; nan where there are no images."""
+        """positives / images, float64: about the average precision of a random ranking; nan for 0 images."""
         return self.positives.double() / self.images
 
 
@@ -94,7 +94,7 @@ def support(labels: Tensor, *, negatives: str = "all", category: Tensor | None =
 
 
 def gain(ap: Tensor, prevalence: Tensor) -> Tensor:
-    """(AP − π) / (1 − π): 0 for a ranking at random, 1 for a perfect one. Nan for a concept that all images show.
+    """(AP − π) / (1 − π): 0 for a random ranking, 1 for a perfect ranking, nan for a concept that all images show.
 
     >>> gain(torch.tensor([0.985, 1.0]), torch.tensor([0.985, 0.5]))
     tensor([0., 1.])
@@ -116,15 +116,24 @@ def pool(maps: Tensor, how: str = "max") -> Tensor:
     return positions.amax(2) if how == "max" else positions.mean(2, dtype=torch.promote_types(maps.dtype, torch.float32))
 
 
+def pooled(x: Tensor, how: str) -> Tensor:
+    """One score for each image and unit, (images, units): :func:`pool` of maps or tokens (images, units, …); vectors stay as they are.
+
+    >>> pooled(torch.tensor([[[1.0, 3.0]]]), "mean"), pooled(torch.ones(1, 2), "max")
+    (tensor([[2.]]), tensor([[1., 1.]]))
+    """
+    return x if x.dim() == 2 else pool(x, how)
+
+
 def concept_matrix(crow: Tensor, number: Tensor, concepts: int, area: Tensor | None = None, minimum_area: float = 0.0) -> Tensor:
     """Labels of images as ``torch.sparse_csr`` bool (images, concepts), for :func:`average_precision`.
 
     Args:
         crow: int64 (images + 1,), image i has the entries crow[i] … crow[i + 1], as :class:`torchprobe.datasets.broden.Presence`.
         number: (entries,), the concept of each entry.
-        concepts: how many there are, unlabelled 0 included.
+        concepts: the number of concepts, including number 0 (unlabeled).
         area: (entries,), the share of the image that the concept covers.
-        minimum_area: the least share with which an image counts as showing it.
+        minimum_area: the smallest share with which an image counts as showing the concept.
 
     >>> concept_matrix(torch.tensor([0, 2, 3]), torch.tensor([1, 2, 2]), 3, torch.tensor([0.5, 0.01, 1.0]), minimum_area=0.1).to_dense()
     tensor([[False,  True, False],
@@ -139,16 +148,16 @@ def concept_matrix(crow: Tensor, number: Tensor, concepts: int, area: Tensor | N
 
 
 def rows_of(labels: Tensor, scores: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
-    """crow, col and number of concepts of a label matrix, dense bool or sparse CSR; stored zeros are no labels.
+    """crow, col and number of concepts of a label matrix, dense bool or sparse CSR; stored zeros do not count.
 
     Raises:
-        ValueError: it is neither, or has another number of images than the scores.
+        ValueError: it is neither of the two, or has another number of images than the scores.
     """
     if labels.dim() != 2 or (labels.layout == torch.strided and labels.dtype != torch.bool):
         raise ValueError(f"labels must be (images, concepts), bool or sparse CSR; got {labels.dtype} of shape {tuple(labels.shape)}")
     images, concepts = labels.shape
     if scores is not None and (scores.dim() != 2 or scores.shape[1] != images):
-        raise ValueError(f"scores of shape {tuple(scores.shape)} do not go with labels of {images} images: expected (units, {images})")
+        raise ValueError(f"scores of shape {tuple(scores.shape)} do not fit labels of {images} images: expected (units, {images})")
     if labels.layout == torch.sparse_csr:
         crow, col, stored = labels.crow_indices(), labels.col_indices(), labels.values() != 0
         if bool(stored.all()):
@@ -171,7 +180,7 @@ def _eligibility(labels: Tensor, negatives: str, category: Tensor | None, annota
     if category is None or tuple(category.shape) != (concepts,) or category.is_floating_point():
         given = "none" if category is None else f"{category.dtype} of shape {tuple(category.shape)}"
         raise ValueError(f'negatives="category" needs the category of each concept, integers of shape ({concepts},); got {given}')
-    # A concept without a category is annotated nowhere: it gets a column of its own, which stays empty.
+    # A concept without a category is annotated nowhere: it gets an extra column, which stays empty.
     last = int(category.amax()) + 1 if concepts else 0
     last = last if annotated is None else max(last, annotated.shape[1])
     group = category.to(labels.device, torch.int64).where(category.to(labels.device) >= 0, last)

@@ -1,100 +1,194 @@
-"""The images of a data set in batches that are the same whoever takes them."""
+"""The images and labels of a data set in batches. Every process that asks for a batch gets the same one."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchprobe.datasets.broden import Broden
-from torchprobe.dissection.labels import LabelBatch
+
+Preprocess = Callable[[Any], Tensor]
+"""PIL image → tensor (3, H, W)."""
+
+
+class LabelBatch(NamedTuple):
+    """Label planes and whole-image labels of several images, as the kernels read them: flat tensors, whatever the sizes of the images.
+    See :func:`torchprobe.ops.overlap_tally_`.
+
+    ``planes``: int32, all planes of all images, one after the other, flat. ``sizes``: int64 (images, 4): planes, rows, columns, whole-image
+    labels. ``whole``: int64, the whole-image labels of all images.
+    """
+
+    planes: Tensor
+    sizes: Tensor
+    whole: Tensor
+
+    @classmethod
+    def pack(cls, images: Sequence[Iterable[tuple[str, Any]]], grids: Sequence[tuple[int, int]]) -> LabelBatch:
+        """The labels of each image, one image after the other.
+
+        Args:
+            images: pairs (category, labels) of each image, see :meth:`torchprobe.datasets.Broden.image_labels`. Labels are planes
+                (k, rows, columns) or (rows, columns), or whole-image labels (n,); 0 means unlabeled.
+            grids: rows and columns of the label grid of each image.
+
+        Raises:
+            ValueError: planes of another size than the grid; the message names the image, counted from 0.
+
+        >>> plane = torch.tensor([[1, 1, 0], [2, 2, 2]])
+        >>> LabelBatch.pack([[("object", plane), ("scene", [7])], [("scene", [8, 9])]], [(2, 3), (4, 4)]).sizes
+        tensor([[1, 2, 3, 1],
+                [0, 4, 4, 2]])
+        """
+        if len(images) != len(grids):
+            raise ValueError(f"{len(images)} images, but {len(grids)} grids")
+        flat: list[Tensor] = []
+        wholes: list[Tensor] = []
+        sizes = []
+        for n, (labels, (rows, columns)) in enumerate(zip(images, grids, strict=True)):
+            planes, whole = 0, 0
+            for category, given in labels:
+                numbers = torch.as_tensor(given)
+                if numbers.dim() > 1:
+                    if numbers.dim() > 3 or tuple(numbers.shape[-2:]) != (rows, columns):
+                        raise ValueError(
+                            f"image {n}: {category} has planes of shape {tuple(numbers.shape)} on a grid of {rows} × {columns}"
+                        )
+                    flat.append(numbers.to(torch.int32).flatten())
+                    planes += numbers.numel() // (rows * columns)
+                else:
+                    wholes.append(numbers.to(torch.int64).flatten())
+                    whole += numbers.numel()
+            sizes.append((planes, rows, columns, whole))
+        return cls(
+            torch.cat([torch.empty(0, dtype=torch.int32), *flat]),
+            torch.tensor(sizes, dtype=torch.int64).reshape(-1, 4),
+            torch.cat([torch.empty(0, dtype=torch.int64), *wholes]),
+        )
 
 
 class Batch(NamedTuple):
-    """``ids``: rows of the data set; ``images``: (n, 3, H, W); ``labels`` of these images, if they were asked for."""
+    """``rows``: rows of the data set; ``images``: (n, 3, H, W); ``labels`` of these images, or None if they were not asked for."""
 
     number: int
-    ids: list[int]
+    rows: list[int]
     images: Tensor
     labels: LabelBatch | None
 
 
 class Batches:
-    """Batch i holds the images ``ids[i · size : (i + 1) · size]``: however the batches are dealt out, every image has the same neighbours,
-    and a network gives the same numbers for it, to the last bit.
+    """Batch i holds the images ``rows[i · size : (i + 1) · size]``, whichever process reads it. So every image always has the same
+    neighbors in its batch, and a network gives the same numbers for it, to the last bit.
 
     Args:
         broden: the data set.
-        ids: rows of it.
-        preprocess: PIL image → tensor (3, H, W), the same shape for all.
+        rows: rows of it.
+        preprocess: makes a tensor (3, H, W) of a PIL image; the same shape for all images.
         size: images in a batch.
         workers: threads that decode, two batches ahead.
-        labels_of: the row whose labels go with a row; default: its own.
+        labels_of: row → the row whose labels it gets; default: its own.
+
+    Raises:
+        ValueError: ``size`` or ``workers`` below 1.
     """
 
     def __init__(
         self,
         broden: Broden,
-        ids: Sequence[int],
-        preprocess: Callable[[Any], Tensor],
+        rows: Sequence[int],
+        preprocess: Preprocess,
         size: int = 32,
         workers: int = 2,
         labels_of: Callable[[int], int] | None = None,
     ) -> None:
         if size < 1 or workers < 1:
             raise ValueError(f"batch_size and workers must be at least 1, got {size} and {workers}")
-        self.broden, self.ids, self.preprocess, self.size, self.workers = broden, list(ids), preprocess, size, workers
+        self.broden, self.rows, self.preprocess, self.size, self.workers = broden, list(rows), preprocess, size, workers
         self.labels_of = labels_of or (lambda row: row)
 
     def __len__(self) -> int:
-        return -(-len(self.ids) // self.size)
+        return -(-len(self.rows) // self.size)
 
-    def rows(self, batch: int) -> list[int]:
+    def rows_of(self, batch: int) -> list[int]:
         """The rows of the data set that a batch holds."""
-        return self.ids[batch * self.size : (batch + 1) * self.size]
+        return self.rows[batch * self.size : (batch + 1) * self.size]
 
     def image(self, row: int) -> Tensor:
         """One image, as the network takes it.
 
         Raises:
             DatasetError: it cannot be read.
-            TypeError: ``preprocess`` makes no tensor of it.
+            TypeError: ``preprocess`` returns something else than a tensor.
         """
-        image = self.preprocess(self.broden.image(row))
-        if not isinstance(image, Tensor):
-            raise TypeError(f"preprocess must give a tensor (3, H, W), it gave {type(image).__name__}")
-        return image
+        return to_tensor(self.preprocess, self.broden.image(row))
 
     def read(self, numbers: Sequence[int], labels: bool = False) -> Iterator[Batch]:
-        """Some batches, in the order given, with labels or without."""
+        """Some batches, in the order given.
+
+        Args:
+            numbers: which batches.
+            labels: whether the batches hold labels.
+        """
         with ThreadPoolExecutor(self.workers, thread_name_prefix="torchprobe-images") as threads:
             ahead: deque[list[tuple[Future[Tensor], Future[Any] | None]]] = deque()
             try:
                 for at, number in enumerate(numbers):
                     for later in numbers[at + len(ahead) : at + 3]:
-                        ahead.append([(threads.submit(self.image, row), self._labels(threads, row, labels)) for row in self.rows(later)])
+                        ahead.append([(threads.submit(self.image, row), self._labels(threads, row, labels)) for row in self.rows_of(later)])
                     yield self._collect(number, ahead.popleft())
             finally:
-                threads.shutdown(wait=False, cancel_futures=True)  # whoever stops early does not wait
+                threads.shutdown(wait=False, cancel_futures=True)  # a caller that stops early does not wait
 
     def _labels(self, threads: ThreadPoolExecutor, row: int, wanted: bool) -> Future[Any] | None:
         return threads.submit(self.broden.image_labels, self.labels_of(row)) if wanted else None
 
     def _collect(self, number: int, parts: list[tuple[Future[Tensor], Future[Any] | None]]) -> Batch:
-        rows = self.rows(number)
-        images = [image.result() for image, _ in parts]
-        for row, image in zip(rows, images, strict=True):
-            if image.shape != images[0].shape:
-                name = self.broden.rows[row].image
-                raise ValueError(
-                    f"{name} came out as {tuple(image.shape)}, another image as {tuple(images[0].shape)}: preprocess must resize"
-                )
+        rows = self.rows_of(number)
+        images = stack([image.result() for image, _ in parts], self.broden, rows)
         found = [labels.result() for _, labels in parts if labels is not None]
         if not found:
-            return Batch(number, rows, torch.stack(images), None)
+            return Batch(number, rows, images, None)
         described = [self.broden.rows[self.labels_of(row)] for row in rows]
-        return Batch(number, rows, torch.stack(images), LabelBatch.pack(found, [(row.label_height, row.label_width) for row in described]))
+        return Batch(number, rows, images, LabelBatch.pack(found, [(row.label_height, row.label_width) for row in described]))
+
+
+def find_preprocess(broden: Broden, model: nn.Module, preprocess: Preprocess | None = None) -> Preprocess:
+    """What makes tensors of the images: ``preprocess``, else the transform of the data set, else that of the encoder.
+
+    Raises:
+        ValueError: all three are missing.
+    """
+    found: Preprocess | None = preprocess or broden.transform or getattr(model, "preprocess", None)
+    if found is None:
+        raise ValueError("it is unknown how an image becomes a tensor: give preprocess=, or give Broden a transform")
+    return found
+
+
+def to_tensor(preprocess: Preprocess, image: Any) -> Tensor:
+    """``preprocess(image)``, checked.
+
+    Raises:
+        TypeError: it is not a tensor.
+    """
+    tensor = preprocess(image)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"preprocess must return a tensor (3, H, W), got {type(tensor).__name__}")
+    return tensor
+
+
+def stack(images: Sequence[Tensor], broden: Broden, rows: Sequence[int]) -> Tensor:
+    """The images of some rows as one tensor (n, 3, H, W).
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    for row, image in zip(rows, images, strict=True):
+        if image.shape != images[0].shape:
+            name = broden.rows[row].image
+            raise ValueError(f"{name} has shape {tuple(image.shape)}, another image {tuple(images[0].shape)}: preprocess must resize")
+    return torch.stack(list(images))

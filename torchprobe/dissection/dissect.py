@@ -13,22 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprobe.datasets.broden import Broden
-from torchprobe.dissection.bases import random_rotation
-from torchprobe.dissection.batches import Batches
-from torchprobe.dissection.dissection import Dissection
-from torchprobe.common.progress import ProgressCallback
+from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.ranks import Ranks
-from torchprobe.dissection.run import SCORES, Run, Settings
-from torchprobe.dissection.taps import Site, Taps
+from torchprobe.common.runs import ProgressCallback, RunOptions
+from torchprobe.common.storage import digest
+from torchprobe.datasets.broden import Broden
+from torchprobe.dissection.batches import Batches, Preprocess, find_preprocess
+from torchprobe.dissection.dissection import Dissection
+from torchprobe.dissection.run import Run, Settings
+from torchprobe.dissection.scores import SCORES
+from torchprobe.dissection.taps import Site, find_sites, random_rotation
 from torchprobe.dissection.walk import Checkpoint
-from torchprobe.common.digest import digest
-from torchprobe.recording.layers import Selection
+from torchprobe.recording.layers import Selection, select_layers
+from torchprobe.recording.reader import LayerReader
 from torchprobe.statistics.quantile import MEMORY, NETDISSECT
 
 Basis = Tensor | Mapping[str, Tensor] | str | None
 
 
+@renamed_arguments(images="rows")
 def dissect(
     model: nn.Module,
     layers: Selection,
@@ -46,8 +49,8 @@ def dissect(
     negatives: str = "category",
     minimum_area: float = 0.0,
     top: int = 20,
-    images: Iterable[int] | None = None,
-    preprocess: Callable[[Any], Tensor] | None = None,
+    rows: Iterable[int] | None = None,
+    preprocess: Preprocess | None = None,
     batch_size: int = 32,
     device: torch.device | str | None = None,
     workers: int = 2,
@@ -59,50 +62,56 @@ def dissect(
     checkpoint_every: float = 60.0,
     resume: bool = False,
     progress: ProgressCallback | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, Dissection]:
-    """Matches every unit of some layers with every concept of a data set: Network Dissection, and average precision.
+    """Compares every unit of some layers with every concept of a data set: Network Dissection, and average precision.
 
-    The images pass the network twice: first for the thresholds, the scores for average precision and the top images; then, for IoU, to
-    count. No map is stored: memory is that of the counts (units × labels), the thresholds (``memory`` a layer), and the scores
-    (units × images, float32). Under ``torchrun`` the ranks share the batches, and every rank returns the same: the same counts as one
-    process, to the last pixel, as long as the thresholds are exact (see :class:`torchprobe.statistics.Quantile`).
+    The images pass the network twice. The first pass finds the thresholds, the scores for average precision and the top images. The second
+    pass counts pixels for IoU. No map is stored. Memory is needed for the counts (units × labels), the thresholds (``memory`` for each
+    layer) and the scores (units × images, float32).
+
+    Under ``torchrun`` the ranks share the batches, and every rank returns the same result. If the thresholds are exact, the counts are
+    those of one process, to the last pixel (see :class:`torchprobe.statistics.Quantile`).
 
     Args:
-        model: an :class:`torchprobe.Encoder` or any module that takes images (N, 3, H, W). It is run in eval mode, without gradients.
+        model: an :class:`torchprobe.Encoder` or any module that takes images (N, 3, H, W). It runs in eval mode, without gradients.
         layers: see :func:`torchprobe.record`.
         broden: the images and their labels.
-        score: "iou", "ap" or both. For IoU a layer must have positions: maps (N, C, H, W) or tokens (N, T, C) with a grid of patches.
+        score: "iou", "ap" or both. For IoU a layer must have positions: maps (N, C, H, W), or tokens (N, T, C) with a grid of patches.
         mode: of IoU, see :class:`Overlap`.
-        quantile: a unit is active above the level that this share of all its values exceeds. Default 0.005; in the mode "netdissect"
+        quantile: a unit is active above the level that this share of all its values exceeds. Default: 0.005; in the mode "netdissect"
             5/999, as in the original.
-        thresholds: {layer: (units,)}, instead of computing them: then the counts of parts of a data set can be merged.
-        basis: directions instead of units, as rows (k, features): a tensor, ``{layer: tensor}``, or "rotation", a random rotation with
-            ``seed``, the control. See :func:`singular_vectors`.
-        positions: which tokens: "patch" (without class token and registers), "class" or "all"; the latter two for "ap" only.
+        thresholds: {layer: (units,)}: use these instead of computing them. Then the counts of parts of a data set can be merged.
+        basis: directions instead of units, as rows (k, features): a tensor, ``{layer: tensor}``, or "rotation" for a random rotation with
+            ``seed``, which is the control. See :func:`singular_vectors`.
+        positions: which tokens: "patch" (without class token and registers), "class" or "all". The last two work only for "ap".
         feature_dim: see :func:`torchprobe.record`.
         pooling: how a map becomes a score for average precision and top images: "max" or "mean".
         sign, negatives, minimum_area: of average precision, see :func:`average_precision` and :func:`concept_matrix`.
-        top: images to keep for each unit; 0 for none.
-        images: rows of ``broden``; default: all.
-        preprocess: PIL image → tensor (3, H, W). Default: the transform of ``broden``, or that of the encoder.
-        batch_size: images in a batch. Part of the definition: a network gives slightly different numbers in batches of another size.
+        top: top images to keep for each unit; 0 for none.
+        rows: rows of ``broden`` to use; default: all.
+        preprocess: PIL image → tensor (3, H, W). Default: the transform of ``broden``, else that of the encoder.
+        batch_size: images in a batch. The result depends on it: a network gives slightly different numbers in batches of another size.
         device: where the model runs; default: where it is.
-        workers: threads that decode.
+        workers: threads that decode images.
         memory: bytes for the thresholds of one layer, see :class:`torchprobe.statistics.Quantile`.
-        seed: of the rotation and of sampling where the thresholds are not exact.
-        shuffle_labels: give the images each other's labels, at random with this seed: the null of both scores.
-        keep_scores: keep scores and labels in the result, for merging average precision and for permutation tests.
-        checkpoint: a folder to go on from after an interruption (``resume=True``) with the same arguments; all ranks must see it.
-        checkpoint_every: seconds between savings.
-        resume: go on with what is in the folder.
-        progress: is told a :class:`Progress` after every batch.
+        seed: of the rotation, and of the sampling of values if the thresholds are not exact.
+        shuffle_labels: give every image the labels of another image, at random with this seed: the null of both scores.
+        keep_scores: keep scores and labels in the result. Merging of average precision and permutation tests need them.
+        checkpoint: a folder to save to, for ``resume=True`` after an interruption; all ranks must see it.
+        checkpoint_every: seconds between two checkpoints.
+        resume: resume from the folder ``checkpoint``. All other arguments must be as before.
+        progress: called with a :class:`Progress` after every batch.
+        stop: called before every batch. If it returns True, the run saves its checkpoint and ends with KeyboardInterrupt. Under
+            ``torchrun`` it must return the same on all ranks.
 
     Returns:
         {layer: Dissection}, in the order of the model.
 
     Raises:
-        ValueError: an argument does not fit, or a layer has no positions for IoU; before any image is read but the first.
-        DatasetError: a picture or label map cannot be read; names the row.
+        ValueError: an argument does not fit, or a layer has no positions for IoU. Of the images only the first was read.
+        DatasetError: an image or label map cannot be read; the message names the row.
+        KeyboardInterrupt: ``stop`` returned True.
 
     >>> import tempfile, numpy as np
     >>> from torchprobe.datasets import Broden, BrodenWriter
@@ -118,42 +127,45 @@ def dissect(
     (torch.Size([8, 2]), torch.Size([8, 2]))
     """
     scores = (score,) if isinstance(score, str) else tuple(score)
+    if set(scores) <= set(SCORES):
+        scores = tuple(name for name in SCORES if name in scores)
     if quantile is None:
         quantile = NETDISSECT if mode == "netdissect" else 0.005
     settings = Settings(
-        tuple(s for s in SCORES if s in scores) if set(scores) <= set(SCORES) else scores,
-        mode, str(quantile), positions, pooling, sign, negatives, float(minimum_area), top, batch_size, memory, seed, shuffle_labels,
-    )  # fmt: skip
-    preprocess = preprocess or broden.transform or getattr(model, "preprocess", None)
-    if preprocess is None:
-        raise ValueError("nothing says how a picture becomes a tensor: give preprocess=, or a Broden with a transform")
-    rows = list(range(len(broden))) if images is None else sorted(int(i) for i in images)
-    if not rows or rows[0] < 0 or rows[-1] >= len(broden) or len(set(rows)) < len(rows):
-        raise ValueError(f"images must be distinct rows of {broden!r}, at least one")
+        scores, mode, str(quantile), positions, pooling, sign, negatives, float(minimum_area), top, batch_size, memory, seed, shuffle_labels
+    )
+    options = RunOptions(batch_size, device, workers, seed, resume, progress, stop)
+    chosen = _chosen(broden, rows)
+    labels_of = _shuffled(chosen, shuffle_labels)
+    batches = Batches(broden, chosen, find_preprocess(broden, model, preprocess), batch_size, workers, labels_of.__getitem__)
     if device is not None:
         model = model.to(device)
-    place = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    of = _shuffled(rows, shuffle_labels)
-    batches = Batches(broden, rows, preprocess, batch_size, workers, of.__getitem__)
-    with Ranks() as ranks, Taps(model, layers, feature_dim) as taps:
-        sites = _sites(taps, batches.image(rows[0])[None].to(place), settings, basis)
-        known = _thresholds_given(thresholds, sites) if thresholds is not None else None
-        facts = _facts(model, broden, rows, settings, sites, known)
+    with Ranks() as ranks, LayerReader(model, select_layers(model, layers, feature_dim)) as reader:
+        sites = _sites(reader, batches.image(chosen[0])[None].to(reader.device), settings, basis)
+        given = _given(thresholds, sites) if thresholds is not None else None
+        facts = _facts(model, broden, chosen, settings, sites, given)
         saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)
-        return Run(taps, sites, batches, settings, of, facts, known, ranks, saved, place, progress, workers, keep_scores).result()
+        return Run(reader, sites, batches, settings, options, facts, ranks, saved, given, keep_scores).result()
 
 
-def _sites(taps: Taps, image: Tensor, settings: Settings, basis: Basis) -> dict[str, Site]:
-    """How to read each layer, in its basis; refused are layers without positions when IoU is asked for."""
-    sites = taps.sites(image, settings.positions)
+def _chosen(broden: Broden, rows: Iterable[int] | None) -> list[int]:
+    chosen = list(range(len(broden))) if rows is None else sorted(int(i) for i in rows)
+    if not chosen or chosen[0] < 0 or chosen[-1] >= len(broden) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"rows must be distinct rows of {broden!r}, at least one")
+    return chosen
+
+
+def _sites(reader: LayerReader, image: Tensor, settings: Settings, basis: Basis) -> dict[str, Site]:
+    """How to read each layer, in its basis; for IoU, layers without positions are refused."""
+    sites = find_sites(reader, image, settings.positions)
     bases = _bases(basis, {name: site.features for name, site in sites.items()}, settings.seed)
-    if bases:
-        sites = taps.sites(image, settings.positions, bases)
+    sites = {name: site.in_basis(bases.get(name)) for name, site in sites.items()}
     for site in sites.values():
         if "iou" in settings.score and not site.has_map:
+            dims = site.layout.dims
             raise ValueError(
-                f"layer {site.layer!r} has no positions (its activation has {site.dims} dimensions, positions={settings.positions!r}), so "
-                'there is no overlap with label maps: score it by average precision (score="ap"), or choose a layer before the pooling'
+                f"layer {site.layer!r} has no positions (its activation has {dims} dimensions, positions={settings.positions!r}), so there "
+                'is no overlap with label maps: score it by average precision (score="ap"), or choose a layer before the pooling'
             )
     return sites
 
@@ -172,7 +184,7 @@ def _bases(basis: Basis, widths: Mapping[str, int], seed: int) -> dict[str, Tens
     return dict(basis)
 
 
-def _thresholds_given(thresholds: Mapping[str, Tensor], sites: Mapping[str, Site]) -> dict[str, Tensor]:
+def _given(thresholds: Mapping[str, Tensor], sites: Mapping[str, Site]) -> dict[str, Tensor]:
     for layer, site in sites.items():
         if layer not in thresholds or thresholds[layer].shape != (site.units,):
             given = tuple(thresholds[layer].shape) if layer in thresholds else "none"
@@ -181,7 +193,7 @@ def _thresholds_given(thresholds: Mapping[str, Tensor], sites: Mapping[str, Site
 
 
 def _shuffled(rows: list[int], seed: int | None) -> dict[int, int]:
-    """Row → the row whose labels it gets."""
+    """Row → the row whose labels it gets; without a seed its own."""
     if seed is None:
         return {row: row for row in rows}
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -196,7 +208,7 @@ def _facts(
     sites: Mapping[str, Site],
     thresholds: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
-    """What the result depends on: metadata, and what a resumed run must have in common with the interrupted one."""
+    """What the result depends on: the metadata, which must be the same in a resumed run."""
     described = {
         name: {
             "units": site.units,

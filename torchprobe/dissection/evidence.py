@@ -1,4 +1,4 @@
-"""What in its top images speaks for a unit: a captum attribution of the unit to the pixels."""
+"""Which pixels of its top images contribute to a unit: a captum attribution of the unit to the pixels."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchprobe.common.distribution import install_hint
-from torchprobe.dissection.ranking import pooled
-from torchprobe.dissection.taps import Taps
+from torchprobe.common.deprecation import renamed_arguments
+from torchprobe.common.messages import install_hint
+from torchprobe.dissection.average_precision import pooled
+from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
+from torchprobe.dissection.scores import LayerScores
+from torchprobe.dissection.taps import find_sites
+from torchprobe.recording.layers import select_layers
+from torchprobe.recording.reader import LayerReader, device_of, eval_mode
 from torchprobe.recording.tensors import first_tensor
 
 if TYPE_CHECKING:
     from torchprobe.datasets.broden import Broden
-    from torchprobe.dissection.dissection import Dissection
 
 METHOD = "NeuronIntegratedGradients"
 STEPS = 24
-"""Of the integral from the baseline to the picture; captum's own default is 50."""
+"""Steps of the integral from the baseline to the image; the default of captum is 50."""
 
 
 class Evidence(NamedTuple):
-    """``ids`` (n,): rows of the data set; ``scores`` (n,) of the unit on them; ``pixels`` (n, 3, H, W) as the network takes them;
-    ``attribution`` (n, 3, H, W): what each value of them contributes to the score, by the method."""
+    """``ids`` (n,): rows of the data set. ``scores`` (n,) of the unit on them. ``pixels`` (n, 3, H, W) as the network takes them.
+    ``attribution`` (n, 3, H, W): the contribution of each value of ``pixels`` to the score, by the method."""
 
     ids: Tensor
     scores: Tensor
@@ -53,17 +57,18 @@ def attribute(
 
     Args:
         model: any module.
-        layer: its name.
-        unit: which, or the row of ``basis``.
+        layer: the name of the layer.
+        unit: index of the unit, or of the row of ``basis``.
         images: (n, 3, H, W), as the network takes them.
-        method: one of ``captum.attr`` that attributes a neuron of a layer, by name or as a class: ``"NeuronIntegratedGradients"``,
+        method: a class of ``captum.attr`` that attributes a neuron of a layer, or its name: ``"NeuronIntegratedGradients"``,
             ``"NeuronGradient"``, ``"NeuronGuidedBackprop"``, ``"NeuronDeconvolution"``, ….
         basis, positions, pooling, feature_dim: as for :func:`torchprobe.dissection.dissect`.
-        options: for the method's ``attribute``, such as ``baselines``. Integrated gradients run from zeros – the mean colour, for most
-            encoders – in 24 steps by default.
+        options: for the ``attribute`` method of captum, such as ``baselines``. The default of integrated gradients is 24 steps from zeros,
+            which are the mean color for most encoders.
 
     Returns:
-        (n, 3, H, W). It says what the score would follow to first order along a path, not what causes it in the world.
+        (n, 3, H, W). It says how the score depends on the pixels, to first order along a path. It does not say what causes the score in
+        the world.
 
     Raises:
         ImportError: captum is not installed.
@@ -80,49 +85,52 @@ def attribute(
     kind = getattr(attr, method, None) if isinstance(method, str) else method
     if not isinstance(kind, type) or not kind.__name__.startswith("Neuron"):
         known = sorted(name for name in dir(attr) if name.startswith("Neuron"))
-        raise ValueError(f"{method!r} is no neuron attribution of captum; there are {', '.join(known)}")
-    with Taps(model, [layer], feature_dim) as taps:
-        site = taps.sites(images[:1], positions, None if basis is None else {layer: basis})[layer]
+        raise ValueError(f"{method!r} is not a neuron attribution of captum; choose one of {', '.join(known)}")
+    with LayerReader(model, select_layers(model, [layer], feature_dim)) as reader:
+        name, selected = next(iter(reader.layers.items()))
+        site = find_sites(reader, images[:1], positions)[name].in_basis(basis)
     if not 0 <= unit < site.units:
         raise ValueError(f"layer {layer!r} has the units 0 to {site.units - 1}, got {unit}")
 
     def score(output: Any) -> Tensor:
         x = first_tensor(output)
         assert x is not None
-        return pooled(site.read(x, x.shape[site.batch_dim]), pooling)[:, unit]
+        return pooled(site.read(x, x.shape[site.layout.batch_dim]), pooling)[:, unit]
 
     if kind.__name__ == METHOD:
         options = {"n_steps": STEPS, "internal_batch_size": max(len(images), STEPS), **options}
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.enable_grad():
-            found = kind(model.eval(), model.get_submodule(layer)).attribute(images.detach().clone().requires_grad_(), score, **options)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with eval_mode(model), torch.enable_grad():
+        found = kind(model, selected.module).attribute(images.detach().clone().requires_grad_(), score, **options)
     attribution: Tensor = found.detach()
     return attribution
 
 
+def attribute_dissected(dissection: LayerScores, unit: int, model: nn.Module, pixels: Tensor, **options: Any) -> Tensor:
+    """:func:`attribute`, with the layer, the positions and the pooling of a dissection."""
+    read_as = {name: dissection.metadata[name] for name in ("positions", "pooling") if name in dissection.metadata}
+    return attribute(model, dissection.layer, unit, pixels.to(device_of(model)), **read_as, **options)
+
+
+@renamed_arguments(images="top_images")
 def evidence(
-    dissection: Dissection,
+    dissection: LayerScores,
     unit: int,
     broden: Broden,
     model: nn.Module,
-    images: int = 5,
+    top_images: int = 5,
     *,
     method: str | type = METHOD,
     basis: Tensor | None = None,
     **options: Any,
 ) -> Evidence:
-    """What in its top images speaks for a unit.
+    """Which pixels of its top images contribute to a unit.
 
     Args:
         dissection: with top images.
-        unit: which.
-        broden: the data set it was made from.
-        model: the network it was made from.
-        images: how many of the top images.
+        unit: index of the unit.
+        broden: the data set of the dissection.
+        model: the network of the dissection.
+        top_images: how many of the top images.
         method, basis, options: see :func:`attribute`.
 
     Raises:
@@ -133,13 +141,10 @@ def evidence(
         raise ValueError(f"layer {dissection.layer!r}: no top images were kept: dissect with top=20")
     if not 0 <= unit < dissection.units:
         raise ValueError(f"layer {dissection.layer!r} has the units 0 to {dissection.units - 1}, got {unit}")
-    ids, scores = (part[unit, :images] for part in dissection.top)
+    ids, scores = (part[unit, :top_images] for part in dissection.top)
     ids, scores = ids[ids >= 0], scores[ids >= 0]
-    preprocess: Any = broden.transform or getattr(model, "preprocess", None)
-    if preprocess is None:
-        raise ValueError("nothing says how a picture becomes a tensor: give Broden a transform")
-    place = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    pixels = torch.stack([preprocess(broden.image(row)) for row in ids.tolist()]).to(place)
-    chosen = {name: dissection.metadata[name] for name in ("positions", "pooling") if name in dissection.metadata}
-    attribution = attribute(model, dissection.layer, unit, pixels, method=method, basis=basis, **chosen, **options)
-    return Evidence(ids, scores, pixels.cpu(), attribution.cpu())
+    preprocess = find_preprocess(broden, model)
+    rows = ids.tolist()
+    pixels = stack([to_tensor(preprocess, broden.image(row)) for row in rows], broden, rows)
+    attribution = attribute_dissected(dissection, unit, model, pixels, method=method, basis=basis, **options)
+    return Evidence(ids, scores, pixels, attribution.cpu())

@@ -1,20 +1,19 @@
-"""What chance gives: p-values of average precision, and their correction for many units and concepts.
+"""Nulls: p-values of average precision, and their correction for many units and concepts.
 
-Without ties the average precision of a unit that knows nothing of a concept depends on two numbers only, the images N and the positives
-P: it is that of a random ranking. So one table serves every unit and every concept of that P, and is kept.
+The null is a unit that is unrelated to a concept: it ranks the images at random. Without ties its average precision depends on two numbers
+only, the images N and the positives P. So one table serves every unit and every concept with the same P, and is kept.
 
-A p-value is the smaller of two that are both valid:
+A p-value is the smaller of two p-values that are both valid:
 
-* the Monte Carlo one, (1 + draws at least as good) / (1 + draws), from the table; it cannot be less than 1 / (1 + draws);
-* an upper bound without simulation, for the far tail that a correction over millions of pairs asks for. Among the first m images of a
-  random ranking there are j or more positives with probability at most exp(−m · KL(j/m ‖ P/N)) (Hoeffding 1963, theorems 1 and 4). Let each
-  of K values of j keep its bound, all of them with probability 1 − δ: that limits the precision at each positive, and so the average
-  precision.
+* The Monte Carlo p-value, (1 + draws at least as good) / (1 + draws), from the table. It is never below 1 / (1 + draws).
+* An upper bound without simulation, for the far tail, which a correction over millions of pairs needs. Among the first m images of a random
+  ranking there are j or more positives with probability at most exp(−m · KL(j/m ‖ P/N)) (Hoeffding 1963, theorems 1 and 4). The bound is
+  applied to K values of j, such that all K hold with probability 1 − δ. This limits the precision at each positive, and so the AP.
 
-Both fall as AP grows, so whichever is smaller, {p ≤ α} is a set {AP ≥ a} that one of them allows: the smaller is valid too.
+Both p-values fall as AP grows. So {p ≤ α} is a set {AP ≥ a} that one of the two allows, and the smaller of the two is valid as well.
 
-With ties – a ReLU that is zero on half of the images – AP of a random unit is closer to prevalence than the table says. There the table
-errs to the safe side in the tail; :func:`permutation_test` is exact.
+With ties, for example a ReLU that is zero on half of the images, the AP of a random unit is closer to the prevalence than in the table.
+Then the table is conservative in the tail; :func:`permutation_test` is exact.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ from torch import Tensor
 from torchprobe.dissection.average_precision import Support, average_precision, concept_matrix, rows_of, support
 from torchprobe.ops import average_precision as _operator
 
-_DRAWS = (10_000, 100_000)  # fewest and most
-_EFFORT = 2 * 10**9  # images and positives ranked in all, which decides between them
+_DRAWS = (10_000, 100_000)  # smallest and largest number of draws
+_EFFORT = 2 * 10**9  # images and positives to rank in total; decides the number of draws
 _BATCH = 1 << 24  # scores drawn at a time
-_LEVELS = 1024  # of a table, twice: the best draws one by one, and all of them evenly
-_LOG_DELTA = -np.concatenate([np.linspace(0, 40, 81), np.geomspace(41, 700, 60)])  # of the bound
+_LEVELS = 1024  # of a table: so many of the best draws, and as many evenly among all
+_LOG_DELTA = -np.concatenate([np.linspace(0, 40, 81), np.geomspace(41, 700, 60)])  # for the bound
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
 class NullTable:
-    """The average precision of random rankings of ``images`` of which ``positives`` show the concept.
+    """The average precision of random rankings of ``images``, of which ``positives`` show the concept.
 
-    ``value`` ascending, ``count``: how many of ``draws`` reach it. ``critical`` ascending: what AP reaches with probability at most
-    exp(``log_p``).
+    ``value``: AP, ascending; ``count``: how many of ``draws`` reach it. ``critical``: AP, ascending, that is reached with probability at
+    most exp(``log_p``).
     """
 
     images: int
@@ -58,19 +57,19 @@ class NullTable:
     log_p: Array
 
     def p_value(self, ap: Array) -> Array:
-        """Probability that a random ranking does at least as well; an upper bound in the far tail. Nan for nan."""
+        """Probability that a random ranking has at least this AP; an upper bound in the far tail; nan for nan."""
         simulated = (1 + np.interp(ap, self.value, self.count, left=self.draws, right=0)) / (1 + self.draws)
-        reached = np.searchsorted(self.critical, ap, side="right")  # the rarest of the levels that AP reaches
+        reached = np.searchsorted(self.critical, ap, side="right")  # the rarest level that AP reaches
         return np.where(np.isnan(ap), np.nan, np.minimum(simulated, np.exp(self.log_p)[reached - 1]))
 
 
 def null_tables(pairs: Iterable[tuple[int, int]], draws: int | None = None, seed: int = 0) -> dict[tuple[int, int], NullTable]:
-    """One table for each (images, positives). What was asked for before in this process is kept, so further layers cost nothing.
+    """One table for each (images, positives). Tables are kept in this process, so further layers cost nothing.
 
     Args:
         pairs: (N, P), 1 ≤ P ≤ N.
-        draws: random rankings for each. By default 10,000 to 100,000, the fewer the more work they are: all of Broden takes 10,000, and
-            about a quarter of a minute.
+        draws: random rankings for each pair. Default: 10,000 to 100,000, fewer when they are more work. All of Broden takes 10,000, in
+            about 15 seconds.
         seed: of the rankings.
 
     Raises:
@@ -82,12 +81,12 @@ def null_tables(pairs: Iterable[tuple[int, int]], draws: int | None = None, seed
     """
     wanted = tuple(sorted(set(pairs)))
     if wrong := [pair for pair in wanted if not 1 <= pair[1] <= pair[0]]:
-        raise ValueError(f"of {wrong[0][0]} images {wrong[0][1]} cannot be positive")
+        raise ValueError(f"{wrong[0][1]} positives among {wrong[0][0]} images: expected 1 to {wrong[0][0]}")
     if not wanted:
         return {}
     work = max(n for n, _ in wanted) + sum(p for _, p in wanted)
     with _making:
-        # Kept as a whole: tables made together share their rankings, and none may depend on what was asked for before.
+        # Kept as a whole: tables of one call share their rankings, and no table may depend on earlier calls.
         return dict(_make_tables(wanted, draws or int(np.clip(_EFFORT // work, *_DRAWS)), seed))
 
 
@@ -100,9 +99,9 @@ def _make_tables(pairs: tuple[tuple[int, int], ...], draws: int, seed: int) -> d
 
 
 def _simulate(pairs: tuple[tuple[int, int], ...], draws: int, seed: int) -> Array:
-    """AP of random rankings, (len(pairs), draws): the operator itself, on random scores and fixed positives.
+    """AP of random rankings, (len(pairs), draws): the operator on random scores and fixed positives.
 
-    The largest N is ranked, and fewer images are the first of them: in a random ranking they are ranked at random.
+    The largest N is ranked. A smaller N takes the first N of these images, whose ranking is random as well.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = sorted({n for n, _ in pairs})
@@ -116,7 +115,7 @@ def _simulate(pairs: tuple[tuple[int, int], ...], draws: int, seed: int) -> Arra
     step = max(1, _BATCH // sizes[-1])
     for start in range(0, draws, step):
         units = min(step, draws - start)
-        # The bits of all positive floats are as many different scores: with ties it would be no random ranking.
+        # Random bits of positive floats: as many different scores as possible, because ties would change the ranking.
         scores = torch.randint(0, 0x7F800000, (units, sizes[-1]), dtype=torch.int32, generator=generator).view(torch.float32)
         result[:, start : start + units] = _operator(scores, crow, col, len(pairs), eligible, group).T
     return result.numpy()
@@ -128,13 +127,13 @@ def _table(images: int, positives: int, values: Array) -> NullTable:
     kept = np.unique(np.concatenate([np.linspace(0, draws - 1, _LEVELS).astype(int), np.arange(max(0, draws - _LEVELS), draws)]))
     value = np.unique(rising[kept])
     count = draws - np.searchsorted(rising, value, side="left").astype(np.float64)
-    critical = np.append(-np.inf, critical_values(images, positives, _LOG_DELTA))  # whatever AP is, p is at most 1
+    critical = np.append(-np.inf, critical_values(images, positives, _LOG_DELTA))  # p ≤ 1 for every AP
     reachable = critical <= 1
     return NullTable(images, positives, draws, value, count, critical[reachable], np.append(0, _LOG_DELTA)[reachable])
 
 
 def critical_values(images: int, positives: int, log_p: Array) -> Array:
-    """AP that a random ranking reaches with probability at most exp(log_p), by Hoeffding's bound; above 1 where it says nothing.
+    """AP that a random ranking reaches with probability at most exp(log_p), by Hoeffding's bound; inf where the bound gives no limit.
 
     >>> critical_values(63_305, 100, np.log([1e-8])).round(3)
     array([0.052])
@@ -142,10 +141,10 @@ def critical_values(images: int, positives: int, log_p: Array) -> Array:
     share = positives / images
     if positives == images:
         return np.full(len(log_p), np.inf)
-    # The positives whose rank is watched: all of the first, then every so many, up to the last.
+    # The positives whose rank is bounded: each of the first 32, then at growing distances up to the last.
     j = np.unique(np.concatenate([np.arange(1, 33), np.geomspace(32, max(positives, 32), 256).astype(int)]))
     j = j[j <= positives].astype(np.float64)
-    # Precision y at the j-th positive has j / y images before it: the exponent is j · KL(y ‖ share) / y, which grows with y.
+    # Precision y at the j-th positive means j / y images up to it. The exponent is j · KL(y ‖ share) / y, which grows with y.
     y = share + (1 - share) * np.linspace(0, 1, 4097)[1:] ** 2
     y[-1] = 1
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -153,7 +152,7 @@ def critical_values(images: int, positives: int, log_p: Array) -> Array:
     rate = divergence / y
     at = np.searchsorted(rate, (np.log(len(j)) - log_p[:, None]) / j)
     precision = y[np.minimum(at, len(y) - 1)]
-    # Up to the next one watched each positive comes at least one rank after the other, and precision is then greatest at the last of them.
+    # Between two of these positives each comes at least one rank after the one before, so precision is greatest at the last of them.
     last = np.append(j[1:], positives + 1) - 1
     greatest = last / (j / precision + last - j)
     ap = (greatest * (last - j + 1)).sum(1) / positives
@@ -161,11 +160,11 @@ def critical_values(images: int, positives: int, log_p: Array) -> Array:
 
 
 def p_values(ap: Tensor, concepts: Support, draws: int | None = None, seed: int = 0) -> Tensor:
-    """Probability that a unit which knows nothing does at least as well, one-sided, for each pair.
+    """Probability that an unrelated unit has at least this AP, one-sided, for each pair of unit and concept.
 
     Args:
-        ap: (…, concepts), from :func:`torchprobe.dissection.average_precision`. For ``sign="both"`` the p-value is that of one sign: the
-            other is one more chance, to be corrected for (``signs=2`` of :func:`correct`).
+        ap: (…, concepts), from :func:`torchprobe.dissection.average_precision`. For ``sign="both"`` the p-value is that of one sign. The
+            second sign is a second test; correct for it with ``signs=2`` of :func:`correct`.
         concepts: from :func:`torchprobe.dissection.support` with the same arguments.
         draws, seed: see :func:`null_tables`.
 
@@ -181,7 +180,7 @@ def p_values(ap: Tensor, concepts: Support, draws: int | None = None, seed: int 
     result = np.full(values.shape, np.nan)
     images, positives = concepts.images.tolist(), concepts.positives.tolist()
     if values.shape[-1:] != (len(positives),):
-        raise ValueError(f"AP of shape {tuple(ap.shape)} does not go with {len(positives)} concepts")
+        raise ValueError(f"AP of shape {tuple(ap.shape)} does not fit {len(positives)} concepts")
     some = [c for c in range(len(images)) if 0 < positives[c] < images[c]]
     tables = null_tables([(images[c], positives[c]) for c in some], draws, seed)
     for c in some:
@@ -192,13 +191,13 @@ def p_values(ap: Tensor, concepts: Support, draws: int | None = None, seed: int 
 
 
 def correct(p: Tensor, method: str = "holm", signs: int = 1) -> Tensor:
-    """p-values corrected for being many: of all units, signs and concepts that were looked at.
+    """p-values corrected for multiple tests: all units, signs and concepts that were tested.
 
     Args:
-        p: any shape; nan are no tests and stay nan.
-        method: "holm" (Holm 1979): the probability that any unit is said to encode a concept by chance stays below α, however the tests
-            depend on each other. "bh" (Benjamini & Hochberg 1995): of the pairs reported, a share of at most α by chance.
-        signs: 2 where each p is that of the better of two signs.
+        p: any shape; nan entries are not tests and stay nan.
+        method: "holm" (Holm 1979): the probability of one or more false pairs is at most α, for any dependence among the tests. "bh"
+            (Benjamini & Hochberg 1995): the expected share of false pairs among the reported pairs is at most α.
+        signs: 2 where each p-value is that of the better of two signs.
 
     >>> correct(torch.tensor([0.01, 0.04, float("nan"), 0.03]))
     tensor([0.0300, 0.0600,    nan, 0.0600])
@@ -224,7 +223,7 @@ def correct(p: Tensor, method: str = "holm", signs: int = 1) -> Tensor:
 
 
 class Permutation(NamedTuple):
-    """``p``: of each pair on its own; ``adjusted``: for all pairs together; ``ap``: as observed. All (units, concepts), float64."""
+    """``p``: of each pair alone; ``adjusted``: for all pairs together; ``ap``: as observed. All (units, concepts), float64."""
 
     p: Tensor
     adjusted: Tensor
@@ -242,15 +241,15 @@ def permutation_test(
     category: Tensor | None = None,
     annotated: Tensor | None = None,
 ) -> Permutation:
-    """The null without assumptions: the rows of labels, with their annotations, are dealt out to the images anew, all concepts together.
+    """A null without assumptions: the rows of labels, with their annotations, are permuted over the images, all concepts together.
 
     Ties of the scores and the dependence among concepts stay as they are. For all pairs together the smallest p-value of each permutation
-    is compared (single-step minP; Westfall & Young 1993), in which the tables of :func:`null_tables` are only the common scale. Every
+    is compared (single-step minP; Westfall & Young 1993). The tables of :func:`null_tables` are only the common scale for this. Every
     permutation costs as much as :func:`torchprobe.dissection.average_precision`, and no p-value is below 1 / (1 + permutations).
 
     Args:
-        scores, labels, sign, negatives, category, annotated: as for :func:`torchprobe.dissection.average_precision`.
-        permutations: how many.
+        scores, labels, sign, negatives, category, annotated: see :func:`torchprobe.dissection.average_precision`.
+        permutations: the number of permutations.
         seed: of the permutations.
 
     >>> scores, labels = torch.arange(40.0)[None], (torch.arange(40) > 30)[:, None]
@@ -258,7 +257,7 @@ def permutation_test(
     tensor([[0.0500]], dtype=torch.float64)
     """
     if permutations < 1:
-        raise ValueError(f"there must be at least one permutation, got {permutations}")
+        raise ValueError(f"permutations must be at least 1, got {permutations}")
     concepts = support(labels, negatives=negatives, category=category, annotated=annotated)
     if negatives == "category" and annotated is None and category is not None:
         annotated = _annotated(labels, category)
@@ -281,7 +280,7 @@ def permutation_test(
 
 
 def _annotated(labels: Tensor, category: Tensor) -> Tensor:
-    """By image and category, whether the image shows some concept of it."""
+    """bool (images, categories): the image shows some concept of the category."""
     crow, col, _ = rows_of(labels)
     annotated = torch.zeros(labels.shape[0], max(int(category.amax()) + 1, 1), dtype=torch.bool, device=labels.device)
     of = category.to(labels.device)[col]

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchprobe.dissection.labels import LabelBatch
+from torchprobe.dissection.batches import LabelBatch
 from torchprobe.ops.overlap import overlap_tally_
 
 MODES = ("default", "netdissect", "global")
 
 
 class Counts(NamedTuple):
-    """Pixels over a whole data set, int64, for U units and labels 0 … L − 1 (0 is the unlabelled, and always empty).
+    """Pixels over a whole data set, int64, for U units and labels 0 … L − 1. Label 0 means unlabeled and is always empty.
 
-    ``intersection`` (U, L): the unit is active and the label is there. ``activation`` (U, L): the unit is active, in the images that the
-    label is compared over. ``truth`` (L,): the label is there.
+    ``intersection`` (U, L): the unit is active and the label is present. ``activation`` (U, L): the unit is active, in the images in which
+    the label is compared. ``truth`` (L,): the label is present.
     """
 
     intersection: Tensor
@@ -26,7 +26,7 @@ class Counts(NamedTuple):
     truth: Tensor
 
     def iou(self) -> Tensor:
-        """Intersection over union, float64 (U, L); 0 where there is neither activation nor label.
+        """Intersection over union, float64 (U, L); 0 without activation and label.
 
         >>> Counts(torch.tensor([[2]]), torch.tensor([[4]]), torch.tensor([6])).iou()
         tensor([[0.2500]], dtype=torch.float64)
@@ -38,18 +38,19 @@ class Counts(NamedTuple):
 class Overlap:
     """Counts, over the images of a data set, how the activated region of each unit overlaps each label. Exact, and mergeable.
 
-    A unit is active where its map, brought to the label grid of an image, exceeds the unit's threshold; for the exact definition see
-    :func:`torchprobe.ops.overlap_tally_`. A label is compared with a unit's activation in those images that hold some label of its
-    category, since where a category is not annotated nothing is known of it. A label counts by its *primary* category, as in the original.
+    The map of a unit is resized to the label grid of an image. The unit is active where the map exceeds the unit's threshold; for the exact
+    definition see :func:`torchprobe.ops.overlap_tally_`. A label is compared with the activation in images that hold some label of its
+    category: where a category is not annotated, its labels are unknown. As in the original, a label belongs to its *primary* category.
 
     Args:
-        thresholds: (units,), the level that an active pixel exceeds; rounded to float32. Their device is where the maps must be.
-        category: int64 (labels,), the primary category of each label, 0 … categories − 1; negative for none. That of label 0 is ignored.
-        categories: how many there are.
-        mode: "default"; "netdissect", the grid of the original (Bau et al., Network Dissection, CVPR 2017), in which a label that several
-            planes give to one pixel counts several times; "global", in which activation is counted over all images, annotated or not.
+        thresholds: (units,), the level that an active pixel exceeds; rounded to float32. The maps must be on the same device.
+        category: int64 (labels,), the primary category of each label, 0 … categories − 1; negative for none. The entry of label 0 is
+            ignored.
+        categories: the number of categories.
+        mode: "default"; "netdissect", the grid of the original (Bau et al., Network Dissection, CVPR 2017), where a label that several
+            planes give to one pixel counts several times; "global", which counts activation over all images, annotated or not.
 
-    The state: ``intersection`` (U, L), ``activation`` (U, categories + 1, whose last column counts all images), ``truth`` (L,), ``images``.
+    The state: ``intersection`` (U, L), ``activation`` (U, categories + 1; the last column counts all images), ``truth`` (L,), ``images``.
 
     >>> overlap = Overlap(torch.tensor([0.5]), torch.tensor([-1, 0, 1]), categories=2)
     >>> labels = LabelBatch.pack([[("object", torch.tensor([[1, 1], [0, 0]]))]], [(2, 2)])
@@ -81,12 +82,12 @@ class Overlap:
         """Adds a batch of images.
 
         Args:
-            maps: (images, units, h, w), any floating point type.
+            maps: (images, units, h, w), any floating-point type.
             labels: of the same images, in the same order.
-            input_size: height and width of the network's input; only "netdissect" asks for it.
+            input_size: height and width of the network's input; only "netdissect" needs it.
 
         Raises:
-            ValueError: something does not fit together. Nothing is added then.
+            ValueError: the arguments do not fit together; nothing is added.
         """
         anchored = self.mode == "netdissect"
         if anchored and input_size is None:
@@ -99,18 +100,18 @@ class Overlap:
         self.images += maps.shape[0]
 
     def counts(self) -> Counts:
-        """Everything so far, with the activation of each label restricted to the images that it is compared over."""
+        """The counts so far, with the activation of each label restricted to the images in which it is compared."""
         category = self.category.to(self.activation.device)
         column = torch.full_like(category, self.categories) if self.mode == "global" else category.clamp(min=0)
         known = torch.ones_like(category, dtype=torch.bool) if self.mode == "global" else category >= 0
         return Counts(self.intersection.clone(), self.activation[:, column] * known, self.truth.clone())
 
     def merge(self, other: Overlap) -> Overlap:
-        """Adds, in place, everything ``other`` saw; returns self. Order and partition of the images do not matter.
+        """Adds the counts of ``other`` in place; returns self. Order and partition of the images do not matter.
 
         Raises:
-            TypeError: ``other`` is no :class:`Overlap`.
-            ValueError: other thresholds, labels or mode.
+            TypeError: ``other`` is not an :class:`Overlap`.
+            ValueError: thresholds, labels or mode differ.
         """
         if not isinstance(other, Overlap):
             raise TypeError(f"cannot merge Overlap with {type(other).__name__}")
@@ -127,7 +128,7 @@ class Overlap:
         self.images = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts and what they were counted with, cloned."""
+        """Counts, thresholds and categories, cloned."""
         parts = ("intersection", "activation", "truth", "thresholds", "category")
         return {name: getattr(self, name).clone() for name in parts} | {
             "categories": self.categories,
@@ -136,10 +137,10 @@ class Overlap:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave.
+        """Restores a :meth:`state_dict`.
 
         Raises:
-            ValueError: it was counted with other thresholds, labels or in another mode, or is incomplete. Nothing is changed then.
+            ValueError: thresholds, labels or mode differ, or the state is incomplete; nothing is changed.
         """
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise ValueError(f"the saved counts lack {', '.join(missing)}")

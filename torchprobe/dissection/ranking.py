@@ -9,25 +9,16 @@ import torch
 from torch import Tensor
 
 from torchprobe.datasets.broden import Presence
-from torchprobe.dissection.average_precision import Support, average_precision, concept_matrix, pool, support
+from torchprobe.dissection.average_precision import Support, average_precision, concept_matrix, support
 from torchprobe.dissection.nulls import Permutation, permutation_test
 from torchprobe.statistics.top_inputs import ranked
 
-_UNITS = 512  # whose scores are copied at a time
-
-
-def pooled(x: Tensor, how: str) -> Tensor:
-    """One score for each image and unit: (images, units, …) → (images, units).
-
-    >>> pooled(torch.tensor([[[1.0, 3.0]]]), "mean"), pooled(torch.ones(1, 2), "max")
-    (tensor([[2.]]), tensor([[1., 1.]]))
-    """
-    return x if x.dim() == 2 else pool(x, how)
+_UNITS = 512  # units whose scores are copied at a time
 
 
 def top_images(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """ids and scores (units, k) of the images with the highest scores, of equals those with the smaller id, as
-    :class:`torchprobe.statistics.TopInputs` would have them; −1 and −inf where there are fewer images.
+    """ids and scores (units, k) of the images with the highest scores; of equal scores the smaller id. With fewer than k images the rest is
+    −1 and −inf. The same as in :class:`torchprobe.statistics.TopInputs`.
 
     Args:
         scores: (units, images), no nan.
@@ -42,7 +33,7 @@ def top_images(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for start in range(0, len(scores), _UNITS):
         part = scores[start : start + _UNITS].contiguous()
         index = part.topk(count, dim=1).indices
-        # Which of equals it takes is not said: where there are more than it took, sort.
+        # topk takes any of equal scores: where it left some out, sort.
         least = part.gather(1, index).amin(1, keepdim=True)
         unclear = ((part >= least).sum(1) > count).nonzero().flatten()
         index[unclear] = part[unclear].argsort(dim=1, descending=True, stable=True)[:, :count]
@@ -53,10 +44,10 @@ def top_images(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Which image shows which concept, and by what rules average precision is computed.
+    """Which image shows which concept, and the rules for average precision.
 
-    ``crow`` int64 (images + 1,) and ``column`` int64 (entries,): the concepts of each image, as in a CSR matrix; ``annotated`` bool
-    (images, categories): whose absence is known; ``category`` int64 (concepts,); ``sign`` and ``negatives`` as for
+    ``crow`` int64 (images + 1,) and ``column`` int64 (entries,): the concepts of each image, as in a CSR matrix. ``annotated`` bool
+    (images, categories): the image is annotated for the category. ``category`` int64 (concepts,). ``sign`` and ``negatives``: see
     :func:`average_precision`.
     """
 
@@ -85,7 +76,8 @@ class Ranking:
             rows: the images, in the order of the scores.
             numbers: the label numbers, in the order of the concepts.
             category: int64 (concepts,).
-            minimum_area: the share of an image that a concept must cover; an image is annotated for a category whatever the area.
+            minimum_area: the share of an image that a concept must cover. Whether an image is annotated for a category does not depend
+                on areas.
 
         >>> presence = Presence(torch.tensor([0, 2, 3]), torch.tensor([3, 7], dtype=torch.int32)[[0, 1, 1]], torch.tensor([0.1, 1.0, 0.5]))
         >>> Ranking.of(presence, [1, 0], [3, 7], torch.tensor([0, 1]), minimum_area=0.2).matrix().to_dense()
@@ -115,7 +107,7 @@ class Ranking:
         return concept_matrix(self.crow, self.column, len(self.category))
 
     def support(self) -> Support:
-        """Among how many images each concept is ranked, and how many show it."""
+        """Among how many images each concept is ranked, and how many of them show it."""
         return support(self.matrix(), negatives=self.negatives, category=self.category, annotated=self.annotated)
 
     def average_precision(self, scores: Tensor) -> Tensor:
@@ -137,13 +129,13 @@ class Ranking:
         )  # fmt: skip
 
     def joined(self, other: Ranking) -> Ranking:
-        """The images of both, those of ``other`` behind.
+        """The images of both, first those of this one.
 
         Raises:
             ValueError: the rules or the concepts differ.
         """
         if (self.sign, self.negatives) != (other.sign, other.negatives) or not torch.equal(self.category, other.category):
-            raise ValueError("average precision of the two has other concepts, sign or negatives")
+            raise ValueError("the average precision of the two differs in concepts, sign or negatives")
         crow = torch.cat([self.crow, other.crow[1:] + self.crow[-1]])
         column, annotated = torch.cat([self.column, other.column]), torch.cat([self.annotated, other.annotated])
         return replace(self, crow=crow, column=column, annotated=annotated)

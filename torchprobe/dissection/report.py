@@ -1,27 +1,30 @@
-"""The page of one layer: which concepts its units go along with, what each unit responds to, and what all of that is read against."""
+"""The page of one layer: which concepts its units coincide with, what each unit responds to, and the nulls to compare with."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from torchprobe.common.deprecation import renamed_arguments
+from torchprobe.common.runs import CountCallback
 from torchprobe.dissection import report_text
-from torchprobe.dissection.report_pictures import Pictures
+from torchprobe.dissection.report_pictures import Pictures, show_pictures
+from torchprobe.dissection.report_text import Limits
+from torchprobe.dissection.scores import LayerScores, UnitConcept
 from torchprobe.dissection.summaries import THRESHOLD
 from torchprobe.rendering.dissection_page import CategoryBar, DissectionPage, UnitRow, write_dissection
 from torchprobe.rendering.page import Fact, require
-from torchprobe.rendering.tables import Column, number
+from torchprobe.rendering.tables import Column, Row, number
 
 if TYPE_CHECKING:
     from torchprobe.datasets.broden import Broden
-    from torchprobe.dissection.dissection import Dissection, UnitConcept
 
 OTHERS = 4
 """Further concepts that a row names."""
@@ -29,31 +32,32 @@ OTHERS = 4
 
 @dataclass
 class Report:
-    """What a page is made of, and from what value on a unit counts.
+    """The tables of a page.
 
     Attributes:
         dissection: of the layer.
-        nulls: the same layer under conditions in which its units cannot know the concepts – random weights, shuffled labels –, by name.
-        threshold: the IoU from which a unit counts as a detector.
-        ap_threshold, alpha: the average precision from which, and the level at which, a unit counts as encoding a concept.
-        score: by which units are ordered and labelled: "iou", or "gain", average precision above prevalence. Default: IoU if there is one.
+        nulls: name → the same layer in conditions where its units cannot know the concepts: random weights, shuffled labels.
+        threshold: the smallest IoU of a detector.
+        ap_threshold, alpha: the smallest average precision, and the level of significance, with which a unit encodes a concept.
+        score: orders and labels the units: "iou", or "gain", average precision above prevalence. Default: IoU if it was computed.
     """
 
-    dissection: Dissection
-    nulls: Mapping[str, Dissection] = field(default_factory=dict)
+    dissection: LayerScores
+    nulls: Mapping[str, LayerScores] = field(default_factory=dict)
     threshold: float = THRESHOLD
     ap_threshold: float = 0.9
     alpha: float = 0.05
     score: str = ""
 
     def __post_init__(self) -> None:
+        self.limits = Limits(self.threshold, self.ap_threshold, self.alpha)
         self.score = self.score or ("iou" if self.dissection.counts is not None else "gain")
         self.best: list[UnitConcept] = self.dissection.best(self.score)
         ap = self.dissection.average_precision is not None
         self.encoded: Tensor | None = self.dissection.encoded(self.ap_threshold, self.alpha) if ap else None
 
     def detects(self, row: UnitConcept) -> bool:
-        """Whether a unit counts by its best label: an IoU of the threshold, or a concept that it encodes."""
+        """Whether a unit counts with its best label: its IoU reaches the threshold, or it encodes the concept."""
         if row.index < 0:
             return False
         if self.score == "iou":
@@ -61,35 +65,34 @@ class Report:
         return self.encoded is not None and bool(self.encoded[row.unit, row.index])
 
     def bars(self) -> list[CategoryBar]:
-        """Each unit that counts, by its best label; categories in the order of the data set."""
+        """Each unit that counts, with its best label; categories in the order of the data set."""
         title = self.titles()
         counted = Counter((row.category, title[row.index]) for row in self.best if self.detects(row))
         names = [name for name in self.dissection.categories if any(category == name for category, _ in counted)]
         return [CategoryBar(name, [(label, n) for (category, label), n in counted.most_common() if category == name]) for name in names]
 
     def titles(self) -> list[str]:
-        """The labels as people read them; where two of a category would be the same, as the data set calls them."""
+        """The labels as people read them; if two labels of a category have the same title, their names in the data set."""
         labels = self.dissection.labels
         seen = Counter((label.category, label.title) for label in labels)
         return [label.title if seen[label.category, label.title] == 1 else label.name for label in labels]
 
     def columns(self) -> list[Column]:
-        """Those of the table of units."""
+        """The columns of the table of units."""
         columns = [
             Column("unit", "unit", "index of the unit within the layer, from 0", "index"),
-            Column("label", "concept", "the concept with the unit's highest score", "text"),
-            Column("category", "category", "its category", "text"),
+            Column("label", "concept", "the concept with the highest score of the unit", "text"),
+            Column("category", "category", "category of the concept", "text"),
         ]
         if self.dissection.counts is not None:
-            columns.append(Column("iou", "IoU", "pixels where the unit is active and the concept is, over those where either is"))
+            columns.append(Column("iou", "IoU", "pixels where the unit is active and the concept is, over pixels where either is"))
         if self.dissection.average_precision is not None:
+            encodes = f"number of concepts with AP ≥ {self.ap_threshold:g} that is significant after correction"
             columns += [
-                Column("ap", "AP", "average precision: how well the unit's score ranks the images that show the concept before the others"),
+                Column("ap", "AP", "average precision: how well the score of the unit ranks the images that show the concept first"),
                 Column("prevalence", "chance", "share of the images that show the concept: about the AP of a random ranking"),
-                Column(
-                    "p", "p", "probability that a random ranking reaches that AP; for this pair alone, not corrected for the many pairs"
-                ),
-                Column("encodes", "encodes", f"concepts with AP ≥ {self.ap_threshold:g} that is significant after correction", "count"),
+                Column("p", "p", "probability that a random ranking reaches this AP; for this pair alone, without correction"),
+                Column("encodes", "encodes", encodes, "count"),
             ]
         columns += [
             Column("threshold", "threshold", "the level that an active position exceeds", optional=True),
@@ -98,8 +101,8 @@ class Report:
         return columns
 
     def units(self, pictures: Pictures | None = None) -> list[UnitRow]:
-        """One row a unit, best first."""
-        table = self.dissection._table(self.score).nan_to_num(nan=-math.inf)
+        """One row for each unit, best first."""
+        table = self.dissection.table(self.score).nan_to_num(nan=-math.inf)
         scores, order = table.topk(min(OTHERS + 1, table.shape[1]), dim=1)
         title, labels = self.titles(), self.dissection.labels
         encodes = None if self.encoded is None else self.encoded.sum(1).tolist()
@@ -108,7 +111,7 @@ class Report:
         for row in self.best:
             found = zip(scores[row.unit].tolist(), order[row.unit].tolist(), strict=True)
             others = [(i, score) for score, i in found if i != row.index and score > 0][:OTHERS]
-            values = {
+            cells = {
                 "unit": row.unit,
                 "label": title[row.index] if row.index >= 0 else "",
                 "category": row.category,
@@ -122,39 +125,33 @@ class Report:
                 "detector": self.detects(row),
             }
             search = " ".join([row.label, *(f"{title[i]} {labels[i].name}" for i, _ in others)])
-            rows.append(UnitRow(values, pictures.of(row.unit) if pictures else (), search))
+            rows.append(UnitRow(cells, [] if pictures is None else pictures.shown.get(row.unit, []), search))
         return rows
 
     def facts(self) -> list[Fact]:
-        """The numbers at the head."""
+        """The numbers at the head of the page."""
         d = self.dissection
         facts = [Fact("Directions" if d.metadata.get("basis") else "Units", number(d.units))]
         if d.counts is not None:
             report, paper = d.unique_detectors("report", self.threshold), d.unique_detectors("paper", self.threshold)
+            share = f"{report.detectors / d.units:.0%} of the units, with an IoU of {self.threshold:g} or more"
             facts += [
-                Fact(
-                    "Detectors",
-                    number(report.detectors),
-                    f"units with an IoU of {self.threshold:g} or more, {report.detectors / d.units:.0%}",
-                ),
-                Fact(
-                    "Concepts with a detector", number(report.unique), f"by the best label of each unit; {paper.unique} by the paper's rule"
-                ),
+                Fact("Detectors", number(report.detectors), share),
+                Fact("Concepts with a detector", number(report.unique), f"best label of each unit; {paper.unique} by the paper's rule"),
             ]
         if self.encoded is not None:
             count = int(self.encoded.any(0).sum())
-            facts.append(
-                Fact("Concepts encoded", number(count), f"AP ≥ {self.ap_threshold:g}, significant at {self.alpha:g} after correction")
-            )
+            rule = f"AP ≥ {self.ap_threshold:g}, significant at {self.alpha:g} after correction"
+            facts.append(Fact("Concepts encoded", number(count), rule))
         return [*facts, Fact("Images", number(len(d.images)), report_text.dataset(d))]
 
-    def comparison(self) -> list[dict[str, Any]]:
-        """The layer beside its nulls: one row each."""
+    def comparison(self) -> Sequence[Row]:
+        """The layer and its nulls, one row for each, with the columns :data:`torchprobe.dissection.report_text.COMPARISON`."""
         rows = []
         for name, d in {report_text.OWN: self.dissection, **self.nulls}.items():
             row: dict[str, Any] = {"layer": name}
             if d.counts is not None:
-                found, best = d.unique_detectors("report", self.threshold), d._table("iou").amax(1)
+                found, best = d.unique_detectors("report", self.threshold), d.table("iou").amax(1)
                 row |= {"detectors": found.detectors, "concepts": found.unique, "paper": d.unique_detectors("paper", self.threshold).unique}
                 row |= {"median": float(best.median()), "highest": float(best.amax())}
             if d.average_precision is not None:
@@ -163,38 +160,40 @@ class Report:
         return rows
 
     def page(self, pictures: Pictures | None = None) -> DissectionPage:
-        """Everything together."""
+        """The whole page."""
         d = self.dissection
+        regions, evidence = (False, False) if pictures is None else (pictures.regions, pictures.evidence)
         return DissectionPage(
             kind="dissection",
             title=f"{d.metadata.get('model', 'model')} · {d.layer or 'output'}",
             summary=report_text.SUMMARY,
             notice=report_text.notice(d),
             facts=self.facts(),
-            lead=[report_text.beside_nulls(self)],
-            sections=[report_text.reading(self)],
+            lead=[report_text.nulls_section(self.comparison() if self.nulls else None)],
+            sections=[report_text.reading_section(d, self.limits)],
             footer=report_text.footer(d),
             bars=self.bars(),
-            bars_note=report_text.bars_note(self),
+            bars_note=report_text.bars_note(self.score, self.limits),
             units=self.units(pictures),
-            units_note=report_text.units_note(pictures),
+            units_note=report_text.units_note(pictures is not None, regions, evidence),
             columns=self.columns(),
             thumbnails=pictures.thumbnails if pictures else (),
         )
 
 
+@renamed_arguments(images="top_images")
 def write_report(
-    dissection: Dissection,
+    dissection: LayerScores,
     path: str | os.PathLike[str],
     broden: Broden | None = None,
-    encoder: Any = None,
+    encoder: nn.Module | None = None,
     *,
-    nulls: Mapping[str, Dissection] | None = None,
-    images: int = 5,
+    nulls: Mapping[str, LayerScores] | None = None,
+    top_images: int = 5,
     evidence: int = 0,
     basis: Tensor | None = None,
     units: Sequence[int] | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: CountCallback | None = None,
     **choices: Any,
 ) -> Path:
     """Writes one self-contained HTML page about a layer, and returns the path.
@@ -202,19 +201,19 @@ def write_report(
     Args:
         dissection: of the layer.
         path: the file.
-        broden: the data set it was made from; without it the page has no pictures.
-        encoder: the network it was made from; without it the pictures show where the concept is, but not where the unit is active.
-        nulls: dissections of the same layer to read it against, by name: the network at random initialisation, shuffled labels.
-        images: of the top images, how many are shown for each unit.
-        evidence: units, best first, for which the page also shows what speaks for them by integrated gradients; needs captum.
-        basis: the directions, where it is no dissection of units.
-        units: only pictures of these; default: of all.
-        progress: told (steps done, steps in all); a unit's evidence is one step, all other pictures together are another.
+        broden: the data set of the dissection; without it the page has no pictures.
+        encoder: the network of the dissection; without it the pictures show where the concept is, but not where the unit is active.
+        nulls: name → dissection of the same layer to compare with: random weights, shuffled labels.
+        top_images: how many of the top images are shown for each unit.
+        evidence: units, best first, for which the page also shows evidence by integrated gradients; needs captum.
+        basis: the directions, if the units are directions.
+        units: units whose pictures are shown; default: all.
+        progress: called with (steps done, steps in all). The evidence of a unit is one step; all other pictures together are one step.
         choices: ``threshold``, ``ap_threshold``, ``alpha``, ``score``; see :class:`Report`.
 
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is missing; the message has the command.
-        DatasetError: a picture or label map cannot be read.
+        DatasetError: an image or a label map cannot be read.
         ValueError: ``encoder`` has another number of units than the dissection.
     """
     require()
@@ -225,14 +224,11 @@ def write_report(
 
     report = Report(dissection, nulls or {}, **choices)
     pictures = None
-    if broden is not None and dissection.top is not None and images > 0:
-        chosen = [row for row in report.best if units is None or row.unit in set(units)]
-        pictures = Pictures(dissection, broden, {row.unit: row.index for row in chosen}, images)
-        if encoder is not None:
-            pictures.add_regions(encoder, basis)
-            for done, row in enumerate(chosen[:evidence], 1):
-                tell(done)
-                pictures.add_evidence(encoder, row.unit, basis)
+    if broden is not None and dissection.top is not None and top_images > 0:
+        wanted = None if units is None else set(units)
+        labels = {row.unit: row.index for row in report.best if wanted is None or row.unit in wanted}
+        explained = list(labels)[:evidence] if encoder is not None else []
+        pictures = show_pictures(dissection, broden, labels, top_images, encoder, basis, explained, tell)
     written = write_dissection(report.page(pictures), path)
     tell(1 + evidence)
     return written

@@ -1,117 +1,170 @@
-"""The pictures of a report: top images made small, where a unit is active in them, where its concept is, and what speaks for the unit."""
+"""The pictures of a report: the top images of units as thumbnails, where each unit is active, where its concept is, and its evidence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from torchprobe.datasets.broden import ImageLabels
-from torchprobe.dissection.batches import Batches
-from torchprobe.dissection.evidence import evidence
-from torchprobe.dissection.taps import Taps
+from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
+from torchprobe.dissection.evidence import attribute_dissected
+from torchprobe.dissection.scores import LayerScores
+from torchprobe.dissection.taps import Site, find_sites
 from torchprobe.ops.overlap import upsample
-from torchprobe.rendering.dissection_page import Shown, Thumbnail, thumbnail
-from torchprobe.rendering.outline import outline, reduced
+from torchprobe.recording.layers import select_layers
+from torchprobe.recording.reader import LayerReader
+from torchprobe.rendering.dissection_page import Shown, Thumbnail, outline, reduced, thumbnail
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from torchprobe.datasets.broden import Broden
-    from torchprobe.dissection.dissection import Dissection
 
 GRID = 56
-"""The longest side of the grid that regions are drawn in: half the label grid of the release, two pixels of a thumbnail."""
+"""Longest side of the grid on which regions are drawn: half of the label grid of the release, and two pixels of a thumbnail."""
+
+WORKERS = 2
+"""Threads that decode images."""
+
+UnitsOf = Mapping[int, Mapping[int, float]]
+"""Row of the data set → units that have it among their top images → their scores."""
 
 
+@dataclass
 class Pictures:
-    """The top images of some units; each image is read once, whatever the number of units it is shown for.
+    """``thumbnails``: all pictures. ``shown``: unit → its top images, strongest first. ``regions``: whether the pictures show where units
+    are active. ``evidence``: whether the pictures of some units show their evidence."""
+
+    thumbnails: list[Thumbnail] = field(default_factory=list)
+    shown: dict[int, list[Shown]] = field(default_factory=dict)
+    regions: bool = False
+    evidence: bool = False
+
+
+def show_pictures(
+    dissection: LayerScores,
+    broden: Broden,
+    labels: Mapping[int, int],
+    count: int,
+    encoder: nn.Module | None = None,
+    basis: Tensor | None = None,
+    evidence: Sequence[int] = (),
+    tell: Callable[[int], object] = lambda done: None,
+) -> Pictures:
+    """The top images of some units. Each image is decoded once and passes the network once, however many units show it.
 
     Args:
         dissection: with top images.
         broden: the data set.
-        label_of: unit → column of its concept, or −1.
-        images: top images of each unit.
+        labels: unit → column of its concept, or −1; the units to show.
+        count: images for each unit.
+        encoder: the network; without it the pictures do not show where units are active.
+        basis: the directions, if the units are directions.
+        evidence: the units whose evidence is shown; needs the encoder.
+        tell: called with the steps done, before the evidence of each unit; all images together are the first step.
+
+    Raises:
+        ValueError: the encoder does not fit the dissection.
     """
+    assert dissection.top is not None
+    top_ids, top_scores = dissection.top
+    ids = {unit: [row for row in top_ids[unit, :count].tolist() if row >= 0] for unit in labels}
+    units_of: dict[int, dict[int, float]] = {}
+    for unit, own in ids.items():
+        for row, score in zip(own, top_scores[unit].tolist(), strict=False):
+            units_of.setdefault(row, {})[unit] = score
+    kept = {row for unit in evidence for row in ids[unit]}  # images whose pixels are needed again
+    pixels: dict[int, Tensor] = {}
+    found: dict[tuple[int, int], Shown] = {}  # (unit, row)
+    pictures = Pictures()
+    with ExitStack() as opened:
+        regions = None
+        if encoder is not None and units_of and _can_be_drawn(dissection, basis):
+            reader = opened.enter_context(LayerReader(encoder, select_layers(encoder, [dissection.layer])))
+            regions = _Regions(dissection, broden, reader, basis)
+        preprocess = None if encoder is None or (regions is None and not kept) else find_preprocess(broden, encoder)
+        for rows, images in _decoded(broden, sorted(units_of), dissection.metadata.get("batch_size", 32)):
+            inputs = None if preprocess is None else stack([to_tensor(preprocess, image) for image in images], broden, rows)
+            outlines = [{}] * len(rows) if regions is None or inputs is None else regions.outlines(inputs, rows, units_of)
+            for i, (row, image) in enumerate(zip(rows, images, strict=True)):
+                described = broden.rows[row]
+                pictures.thumbnails.append(thumbnail(image, described.image, _grid(described.label_height, described.label_width)))
+                concepts = _Concepts(dissection, broden.image_labels(row))
+                for unit, score in units_of[row].items():
+                    concept, whole = concepts.find(labels[unit])
+                    found[unit, row] = Shown(len(pictures.thumbnails) - 1, score, outlines[i].get(unit), concept, whole)
+                if inputs is not None and row in kept:
+                    pixels[row] = inputs[i]
+        pictures.regions = regions is not None
+    if encoder is not None:
+        for done, unit in enumerate(evidence, 1):
+            tell(done)
+            heats = attribute_dissected(dissection, unit, encoder, torch.stack([pixels[row] for row in ids[unit]]), basis=basis).sum(1)
+            for row, heat in zip(ids[unit], heats.cpu(), strict=True):
+                name = f"{broden.rows[row].image}, evidence for unit {unit}"
+                pictures.thumbnails.append(thumbnail(_heat_image(heat), name, (1, 1)))
+                found[unit, row] = replace(found[unit, row], evidence=len(pictures.thumbnails) - 1)
+            pictures.evidence = True
+    pictures.shown = {unit: [found[unit, row] for row in own] for unit, own in ids.items()}
+    return pictures
 
-    def __init__(self, dissection: Dissection, broden: Broden, label_of: Mapping[int, int], images: int) -> None:
-        assert dissection.top is not None
-        self.dissection, self.broden = dissection, broden
-        ids, scores = (part[:, :images].tolist() for part in dissection.top)
-        self.ids = {unit: [row for row in ids[unit] if row >= 0] for unit in label_of}
-        self.thumbnails: list[Thumbnail] = []
-        self._shown: dict[tuple[int, int], Shown] = {}  # (unit, image)
-        self._units: dict[int, list[int]] = {}  # image → units
-        self.regions = self.evidence = False
-        for unit, own in self.ids.items():
-            for row in own:
-                self._units.setdefault(row, []).append(unit)
-        for row, units in sorted(self._units.items()):
-            described = broden.rows[row]
-            grid = _grid(described.label_height, described.label_width)
-            at = len(self.thumbnails)
-            self.thumbnails.append(thumbnail(broden.image(row), described.image, grid))
-            concepts = _Concepts(dissection, broden.image_labels(row))
-            for unit in units:
-                path, whole = concepts.find(label_of[unit])
-                self._shown[unit, row] = Shown(at, scores[unit][self.ids[unit].index(row)], concept=path, whole=whole)
 
-    def of(self, unit: int) -> list[Shown]:
-        """What is shown of a unit, its strongest image first."""
-        return [self._shown[unit, row] for row in self.ids.get(unit, ())]
+def _decoded(broden: Broden, rows: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], list[Image]]]:
+    """The images of some rows, in batches of the size with which the network saw them."""
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="torchprobe-images") as threads:
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield part, list(threads.map(broden.image, part))
 
-    def add_regions(self, model: nn.Module, basis: Tensor | None = None) -> None:
-        """Outlines where each unit is above its threshold: by the definition that was counted with, and drawn at half of its resolution.
 
-        Raises:
-            ValueError: the model does not fit the dissection.
-        """
-        d, facts = self.dissection, self.dissection.metadata
-        if d.thresholds is None or not self._units or (facts.get("basis") and basis is None):
-            return
-        preprocess: Any = self.broden.transform or getattr(model, "preprocess", None)
-        if preprocess is None:
-            raise ValueError("nothing says how a picture becomes a tensor: give Broden a transform")
-        batches = Batches(self.broden, sorted(self._units), preprocess, facts.get("batch_size", 32))
-        place = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-        with Taps(model, [d.layer]) as taps:
-            first = batches.image(batches.ids[0])[None].to(place)
-            site = taps.sites(first, facts.get("positions", "patch"), None if basis is None else {d.layer: basis})[d.layer]
-            if site.units != d.units:
-                raise ValueError(f"layer {d.layer!r} has {site.units} units here and {d.units} in the dissection: another network")
-            for batch in batches.read(range(len(batches))):
-                maps = site.read(taps.run(batch.images.to(place))[d.layer], len(batch.ids)).float().cpu()
-                for row, own in zip(batch.ids, maps, strict=True):
-                    self._outline(row, own, (batch.images.shape[-2], batch.images.shape[-1]))
-        self.regions = True
+def _can_be_drawn(dissection: LayerScores, basis: Tensor | None) -> bool:
+    return dissection.thresholds is not None and (basis is not None or not dissection.metadata.get("basis"))
 
-    def _outline(self, row: int, maps: Tensor, input_size: tuple[int, int]) -> None:
-        units, described = self._units[row], self.broden.rows[row]
-        anchored = self.dissection.metadata.get("mode") == "netdissect"
+
+class _Regions:
+    """Where units are above their thresholds, as it was counted, and drawn on a coarser grid."""
+
+    def __init__(self, dissection: LayerScores, broden: Broden, reader: LayerReader, basis: Tensor | None) -> None:
+        self.dissection, self.broden, self.reader, self.basis = dissection, broden, reader, basis
+        self._site: Site | None = None
+
+    def outlines(self, inputs: Tensor, rows: Sequence[int], units_of: UnitsOf) -> list[dict[int, str]]:
+        """For each image (n, 3, H, W), the outline of the active region by unit."""
+        layer = self.dissection.layer
+        inputs = inputs.to(self.reader.device)
+        site = self._site = self._site or self._find_site(inputs[:1])
+        maps = site.read(self.reader.activations(inputs)[layer][0], len(rows)).float().cpu()
+        size = inputs.shape[-2], inputs.shape[-1]
+        return [self._image_outlines(row, own, list(units_of[row]), size) for row, own in zip(rows, maps, strict=True)]
+
+    def _find_site(self, image: Tensor) -> Site:
+        d = self.dissection
+        site = find_sites(self.reader, image, d.metadata.get("positions", "patch"))[d.layer].in_basis(self.basis)
+        if site.units != d.units:
+            raise ValueError(f"layer {d.layer!r} has {site.units} units here and {d.units} in the dissection: this is another network")
+        return site
+
+    def _image_outlines(self, row: int, maps: Tensor, units: list[int], input_size: tuple[int, int]) -> dict[int, str]:
+        described = self.broden.rows[row]
         assert self.dissection.thresholds is not None
-        level = self.dissection.thresholds[units, None, None]
+        levels = self.dissection.thresholds[units, None, None]
+        anchored = self.dissection.metadata.get("mode") == "netdissect"
         grid = ("anchored", *input_size) if anchored else ("half_pixel", 0, 0)
-        active = upsample(maps[units], described.label_height, described.label_width, *grid) > level
-        for unit, mask in zip(units, active.numpy(), strict=True):
-            self._shown[unit, row] = replace(self._shown[unit, row], region=outline(reduced(mask, GRID)))
-
-    def add_evidence(self, model: nn.Module, unit: int, basis: Tensor | None = None) -> None:
-        """For a unit, what in each image speaks for it; see :func:`torchprobe.dissection.evidence.evidence`."""
-        found = evidence(self.dissection, unit, self.broden, model, len(self.ids[unit]), basis=basis)
-        for row, heat in zip(found.ids.tolist(), found.heat, strict=True):
-            shown = self._shown[unit, row]
-            name = f"{self.thumbnails[shown.thumbnail].name}, evidence for unit {unit}"
-            self.thumbnails.append(thumbnail(_heat_image(heat), name, (1, 1)))
-            self._shown[unit, row] = replace(shown, evidence=len(self.thumbnails) - 1)
-        self.evidence = True
+        active = upsample(maps[units], described.label_height, described.label_width, *grid) > levels
+        return {unit: outline(reduced(mask, GRID)) for unit, mask in zip(units, active.numpy(), strict=True)}
 
 
 class _Concepts:
-    """The outlines of the concepts of one image, each made once."""
+    """The outlines of the concepts of one image, each computed once."""
 
-    def __init__(self, dissection: Dissection, labels: ImageLabels) -> None:
+    def __init__(self, dissection: LayerScores, labels: ImageLabels) -> None:
         self.dissection = dissection
         self.planes = [planes.numpy() for _, planes in labels if planes.dim() == 3]
         self.whole = {int(n) for _, numbers in labels if numbers.dim() == 1 for n in numbers}
@@ -120,7 +173,7 @@ class _Concepts:
         self._paths: dict[int, str] = {}
 
     def find(self, column: int) -> tuple[str | None, bool]:
-        """The outline of a label, see :class:`Shown`, and whether it is one of the whole image."""
+        """The outline of a label, see :class:`Shown`, and whether it is a label of the whole image."""
         if column < 0 or int(self.dissection.category[column]) not in self.categories:
             return None, False
         wanted = self.dissection.labels[column].number
@@ -133,15 +186,15 @@ class _Concepts:
 
 
 def _grid(rows: int, columns: int) -> tuple[int, int]:
-    shape = reduced(np.empty((rows, columns), bool), GRID).shape
-    return shape[0], shape[1]
+    h, w = reduced(np.empty((rows, columns), bool), GRID).shape
+    return h, w
 
 
-def _heat_image(heat: Tensor) -> Any:
-    """Contributions (H, W) as a picture: for the unit is warm, against it cold, none is white; 1 % of the pixels are at full strength."""
-    from PIL import Image
+def _heat_image(heat: Tensor) -> Image:
+    """Contributions (H, W) as a picture: positive warm, negative cold, zero white; 1 % of the pixels have full color."""
+    from PIL import Image as pil
 
-    smooth, width = heat[None].float(), min(heat.shape) // 24 | 1  # a thumbnail shows no single pixels
+    smooth, width = heat[None].float(), min(heat.shape) // 24 | 1  # a thumbnail does not show single pixels
     for _ in range(2):
         smooth = torch.nn.functional.avg_pool2d(smooth, width, 1, width // 2, count_include_pad=False)
     smooth = smooth[0]
@@ -149,4 +202,4 @@ def _heat_image(heat: Tensor) -> Any:
     share = (smooth / largest).clamp(-1, 1)[..., None].numpy()
     warm, cold = np.array([184, 80, 31]), np.array([26, 111, 143])
     color = 255 + np.abs(share) * (np.where(share > 0, warm, cold) - 255)
-    return Image.fromarray(color.astype(np.uint8))
+    return pil.fromarray(color.astype(np.uint8))

@@ -1,9 +1,9 @@
-"""The stages of a dissection: two passes over the images, then the scores."""
+"""The stages of a dissection: two passes over the images, then the tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -11,25 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchprobe.datasets.broden import Presence
-from torchprobe.dissection.average_precision import NEGATIVES, SIGNS
-from torchprobe.dissection.batches import Batches
+from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import Clock, RunOptions
+from torchprobe.dissection.average_precision import NEGATIVES, SIGNS, pooled
+from torchprobe.dissection.batches import Batch, Batches
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.overlap import MODES, Counts, Overlap
-from torchprobe.common.progress import Clock, ProgressCallback
-from torchprobe.dissection.ranking import Ranking, pooled, top_images
-from torchprobe.common.ranks import Ranks
-from torchprobe.dissection.taps import POSITIONS, Site, Taps
-from torchprobe.dissection.walk import Checkpoint, Rows, Walk
+from torchprobe.dissection.ranking import Ranking, top_images
+from torchprobe.dissection.scores import SCORES
+from torchprobe.dissection.taps import POSITIONS, Site
+from torchprobe.dissection.walk import Checkpoint, ImageVectors, Mergeable, Walk
+from torchprobe.recording.reader import LayerReader
 from torchprobe.statistics import Quantile, TopInputs
 
-SCORES = ("iou", "ap")
 _CHOICES = {"mode": MODES, "positions": POSITIONS, "pooling": ("max", "mean"), "sign": SIGNS, "negatives": NEGATIVES}
+
+See = Callable[[int, Tensor, Batch], None]
+"""Called with the number of a layer, its maps, and the batch that they belong to."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a dissection was asked for, as far as its result depends on it; goes into the metadata of every result."""
+    """The arguments of a dissection that its result depends on. They are part of the metadata of every result."""
 
     score: tuple[str, ...]
     mode: str
@@ -57,40 +60,53 @@ class Settings:
             raise ValueError(f"top must be at least 0, got {self.top}")
 
 
+@dataclass
 class Run:
-    """One dissection, with everything that its stages share."""
+    """One dissection.
 
-    def __init__(
-        self,
-        taps: Taps,
-        sites: Mapping[str, Site],
-        batches: Batches,
-        settings: Settings,
-        labels_of: Mapping[int, int],
-        facts: Mapping[str, Any],
-        thresholds: Mapping[str, Tensor] | None,
-        ranks: Ranks,
-        checkpoint: Checkpoint | None,
-        device: torch.device,
-        progress: ProgressCallback | None,
-        workers: int,
-        keep_scores: bool,
-    ) -> None:
-        self.taps, self.sites, self.batches, self.settings, self.labels_of = taps, sites, batches, settings, labels_of
-        self.facts, self.thresholds, self.ranks, self.checkpoint, self.device = facts, thresholds, ranks, checkpoint, device
-        self.workers, self.keep_scores = workers, keep_scores
-        self.broden, self.ap, self.iou = batches.broden, "ap" in settings.score, "iou" in settings.score
-        self.first_pass = self.ap or bool(settings.top) or thresholds is None
-        self.errors: dict[str, float] = {}  # of computed thresholds
-        self.clock = Clock(progress, int(self.first_pass) + int(self.iou))
+    Attributes:
+        reader: of the layers; entered.
+        sites: layer → how to read it.
+        batches: the images.
+        settings: what the result depends on.
+        options: how the run is carried out.
+        facts: the metadata that all layers share.
+        ranks: the processes that share the run; entered.
+        checkpoint: where the passes are saved.
+        thresholds: layer → given thresholds; None: they are computed.
+        keep_scores: whether the results keep the scores of the images.
+    """
+
+    reader: LayerReader
+    sites: Mapping[str, Site]
+    batches: Batches
+    settings: Settings
+    options: RunOptions
+    facts: Mapping[str, Any]
+    ranks: Ranks
+    checkpoint: Checkpoint | None = None
+    thresholds: Mapping[str, Tensor] | None = None
+    keep_scores: bool = False
+    errors: dict[str, float] = field(default_factory=dict, init=False)  # of computed thresholds
+
+    def __post_init__(self) -> None:
+        self.broden, self.device = self.batches.broden, self.reader.device
+        self.ap, self.iou = "ap" in self.settings.score, "iou" in self.settings.score
+        self.first_pass = self.ap or bool(self.settings.top) or self.thresholds is None
+        self.clock = Clock(self.options.progress, int(self.first_pass) + int(self.iou))
 
     def result(self) -> dict[str, Dissection]:
+        """Runs all stages; every rank gets the same result.
+
+        Raises:
+            KeyboardInterrupt: ``stop`` returned True; the pass is saved first.
+        """
         first = self.look() if self.first_pass else None
         thresholds = dict(self.thresholds or {})
-        if self.iou and not thresholds and first is not None:
-            own: dict[str, Any] = {layer: first.statistics[f"{i}/quantile"] for i, layer in enumerate(self.sites)}
-            thresholds = self.ranks.from_first({layer: statistic.value().cpu() for layer, statistic in own.items()})
-            self.errors = {layer: float(statistic.error().amax()) for layer, statistic in own.items()}
+        if self.iou and first is not None and self.thresholds is None:
+            quantiles = {layer: first.statistic(f"{i}/quantile", Quantile) for i, layer in enumerate(self.sites)}
+            thresholds = self.ranks.from_first({layer: quantile.value().cpu() for layer, quantile in quantiles.items()})
+            self.errors = {layer: float(quantile.error().amax()) for layer, quantile in quantiles.items()}
         second = self.count(thresholds) if self.iou else None
         results = self.assemble(first, second, thresholds) if self.ranks.first else None
         found: dict[str, Dissection] = self.ranks.from_first(results)
@@ -99,40 +115,39 @@ class Run:
     # -- the two passes ------------------------------------------------------------------------------------------------
 
     def look(self) -> Walk:
-        """Thresholds, scores, top images."""
-        make: dict[str, Callable[[], Any]] = {}
-        rows = {}
-        seed = self.settings.seed + self.ranks.rank
+        """The first pass: thresholds, scores, top images."""
+        settings = self.settings
+        make: dict[str, Callable[[], Mergeable]] = {}
+        vectors: dict[str, ImageVectors] = {}
         for i, site in enumerate(self.sites.values()):
             if self.iou and self.thresholds is None:
-                make[f"{i}/quantile"] = partial(
-                    Quantile, site.units, Fraction(self.settings.quantile), self.device, self.settings.memory, seed
-                )
-            if self.settings.top and not self.ap:  # otherwise the scores tell
-                make[f"{i}/top"] = partial(TopInputs, site.units, self.settings.top, "cpu", self.settings.pooling)
+                seed = settings.seed + self.ranks.rank
+                make[f"{i}/quantile"] = partial(Quantile, site.units, Fraction(settings.quantile), self.device, settings.memory, seed)
+            if settings.top and not self.ap:  # with scores the top images follow from them
+                make[f"{i}/top"] = partial(TopInputs, site.units, settings.top, "cpu", settings.pooling)
             if self.ap:
-                rows[str(i)] = Rows(len(self.batches.ids), site.units)
-        walk = Walk("thresholds", make, rows, len(self.batches), self.batches.size, self.ranks, self.checkpoint)
+                vectors[str(i)] = ImageVectors(len(self.batches.rows), site.units)
+        walk = Walk("thresholds", make, vectors, len(self.batches), self.batches.size, self.ranks, self.checkpoint)
 
-        def see(i: int, maps: Tensor, batch: Any) -> None:
-            if f"{i}/quantile" in walk.statistics:
-                walk.statistics[f"{i}/quantile"].update(maps, feature_dim=1)  # type: ignore[attr-defined]
-            if not rows and not self.settings.top:
+        def see(i: int, maps: Tensor, batch: Batch) -> None:
+            if f"{i}/quantile" in make:
+                walk.statistic(f"{i}/quantile", Quantile).update(maps, feature_dim=1)
+            if not self.ap and not settings.top:
                 return
-            values = pooled(maps, self.settings.pooling).float().cpu()
-            if self.ap and bool(values.isnan().any()):
-                row = self.broden.rows[batch.ids[int(values.isnan().any(1).int().argmax())]]
-                raise ValueError(f"layer {list(self.sites)[i]!r} gives nan for image {row.image}, which no ranking can hold")
-            if f"{i}/top" in walk.statistics:
-                walk.statistics[f"{i}/top"].update(values, ids=batch.ids)  # type: ignore[attr-defined]
+            scores = pooled(maps, settings.pooling).float().cpu()
+            if self.ap and bool(scores.isnan().any()):
+                row = self.broden.rows[batch.rows[int(scores.isnan().any(1).int().argmax())]]
+                raise ValueError(f"layer {list(self.sites)[i]!r} gives nan for image {row.image}, so its images cannot be ranked")
+            if f"{i}/top" in make:
+                walk.statistic(f"{i}/top", TopInputs).update(scores, ids=batch.rows)
             if self.ap:
-                rows[str(i)].put(batch.number * self.batches.size, values)
+                vectors[str(i)].put(batch.number * self.batches.size, scores)
 
         self.walk(walk, see, labels=False)
         return walk
 
     def count(self, thresholds: Mapping[str, Tensor]) -> Walk:
-        """Pixels of units and labels."""
+        """The second pass: pixels of units and labels."""
         categories = len(self.broden.categories)
         make = {
             str(i): partial(Overlap, thresholds[layer].to(self.device), self.broden.primary, categories, self.settings.mode)
@@ -140,26 +155,28 @@ class Run:
         }
         walk = Walk("overlap", make, {}, len(self.batches), self.batches.size, self.ranks, self.checkpoint)
 
-        def see(i: int, maps: Tensor, batch: Any) -> None:
+        def see(i: int, maps: Tensor, batch: Batch) -> None:
+            assert batch.labels is not None
             height, width = batch.images.shape[-2:]
-            walk.statistics[str(i)].update(maps, batch.labels, (height, width))  # type: ignore[attr-defined]
+            walk.statistic(str(i), Overlap).update(maps, batch.labels, (height, width))
 
         self.walk(walk, see, labels=True)
         return walk
 
-    def walk(self, walk: Walk, see: Callable[[int, Tensor, Any], None], labels: bool) -> None:
+    def walk(self, walk: Walk, see: See, labels: bool) -> None:
         """Shows every batch of this rank to every layer."""
         mine = walk.mine()
-        total = len(self.batches.ids)
-        done = total - sum(len(self.batches.rows(batch)) for batch in mine)
+        total = len(self.batches.rows)
+        done = total - sum(len(self.batches.rows_of(batch)) for batch in mine)
         self.clock.start(walk.name, done, total)
         try:
             for batch in self.batches.read(mine, labels):
-                activations = self.taps.run(batch.images.to(self.device))
+                self.stop_if_asked()
+                activations = self.reader.activations(batch.images.to(self.device))
                 for i, (layer, site) in enumerate(self.sites.items()):
-                    see(i, site.read(activations.pop(layer), len(batch.ids)), batch)
+                    see(i, site.read(activations.pop(layer)[0], len(batch.rows)), batch)
                 walk.finished(batch.number)
-                done += len(batch.ids)
+                done += len(batch.rows)
                 self.clock.tell(done)
         except KeyboardInterrupt:
             if self.checkpoint is not None:
@@ -168,10 +185,14 @@ class Run:
         walk.merge()
         self.clock.finish()
 
+    def stop_if_asked(self) -> None:
+        if self.options.stop is not None and self.options.stop():
+            raise KeyboardInterrupt
+
     # -- the results ---------------------------------------------------------------------------------------------------
 
     def assemble(self, first: Walk | None, second: Walk | None, thresholds: Mapping[str, Tensor]) -> dict[str, Dissection]:
-        """On the first rank."""
+        """The results, on the first rank."""
         numbers = torch.tensor([label.number for label in self.broden.labels], dtype=torch.int64)
         category = self.broden.primary[numbers]
         ranking = self.ranking(category) if self.ap else None
@@ -179,30 +200,25 @@ class Run:
         for i, (layer, site) in enumerate(self.sites.items()):
             counts = None
             if second is not None:
-                raw = second.statistics[str(i)].counts()  # type: ignore[attr-defined]
-                counts = Counts(*(part.cpu()[..., numbers] for part in raw))
+                counts = Counts(*(part.cpu()[..., numbers] for part in second.statistic(str(i), Overlap).counts()))
+            own = {"layer": layer, "basis": self.facts["sites"][layer]["basis"], "threshold_error": self.errors.get(layer)}
             dissection = Dissection(
                 layer=layer,
                 labels=self.broden.labels,
                 categories=self.broden.categories,
                 category=category,
                 units=site.units,
-                images=torch.tensor(self.batches.ids),
+                images=torch.tensor(self.batches.rows),
                 thresholds=thresholds[layer].cpu() if self.iou else None,
                 counts=counts,
-                metadata={
-                    **self.facts,
-                    "layer": layer,
-                    "basis": self.facts["sites"][layer]["basis"],
-                    "threshold_error": self.errors.get(layer),
-                },
+                metadata={**self.facts, **own},
             )
-            if ranking is not None and first is not None:
-                scores = first.rows.pop(str(i)).values.T
+            if first is not None and ranking is not None:
+                scores = first.vectors.pop(str(i)).vectors.T
                 dissection.rank(ranking, scores, keep=self.keep_scores)
                 dissection.top = top_images(scores, dissection.images, self.settings.top) if self.settings.top else None
             elif first is not None and self.settings.top:
-                top: Any = first.statistics[f"{i}/top"]
+                top = first.statistic(f"{i}/top", TopInputs)
                 dissection.top = top.ids, top.scores.float()
             results[layer] = dissection
         return results
@@ -210,9 +226,14 @@ class Run:
     def ranking(self, category: Tensor) -> Ranking:
         """Which image shows which concept."""
         self.clock.start("labels", 0, len(self.broden))
+
+        def tell(done: int, total: int) -> None:
+            self.clock.tell(done)
+            self.stop_if_asked()
+
         cache = None if self.checkpoint is None else self.checkpoint.folder / "presence.safetensors"
-        presence: Presence = self.broden.presence(cache, self.workers, lambda done, total: self.clock.tell(done))
+        presence = self.broden.presence(cache, self.options.workers, tell)
         numbers = [label.number for label in self.broden.labels]
-        chosen = [self.labels_of[row] for row in self.batches.ids]
+        chosen = [self.batches.labels_of(row) for row in self.batches.rows]
         settings = self.settings
         return Ranking.of(presence, chosen, numbers, category, settings.sign, settings.negatives, settings.minimum_area)

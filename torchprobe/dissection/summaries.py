@@ -1,4 +1,4 @@
-"""What a table of scores comes to: detectors, concepts, and how many of them a unit shares. Pure functions of arrays."""
+"""Summaries of a table of scores: detectors, concepts, and concepts per unit. Pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 RULES = ("paper", "report")
 THRESHOLD = 0.04
-"""IoU from which a unit is called a detector in the original (Bau et al., Network Dissection, CVPR 2017)."""
+"""The smallest IoU of a detector in the original (Bau et al., Network Dissection, CVPR 2017)."""
 
 
 class Best(NamedTuple):
@@ -32,11 +32,11 @@ class Detectors(NamedTuple):
 
 
 def best_labels(iou: Tensor, category: Tensor, categories: int) -> Best:
-    """The label of highest IoU for each unit and category; of equals the lowest number.
+    """The label of highest IoU for each unit and category; of equal labels the first.
 
     Args:
         iou: (units, labels).
-        category: int64 (labels,), 0 … categories − 1, negative for a label that takes no part, such as 0, the unlabelled.
+        category: int64 (labels,), 0 … categories − 1; negative for a label to leave out, such as 0, the unlabeled.
 
     >>> best_labels(torch.tensor([[0.0, 0.3, 0.1, 0.0]]), torch.tensor([-1, 0, 0, 1]), 2)
     Best(label=tensor([[ 1, -1]]), iou=tensor([[0.3000, 0.0000]]))
@@ -48,30 +48,39 @@ def best_labels(iou: Tensor, category: Tensor, categories: int) -> Best:
     for c in range(categories):
         numbers = (category == c).nonzero().squeeze(1)
         if len(numbers):
-            scores = iou[:, numbers]
-            # No argmax: which of equals it takes is not said.
-            first = (scores == scores.amax(1, keepdim=True)).int().cumsum(1).eq(1).int().argmax(1)
-            value[:, c] = scores.gather(1, first[:, None])[:, 0]
+            value[:, c], first = first_best(iou[:, numbers])
             label[:, c] = numbers[first].where(value[:, c] > 0, -1)
     return Best(label, value)
+
+
+def first_best(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest value of each row and the index of its first occurrence; argmax may take any of equal values.
+
+    >>> first_best(torch.tensor([[1.0, 3.0, 3.0]]))
+    (tensor([3.]), tensor([1]))
+    """
+    if not table.shape[1]:
+        return table.new_zeros(len(table)), torch.zeros(len(table), dtype=torch.int64)
+    value = table.amax(1)
+    return value, (table == value[:, None]).int().cumsum(1).eq(1).int().argmax(1)
 
 
 def unique_detectors(
     iou: Tensor, category: Tensor, categories: Sequence[str], rule: str = "paper", threshold: float = THRESHOLD
 ) -> Detectors:
-    """How many concepts a layer has detectors for. The original counts in two ways.
+    """The number of concepts that units of a layer detect. The original counts in two ways.
 
-    "paper": the figures of the paper. In each category a unit counts by its best label there if that IoU is above ``threshold``, so it may
-    count in several; ``unique`` is the sum over categories of the distinct labels.
-    "report": the original's HTML report. A unit counts once, by its best label overall, if that IoU reaches ``threshold``; ``unique`` are
-    the distinct ones of these labels, and ``by_category`` splits them up.
+    "paper": as in the figures of the paper. In each category a unit counts with its best label there if that IoU is above ``threshold``, so
+    it may count in several categories. ``unique`` is the number of distinct labels, summed over categories.
+    "report": as in the HTML report of the original. A unit counts once, with its best label overall, if that IoU reaches ``threshold``.
+    ``unique`` is the number of distinct labels, and ``by_category`` splits it.
 
-    In either case ``detectors`` are the units with at least one.
+    With both rules ``detectors`` is the number of units that count at least once.
 
     Args:
         iou: (units, labels).
         category: int64 (labels,), see :func:`best_labels`.
-        categories: their names.
+        categories: names of the categories.
 
     >>> iou, category = torch.tensor([[0.0, 0.3, 0.1], [0.0, 0.2, 0.0]]), torch.tensor([-1, 0, 1])
     >>> unique_detectors(iou, category, ["object", "color"])
@@ -86,18 +95,18 @@ def unique_detectors(
         counted = best.iou > threshold
     else:
         counted = (best.iou >= threshold) & (best.iou == best.iou.amax(1, keepdim=True))
-        counted &= counted.cumsum(1) == 1  # of equals one
+        counted &= counted.cumsum(1) == 1  # of equal values only the first
     by_category = {name: (len(best.label[counted[:, c], c].unique()), int(counted[:, c].sum())) for c, name in enumerate(categories)}
     return Detectors(sum(unique for unique, _ in by_category.values()), int(counted.any(1).sum()), by_category)
 
 
 def encoded(ap: Tensor, adjusted_p: Tensor, threshold: float = 0.9, alpha: float = 0.05) -> Tensor:
-    """Which unit encodes which concept: AP of at least ``threshold``, and beyond chance. Bool (units, concepts).
+    """Which unit encodes which concept: an AP of at least ``threshold``, and a p-value of at most ``alpha``. Bool (units, concepts).
 
-    A threshold alone says little: a concept that nearly all images show has a high AP for any unit.
+    A threshold alone is not enough: a concept that nearly all images show has a high AP for any unit.
 
     Args:
-        ap, adjusted_p: (units, concepts); the p-values corrected for being many, see :func:`torchprobe.dissection.correct`.
+        ap, adjusted_p: (units, concepts); the p-values are corrected for multiple tests, see :func:`torchprobe.dissection.correct`.
 
     >>> encoded(torch.tensor([[0.98, 0.95, float("nan")]]), torch.tensor([[0.7, 1e-9, float("nan")]]))
     tensor([[False,  True, False]])
@@ -106,7 +115,7 @@ def encoded(ap: Tensor, adjusted_p: Tensor, threshold: float = 0.9, alpha: float
 
 
 def unique_concepts(pairs: Tensor) -> Tensor:
-    """The concepts that some unit encodes, ascending, from bool (units, concepts).
+    """The concepts that at least one unit encodes, ascending, from bool (units, concepts).
 
     >>> unique_concepts(torch.tensor([[True, False, True], [True, False, False]]))
     tensor([0, 2])
@@ -115,7 +124,7 @@ def unique_concepts(pairs: Tensor) -> Tensor:
 
 
 def polysemanticity(pairs: Tensor) -> Tensor:
-    """How many concepts each unit encodes, int64 (units,), from bool (units, concepts).
+    """The number of concepts that each unit encodes, int64 (units,), from bool (units, concepts).
 
     >>> polysemanticity(torch.tensor([[True, False, True], [False, False, False]]))
     tensor([2, 0])

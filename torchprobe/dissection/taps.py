@@ -1,37 +1,149 @@
-"""What the layers of a model give for a batch of images."""
+"""Where the layers of a model are read for a dissection: their activations as maps with positions, in their units or along directions.
+
+Directions in activation space are the rows of a matrix (k, d). They are dissected like units.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from torchprobe.dissection.bases import check_basis, project
-from torchprobe.dissection.maps import as_maps
 from torchprobe.ops.positions import vectors_of
-from torchprobe.recording.layers import Layer, Selection, default_feature_dim, select_layers
-from torchprobe.recording.tensors import first_tensor
+from torchprobe.recording.reader import LayerReader, Layout, map_sizes
 
 POSITIONS = ("patch", "class", "all")
+
+# -- directions ------------------------------------------------------------------------------------------------------------
+
+
+class SingularVectors(NamedTuple):
+    """``directions`` (k, d), float32, orthonormal rows, in descending order of ``values`` (k,)."""
+
+    directions: Tensor
+    values: Tensor
+
+
+def singular_vectors(head: nn.Linear | Tensor, k: int | None = None) -> SingularVectors:
+    """The right singular vectors of a head: the directions that its logits depend on. They depend most on the first.
+
+    The sign of a singular vector has no meaning. Here the entry of largest size is positive. Score these directions with ``sign="both"``.
+
+    Args:
+        head: a linear layer, or its weight (classes, d).
+        k: the number of directions; default: the rank of the head.
+
+    Raises:
+        ValueError: not a matrix, nonfinite entries, or a rank below ``k``.
+
+    >>> singular_vectors(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]])).directions
+    tensor([[0., 1., 0.],
+            [1., 0., 0.]])
+    """
+    weight = (head.weight if isinstance(head, nn.Linear) else head).detach()
+    if weight.dim() != 2 or not bool(weight.isfinite().all()):
+        raise ValueError(f"a head is a finite matrix (classes, features), got a tensor of shape {tuple(weight.shape)}")
+    _, values, rows = torch.linalg.svd(weight.double(), full_matrices=False)
+    rank = int((values > values.amax() * max(weight.shape) * torch.finfo(weight.dtype).eps).sum())
+    if k is not None and not 1 <= k <= rank:
+        raise ValueError(f"this head has rank {rank}; k = {k} directions cannot be taken from it")
+    rows, values = rows[: k or rank], values[: k or rank]
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return SingularVectors((rows * largest.sign()).float(), values.float())
+
+
+def random_rotation(features: int, seed: int = 0) -> Tensor:
+    """A random orthogonal matrix (d, d), float32, uniform (Haar). It is the control for the axes of a layer.
+
+    The Q of a Gaussian matrix, multiplied by the signs of the diagonal of R (Mezzadri, Notices of the AMS, 2007).
+
+    >>> q = random_rotation(64, seed=1)
+    >>> torch.allclose(q @ q.T, torch.eye(64), atol=1e-6)
+    True
+    """
+    if features < 1:
+        raise ValueError(f"features must be at least 1, got {features}")
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64, generator=generator))
+    rotation: Tensor = q * r.diagonal().sign()
+    return rotation.float()
+
+
+def check_basis(basis: Tensor, features: int, layer: str) -> Tensor:
+    """The directions as float32 (k, d).
+
+    Raises:
+        ValueError: they do not fit the layer, or are nonfinite or zero; the message names the layer and the row.
+    """
+    if basis.dim() != 2 or basis.shape[1] != features or basis.shape[0] == 0:
+        raise ValueError(f"the basis for layer {layer!r} must be (directions, {features}), got {tuple(basis.shape)}")
+    basis = basis.detach().float()
+    usable = basis.isfinite().all(1) & (basis != 0).any(1)
+    if not bool(usable.all()):
+        raise ValueError(f"row {int(usable.int().argmin())} of the basis for layer {layer!r} is zero or not finite")
+    return basis
+
+
+def project(maps: Tensor, basis: Tensor) -> Tensor:
+    """Maps (images, d, …) in the directions of a basis (k, d): (images, k, …), float32.
+
+    >>> project(torch.ones(1, 2, 3, 3), torch.tensor([[1.0, 1.0]])).shape
+    torch.Size([1, 1, 3, 3])
+    """
+    flat = basis.to(maps.device) @ maps.flatten(2).float() if maps.dim() > 2 else maps.float() @ basis.to(maps.device).T
+    return flat.unflatten(2, maps.shape[2:]) if maps.dim() > 2 else flat
+
+
+# -- layers ----------------------------------------------------------------------------------------------------------------
+
+
+def as_maps(x: Tensor, grid: tuple[int, int] | None = None, feature_dim: int | None = None) -> Tensor:
+    """An activation as (images, units, h, w), a view.
+
+    Args:
+        x: maps (images, units, h, w), or tokens (images, tokens, units).
+        grid: h and w of the tokens that are patches, from the patch embedding. Default: a square. Tokens before the patches – the class
+            token, registers – are left out.
+        feature_dim: the dimension of the units. Default: 1 for maps, the last for tokens.
+
+    Raises:
+        ValueError: a pooled vector, which has no positions, or tokens that do not fit the grid.
+
+    >>> import torch
+    >>> as_maps(torch.zeros(2, 1 + 49, 768)).shape
+    torch.Size([2, 768, 7, 7])
+    """
+    if x.dim() == 4:
+        return x.movedim(1 if feature_dim is None else feature_dim, 1)
+    if x.dim() != 3:
+        raise ValueError(
+            f"an activation of shape {tuple(x.shape)} has no positions, so no overlap with label maps; score it by average precision "
+            '(score="ap"), or choose a layer before the pooling'
+        )
+    tokens = x.movedim(-1 if feature_dim is None else feature_dim, 2)
+    count = tokens.shape[1]
+    h, w = grid if grid is not None else (math.isqrt(count), math.isqrt(count))
+    if h * w > count or h * w == 0 or (grid is None and count - h * w > 1):
+        expected = "a square and a class token" if grid is None else f"{h} × {w} patches"
+        raise ValueError(f"{count} tokens are not {expected}: give the grid of the patches")
+    maps: Tensor = rearrange(tokens[:, count - h * w :], "images (h w) units -> images units h w", h=h, w=w)
+    return maps
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
     """How to read the activation of one layer.
 
-    ``dims`` of the activation; which of them holds the images (``batch_dim``) and the features (``feature_dim``); ``grid``: rows and
-    columns of the patches among tokens; ``basis`` (k, features) or None for the units themselves.
+    ``layout`` of the activation; ``features``: how many it has; ``grid``: rows and columns of the patches among tokens; ``basis``
+    (k, features) or None for the units themselves.
     """
 
     layer: str
-    dims: int
-    batch_dim: int
-    feature_dim: int
+    layout: Layout
     features: int
     grid: tuple[int, int] | None = None
     positions: str = "patch"
@@ -44,8 +156,16 @@ class Site:
 
     @property
     def has_map(self) -> bool:
-        """Whether there are positions on a plane: not for pooled vectors, nor for the class token."""
-        return self.dims == 4 or (self.dims == 3 and self.positions == "patch")
+        """Whether the units have positions on a plane. Pooled vectors and the class token do not."""
+        return self.layout.dims == 4 or (self.layout.dims == 3 and self.positions == "patch")
+
+    def in_basis(self, basis: Tensor | None) -> Site:
+        """The same layer in directions (k, features); None: in its units.
+
+        Raises:
+            ValueError: the directions do not fit the layer, or are nonfinite or zero.
+        """
+        return self if basis is None else replace(self, basis=check_basis(basis, self.features, self.layer))
 
     def read(self, x: Tensor, images: int) -> Tensor:
         """The activation as (images, units, h, w), or (images, units) or (images, units, positions) if it has no plane.
@@ -53,12 +173,13 @@ class Site:
         Raises:
             ValueError: it is of another kind than for the first image.
         """
-        if x.dim() != self.dims or x.shape[self.feature_dim] != self.features or x.shape[self.batch_dim] != images:
-            expected = f"{self.dims} dimensions, {images} images and {self.features} features"
-            raise ValueError(f"layer {self.layer!r} gave shape {tuple(x.shape)}, where {expected} were expected as before")
-        x = x.movedim((self.batch_dim, self.feature_dim), (0, -1)).movedim(-1, 1)  # images, features, the rest in order
-        if self.dims == 3 and self.positions != "all":
-            tokens = x.movedim(1, -1)
+        dims, batch_dim, feature_dim = self.layout
+        if x.dim() != dims or x.shape[feature_dim] != self.features or x.shape[batch_dim] != images:
+            expected = f"{dims} dimensions, {images} images and {self.features} features"
+            raise ValueError(f"layer {self.layer!r} gave shape {tuple(x.shape)}; expected {expected}, as for the first image")
+        x = self.layout.images_first(x)
+        if dims == 3 and self.positions != "all":
+            tokens = rearrange(x, "images features tokens -> images tokens features")
             x = vectors_of(tokens, "class", -1)[:, 0] if self.positions == "class" else self._maps(tokens)
         return x if self.basis is None else project(x, self.basis)
 
@@ -69,107 +190,38 @@ class Site:
             raise ValueError(f'layer {self.layer!r}: {error}, or score all of them by average precision (positions="all")') from error
 
 
-class Taps:
-    """Forward hooks on some layers of a model, removed at the end of the block. In it the model is in eval mode and runs eagerly.
+def find_sites(reader: LayerReader, image: Tensor, positions: str = "patch") -> dict[str, Site]:
+    """How to read each layer, from a forward pass of one image (1, …), where the dimension of the images is easy to see.
 
-    A layer that a forward pass calls several times counts with its last call.
+    The grid of tokens is that of the patch embedding: of all outputs of convolutions, the largest that fits into the tokens.
 
     Args:
-        model: any module.
-        layers: see :func:`torchprobe.record`.
-        feature_dim: see :func:`torchprobe.record`.
+        reader: of the layers; entered.
+        image: as the network takes it.
+        positions: which tokens, see :func:`torchprobe.dissection.dissect`.
 
     Raises:
-        ValueError: a layer that the model does not have, or that takes no hooks.
+        ValueError: a layer that gives neither maps, nor tokens, nor vectors.
 
+    >>> import torch
+    >>> from torch import nn
+    >>> from torchprobe.recording import select_layers
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
-    >>> with Taps(model, ["0", "1"]) as taps:
-    ...     shapes = {name: tuple(x.shape) for name, x in taps.run(torch.zeros(2, 3, 8, 8)).items()}
-    >>> shapes
-    {'0': (2, 4, 8, 8), '1': (2, 4, 8, 8)}
+    >>> with LayerReader(model, select_layers(model, "1")) as reader:
+    ...     find_sites(reader, torch.zeros(1, 3, 8, 8))["1"].units
+    4
     """
+    with map_sizes(reader.model) as grids:
+        activations = reader.activations(image)
+    return {name: _site(name, x, layout, grids, positions) for name, (x, layout) in activations.items()}
 
-    def __init__(self, model: nn.Module, layers: Selection, feature_dim: int | Mapping[str, int] | None = None) -> None:
-        self.model = model
-        self.layers = {layer.name: layer for layer in select_layers(model, layers, feature_dim)}
-        if scripted := [name for name, layer in self.layers.items() if isinstance(layer.module, torch.jit.ScriptModule)]:
-            raise ValueError(f"layer {scripted[0]!r} is a scripted module, which takes no hooks: dissect the model before torch.jit.script")
-        self.found: dict[str, Tensor] = {}
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Taps:
-        with ExitStack() as stack:
-            for layer in self.layers.values():
-                stack.callback(layer.module.register_forward_hook(self._hook(layer)).remove)
-            for module, training in [(module, module.training) for module in self.model.modules()]:
-                stack.callback(setattr, module, "training", training)
-            self.model.eval()
-            if "torch._dynamo" in sys.modules:  # something may be compiled, in graphs that know nothing of these hooks
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(torch.no_grad())
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.found.clear()
-        self._stack.close()
-
-    def _hook(self, layer: Layer) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if (x := first_tensor(output)) is not None:
-                self.found[layer.name] = x
-
-        return hook
-
-    def run(self, images: Tensor) -> dict[str, Tensor]:
-        """One forward pass: the activation of each layer, detached.
-
-        Raises:
-            ValueError: a layer did not run, or gave no tensor.
-        """
-        self.found.clear()
-        try:
-            self.model(images)
-            if missing := [name for name in self.layers if name not in self.found]:
-                model = type(self.model).__name__
-                raise ValueError(f"layer {missing[0]!r} is not called by the forward pass of {model}, or gives no tensor")
-            return {name: self.found[name].detach() for name in self.layers}
-        finally:
-            self.found.clear()
-
-    def sites(self, image: Tensor, positions: str = "patch", basis: Mapping[str, Tensor] | None = None) -> dict[str, Site]:
-        """How to read each layer, found out with one image (1, …): then the dimension of the images is plain to see.
-
-        The grid of tokens is that of the patch embedding: of the convolutions' outputs, the largest that fits into the tokens.
-        """
-        grids: list[tuple[int, int]] = []
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.dim() == 4:
-                grids.append((output.shape[2], output.shape[3]))
-
-        with ExitStack() as stack:
-            for module in self.model.modules():
-                if isinstance(module, nn.Conv2d):
-                    stack.callback(module.register_forward_hook(note).remove)
-            activations = self.run(image)
-        return {name: self._site(self.layers[name], x, grids, positions, basis or {}) for name, x in activations.items()}
-
-    def _site(self, layer: Layer, x: Tensor, grids: list[tuple[int, int]], positions: str, basis: Mapping[str, Tensor]) -> Site:
-        if x.dim() not in (2, 3, 4):
-            raise ValueError(f"layer {layer.name!r} gives shape {tuple(x.shape)}: neither maps, nor tokens, nor one vector for each image")
-        feature_dim = layer.feature_dim if layer.feature_dim is not None else default_feature_dim(layer, x.dim())
-        feature_dim %= x.dim()
-        # Some transformers have (tokens, images, features).
-        batch_dim = 1 if x.dim() == 3 and feature_dim == 2 and x.shape[0] != 1 and x.shape[1] == 1 else 0
-        if x.shape[batch_dim] != 1 or feature_dim == batch_dim:
-            raise ValueError(f"layer {layer.name!r} gives shape {tuple(x.shape)} for one image, whose first dimension is not the images")
-        grid = None
-        if x.dim() == 3 and positions == "patch":
-            tokens = x.shape[1 - batch_dim] if feature_dim == 2 else x.shape[2]
-            fitting = [(h, w) for h, w in grids if h * w <= tokens < h * w + max(64, h * w // 4)]
-            grid = max(fitting, key=lambda size: size[0] * size[1], default=None)
-        features = x.shape[feature_dim]
-        own = basis.get(layer.name)
-        own = None if own is None else check_basis(own, features, layer.name)
-        return Site(layer.name, x.dim(), batch_dim, feature_dim, features, grid, positions, own)
+def _site(name: str, x: Tensor, layout: Layout, grids: list[tuple[int, int]], positions: str) -> Site:
+    if layout.dims not in (2, 3, 4):
+        raise ValueError(f"layer {name!r} gives shape {tuple(x.shape)}: neither maps, nor tokens, nor one vector for each image")
+    grid = None
+    if layout.dims == 3 and positions == "patch":
+        tokens = layout.images_first(x).shape[2]
+        fitting = [(h, w) for h, w in grids if h * w <= tokens < h * w + max(64, h * w // 4)]
+        grid = max(fitting, key=lambda size: size[0] * size[1], default=None)
+    return Site(name, layout, x.shape[layout.feature_dim], grid, positions)

@@ -1,4 +1,4 @@
-"""One pass over all images: shared by ranks, saved now and then, resumed, and merged at the end."""
+"""One pass over all images: shared by ranks, saved at intervals, resumed, and merged at the end."""
 
 from __future__ import annotations
 
@@ -7,40 +7,43 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from torchprobe.common import storage
-from torchprobe.common.ranks import Ranks
 from torchprobe.common.files import replacing
+from torchprobe.common.ranks import Ranks
 
 _KIND = "torchprobe.dissection.walk"
 _SETTINGS = "settings.json"
 _FILES = r"(presence|(thresholds|overlap)-(rank|rows-)[\d-]+)\.safetensors"
-_TORN = rf"\.({_FILES}|settings\.json)\.\d+\.part"  # what an interruption leaves of a file being written
+_TORN = rf"\.({_FILES}|settings\.json)\.\d+\.part"  # unfinished files that an interruption left
 
 
 class Mergeable(Protocol):
-    """What a walk keeps: a statistic that can be saved and added to another of its kind."""
+    """A statistic that a walk can save, and add to another of its kind."""
 
     def merge(self, other: Any) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+Kind = TypeVar("Kind")
+
+
 class Checkpoint:
-    """A folder, seen by all ranks, from which an interrupted dissection goes on.
+    """A folder, visible to all ranks, from which an interrupted dissection is resumed.
 
     Args:
-        folder: made if it is not there.
-        settings: what the dissection was started with; only the same can go on.
-        resume: go on with what is there. Otherwise there may be nothing.
-        every: seconds between two savings.
+        folder: created if missing.
+        settings: what the dissection depends on. Only a dissection with the same settings can be resumed.
+        resume: resume from the folder. Without it the folder must not hold a dissection.
+        every: seconds between two checkpoints.
 
     Raises:
-        ValueError: the folder holds a dissection, and it is not to be resumed, or had other settings; the message says which.
+        ValueError: the folder holds a dissection that is not to be resumed, or has other settings; the message says which.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resume: bool, every: float, ranks: Ranks) -> None:
@@ -56,11 +59,11 @@ class Checkpoint:
         path = self.folder / _SETTINGS
         if path.exists():
             if not resume:
-                return f"{self.folder} holds a dissection already: resume it (resume=True), or delete the folder"
+                return f"{self.folder} already holds a dissection: resume it (resume=True), or delete the folder"
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                return f"{path} is damaged ({error}): delete the folder to start anew"
+                return f"{path} is damaged ({error}): delete the folder and start again"
             now = json.loads(json.dumps(settings))
             if other := [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]:
                 key = min(other)
@@ -72,7 +75,7 @@ class Checkpoint:
 
 
 def clear_checkpoint(folder: Path) -> None:
-    """Deletes what checkpoints left in a folder, and the folder if nothing else is in it."""
+    """Deletes the files of a checkpoint, and the folder if nothing else is in it."""
     for path in [*folder.iterdir()]:
         if path.name == _SETTINGS or re.fullmatch(_FILES, path.name) or re.fullmatch(_TORN, path.name):
             path.unlink(missing_ok=True)
@@ -80,39 +83,48 @@ def clear_checkpoint(folder: Path) -> None:
         folder.rmdir()
 
 
-class Rows:
-    """One vector for each image: float32 (images, width), filled batch by batch; memory that is not filled costs nothing."""
+class ImageVectors:
+    """One vector for each image: ``vectors`` float32 (images, width), filled batch by batch. Memory is used only where it is filled."""
 
     def __init__(self, images: int, width: int) -> None:
-        self.values = torch.zeros(images, width)
+        self.vectors = torch.zeros(images, width)
 
-    def put(self, first: int, values: Tensor) -> None:
-        self.values[first : first + len(values)] = values.detach().cpu()
+    def put(self, first: int, vectors: Tensor) -> None:
+        self.vectors[first : first + len(vectors)] = vectors.detach().cpu()
 
 
 class Walk:
-    """A pass over ``batches`` batches of ``size`` images, of which :meth:`mine` are for this rank: show them to ``statistics``, which
-    ``make`` makes, and fill ``rows``; then call :meth:`finished`.
+    """A pass over batches, of which :meth:`mine` are for this rank. The caller shows each batch to ``statistics``, fills ``vectors``, and
+    calls :meth:`finished`; at the end it calls :meth:`merge`.
 
-    Saved are the statistics together with the batches they have seen, in one file a rank, so each file is right by itself. Rows are saved
-    apart, only those that are new: they are the same whenever they are computed, so it does not matter if some are there twice.
+    Each rank saves its statistics, and which batches they have seen, in one file, so each file is correct by itself. New vectors are saved
+    in other files. They do not depend on when they are computed, so a vector may be in two files.
+
+    Args:
+        name: of the pass; the names of its files begin with it.
+        make: makes the empty statistics, by key.
+        vectors: what is filled, by key.
+        batches: the number of batches.
+        size: images in a batch; the last may have fewer.
+        ranks: the processes that share the pass.
+        checkpoint: where to save.
     """
 
     def __init__(
         self,
         name: str,
         make: Mapping[str, Callable[[], Mergeable]],
-        rows: Mapping[str, Rows],
+        vectors: Mapping[str, ImageVectors],
         batches: int,
         size: int,
         ranks: Ranks,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.name, self.rows, self.size, self.ranks, self.checkpoint = name, dict(rows), size, ranks, checkpoint
+        self.name, self.vectors, self.size, self.ranks, self.checkpoint = name, dict(vectors), size, ranks, checkpoint
         self._make = dict(make)
         self.statistics = {key: empty() for key, empty in self._make.items()}
         self.done = torch.zeros(batches, dtype=torch.bool)
-        self._new: list[int] = []  # batches whose rows no file has
+        self._unsaved: list[int] = []  # batches whose vectors are in no file yet
         self._computed: list[int] = []  # batches of this run
         self._saved = time.monotonic()
         if checkpoint is not None:
@@ -125,28 +137,34 @@ class Walk:
 
     # -- the walk ------------------------------------------------------------------------------------------------------
 
+    def statistic(self, key: str, kind: type[Kind]) -> Kind:
+        """The statistic of a key."""
+        found = self.statistics[key]
+        assert isinstance(found, kind)
+        return found
+
     def mine(self) -> list[int]:
         """The batches left for this rank."""
         return self._left[self.ranks.rank :: self.ranks.size]
 
     def finished(self, batch: int) -> None:
-        """Call it when all statistics have seen a batch."""
+        """All statistics have seen this batch."""
         self.done[batch] = True
-        self._new.append(batch)
+        self._unsaved.append(batch)
         self._computed.append(batch)
         if self.checkpoint is not None and time.monotonic() - self._saved >= self.checkpoint.every:
             self.save()
 
     def merge(self) -> None:
-        """At the end: everything to the first rank, which saves it."""
+        """Ends the pass: the first rank gets everything and saves it."""
         if self.checkpoint is not None:
             self.save()
         if self.ranks.size > 1:
             mine = None if self.ranks.first else self._message()
-            for done, states, rows in self.ranks.to_first(mine):
+            for done, states, vectors in self.ranks.to_first(mine):
                 self._absorb(done, states)
-                for key, (batches, values) in rows.items():
-                    self._put(key, batches, values)
+                for key, (batches, part) in vectors.items():
+                    self._put(key, batches, part)
         if self.checkpoint is not None:
             if self.ranks.first:
                 self.save()
@@ -155,7 +173,7 @@ class Walk:
 
     def _message(self) -> tuple[Tensor, dict[str, dict[str, Any]], dict[str, tuple[list[int], Tensor]]]:
         states = {key: _on_cpu(statistic.state_dict()) for key, statistic in self.statistics.items()}
-        return self.done, states, {key: (self._computed, self._take(key, self._computed)) for key in self.rows}
+        return self.done, states, {key: (self._computed, self._take(key, self._computed)) for key in self.vectors}
 
     def _absorb(self, done: Tensor, states: Mapping[str, Mapping[str, Any]]) -> None:
         for key, state in states.items():
@@ -164,20 +182,20 @@ class Walk:
             self.statistics[key].merge(other)
         self.done |= done
 
-    # -- rows ----------------------------------------------------------------------------------------------------------
+    # -- vectors -------------------------------------------------------------------------------------------------------
 
     def _take(self, key: str, batches: list[int]) -> Tensor:
-        values = self.rows[key].values
-        return torch.cat([values[b * self.size : (b + 1) * self.size] for b in batches] or [values[:0]])
+        vectors = self.vectors[key].vectors
+        return torch.cat([vectors[b * self.size : (b + 1) * self.size] for b in batches] or [vectors[:0]])
 
-    def _put(self, key: str, batches: list[int], values: Tensor) -> None:
+    def _put(self, key: str, batches: list[int], vectors: Tensor) -> None:
         at = 0
         for batch in batches:
-            length = min(self.size, len(self.rows[key].values) - batch * self.size)
-            self.rows[key].put(batch * self.size, values[at : at + length])
+            length = min(self.size, len(self.vectors[key].vectors) - batch * self.size)
+            self.vectors[key].put(batch * self.size, vectors[at : at + length])
             at += length
-        if at != len(values):
-            raise ValueError(f"{len(values)} rows for batches that have {at}")
+        if at != len(vectors):
+            raise ValueError(f"{len(vectors)} rows for batches that have {at}")
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -185,11 +203,11 @@ class Walk:
         """Writes the state of this rank."""
         assert self.checkpoint is not None
         folder = self.checkpoint.folder
-        if self.rows and self._new:
-            # No two batches are computed by two ranks of one run, so the names of the files differ.
-            rows = {key: self._take(key, self._new) for key in self.rows}
-            storage.write(folder / f"{self.name}-rows-{self._new[0]}-{self._new[-1]}.safetensors", _KIND, rows, {"batches": self._new})
-        self._new = []
+        if self.vectors and self._unsaved:
+            # Two ranks of one run never compute the same batch, so the names of the files differ.
+            path = folder / f"{self.name}-rows-{self._unsaved[0]}-{self._unsaved[-1]}.safetensors"
+            storage.write(path, _KIND, {key: self._take(key, self._unsaved) for key in self.vectors}, {"batches": self._unsaved})
+        self._unsaved = []
         tensors: dict[str, Tensor] = {"done": self.done}
         values: dict[str, dict[str, Any]] = {}
         for key, statistic in self.statistics.items():
@@ -200,14 +218,14 @@ class Walk:
         self._saved = time.monotonic()
 
     def _load(self, folder: Path) -> None:
-        """On the first rank: what all ranks of earlier runs saved, as one file before anything else is written."""
+        """On the first rank: reads the files of all ranks of earlier runs, and saves them as one file before anything else is written."""
         files = [storage.File(path, _KIND) for path in self._files(folder)]
         states = [(file.tensor("done", torch.bool, (len(self.done),)), file) for file in files]
         for done, file in sorted(states, key=lambda pair: -int(pair[0].sum())):
             if bool((done & self.done).any()):
                 if bool((done & ~self.done).any()):
-                    raise ValueError(f"{file.path} has seen batches that another file of the folder has seen too: delete the folder")
-                continue  # merged into a larger one already, just before the interruption
+                    raise ValueError(f"{file.path} has seen batches that another file of the folder has seen as well: delete the folder")
+                continue  # already merged into a larger file, just before the interruption
             self._absorb(done, {key: _state(file, key) for key in self.statistics})
         if not files:
             return
@@ -218,8 +236,8 @@ class Walk:
             batches = file.value("batches", list)
             if not all(isinstance(b, int) and 0 <= b < len(self.done) for b in batches):
                 raise file.error("batches", f"batches are numbered 0 to {len(self.done) - 1}")
-            for key, rows in self.rows.items():
-                self._put(key, batches, file.tensor(key, torch.float32, (None, rows.values.shape[1])))
+            for key, filled in self.vectors.items():
+                self._put(key, batches, file.tensor(key, torch.float32, (None, filled.vectors.shape[1])))
 
     def _files(self, folder: Path) -> Iterator[Path]:
         return (path for path in folder.glob(f"{self.name}-rank*.safetensors") if re.fullmatch(r".*-rank\d+\.safetensors", path.name))

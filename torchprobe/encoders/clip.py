@@ -1,4 +1,4 @@
-"""CLIP: the text tower, and the head that captions make."""
+"""CLIP models of open_clip: an encoder with a text tower, and the head made of captions."""
 
 from __future__ import annotations
 
@@ -7,41 +7,53 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+from einops import reduce
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchprobe.common.progress import CountCallback
-from torchprobe.encoders.encoder import BATCH, Encoder, Template
-from torchprobe.encoders.errors import EncoderError, some
-from torchprobe.encoders.head import Head
-from torchprobe.encoders.libraries import making, package
+from torchprobe.common.messages import did_you_mean, listing
+from torchprobe.common.runs import CountCallback
+from torchprobe.encoders.encoder import TEXT_BATCH_SIZE, Built, Encoder, Template
+from torchprobe.encoders.errors import EncoderError, library_errors, package
+from torchprobe.encoders.head import HEAD_NAMES, Head
 
 _LOGIT_SCALING = ("logit_scale", "logit_bias")
-"""Parameters of a CLIP model that no representation depends on."""
+"""Parameters of a CLIP model that do not affect its representations."""
+
+_OPENAI = {"input_resolution", "context_length", "vocab_size"}
+"""Numbers that the files of OpenAI store among the weights."""
+
+_SELF_CONTAINED = ("local-dir:", "hf-hub:")
+"""Prefixes of open_clip models that come with their own configuration and weights."""
+
+
+def _open_clip() -> ModuleType:
+    return package("open_clip", pip="open_clip_torch")
 
 
 class ClipEncoder(Encoder):
-    """The image tower of a CLIP model as an :class:`Encoder`, with its text tower beside it.
+    """The image tower of a CLIP model as an :class:`Encoder`, with its text tower.
 
-    The text tower moves with the encoder, but is no layer of it: no hook, parameter list or ``state_dict`` sees it.
+    The text tower moves with the encoder, but it is not a layer of the encoder: it is not hooked, and it is not in parameter lists or in
+    ``state_dict``.
 
     Args:
         clip: a model of open_clip, or one with the same ``visual`` and ``encode_text(tokens, normalize=False)``. Its
             weights are shared, not copied.
         tokenizer: list of texts → int64 tokens (texts, context).
-        features: the width that images and texts share.
-        preprocess: as for :class:`Encoder`.
-        name: as for :class:`Encoder`.
-        head: as for :class:`Encoder`, where one was fine-tuned; not the zero-shot head.
+        features: the width of the representations of images and texts.
+        preprocess, name: as for :class:`Encoder`.
+        head: as for :class:`Encoder`, if one was fine-tuned; not the zero-shot head.
     """
 
     text: nn.Module | None
 
-    _companions: ClassVar[tuple[str, ...]] = ("head", "text")
-    _aside: ClassVar[tuple[str, ...]] = ("preprocess", *_companions)
+    companions: ClassVar[tuple[str, ...]] = ("head", "text")
+    head_normalizes: ClassVar[bool] = True  # a fine-tuned CLIP model starts from its zero-shot head, which sees unit vectors: our choice
 
     def __init__(
         self,
@@ -58,16 +70,16 @@ class ClipEncoder(Encoder):
         self.tokenizer = tokenizer
         self._why_no_text = ""
 
-    def encode_text(self, texts: Sequence[str], batch_size: int = BATCH) -> Tensor:
-        """Texts → float32 (texts, features), before normalisation, on the encoder's device, without gradient.
+    def encode_text(self, texts: Sequence[str], batch_size: int = TEXT_BATCH_SIZE) -> Tensor:
+        """Texts → float32 (texts, features), before normalization, on the encoder's device, without gradient.
 
         Args:
-            texts: captions; what is longer than the context is cut by the tokenizer.
-            batch_size: texts at a time.
+            texts: captions; the tokenizer cuts texts that are longer than the context.
+            batch_size: texts in one forward pass.
 
         Raises:
-            EncoderError: the text tower was not in the checkpoint, or knows fewer tokens than the tokenizer.
-            ValueError: one string instead of a list, or a batch size below 1.
+            EncoderError: the text tower was not in the checkpoint, or it has fewer tokens than the tokenizer.
+            ValueError: ``texts`` is one string instead of a list, or ``batch_size`` is below 1.
         """
         if isinstance(texts, str):
             raise ValueError(f"expected a list of texts, got one string: [{texts!r}]?")
@@ -75,7 +87,7 @@ class ClipEncoder(Encoder):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         tower: Any = self.text
         if tower is None:
-            raise EncoderError(self._textless(self._why_no_text))
+            raise EncoderError(f"{self.name} has no text tower, {self._why_no_text}")
         device = next(tower.parameters()).device
         vocabulary = getattr(getattr(tower, "text", tower), "vocab_size", None)
         parts = [torch.empty(0, self.features, device=device)]
@@ -83,8 +95,8 @@ class ClipEncoder(Encoder):
             tokens = self.tokenizer(list(texts[start : start + batch_size]))
             if vocabulary is not None and int(tokens.max()) >= vocabulary:
                 raise EncoderError(
-                    f"the tokenizer of {self.name} gives tokens up to {int(tokens.max())}, its text tower knows {vocabulary}: "
-                    "set vocab_size in the model's configuration to the tokenizer's"
+                    f"the tokenizer of {self.name} returns tokens up to {int(tokens.max())}, its text tower has {vocabulary}: "
+                    "set vocab_size in the configuration of the model to the size of the tokenizer"
                 )
             with torch.no_grad():
                 parts.append(tower.encode_text(tokens.to(device), normalize=False).float())
@@ -95,80 +107,96 @@ class ClipEncoder(Encoder):
         classnames: Sequence[str] | None = None,
         templates: Sequence[Template] | None = None,
         *,
-        batch_size: int = BATCH,
+        batch_size: int = TEXT_BATCH_SIZE,
         progress: CountCallback | None = None,
     ) -> Head:
-        """The head whose rows are class embeddings: every caption of a class embedded, normalised, averaged, normalised again.
+        """The head whose rows are the embeddings of the classes.
 
-        This is the classifier of Radford et al. 2021, section 3.1.4.
+        Every caption of a class is embedded and normalized; the mean over the captions is normalized again. This is the classifier of
+        Radford et al. 2021, section 3.1.4.
 
         Args:
-            classnames: one per class, in order; those of ImageNet's 1000 classes as OpenAI and open_clip have them when None.
-            templates: strings with ``{}`` for the class name, or functions of it; OpenAI's 80 for ImageNet when None.
-            batch_size: captions at a time.
-            progress: told (classes done, classes in all) after every batch.
+            classnames: one per class, in order; None: the names of ImageNet's 1000 classes in OpenAI's and open_clip's version.
+            templates: strings with ``{}`` for the class name, or functions of the class name; None: OpenAI's 80 for ImageNet.
+            batch_size: captions in one forward pass.
+            progress: called with (classes done, classes in all) after every batch.
 
         Returns:
-            A head without bias, ``normalize=True``, rows of length 1, float32, named as the classes, on the encoder's device.
+            A float32 head on the encoder's device, without bias, with ``normalize=True``, rows of length 1, and the names of the classes.
 
         Raises:
-            EncoderError: as for :meth:`encode_text`, or embeddings that are not finite.
-            ValueError: no classes, no templates, one string instead of a list, or a template without ``{}``.
+            EncoderError: as for :meth:`encode_text`, or the embeddings are not finite.
+            ValueError: there are no classes or templates, one string instead of a list, or a template without ``{}``.
         """
         if classnames is None:
-            classnames = package("open_clip").IMAGENET_CLASSNAMES
+            classnames = _open_clip().IMAGENET_CLASSNAMES
         if templates is None:
-            templates = package("open_clip").OPENAI_IMAGENET_TEMPLATES
-        names = _several("classnames", classnames)
-        captions = [_caption(template) for template in _several("templates", templates)]
+            templates = _open_clip().OPENAI_IMAGENET_TEMPLATES
+        names = _nonempty("classnames", classnames)
+        captions = [_caption(template) for template in _nonempty("templates", templates)]
         rows: list[Tensor] = []
         step = max(1, batch_size // len(captions))
         for start in range(0, len(names), step):
             part = names[start : start + step]
             embedded = self.encode_text([caption(name) for name in part for caption in captions], batch_size)
-            means = functional.normalize(embedded, dim=-1).unflatten(0, (len(part), len(captions))).mean(1)
+            unit = functional.normalize(embedded, dim=-1)
+            means = reduce(unit, "(name caption) feature -> name feature", "mean", caption=len(captions))
             rows.append(functional.normalize(means, dim=-1))
             if progress:
                 progress(start + len(part), len(names))
         weight = torch.cat(rows)
         if not weight.isfinite().all():
             bad = [names[i] for i in (~weight.isfinite().all(1)).nonzero().flatten().tolist()]
-            raise EncoderError(f"the text tower of {self.name} gives values that are not finite for {len(bad)} classes: {some(bad)}")
+            raise EncoderError(f"the text tower of {self.name} returns values that are not finite for {len(bad)} classes: {listing(bad)}")
         return Head(weight, normalize=True, names=names)
 
-    def fill_text(self, weights: Mapping[str, Tensor], where: str | os.PathLike[str]) -> None:
-        """Fills the text tower from the weights of a whole CLIP model.
+    def load_companions(self, weights: Mapping[str, Tensor], prefix: str, checkpoint: str | os.PathLike[str]) -> set[str]:
+        """Loads the text tower from the checkpoint of a whole CLIP model.
 
-        Where they are not all there, as in a file of the image tower or one that was fine-tuned without the text, there is
-        no text tower afterwards, and what asks for it says why.
+        If some of its weights are missing, there is no text tower afterwards, and methods that need it say why. That is so for a file of
+        the image tower, and for a model that was fine-tuned without its text tower.
 
-        Args:
-            weights: named as within the CLIP model, without a prefix.
-            where: the file, for messages.
+        Raises:
+            EncoderError: the file is in OpenAI's format, whose models have QuickGELU, but this model has GELU.
         """
+        whole = prefix.removesuffix("visual.")
+        clip = {key.removeprefix(whole): value for key, value in weights.items() if key.startswith(whole)} if whole != prefix else {}
+        self._check_activation(clip, checkpoint)
+        self._load_text(clip, checkpoint)
+        return set() if self.text is None else {whole + key for key in self.text.state_dict()}
+
+    def _check_activation(self, clip: Mapping[str, Tensor], checkpoint: str | os.PathLike[str]) -> None:
+        """Refuses weights of OpenAI, which were trained with QuickGELU, for a model with GELU: they would load and give wrong results."""
+        quick = importlib.import_module("open_clip.transformer").QuickGELU
+        towers = [tower for tower in (self.visual, self.text) if tower is not None]
+        if clip.keys() >= _OPENAI and not any(isinstance(module, quick) for tower in towers for module in tower.modules()):
+            raise EncoderError(
+                f"{checkpoint} is in OpenAI's format, whose models have QuickGELU, and {self.name} has GELU: "
+                "name the tag (open_clip:…/openai) or the configuration (open_clip:…-quickgelu)"
+            )
+
+    def _load_text(self, clip: Mapping[str, Tensor], checkpoint: str | os.PathLike[str]) -> None:
         assert self.text is not None
         expected = {key: value for key, value in self.text.state_dict().items() if key not in _LOGIT_SCALING}
-        if "text_projection" in weights and "text_projection" not in expected:  # a custom text tower, saved before there were any
-            weights = importlib.import_module("open_clip.model").convert_to_custom_text_state_dict(dict(weights))
-        wrong = [key for key, value in expected.items() if key not in weights or weights[key].shape != value.shape]
+        if "text_projection" in clip and "text_projection" not in expected:  # a custom text tower in the older format
+            clip = importlib.import_module("open_clip.model").convert_to_custom_text_state_dict(dict(clip))
+        wrong = [key for key, value in expected.items() if key not in clip or clip[key].shape != value.shape]
         if wrong:
-            what = "it" if len(wrong) == len(expected) else f"{len(wrong)} of its {len(expected)} keys ({some(wrong, 3)})"
+            what = "it" if len(wrong) == len(expected) else f"{len(wrong)} of its {len(expected)} keys ({listing(wrong, 3)})"
             self.text = None
             self._why_no_text = (
-                f"because {where} lacks {what}: give a checkpoint of the whole CLIP model, or take a head that was saved (load_head)"
+                f"because {checkpoint} lacks {what}: use a checkpoint of the whole CLIP model, or a head that was saved (load_head)"
             )
             return
-        fitting = {key: value for key, value in weights.items() if key in expected}
+        fitting = {key: value for key, value in clip.items() if key in expected}
         scaling = {
-            key: weights[key].reshape(value.shape)
-            for key, value in self.text.named_parameters()
-            if key in _LOGIT_SCALING and key in weights
+            key: clip[key].reshape(value.shape) for key, value in self.text.named_parameters() if key in _LOGIT_SCALING and key in clip
         }
         self.text.load_state_dict(fitting | scaling, strict=False)
 
 
 class OpenClipTokenizer:
-    """The tokenizer of an open_clip model, made when it is first needed: some are fetched.
+    """The tokenizer of an open_clip model, created at the first call, because some tokenizers are fetched.
 
     >>> OpenClipTokenizer("ViT-B-32")(["a photo"]).shape
     torch.Size([1, 77])
@@ -183,18 +211,52 @@ class OpenClipTokenizer:
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        with making(f"open_clip:{self.model} (its tokenizer)", fetching=True):
-            return package("open_clip").get_tokenizer(self.model)
+        with library_errors(f"open_clip:{self.model} (its tokenizer)", fetching=True):
+            return _open_clip().get_tokenizer(self.model)
+
+
+def from_open_clip(name: str, model: str, pretrained: bool) -> Built:
+    """The source ``open_clip:``; see :data:`torchprobe.encoders.load.SOURCES`."""
+    open_clip = _open_clip()
+    self_contained = model.startswith(_SELF_CONTAINED)  # such a model has no tag
+    model_name, _, tag = (model, "", "") if self_contained else model.partition("/")
+    with library_errors(name, fetching=model.startswith("hf-hub:")):
+        config: Mapping[str, Any] | None = open_clip.get_model_config(model_name)
+    if config is None:
+        raise EncoderError(f"open_clip has no model {model_name!r}" + did_you_mean(model_name, open_clip.list_models()))
+    tags = [] if self_contained else open_clip.list_pretrained_tags_by_model(model_name)
+    if (tag and tag not in tags) or (pretrained and not tag and not self_contained):
+        problem = f"no weights {tag!r} for {model_name}"
+        if not tag:
+            problem = f"{'several' if tags else 'no'} weights for {model_name}: choose one, as in open_clip:{model_name}/TAG"
+        raise EncoderError(
+            f"open_clip has {problem}; it has {', '.join(tags) or 'none'}; or use a local file with --checkpoint (checkpoint=)"
+        )
+    tagged = dict(open_clip.get_pretrained_cfg(model_name, tag) or {}) if tag else {}
+    # With the wrong activation function the weights give plausible but wrong representations: the tag decides.
+    quick = bool(tagged.get("quick_gelu", config.get("quick_gelu", False)))
+    options = {"load_weights": pretrained, "require_pretrained": pretrained, "pretrained_text": False, "force_quick_gelu": quick}
+    with library_errors(name, fetching=pretrained and not model.startswith("local-dir:")):
+        clip = open_clip.create_model(model_name, pretrained=tag if pretrained else None, **options).eval()
+    transform = importlib.import_module("open_clip.transform")
+    settings = (
+        clip.visual.preprocess_cfg
+        if pretrained or self_contained
+        else transform.merge_preprocess_dict({}, tagged | {"size": clip.visual.image_size})
+    )
+    preprocess = transform.image_transform_v2(transform.PreprocessCfg(**settings), is_train=False)
+    encoder = ClipEncoder(clip, OpenClipTokenizer(model_name), features=int(config["embed_dim"]), preprocess=preprocess, name=name)
+    return Built(encoder, tuple(f"{head}.{part}" for head in HEAD_NAMES for part in ("weight", "bias")))
 
 
 def _without_visual(clip: nn.Module) -> nn.Module:
-    """The same module, sharing all weights, but without its image tower."""
+    """The same module without its image tower; all weights are shared."""
     text = copy.copy(clip)
     text._modules = {name: module for name, module in clip._modules.items() if name != "visual"}
     return text
 
 
-def _several(what: str, items: Sequence[Any] | None) -> list[Any]:
+def _nonempty(what: str, items: Sequence[Any] | None) -> list[Any]:
     if isinstance(items, str) or not items:
         raise ValueError(f"{what}: expected a list with at least one entry, got {items!r}")
     return list(items)
@@ -204,5 +266,5 @@ def _caption(template: Template) -> Callable[[str], str]:
     if callable(template):
         return template
     if "{}" not in template:
-        raise ValueError(f"a template has {{}} where the class name goes, got {template!r}")
+        raise ValueError(f"a template must have {{}} in the place of the class name, got {template!r}")
     return functools.partial(template.replace, "{}")

@@ -1,27 +1,73 @@
-"""What is said when there is no encoder."""
+"""One kind of error for everything that goes wrong with an encoder, also inside the libraries that the models come from."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+import contextlib
+import importlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from torchprobe.common.messages import install_hint, reason
 
 
 class EncoderError(RuntimeError):
-    """An encoder, a head or a suite that cannot be made; the message says what was wrong, where, and what to do."""
+    """An encoder, a head or a suite cannot be loaded. The message says what was wrong, where, and what to do."""
 
 
-def some(items: Sequence[str], most: int = 8) -> str:
-    """The first few of many names."""
-    return ", ".join(items[:most]) + (f" … and {len(items) - most} more" if len(items) > most else "")
+def package(module: str, pip: str | None = None) -> ModuleType:
+    """An optional package, imported.
+
+    Args:
+        module: the name to import.
+        pip: the name to install, if it is another one.
+
+    Raises:
+        EncoderError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise EncoderError(f"{module} is not installed: pip install {pip or module}, or {install_hint('vision')}") from error
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What was probably meant, as the end of a message; empty where nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+@contextlib.contextmanager
+def library_errors(name: str, fetching: bool) -> Iterator[None]:
+    """Turns every error of a library in this block into an :class:`EncoderError`, and keeps the library quiet.
+
+    Args:
+        name: of the encoder, for the message.
+        fetching: whether the block may fetch weights.
+    """
+    # The root logger too: open_clip writes to it, and that would install a handler for the whole process.
+    loggers = [logging.getLogger(), logging.getLogger("huggingface_hub")]
+    levels, silence = [logger.level for logger in loggers], logging.NullHandler()
+    loggers[0].addHandler(silence)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except Exception as error:
+        if not fetching:
+            raise EncoderError(f"{name} could not be built: {reason(error)}") from error
+        raise EncoderError(
+            f"the weights of {name} could not be fetched ({reason(error)}). The local caches are {_caches(name)}. "
+            "Without network access, download the file elsewhere and pass it with --checkpoint FILE (checkpoint= in Python)."
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        loggers[0].removeHandler(silence)
 
 
-def reason(error: BaseException) -> str:
-    """The first line of an error, short."""
-    line = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-    return line if len(line) <= 200 else line[:199] + "…"
+def _caches(name: str) -> str:
+    caches = [str(Path(torch.hub.get_dir(), "checkpoints"))]
+    if not name.startswith("torchvision:"):
+        with contextlib.suppress(ImportError):
+            caches.insert(0, str(importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE))
+    return " and ".join(caches)

@@ -1,8 +1,8 @@
-"""The registered operators: schema, fake kernel and pure PyTorch reference, one file each.
+"""The registered operators. Each has a file with its schema, its fake kernel and its reference in PyTorch.
 
 =========================  ==========================================================
-:func:`observe_`           one read of an activation, every moment of it
-:func:`new_state`          the empty state it writes to
+:func:`observe_`           all moments of an activation, in one read
+:func:`new_state`          the empty state for it
 :func:`overlap_tally_`     pixels that activated regions share with labels
 :func:`average_precision`  how well each unit ranks the images of each concept
 :func:`kernels`            which native kernels are loaded, or why not
@@ -12,20 +12,20 @@
 import torch as _torch
 
 from torchprobe.ops import average_precision as _average_precision
-from torchprobe.ops import gradient as _gradient
 from torchprobe.ops import observe as _observe
+from torchprobe.ops import observers as _observers
 from torchprobe.ops import overlap as _overlap
 from torchprobe.ops import quantile as _quantile
-from torchprobe.ops._library import kernels, load_kernels
 from torchprobe.ops.average_precision import average_precision
+from torchprobe.ops.library import kernels, load_kernels
 from torchprobe.ops.observe import new_state, observe_
 from torchprobe.ops.overlap import overlap_tally_
 
 __all__ = ["average_precision", "kernels", "new_state", "observe_", "overlap_tally_"]
 
-_registrations = _torch.library.Library("torchprobe", "DEF")  # they live as long as this object
+_registrations = _torch.library.Library("torchprobe", "DEF")  # the operators exist as long as this object
 _observe.register(_registrations)
-_gradient.register(_registrations)
+_observers.register(_registrations)
 _overlap.register(_registrations)
 _average_precision.register(_registrations)
 _quantile.register(_registrations)

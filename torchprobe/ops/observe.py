@@ -1,11 +1,11 @@
-"""``torchprobe::observe_``: one read of an activation, every moment of it.
+"""``torchprobe::observe_``: all moments of an activation, in one read.
 
 Schema::
 
     observe_(Tensor(a!) state, Tensor x, int feature_dim=-1, float outlier_sigma=6.0, int every=1, Tensor? mask=None) -> ()
 
-The native kernels live in ``csrc/``. Here are the schema, the fake kernel, and the reference in plain PyTorch, which is also what runs on
-every device that has no kernel. None of them synchronises with the device.
+The native kernels are in ``csrc/``. This file has the schema, the fake kernel and the reference in PyTorch, which runs on every device
+without a native kernel. None of them synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from torchprobe.ops import layout
-from torchprobe.ops._library import warn_unavailable
+from torchprobe.ops.library import define, warn_unavailable
 
 SCHEMA = "observe_(Tensor(a!) state, Tensor x, int feature_dim=-1, float outlier_sigma=6.0, int every=1, Tensor? mask=None) -> ()"
 FALLBACK = SCHEMA.replace("observe_", "observe_reference_")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_BLOCK = 1 << 20  # elements the reference widens to float64 at a time
+_BLOCK = 1 << 20  # elements that the reference converts to float64 at a time
 _updating = threading.Lock()  # threads may share a state
 
 
 def new_state(features: int, device: torch.device | str | None = None) -> Tensor:
-    """An empty state for a layer of width ``features``: zeros, float64 where the device has it, else float32."""
+    """An empty state for a layer with ``features`` features: zeros, float64, or float32 on a device without float64."""
     if features < 1:
         raise ValueError(f"features must be at least 1, got {features}")
     device = torch.device(device) if device is not None else torch.get_default_device()
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    with torch.inference_mode(False):  # a state made in inference mode could not be updated outside it
+    with torch.inference_mode(False):  # a tensor from inference mode could not be updated outside it
         return torch.zeros(layout.size(features), dtype=dtype, device=device)
 
 
@@ -46,20 +46,21 @@ def observe_(
     """Adds one activation to a state, in place.
 
     Args:
-        state: what :func:`new_state` made for this width; see :mod:`torchprobe.ops.layout`.
+        state: a state from :func:`new_state` for this number of features; see :mod:`torchprobe.ops.layout`.
         x: floating point (float64, float32, bfloat16, float16), any strides, at least one dimension. The slices along ``feature_dim`` are
-            its *vectors*; every other dimension counts positions. No position is fine; no feature is an error.
+            its *vectors*; the other dimensions are positions. There may be zero positions, but not zero features.
         feature_dim: the dimension that holds the features.
         outlier_sigma: element i of a vector is an outlier when abs(x_i − mean) > outlier_sigma · std of that vector.
-        every: read only calls 0, every, 2·every, …; the counter is slot 0 of the state, so nothing is asked of the host.
-        mask: bool, the shape of ``x`` without ``feature_dim``; vectors where it is False are left out of everything.
+        every: read only calls 0, every, 2·every, …; the counter is slot 0 of the state, so the host need not know it.
+        mask: bool, the shape of ``x`` without ``feature_dim``; vectors where it is False are ignored.
 
     Raises:
         ValueError: state, x and mask do not fit together; the message says how.
 
-    Numerics: float32 tiles (float64 for float64 input), each shifted by a value of its own and scaled by a power of two, merged into the
-    float64 state by the formulas of Chan et al. (1982) and Pébay (SAND2008-6212). Kurtosis is within 1e-5 relative of the float64 two-pass
-    at any offset and scale of float32; in float64 the fourth powers must themselves fit, so abs(x) must lie within about 1e±75.
+    Numerics: tiles are computed in float32 (float64 for float64 input), each shifted by a value of the tile and scaled by a power of two.
+    The formulas of Chan et al. (1982) and Pébay (SAND2008-6212) merge them into the float64 state. The relative error of kurtosis is at
+    most 1e-5 compared with two passes in float64, at any offset and scale of float32. For float64 input the fourth powers must fit into
+    float64, so abs(x) must lie within about 1e±75.
 
     >>> import torch
     >>> from torchprobe.ops import new_state, observe_
@@ -71,12 +72,12 @@ def observe_(
     try:
         torch.ops.torchprobe.observe_(state, x, feature_dim, outlier_sigma, every, mask)
     except (RuntimeError, TypeError, AttributeError):
-        check(state, x, feature_dim, every, mask)  # the same refusal in words, if a bad argument was the cause
+        check(state, x, feature_dim, every, mask)  # a clear message, if an argument was the cause
         raise
 
 
 def check(state: Tensor, x: Tensor, feature_dim: int, every: int, mask: Tensor | None) -> None:
-    """Raises ``ValueError`` that names what does not fit; silent when everything does."""
+    """Raises ``ValueError`` that names the arguments that do not fit."""
     if not isinstance(x, Tensor):
         raise ValueError(f"observe_ reads a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -88,7 +89,7 @@ def check(state: Tensor, x: Tensor, feature_dim: int, every: int, mask: Tensor |
         raise ValueError(f"a tensor of shape {tuple(x.shape)} has no features along feature_dim={feature_dim}")
     if state.dim() != 1 or not state.is_contiguous() or layout.width(state.shape[0]) is None:
         raise ValueError(
-            f"a tensor of shape {tuple(state.shape)} is no state of observe_; make one with torchprobe.ops.new_state(features)"
+            f"a tensor of shape {tuple(state.shape)} is not a state of observe_; make one with torchprobe.ops.new_state(features)"
         )
     if state.shape[0] != layout.size(features):
         raise ValueError(
@@ -96,9 +97,9 @@ def check(state: Tensor, x: Tensor, feature_dim: int, every: int, mask: Tensor |
             f"{features} along feature_dim={feature_dim}"
         )
     if state.dtype not in (torch.float64, torch.float32):
-        raise ValueError(f"the state must be float64 (float32 where a device has none), got {state.dtype}")
+        raise ValueError(f"the state must be float64 (float32 on a device without float64), got {state.dtype}")
     if state.device != x.device:
-        raise ValueError(f"the state lies on {state.device} and x on {x.device}")
+        raise ValueError(f"the state is on {state.device} and x on {x.device}")
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
     if mask is not None:
@@ -119,7 +120,7 @@ def reference(
     every: int = 1,
     mask: Tensor | None = None,
 ) -> None:
-    """What :func:`observe_` means, in plain PyTorch: two passes in the precision of the state. Any device, no synchronisation."""
+    """The meaning of :func:`observe_`, in PyTorch on any device: two passes in the precision of the state, without synchronization."""
     check(state, x, feature_dim, every, mask)
     vectors = x.detach().movedim(feature_dim, -1)
     keep = torch.ones(vectors.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
@@ -143,28 +144,27 @@ def _fallback(
     every: int = 1,
     mask: Tensor | None = None,
 ) -> None:
-    """What a native kernel calls that finds that it cannot run on this device."""
+    """A native kernel calls this if it cannot run on the device."""
     warn_unavailable(x.get_device())
     reference(state, x, feature_dim, outlier_sigma, every, mask)
 
 
 def _observe_block(x: Tensor, keep: Tensor, outlier_sigma: float) -> Tensor:
-    """The state of one block of vectors, shape (n, features), n ≥ 1; ``keep`` says which of them exist."""
+    """The state of one block of vectors, shape (n, features), n ≥ 1; vectors where ``keep`` is False are ignored."""
     features = x.shape[1]
     state = x.new_zeros(layout.size(features))
     finite = x.isfinite()
     used = finite & keep[:, None]
     inf = float("inf")
 
-    # Features. Shifting by the minimum makes a constant feature come out as exactly constant.
+    # Features. The shift by the minimum keeps a constant feature exactly constant.
     count = used.sum(0)
     low, high = x.where(used, inf).amin(0), x.where(used, -inf).amax(0)
     low, high = low.where(count > 0, 0), high.where(count > 0, 0)
     mean = low + (x - low).where(used, 0).sum(0) / count.clamp(min=1)
     d = (x - mean).where(used, 0)
-    outliers = torch.zeros_like(count)
 
-    # Vectors: kurtosis of each, in units of its largest deviation so that nothing under- or overflows.
+    # Vectors: the kurtosis of each, in units of its largest deviation, so that nothing underflows or overflows.
     valid = finite.all(1) & keep
     rows = x.where(valid[:, None], 0)
     first, last = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
@@ -191,14 +191,14 @@ def _observe_block(x: Tensor, keep: Tensor, outlier_sigma: float) -> Tensor:
 
 
 def histogram_bin(kurtosis: Tensor) -> Tensor:
-    """Bin of each value: 64 equal steps within each octave from 1 on; what lies beyond 2**18 goes into the last."""
+    """The bin of each value: 64 equal steps in each octave, starting at 1; values above 2**18 are in the last bin."""
     mantissa, exponent = torch.frexp(kurtosis)  # kurtosis = mantissa · 2**exponent, mantissa in [0.5, 1)
     step = ((2 * mantissa - 1) * layout.BINS_PER_OCTAVE).floor().long()
     return ((exponent.long() - 1) * layout.BINS_PER_OCTAVE + step).clamp(0, layout.BINS - 1)
 
 
 def merge_states(a: Tensor, b: Tensor) -> Tensor:
-    """The state of everything that either state saw; leading dimensions broadcast. Calls add up.
+    """The state of the union of what both states have seen; leading dimensions broadcast. Calls add up.
 
     Chan, Golub & LeVeque (1982) for the second moment, Pébay (SAND2008-6212) for the third and fourth.
     """
@@ -241,17 +241,13 @@ def _fake(
 
 def _vmap(*_: object) -> None:
     raise RuntimeError(
-        "torchprobe::observe_ inside torch.func.vmap: the batched dimension is hidden from it, so the statistics would mix positions. "
+        "torchprobe::observe_ was called inside torch.func.vmap, which hides the batch dimension, so the statistics would mix positions. "
         "Record outside vmap, or call the model on the batch directly."
     )
 
 
 def register(library: torch.library.Library) -> None:
-    """Defines the operator with everything that is not a native kernel."""
-    for schema, name, kernel in ((SCHEMA, "observe_", reference), (FALLBACK, "observe_reference_", _fallback)):
-        library.define(schema)
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        # Nothing here is differentiable: skip the autograd machinery, which would only cost time.
-        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake("torchprobe::observe_", _fake, lib=library)
+    """Defines the operator, except for native kernels."""
+    define(library, SCHEMA, reference, _fake)
+    define(library, FALLBACK, _fallback)
     torch.library.register_vmap("torchprobe::observe_", _vmap, lib=library)

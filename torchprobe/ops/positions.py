@@ -1,4 +1,4 @@
-"""What one vector is: a selection of positions, as views wherever possible."""
+"""The vectors of an activation: a selection of its positions, as a view if possible."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ POSITIONS = ("all", "class", "patch", "mean")
 
 
 def vectors_of(x: Tensor, positions: str, feature_dim: int, mask: Tensor | None = None) -> Tensor:
-    """The tensor whose slices along ``feature_dim`` (the same number, counted as given) are the vectors to observe.
+    """The tensor whose slices along ``feature_dim`` are the vectors to observe; ``feature_dim`` is the same dimension as in ``x``.
 
     Args:
-        x: an activation, batch first. A 2-D one has one vector per input, so "class" and "mean" take it as it is.
-        positions: "all": x itself. "class": the first token. "patch": every token but the first. "mean": one vector per input, the mean
-            over its positions – the one choice that makes a new tensor, of the size of the pooled activation.
+        x: an activation, batch first. A 2-D activation has one vector per input, so "class" and "mean" return it unchanged.
+        positions: "all": x itself. "class": the first token. "patch": all tokens except the first. "mean": one vector per input, the mean
+            over its positions. Only "mean" makes a new tensor, of the size of the pooled activation.
         feature_dim: for "class" and "patch" the last dimension of a (batch, tokens, features) tensor.
-        mask: for "mean": bool, the shape of ``x`` without ``feature_dim``; False positions are left out of the mean, and an input without
-            any position comes out as zeros (leave it out by its own mask).
+        mask: for "mean": bool, the shape of ``x`` without ``feature_dim``. Positions where it is False are left out of the mean. An input
+            without any position gives zeros, so the caller must leave it out.
 
     Raises:
-        ValueError: "class" or "patch" of something that is not (batch, tokens, features).
+        ValueError: "class" or "patch" for an activation that is not (batch, tokens, features).
     """
     if positions == "all":
         return x

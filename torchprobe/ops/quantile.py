@@ -4,8 +4,8 @@ Schema::
 
     keep_largest_(Tensor(a!) values, Tensor(b!) counts, Tensor(c!) bound, Tensor x, int feature_dim, int capacity) -> ()
 
-The buffers belong to :class:`torchprobe.statistics.Quantile`; the native kernel lives in ``csrc/cpu/quantile.cpp``. Here are the schema,
-the fake kernel and the reference in plain PyTorch, which is also what runs on every device that has no kernel.
+The buffers belong to :class:`torchprobe.statistics.Quantile`. The native kernel is in ``csrc/cpu/quantile.cpp``. This file has the schema,
+the fake kernel and the reference in PyTorch, which runs on every device without a native kernel.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchprobe.ops.library import define
 from torchprobe.ops.observe import DTYPES
 
 SCHEMA = "keep_largest_(Tensor(a!) values, Tensor(b!) counts, Tensor(c!) bound, Tensor x, int feature_dim, int capacity) -> ()"
 BLOCK = 16
-"""Values that the kernel compares at once: the room that it needs behind the capacity."""
+"""Values that the kernel compares at once. It needs this much room after the capacity."""
 
 
 def new_buffers(features: int, slots: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,14 +31,14 @@ def new_buffers(features: int, slots: int, device: torch.device | str | None = N
 
 
 def keep_largest_(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_dim: int, capacity: int) -> None:
-    """Adds the values of ``x`` to the buffers of their features, in place; of more than ``capacity`` only the largest are sure to stay.
+    """Adds the values of ``x`` to the buffers of their features, in place. Only the ``capacity`` largest of each feature are sure to stay.
 
     Args:
-        values: float32 (features, slots): what is kept, in no order, −inf behind the first ``counts[0]``. Either slots ≥ capacity + 16, or
-            there is room for every value of ``x`` and 16 more.
-        counts: int64 (3, features): the number of values kept; of nan seen; of values seen and not kept that equal ``bound`` (which
-            means nothing while that is −inf).
-        bound: float32 (features,): every value seen and not kept is at most this. −inf itself is never kept.
+        values: float32 (features, slots): the kept values in no order, and −inf after the first ``counts[0]``. Either slots ≥ capacity +
+            16, or there is room for every value of ``x`` and 16 more.
+        counts: int64 (3, features): the numbers of kept values, of nan, and of values equal to ``bound`` that were not kept (meaningless
+            while the bound is −inf).
+        bound: float32 (features,): the upper bound of all values that were not kept. −inf itself is never kept.
         x: floating point (float64, float32, bfloat16, float16), any strides; float64 is rounded to float32, the others are exact.
         feature_dim: the dimension that holds the features.
         capacity: at least 1.
@@ -55,22 +56,22 @@ def keep_largest_(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feat
     try:
         torch.ops.torchprobe.keep_largest_(values, counts, bound, x, feature_dim, capacity)
     except (RuntimeError, TypeError, AttributeError):
-        check(values, counts, bound, x, feature_dim, capacity)  # the same refusal in words, if a bad argument was the cause
+        check(values, counts, bound, x, feature_dim, capacity)  # a clear message, if an argument was the cause
         raise
 
 
 def check(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_dim: int, capacity: int) -> None:
-    """Raises ``ValueError`` that names what does not fit; silent when everything does."""
+    """Raises ``ValueError`` that names the arguments that do not fit."""
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         raise ValueError(f"expected float64, float32, bfloat16 or float16, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if not -x.dim() <= feature_dim < x.dim():
         raise ValueError(f"feature_dim={feature_dim} is outside a tensor of shape {tuple(x.shape)}")
     features = x.shape[feature_dim]
-    shapes = {"values": (values, torch.float32, 2), "counts": (counts, torch.int64, 2), "bound": (bound, torch.float32, 1)}
-    for name, (part, dtype, dims) in shapes.items():
-        if part.dtype != dtype or part.dim() != dims or not part.is_contiguous() or part.device != x.device:
+    buffers = {"values": (values, torch.float32, 2), "counts": (counts, torch.int64, 2), "bound": (bound, torch.float32, 1)}
+    for name, (buffer, dtype, dims) in buffers.items():
+        if buffer.dtype != dtype or buffer.dim() != dims or not buffer.is_contiguous() or buffer.device != x.device:
             raise ValueError(
-                f"{name} must be a contiguous {dims}-D {dtype} on {x.device}, got {part.dim()}-D {part.dtype} on {part.device}"
+                f"{name} must be a contiguous {dims}-D {dtype} on {x.device}, got {buffer.dim()}-D {buffer.dtype} on {buffer.device}"
             )
     if not values.shape[0] == counts.shape[1] == bound.shape[0] == features or counts.shape[0] != 3:
         raise ValueError(
@@ -81,7 +82,7 @@ def check(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_dim:
 
 
 def reference(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_dim: int, capacity: int) -> None:
-    """What :func:`keep_largest_` means, in plain PyTorch. Any device, no synchronisation."""
+    """The meaning of :func:`keep_largest_`, in PyTorch on any device, without synchronization."""
     check(values, counts, bound, x, feature_dim, capacity)
     if not x.numel():
         return
@@ -89,7 +90,7 @@ def reference(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_
     nan = rows.isnan()
     ties = counts[2] + (rows == bound[:, None]).sum(1)
     pool = torch.cat([values, rows.masked_fill(nan | (rows <= bound[:, None]), -torch.inf)], 1)
-    kept = pool.topk(min(capacity, values.shape[1]), 1).values  # what has no room may be no more than the capacity
+    kept = pool.topk(min(capacity, values.shape[1]), 1).values  # there may be fewer slots than the capacity
     values.fill_(-torch.inf)
     values[:, : kept.shape[1]] = kept
     if kept.shape[1] == capacity:
@@ -100,14 +101,6 @@ def reference(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_
     counts.copy_(torch.stack([(kept > -torch.inf).sum(1), counts[1] + nan.sum(1), ties.where(bound > -torch.inf, 0)]))
 
 
-def _fake(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_dim: int, capacity: int) -> None:
-    check(values, counts, bound, x, feature_dim, capacity)
-
-
 def register(library: torch.library.Library) -> None:
-    """Defines the operator with everything that is not a native kernel."""
-    library.define(SCHEMA)
-    library.impl("keep_largest_", reference, "CompositeExplicitAutograd")
-    # Nothing here is differentiable: skip the autograd machinery, which would only cost time.
-    library.impl("keep_largest_", torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake("torchprobe::keep_largest_", _fake, lib=library)
+    """Defines the operator, except for native kernels."""
+    define(library, SCHEMA, reference, fake=check)

@@ -1,4 +1,4 @@
-"""Every kernel against the reference, on this very machine: what ``torchprobe doctor`` runs."""
+"""Compares the kernels with the reference on this machine, for ``torchprobe doctor``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from torchprobe.ops import layout
 from torchprobe.ops.observe import DTYPES, new_state, observe_, reference
 
 TOLERANCE = 1e-5
-"""Largest relative difference from the float64 reference that passes; float64 input is held to 1e-10."""
-
+"""The largest relative difference from the float64 reference that passes; 1e-10 for float64 input."""
 
 Case = tuple[Tensor, int, Tensor | None]  # x, feature_dim, mask
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: ``error`` is the largest relative difference, nan when the kernel raised; ``detail`` says what was compared."""
+    """One comparison: ``error`` is the largest relative difference, or nan if the kernel raised; ``detail`` describes the input."""
 
     name: str
     passed: bool
@@ -32,9 +31,9 @@ class Check:
 
 
 def run(device: torch.device | str = "cpu") -> list[Check]:
-    """Compares ``observe_`` on ``device`` with the reference in float64 on the same values: types, layouts, offsets, scales, nan and inf.
+    """Compares ``observe_`` on ``device`` with the reference in float64, for many types, layouts, offsets and scales, nan and inf.
 
-    Takes about a second on a CPU. A kernel that raises is a failed check, not an error.
+    Takes about a second on a CPU. If a kernel raises, the check fails, and this function does not raise.
 
     >>> from torchprobe.ops import selfcheck
     >>> all(check.passed for check in selfcheck.run())
@@ -44,7 +43,7 @@ def run(device: torch.device | str = "cpu") -> list[Check]:
 
 
 def _cases() -> Iterator[tuple[str, Callable[[], Case]]]:
-    """Name → (x, feature_dim, mask), on the CPU, made when it is needed. The generator is seeded: every machine sees the same values."""
+    """Names, and functions that make (x, feature_dim, mask) on the CPU. The random generator is seeded: the values are always the same."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -102,7 +101,7 @@ def _check(name: str, make: Callable[[], Case], device: torch.device) -> Check:
 
 
 def _difference(state: Tensor, expected: Tensor) -> float:
-    """The largest difference of two states: counts must be equal (else inf), moments are measured in units of their own spread."""
+    """The largest difference of two states. Moments are compared in units of their spread. The result is inf if counts differ."""
     counts = [layout.CALLS, layout.VECTORS, layout.CONSTANT, layout.INVALID]
     got, want = (dict(zip(layout.ROWS, layout.rows(s).unbind(0), strict=True)) for s in (state, expected))
     equal = torch.equal(state[counts], expected[counts])

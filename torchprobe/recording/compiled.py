@@ -1,7 +1,7 @@
-"""Everything here that knows ``torch.compile``.
+"""Everything that depends on ``torch.compile``.
 
 A hook of a module inside a compiled graph becomes part of the graph: its Python runs once, while the graph is traced. A hook of the
-outermost compiled module mostly stays outside and runs as in eager mode. ``import torchprobe`` does not import the compiler.
+outermost compiled module usually stays outside and runs as in eager mode. ``import torchprobe`` does not import the compiler.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Traced(Protocol):
-    """What calls functions marked :func:`at_trace_time`: it has the ``key`` that :func:`register` gave."""
+    """A caller of functions marked :func:`at_trace_time`. Its ``key`` is the result of :func:`register`."""
 
     key: str
 
@@ -32,18 +32,18 @@ _numbers = itertools.count()
 
 
 def register(caller: Traced) -> str:
-    """The key of a caller. Text, since the compiler takes text for a constant, while objects are none and numbers may change."""
+    """The key of a caller. It is text, because text is a constant to the compiler; objects are not, and numbers may change."""
     key = str(next(_numbers))
     _registered[key] = caller
     return key
 
 
 def at_trace_time(function: Callable[Concatenate[Any, Arguments], Result]) -> Callable[Concatenate[str, Arguments], Result]:
-    """The function runs while a graph is traced, and the graph sees its result as a constant.
+    """Marks a function that runs while a graph is traced. Its result is a constant in the graph.
 
-    What ``torch.compiler.assume_constant_result`` does, without importing the compiler. It is called with the key of a hook, and gets
-    the hook; the other arguments are constants. While tracing, an error reaches the user as the compiler's ``UserError`` with the name
-    of the layer. In eager mode it is an ordinary function.
+    It does what ``torch.compiler.assume_constant_result`` does, without importing the compiler. The caller passes the key of a hook, and
+    the function gets the hook; the other arguments are constants. While tracing, an error reaches the user as the compiler's
+    ``UserError`` with the name of the layer. In eager mode it is an ordinary function.
     """
 
     def traced(key: str, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -63,15 +63,15 @@ def at_trace_time(function: Callable[Concatenate[Any, Arguments], Result]) -> Ca
 
 
 def is_tracing() -> bool:
-    """Whether the compiler is at work; in traced code ask ``torch.compiler.is_compiling()`` instead."""
+    """Whether the compiler is running. In traced code call ``torch.compiler.is_compiling()`` instead."""
     return torch._guards.CompileContext.current_compile_id() is not None
 
 
 def never_compile_alone(function: Callable[..., Any]) -> None:
-    """Inside a graph the function is traced; called from outside one it runs as it is, with everything it calls.
+    """Inside a graph the function is traced; outside of one it runs as plain Python, with everything it calls.
 
-    Without this the compiler would make a graph of its own of every hook of an outermost module, one more for every layer, until its
-    recompilation limit stopped it.
+    Otherwise the compiler would create a separate graph for every hook of an outermost module, one more for every layer, until it
+    reached its recompilation limit.
     """
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameAction.SKIP
@@ -79,16 +79,16 @@ def never_compile_alone(function: Callable[..., Any]) -> None:
 
 
 def make_static(state: torch.Tensor) -> None:
-    """The shape never changes, nor the address: CUDA graphs are switched off by a mutated input that is not static."""
+    """Tells the compiler that neither the shape nor the address changes. A mutated input that is not static disables CUDA graphs."""
     torch._dynamo.mark_static(state)
     torch._dynamo.mark_static_address(state)
 
 
 def allow_graphs(graphs: set[str]) -> None:
-    """Makes room for one more graph when this one meets a layer for the first time; ``graphs`` remembers which those are.
+    """Raises the compiler's limits by one graph when a graph meets a layer for the first time; ``graphs`` remembers these graphs.
 
-    Blocks that are compiled one by one share their code, but not their hooks: each needs a graph of its own, more than
-    the compiler would make before it gives up.
+    Blocks that are compiled one by one share their code, but not their hooks. Each needs its own graph, and these may be more than
+    the limits of the compiler allow.
     """
     graph = str(torch._guards.CompileContext.current_compile_id())
     if graph not in graphs:
@@ -97,7 +97,7 @@ def allow_graphs(graphs: set[str]) -> None:
 
 
 def forget_graphs(graphs: set[str]) -> None:
-    """Takes back the room that :func:`allow_graphs` made."""
+    """Undoes :func:`allow_graphs`."""
     if graphs:
         _shift_limits(-len(graphs))
         graphs.clear()
@@ -110,10 +110,10 @@ def _shift_limits(graphs: int) -> None:
 
 
 def drop_graphs(classes: Iterable[type]) -> int:
-    """Drops the compiled graphs that guard on an object of one of the classes; returns how many functions had some.
+    """Drops the compiled graphs that guard on an object of one of the classes; returns how many functions had such graphs.
 
-    A graph that was made before hooks were placed never looks for them again (PyTorch leaves those guards out), so it must
-    be made anew.
+    A graph that was created before hooks were placed never looks for them again, because PyTorch leaves those guards out. So it must
+    be compiled again.
     """
     codes = _codes_of(classes)
     for code in codes:
@@ -151,14 +151,14 @@ def has_graphs(classes: Iterable[type]) -> bool:
 def refuse_recomputation(model: nn.Module, traced: Callable[[set[int]], bool]) -> list[Callable[[], object]]:
     """Makes compiled modules with recorded layers in their graphs refuse to run under an activation checkpoint.
 
-    The checkpoint would run the whole graph again during backward, where no Python of ours could tell it not to count.
+    The checkpoint would run the whole graph again during backward, and count everything twice, since the graph contains no Python.
 
     Args:
         model: the model that is recorded.
         traced: whether a graph holds a hook of one of these modules, given by their ids.
 
     Returns:
-        How to undo it.
+        Functions that undo it.
     """
     undo: list[Callable[[], object]] = []
     for name, module in model.named_modules():
@@ -174,7 +174,7 @@ def refuse_recomputation(model: nn.Module, traced: Callable[[set[int]], bool]) -
 
 
 class _Refusal:
-    """Runs in front of a compiled graph. A copy does nothing."""
+    """Runs before a compiled graph. A copy does nothing."""
 
     def __init__(self, name: str, module: nn.Module, traced: Callable[[set[int]], bool]) -> None:
         self.name = name
@@ -199,7 +199,7 @@ class _Refusal:
 
 
 class _Guarded:
-    """The call of a module compiled in place, refused where :class:`_Refusal` says so."""
+    """The call of a module that was compiled in place, after a check by :class:`_Refusal`."""
 
     def __init__(self, compiled: Callable[..., Any], refusal: _Refusal) -> None:
         self.compiled, self.refusal = compiled, refusal

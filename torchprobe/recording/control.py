@@ -1,17 +1,27 @@
-"""What the hooks of one recorder share, and the state of one layer."""
+"""What the hooks of one recorder share, and the state of one layer on one device.
+
+A CUDA graph that is captured while recording holds the addresses of the states it writes to. A replay runs the operators again, but none of
+our Python. So a state is outside the memory of the graph. It is never freed, because we cannot know when the graph is deleted. When the
+recording ends, it continues with a copy of the state. What replays add during a pause is subtracted again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntFlag, auto
 
+import torch
 from torch import Tensor
 
-from torchprobe.statistics import Moments, Statistic
+from torchprobe.recording.windows import without_grad
+from torchprobe.statistics import Statistic
+from torchprobe.statistics.factory import Factory
+
+_held: list[Tensor] = []  # states that a CUDA graph may still write to; they are never freed
 
 
 class Skipped(IntFlag):
-    """Why a call was not read; for the report at the end."""
+    """Why a call was not read, for the report at the end."""
 
     PAUSED = auto()
     OTHER_MODE = auto()
@@ -25,42 +35,103 @@ class Skipped(IntFlag):
 
 
 NOTHING_TO_READ = Skipped.NO_TENSOR | Skipped.NO_POSITIONS
-"""A layer that nobody asked for by name, and that turned out to hold nothing to read."""
+"""The layer was selected by default, and its output holds nothing to read."""
 
 
 class Control:
-    """What all hooks of one recorder look at."""
+    """What all hooks of one recorder share."""
 
     def __init__(
         self,
-        statistic: type[Statistic] = Moments,
+        factory: Factory,
         positions: str = "all",
         every: int = 1,
         when: str = "always",
         select: Callable[..., Tensor] | None = None,
-        outlier_sigma: float = 6.0,
         lenient: bool = False,
     ) -> None:
-        self.statistic = statistic
+        self.factory = factory
         self.positions = positions
         self.every = every
         self.training = {"always": None, "train": True, "eval": False}[when]
         self.select = select
-        self.outlier_sigma = outlier_sigma
-        self.lenient = lenient  # layers that nobody asked for by name may turn out to hold nothing to read
+        self.lenient = lenient  # layers selected by default need not hold anything to read
         self.live = False
         self.paused = False
         self.mask: Tensor | None = None
-        self.fired = 0  # layers that have a state, which gives them their order
-        self.graphs: set[str] = set()  # compiled graphs in which a layer was first met
+        self.fired = 0  # layers that have a state, for their order
+        self.graphs: set[str] = set()  # compiled graphs that met a layer for the first time
 
 
 class Slot:
-    """The state of one layer on one device: the running window, and all windows that are closed."""
+    """The statistics of one layer on one device: the running window, and all closed windows."""
 
-    def __init__(self, statistic: Statistic) -> None:
+    def __init__(self, statistic: Statistic, calls: int = 0) -> None:
         self.statistic = statistic
-        self.state = statistic.state
-        self.window = statistic.state[1:]  # all but the counter of `every`
+        self.fused = statistic.fused
+        if statistic.fused:  # the arguments of the operator
+            self.state: Tensor = statistic.state  # type: ignore[attr-defined]
+            self.sigma: float = statistic.outlier_sigma  # type: ignore[attr-defined]
+        else:
+            with torch.inference_mode(False):
+                self.token = torch.zeros((), device=statistic.device)  # see torchprobe.ops.observers
         self.closed: Statistic | None = None
-        self.captured = False  # whether a CUDA graph writes to it, too
+        self.captured = False  # whether a CUDA graph writes to it
+        self.calls = calls  # of the layer, unless the statistic counts them itself
+
+    def static_tensors(self) -> list[Tensor]:
+        """The tensors that a compiled graph writes to."""
+        return [self.state] if self.fused else [self.token]
+
+    def call_count(self) -> Tensor:
+        """How often the layer was called."""
+        counter = self.statistic.call_counter
+        return torch.tensor(float(self.calls), device="cpu") if counter is None else counter
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether operations on ``x`` are being captured in a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def hold(slot: Slot | None, every: int) -> None:
+    """Keeps the state of a slot for a CUDA graph that is being captured.
+
+    Raises:
+        RuntimeError: there is no state yet, and a new one would be in the memory of the graph; or the statistic needs Python in every
+            call, which a replay does not run.
+    """
+    if slot is None:
+        raise RuntimeError(
+            "it is called for the first time while a CUDA graph is captured: start recording before the warm-up runs, "
+            "so that its state exists before the capture"
+        )
+    if not slot.statistic.capturable:
+        raise RuntimeError(f"{type(slot.statistic).__name__} cannot be captured in a CUDA graph, since it needs Python in every call")
+    if every > 1 and not slot.fused:
+        raise RuntimeError(f"every={every} cannot be captured in a CUDA graph with {type(slot.statistic).__name__}: record every call")
+    if not slot.captured:
+        slot.captured = True
+        _held.extend(slot.statistic.tensors().values())
+
+
+@without_grad
+def keep_contents(slots: Sequence[Slot]) -> Callable[[], None]:
+    """Remembers the contents of the captured slots; the result restores them."""
+    states = [tensor for slot in slots if slot.captured for tensor in slot.statistic.tensors().values()]
+    before = [state.clone() for state in states]
+
+    @without_grad
+    def restore() -> None:
+        for state, content in zip(states, before, strict=True):
+            state.copy_(content)
+
+    return restore
+
+
+def leave(slots: dict[torch.device, Slot]) -> None:
+    """Leaves captured states to their graphs; the slots continue with copies."""
+    for device, slot in slots.items():
+        if slot.captured:
+            slots[device] = Slot(slot.statistic.clone(), slot.calls)
+            slots[device].closed = slot.closed

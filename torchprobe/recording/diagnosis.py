@@ -1,4 +1,4 @@
-"""Why a layer never fired."""
+"""Explains why a layer never fired."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchprobe.ops import layout
-from torchprobe.recording import compiled, windows
+from torchprobe.recording import compiled
 from torchprobe.recording.compiled import Inert, at_trace_time, never_compile_alone
 from torchprobe.recording.control import Skipped, Slot
-from torchprobe.recording.history import to_host
 from torchprobe.recording.hook import Hook, takes_hooks
-from torchprobe.statistics import Moments
+from torchprobe.recording.transfer import to_host
 
 if TYPE_CHECKING:
     from torchprobe.recording.layers import Layer
 
 
 class RecordingWarning(UserWarning):
-    """Something about a recording is not as one would expect; the numbers that are there are right."""
+    """Something about a recording is unexpected. The numbers that were recorded are correct."""
 
 
 class Witness:
-    """Sees whether the model was called at all, and whether its calls came to an end."""
+    """Sees whether the model was called, and whether its calls ended."""
 
     def __init__(self) -> None:
         self.entered = 0
@@ -92,7 +90,7 @@ def report(hooks: Sequence[Hook], named: dict[str, Layer], witness: Witness, sta
 
 
 def _calls(hooks: Sequence[Hook]) -> list[tuple[int, bool]]:
-    """For every hook how often it was called and whether it saw anything; one copy from each device."""
+    """For every hook: how often it was called, and whether it saw anything. It makes one copy from each device."""
     slots = [(index, slot) for index, hook in enumerate(hooks) for slot in hook.slots.values()]
     numbers = to_host([_seen(slot) for _, slot in slots]) if slots else []
     calls = [0] * len(hooks)
@@ -104,32 +102,32 @@ def _calls(hooks: Sequence[Hook]) -> list[tuple[int, bool]]:
 
 
 def _seen(slot: Slot) -> Tensor:
-    if not isinstance(slot.statistic, Moments):  # of another class one only knows that its state is no longer empty
-        return torch.stack([slot.state.count_nonzero()] * 2).to(torch.float64)
-    states = [slot.state] if slot.closed is None else [slot.state, slot.closed.state]
-    anything = windows.seen_anything(torch.stack(states)).any()
-    return torch.stack([slot.state[layout.CALLS], anything.to(slot.state.dtype)])
+    anything = slot.statistic.saw_anything()
+    if slot.closed is not None:
+        anything = anything | slot.closed.saw_anything().to(anything.device)
+    calls = slot.call_count().to(anything.device)
+    return torch.stack([calls, anything.to(calls.dtype)])
 
 
 _NOT_CALLED = "the model was not called while it was recorded"
 _SKIPPED: dict[Skipped, Callable[[Hook], str]] = {
     Skipped.NO_TENSOR: lambda hook: "it holds no floating-point tensor with features; pick one with select=",
-    Skipped.NO_POSITIONS: lambda hook: f'it has one vector per input, so no positions="{hook.control.positions}"',
-    Skipped.NOT_REAL: lambda hook: "it was only exported or traced, with no real numbers to read",
-    Skipped.PAUSED: lambda hook: "every call came while the recorder was paused",
+    Skipped.NO_POSITIONS: lambda hook: f'it has one vector per input, but positions="{hook.control.positions}" needs tokens',
+    Skipped.NOT_REAL: lambda hook: "it was only exported or traced, without real numbers to read",
+    Skipped.PAUSED: lambda hook: "it was only called while the recorder was paused",
     Skipped.OTHER_MODE: lambda hook: (
-        'when="train", but it was called in eval mode only; call model.train(), or record with when="always"'
+        'when="train", but it was only called in eval mode; call model.train(), or record with when="always"'
         if hook.control.training
-        else 'when="eval", but it was called in train mode only; call model.eval(), or record with when="always"'
+        else 'when="eval", but it was only called in train mode; call model.eval(), or record with when="always"'
     ),
     Skipped.WAITING: lambda hook: "no gradient reached it: backward was not called, or did not pass through it",
-    Skipped.NO_GRADIENT: lambda hook: "it was called without gradients (under no_grad, or nothing before it requires any)",
-    Skipped.RECOMPUTED: lambda hook: "it was called during backward only, which is taken for the recomputation of an activation checkpoint",
+    Skipped.NO_GRADIENT: lambda hook: "it was called without gradients (under no_grad, or because nothing before it requires gradients)",
+    Skipped.RECOMPUTED: lambda hook: "it was only called during backward, which counts as the recomputation of an activation checkpoint",
 }
 
 
 class _Explanation:
-    """Finds the cause, from what the hooks noted and from where the layer stands in the model."""
+    """Finds the cause from the notes of the hooks and from the place of the layer in the model."""
 
     def __init__(self, hooks: Sequence[Hook], named: dict[str, Layer], witness: Witness, anything: bool) -> None:
         self.named = named
@@ -145,36 +143,36 @@ class _Explanation:
             if flag in hook.skipped:
                 return text(hook)
         if Skipped.TRACED in hook.skipped:
-            return "it is part of a compiled graph that was made but not run to its end"
+            return "it is part of a compiled graph that was created, but did not run to its end"
         return self._never_called(hook)
 
     @staticmethod
     def _read_nothing(hook: Hook, calls: int) -> str:
-        held = "empty batches, or batches that the mask leaves out"
+        empty = "had empty batches, or batches that the mask leaves out"
         if hook.every == 1:
-            return f"its {calls} calls brought {held}"
-        return f"every={hook.every} read {math.ceil(calls / hook.every)} of its {calls} calls, which brought {held}"
+            return f"its {calls} calls {empty}"
+        return f"every={hook.every} read {math.ceil(calls / hook.every)} of its {calls} calls, which {empty}"
 
     def _never_called(self, hook: Hook) -> str:
         name, module = hook.layer.name, hook.layer.module
         above = [self.named[parent].module for parent in _ancestors(name) if parent in self.named]
         if not takes_hooks(module):
-            return "it is scripted, and runs without Python; record the model before torch.jit.script, or what is around it"
+            return "it is scripted, and runs without Python; record the model before torch.jit.script, or a module around it"
         if above and isinstance(above[0], nn.MultiheadAttention):
             return f"nn.MultiheadAttention uses its parameters without calling it; record the attention itself, {name.rpartition('.')[0]!r}"
         if not self.traced and compiled.has_graphs([type(module)]):
-            return "it runs inside a compiled graph that was made before the hooks; call torch.compiler.reset() before recording"
+            return "it runs inside a compiled graph that was created before the hooks; call torch.compiler.reset() before recording"
         if not name and self.anything:
-            return "the model was entered by another method than forward; its layers are recorded all the same"
+            return "the model was entered through another method than forward; its layers are recorded nevertheless"
         if self.witness.entered > self.witness.left:
-            return "the forward raised before it was reached"
+            return "the forward raised an error before it was reached"
         if not self.called and not self.anything:
             return _NOT_CALLED
         return "the forward does not call it (its parameters may be used without it)"
 
 
 def _ancestors(name: str) -> list[str]:
-    """Names of the modules around, the nearest first."""
+    """Names of the modules around it, the nearest first."""
     if not name:
         return []
     parts = name.split(".")

@@ -1,43 +1,41 @@
-"""One recording from those of all ranks."""
+"""Merges the recordings of all ranks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
-from torchprobe.ops import layout
-from torchprobe.ops.observe import merge_states
-from torchprobe.recording import windows
-from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
-from torchprobe.statistics import Moments
+from torchprobe.recording.windows import Entry, Settings, merged
+from torchprobe.statistics import Statistic
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_GATHERED = 1 << 28  # bytes that a rank receives at a time
+_AT_ONCE = 1 << 26  # bytes that a rank sends at a time, unless a single layer has more
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a rank tells of one of its layers."""
+    """One layer of a rank."""
 
     module: str
     feature_dim: int | None
     features: int
     closed: bool  # whether it has closed windows
+    size: int  # bytes of its state
 
 
 @dataclass(frozen=True)
 class _Summary:
-    """What every rank tells the others before any number travels."""
+    """What the ranks exchange before any state."""
 
-    moments: bool
     settings: Settings
     selected: list[str]
     layers: dict[str, _Layer]
@@ -51,41 +49,91 @@ class _Summary:
         return cls(**parts)
 
 
-def all_reduce(recording: Recording, selected: list[str], group: ProcessGroup | None, union: bool, timeout: float | None) -> Recording:
-    """The states of all ranks, merged in the order of the ranks: the same on every rank."""
+def all_reduce(
+    entries: Sequence[Entry],
+    settings: Settings,
+    selected: Sequence[str],
+    aliases: Mapping[str, str],
+    make: Callable[[int, torch.device], Statistic],
+    group: ProcessGroup | None,
+    union: bool,
+    timeout: float | None,
+) -> tuple[list[Entry], dict[str, str]]:
+    """The layers of all ranks, merged in the order of the ranks, on the CPU, and all aliases. The result is the same on every rank.
+
+    Args:
+        entries: the layers of this rank that fired.
+        selected: the layers that this rank watches.
+        make: makes an empty statistic for a width.
+        group, union, timeout: see :meth:`torchprobe.Recorder.all_reduce`.
+    """
     ranks = _Ranks(group, timeout)
-    entries = {entry.name: entry for entry in recording._entries()}
-    mine = _Summary(
-        all(isinstance(entry.statistic, Moments) for entry in entries.values()),
-        recording.settings,
-        selected,
-        {e.name: _Layer(e.module, e.feature_dim, e.statistic.features, e.closed is not None) for e in entries.values()},
-        dict(recording._aliases),
-    )
-    summaries = [_Summary.from_json(text) for text in ranks.gather_text(json.dumps(asdict(mine)))]
-    if not all(summary.moments for summary in summaries):
-        only_moments([entry.statistic for entry in entries.values()])  # says why, on the rank that is the cause
-        raise TypeError("all_reduce merges Moments; another rank recorded another statistic")
-    layers = _agreed(summaries, union)
-    merged: dict[str, Entry] = {}
-    with torch.inference_mode(False), torch.no_grad():
-        for width in sorted({layer.features for layer in layers.values()}):
-            alike = [name for name, layer in layers.items() if layer.features == width]
-            at_once = max(1, _GATHERED // (2 * 8 * layout.size(width) * ranks.count))
-            for start in range(0, len(alike), at_once):
-                names = alike[start : start + at_once]
-                closed = any(layers[name].closed for name in names)
-                first, *rest = ranks.gather(_stacked([entries.get(name) for name in names], width, closed, ranks.device))
-                for states in rest:
-                    first = merge_states(first, states)
-                for index, name in enumerate(names):
-                    merged[name] = _entry(name, layers[name], first[:, index], recording.settings)
-    aliases = {alias: name for summary in summaries for alias, name in summary.aliases.items()}
-    return Recording([merged[name] for name in layers], recording.settings, aliases)
+    mine = {entry.name: _to_bytes(entry) for entry in entries}
+    layers = {e.name: _Layer(e.module, e.feature_dim, e.statistic.features, e.closed is not None, len(mine[e.name])) for e in entries}
+    summary = _Summary(settings, list(selected), layers, dict(aliases))
+    summaries = [_Summary.from_json(text.decode()) for text in ranks.gather_bytes(json.dumps(asdict(summary)).encode())]
+    agreed = _agreed(summaries, union)
+    result: list[Entry] = []
+    for names in _batches(agreed, summaries):
+        gathered = ranks.gather_bytes(b"".join(mine.get(name, b"") for name in names))
+        states: dict[str, list[bytes]] = {name: [] for name in names}
+        for summary, received in zip(summaries, gathered, strict=True):
+            start = 0
+            for name in names:
+                if name in summary.layers:
+                    states[name].append(received[start : start + summary.layers[name].size])
+                    start += summary.layers[name].size
+        result += [_merged(name, agreed[name], states[name], make) for name in names]
+    return result, {alias: name for summary in summaries for alias, name in summary.aliases.items()}
+
+
+def _to_bytes(entry: Entry) -> bytes:
+    """The state of one layer: the length of a JSON text, the text, and a safetensors file in memory."""
+    tensors, values = dict[str, Tensor](), dict[str, Any]()
+    for prefix, statistic in (("window/", entry.statistic), ("closed/", entry.closed)):
+        for key, value in ({} if statistic is None else statistic.state_dict()).items():
+            if isinstance(value, Tensor):
+                tensors[prefix + key] = value.detach().cpu().contiguous()
+            else:
+                values[prefix + key] = value
+    text = json.dumps({**values, "calls": entry.calls}).encode()
+    return len(text).to_bytes(8, "little") + text + save(tensors)
+
+
+def _merged(name: str, layer: _Layer, states: Sequence[bytes], make: Callable[[int, torch.device], Statistic]) -> Entry:
+    """One layer, from the bytes of each rank that has it."""
+    windows, closed, calls = list[Statistic](), list[Statistic](), 0
+    for state in states:
+        end = 8 + int.from_bytes(state[:8], "little")
+        values = {**json.loads(state[8:end]), **load(state[end:])}
+        calls += values.pop("calls")
+        for prefix, statistics in (("window/", windows), ("closed/", closed)):
+            part = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+            if part:
+                statistics.append(make(layer.features, torch.device("cpu")))
+                try:
+                    statistics[-1].load_state_dict(part)
+                except ValueError as error:
+                    raise ValueError(f"layer {name!r}: {error}") from error
+    window = merged(windows)
+    assert window is not None
+    return Entry(name, layer.module, layer.feature_dim, window, merged(closed), calls)
+
+
+def _batches(layers: Mapping[str, _Layer], summaries: Sequence[_Summary]) -> list[list[str]]:
+    """The layers in batches that are sent together. They are the same on every rank."""
+    batches, room = list[list[str]](), 0
+    for name in layers:
+        size = max(summary.layers[name].size for summary in summaries if name in summary.layers)
+        if not batches or size > room:
+            batches, room = [*batches, []], _AT_ONCE
+        batches[-1].append(name)
+        room -= size
+    return batches
 
 
 class _Ranks:
-    """The other processes. Every wait has an end, and tells what it means."""
+    """The other processes. A wait ends with an error that says what it means."""
 
     def __init__(self, group: ProcessGroup | None, timeout: float | None) -> None:
         from torch import distributed
@@ -100,10 +148,10 @@ class _Ranks:
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
     def gather(self, sent: Tensor) -> list[Tensor]:
-        """A tensor of each rank, all of one shape, in their order.
+        """The tensors of all ranks in their order, all of the same shape.
 
         Raises:
-            RuntimeError: a rank has ended, or did not come in time.
+            RuntimeError: a rank has ended, or did not call this in time.
         """
         received = [torch.empty_like(sent) for _ in range(self.count)]
         try:
@@ -116,25 +164,25 @@ class _Ranks:
         except RuntimeError as error:
             limit = "" if self.timeout is None else f" (it waits {self.timeout:g} s)"
             raise RuntimeError(
-                f"all_reduce: rank {self.rank} of {self.count} had no answer from the others{limit}. A rank has ended, or does "
-                f"not call all_reduce(); the first error of the run says which. This process group is of no use any more: end "
-                f"this process, start all of them again (torchrun does), and resume from the last checkpoint. "
+                f"all_reduce: rank {self.rank} of {self.count} got no answer from the others{limit}. A rank has ended, or did "
+                f"not call all_reduce(); the first error of the run says which. This process group is unusable now: end this "
+                f"process, start all processes again (torchrun does), and resume from the last checkpoint. "
                 f"({str(error).strip().splitlines()[0]})"
             ) from error
         return received
 
-    def gather_text(self, text: str) -> list[str]:
-        """A text of each rank."""
-        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        lengths = [int(n) for n in torch.cat(self.gather(torch.tensor([len(own)], device=self.device))).tolist()]
-        sent = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
-        sent[: len(own)] = own.to(self.device)
-        gathered = torch.stack(self.gather(sent)).cpu().numpy()
-        return [bytes(row[:n]).decode() for row, n in zip(gathered, lengths, strict=True)]
+    def gather_bytes(self, sent: bytes) -> list[bytes]:
+        """The bytes of each rank, of any length."""
+        lengths = [int(n) for n in torch.cat(self.gather(torch.tensor([len(sent)], device=self.device))).tolist()]
+        padded = torch.zeros(max(*lengths, 1), dtype=torch.uint8)
+        if sent:
+            padded[: len(sent)] = torch.frombuffer(bytearray(sent), dtype=torch.uint8)
+        gathered = self.gather(padded.to(self.device))
+        return [part.cpu().numpy()[:n].tobytes() for part, n in zip(gathered, lengths, strict=True)]
 
 
-def _agreed(ranks: list[_Summary], union: bool) -> Mapping[str, _Layer]:
-    """Every layer that fired anywhere. The same error on every rank."""
+def _agreed(ranks: Sequence[_Summary], union: bool) -> dict[str, _Layer]:
+    """Every layer that fired on any rank. If the ranks do not fit together, all raise the same error."""
     first = ranks[0]
     layers: dict[str, _Layer] = {}
     for number, rank in enumerate(ranks):
@@ -144,27 +192,11 @@ def _agreed(ranks: list[_Summary], union: bool) -> Mapping[str, _Layer]:
             lacks = sorted(set(first.selected) - set(rank.selected))
             more = sorted(set(rank.selected) - set(first.selected))
             raise ValueError(
-                f"the ranks recorded different layers: rank {number} lacks {lacks} and has {more} beside those of rank 0; "
-                f"all_reduce(union=True) merges them all the same"
+                f"the ranks recorded different layers: rank {number} lacks {lacks} and has {more} in addition to those of rank 0; "
+                f"all_reduce(union=True) merges them anyway"
             )
         for name, layer in rank.layers.items():
             known = layers.setdefault(name, layer)
             if known.features != layer.features:
                 raise ValueError(f"layer {name!r} is {known.features} features wide on one rank and {layer.features} on rank {number}")
-            layers[name] = _Layer(known.module, known.feature_dim, known.features, known.closed or layer.closed)
     return layers
-
-
-def _stacked(entries: list[Entry | None], width: int, closed: bool, device: torch.device) -> Tensor:
-    """Running windows, and closed ones if any rank has some: (1 or 2, layers, slots); zeros where nothing fired."""
-    empty = torch.zeros(layout.size(width), dtype=torch.float64, device=device)
-    statistics = [[None if entry is None else entry.statistic for entry in entries]]
-    if closed:
-        statistics.append([None if entry is None else entry.closed for entry in entries])
-    return torch.stack([torch.stack([empty if s is None else s.state.to(empty) for s in part]) for part in statistics])
-
-
-def _entry(name: str, layer: _Layer, states: Tensor, settings: Settings) -> Entry:
-    template = Moments(layer.features, states.device, settings.outlier_sigma)
-    window, *rest = [windows.with_state(template, state.clone()) for state in states]
-    return Entry(name, layer.module, layer.feature_dim, window, rest[0] if layer.closed and rest else None)

@@ -1,4 +1,4 @@
-"""What the windows of a recording came to: one row of numbers for every step and layer, and a histogram beside it."""
+"""The closed windows of a recording: the fields of every layer in every window, and a histogram."""
 
 from __future__ import annotations
 
@@ -6,32 +6,37 @@ import difflib
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from torchprobe.recording.layers import canonical
 from torchprobe.recording.transfer import Array, Part, Rows, Transfer
-from torchprobe.statistics.moments import BINS, FIELDS, bin_edges
+from torchprobe.statistics import Moments, Statistic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Step = int | float
-_WIDTH = len(FIELDS) + BINS  # what a window keeps of a layer: its fields, then its histogram
+_LINES = {"mean": "vector_kurtosis", "median": "vector_kurtosis_median"}
 
 
 class History:
     """Closed windows in the order of :meth:`~torchprobe.Recorder.snapshot`: ``history[field]`` is an array (steps, layers).
 
-    ``steps`` and ``layers`` name the rows and columns, ``fields`` what can be asked for (see
-    :data:`torchprobe.statistics.moments.FIELDS`). Nan where a layer did not fire in a window. ``histograms`` holds how the vector
-    kurtosis was distributed in each window. Numbers travel to the host without waiting; reading them waits.
+    ``steps`` and ``layers`` name the rows and columns, ``fields`` the numbers: those of the statistic, such as
+    :data:`torchprobe.statistics.moments.FIELDS`. A number is nan if the layer did not fire in the window. ``histograms`` holds the
+    distribution of the vector kurtosis in each window. Numbers are copied to the host without waiting; reading them waits.
 
     Args:
-        keep: how many windows are kept, the newest; ``dropped`` counts the others. Default: all of them, at 1.3 kB for each layer.
+        keep: how many windows are kept, the newest ones; ``dropped`` counts the others. Default: all. With Moments a window takes 1.3 kB
+            per layer.
+        statistic: one of the statistics recorded; it names the fields. Default: :class:`~torchprobe.Moments`.
+
+    Raises:
+        ValueError: ``keep`` is not a positive whole number.
 
     >>> import torch, torchprobe
     >>> model = torch.nn.Linear(4, 3)
@@ -43,28 +48,32 @@ class History:
     ([1, 2], [[8.0], [8.0]], 1)
     """
 
-    fields = FIELDS
-
-    def __init__(self, keep: int | None = None) -> None:
+    def __init__(self, keep: int | None = None, statistic: Statistic | None = None) -> None:
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ValueError(f"keep must be a whole number of at least 1, or None for all windows; got {keep!r}")
         self.keep = keep
+        self.statistic = Moments(1, "cpu") if statistic is None else statistic
+        self.fields = tuple(self.statistic.fields)
         self.steps: list[Step] = []
         self.dropped = 0
         self._layers: dict[str, int] = {}  # name → column
         self._transfer = Transfer()
-        self._blocks: deque[Rows] = deque()  # on the host; they may begin with windows that are dropped already
+        self._blocks: deque[Rows] = deque()  # on the host; the first ones may hold windows that were dropped
         self._landed = 0  # windows in the blocks
 
     def append(self, step: Step, layers: list[str], parts: Sequence[Part]) -> None:
-        """Adds one window of ``layers``: for each group of them their names and numbers, still on the device.
+        """Adds one window of ``layers``: for each group of layers the names and the numbers, still on the device.
 
-        Numbers have the shape (layers, fields + bins): what :func:`torchprobe.recording.windows.summaries` gives with histograms.
+        Numbers have the shape (layers, fields + bins), as :func:`torchprobe.recording.windows.summaries` returns them with histograms.
+
+        Raises:
+            TypeError: ``step`` is not a finite number.
         """
-        if isinstance(step, bool) or not isinstance(step, (int, float)) or not math.isfinite(step):
-            raise TypeError(f"a step is a number, got {step!r}")
+        number: Any = step  # numbers of NumPy are fine
+        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(float(number)):
+            raise TypeError(f"a step is a finite number, got {step!r}")
         self._transfer.put(parts)
-        self.steps.append(step)
+        self.steps.append(int(number) if isinstance(number, Integral) else float(number))
         self._name(layers)
         self._land(self._transfer.arrived())
         self._drop()
@@ -77,76 +86,89 @@ class History:
     @property
     def values(self) -> Array:
         """Everything but the histograms, shape (steps, layers, fields), float64."""
-        return self._all()[:, :, : len(FIELDS)]
+        return self._all()[:, :, : len(self.fields)]
 
     @property
     def histograms(self) -> Array:
-        """Vectors by their kurtosis, shape (steps, layers, bins), float64; the bins lie between ``bin_edges``, the last is open.
+        """How many vectors have a kurtosis in each bin: float64 (steps, layers, bins). Bins are between ``bin_edges``; the last is open.
 
         >>> History().histograms.shape, History().bin_edges[[0, 8, 16]].tolist()
         ((0, 0, 144), [1.0, 2.0, 4.0])
         """
-        return self._all()[:, :, len(FIELDS) :]
+        return self._all()[:, :, len(self.fields) :]
 
     @property
     def bin_edges(self) -> Array:
-        """Of ``histograms``, shape (bins + 1,): see :func:`torchprobe.statistics.moments.bin_edges`."""
-        return bin_edges().numpy()
+        """The edges of ``histograms``: float64 (bins + 1,); empty if the statistic has no histogram."""
+        return self.statistic.histogram_edges().numpy() if self.statistic.histogram_bins else np.empty(0)
 
     def __getitem__(self, field: str) -> Array:
-        if field not in FIELDS:
-            raise KeyError(f"{field!r} is no field of the history; it has {', '.join(FIELDS)}")
-        return self.values[:, :, FIELDS.index(field)]
+        if field not in self.fields:
+            raise KeyError(f"{field!r} is not a field of the history; it has {', '.join(self.fields)}")
+        return self.values[:, :, self.fields.index(field)]
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(FIELDS)
+        return iter(self.fields)
 
     def __repr__(self) -> str:
         older = f", {self.dropped} older ones dropped" if self.dropped else ""
-        return f"History({len(self.steps)} steps{older} × {len(self._layers)} layers × {len(FIELDS)} fields)"
+        return f"History({len(self.steps)} steps{older} × {len(self._layers)} layers × {len(self.fields)} fields)"
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict for every step and layer that fired: ``step``, ``layer`` and the fields."""
         values = self.values
         return [
-            {"step": step, "layer": layer, **dict(zip(FIELDS, values[i, j].tolist(), strict=True))}
+            {"step": step, "layer": layer, **dict(zip(self.fields, values[i, j].tolist(), strict=True))}
             for i, step in enumerate(self.steps)
             for j, layer in enumerate(self.layers)
-            if not math.isnan(values[i, j, 0])
+            if not np.isnan(values[i, j]).all()
         ]
 
-    def plot(self, field: str = "vector_kurtosis", *, width: float = 9.0) -> Figure:
-        """Layers × steps in shades of one colour (``pip install torchprobe-interp[report]``); windows with nonfinite values are crossed.
+    def plot(self, field: str | None = None, *, width: float = 9.0) -> Figure:
+        """Layers × steps in shades of one color; windows with nonfinite values are crossed. Needs matplotlib.
+
+        Args:
+            field: the field to show. Default: the headline of the statistic, the vector kurtosis for Moments.
+            width: in inches.
 
         Raises:
-            KeyError: no such field.
+            KeyError: ``field`` is unknown.
         """
-        from torchprobe.rendering.history import history_map
+        from torchprobe.rendering.heatmap import history_map
 
-        return history_map(self[field], self.steps, self.layers, field.replace("_", " "), marked=self["nonfinite"] > 0, width=width)
+        field = field or self.headline
+        marked = self["nonfinite"] > 0 if "nonfinite" in self.fields else None
+        return history_map(self[field], self.steps, self.layers, field.replace("_", " "), marked=marked, width=width)
 
     def plot_layer(self, layer: str, *, width: float = 9.0) -> Figure:
-        """How the vector kurtosis of one layer is distributed in every window, with its mean and median.
+        """The distribution of the vector kurtosis of one layer in every window, with its mean and median. Needs matplotlib.
 
         Raises:
-            KeyError: the layer is in no window; the message names the nearest.
+            KeyError: no window has the layer; the message suggests the nearest name.
+            ValueError: the statistic keeps no histogram.
         """
-        from torchprobe.rendering.history import layer_over_time
+        from torchprobe.rendering.heatmap import layer_over_time
 
+        if not self.statistic.histogram_bins:
+            raise ValueError(f"{type(self.statistic).__name__} keeps no histogram of its windows; plot(field) shows a field of all layers")
         name = layer if layer in self.layers else canonical(layer)
         if name not in self.layers:
             near = difflib.get_close_matches(layer, self.layers, n=1)
             raise KeyError(f"no layer {layer!r} in the history" + (f"; did you mean {near[0]!r}?" if near else ""))
         column = self.layers.index(name)
-        mean, median = (self[f"vector_kurtosis{which}"][:, column] for which in ("", "_median"))
-        histograms = self.histograms[:, column]
-        return layer_over_time(histograms, self.bin_edges, self.steps, mean=mean, median=median, layer=name, width=width)
+        lines = {which: self[field][:, column] for which, field in _LINES.items() if field in self.fields}
+        return layer_over_time(self.histograms[:, column], self.bin_edges, self.steps, **lines, layer=name, width=width)
+
+    @property
+    def headline(self) -> str:
+        """The field that plots show."""
+        return self.statistic.headline or next(iter(self.fields), "")
 
     def copy(self) -> History:
-        copy = History(self.keep)
+        copy = History(self.keep, self.statistic)
         copy._set(self.steps, self.layers, self._all(), self.dropped)
         return copy
 
@@ -154,15 +176,17 @@ class History:
         """Appends the steps of another history.
 
         Raises:
-            ValueError: both have windows of the same step; their summaries cannot be merged.
+            ValueError: both have a window of the same step, and summaries cannot be merged; or they have different fields.
         """
+        if other.steps and self.steps and other.fields != self.fields:
+            raise ValueError(f"one history has the fields {', '.join(self.fields)}, the other {', '.join(other.fields)}")
         shared = sorted(set(self.steps) & set(other.steps))
         if shared:
             raise ValueError(
                 f"both histories hold step {shared[0]}{' and others' if shared[1:] else ''}, and summaries of one step "
                 f"cannot be merged: merge the states instead, first.total.merge(second.total)"
             )
-        self._land(self._transfer.everything())  # ours come first
+        self._land(self._transfer.everything())  # our windows come first
         self._land([(other.layers, other._all().copy())])
         self.steps.extend(other.steps)
         self.dropped += other.dropped
@@ -175,13 +199,13 @@ class History:
         values = torch.from_numpy(self.values.copy())
         used = np.flatnonzero((self.histograms > 0).any((0, 1)))
         histograms = torch.from_numpy(self.histograms[:, :, : used[-1] + 1 if used.size else 0].copy())
-        about = {"steps": list(self.steps), "layers": self.layers, "fields": list(FIELDS), "dropped": self.dropped}
+        about = {"steps": list(self.steps), "layers": self.layers, "fields": list(self.fields), "dropped": self.dropped}
         return {**about, "values": values, "histograms": histograms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave; fields that this version does not know are left out, new ones are nan.
+        """Restores what :meth:`state_dict` returned. Fields that this version does not know are left out; fields that it added are nan.
 
-        Histograms may be missing, as from an earlier version: they are nan then. Of more windows than ``keep`` the newest are taken.
+        Histograms may be missing, as in states of an earlier version; they are nan then. At most ``keep`` windows are restored, the newest.
 
         Raises:
             ValueError: the parts do not fit together.
@@ -193,26 +217,28 @@ class History:
                 f"the history holds values of shape {values.shape} for {len(steps)} steps, {len(layers)} layers and {len(fields)} fields"
             )
         histograms = state.get("histograms")
+        bins = self.statistic.histogram_bins
         if histograms is not None:
             histograms = np.asarray(histograms, dtype=np.float64)
-            if histograms.shape[:2] != values.shape[:2] or histograms.ndim != 3 or histograms.shape[2] > BINS:
+            if histograms.shape[:2] != values.shape[:2] or histograms.ndim != 3 or histograms.shape[2] > bins:
                 raise ValueError(f"the history holds histograms of shape {histograms.shape} for values of shape {values.shape}")
-        known = np.full((len(steps), len(layers), _WIDTH), math.nan)
+        known = np.full((len(steps), len(layers), len(self.fields) + bins), math.nan)
         for index, field in enumerate(fields):
-            if field in FIELDS:
-                known[:, :, FIELDS.index(field)] = values[:, :, index]
-        if histograms is not None:
-            fired = ~np.isnan(known[:, :, :1])
-            known[:, :, len(FIELDS) :] = np.where(fired, np.pad(histograms, ((0, 0), (0, 0), (0, BINS - histograms.shape[2]))), math.nan)
+            if field in self.fields:
+                known[:, :, self.fields.index(field)] = values[:, :, index]
+        if histograms is not None and bins:
+            fired = ~np.isnan(known[:, :, : len(self.fields)]).all(-1, keepdims=True)
+            padded = np.pad(histograms, ((0, 0), (0, 0), (0, bins - histograms.shape[2])))
+            known[:, :, len(self.fields) :] = np.where(fired, padded, math.nan)
         self._set(steps, layers, known, int(state.get("dropped", 0)))
 
     # -- on the host ---------------------------------------------------------------------------------------------------
 
     def _all(self) -> Array:
-        """Fields and histograms, shape (steps, layers, fields + bins), in one block from now on."""
+        """Fields and histograms, (steps, layers, fields + bins). It joins all blocks into one."""
         self._land(self._transfer.everything())
         if len(self._blocks) != 1 or self._blocks[0][0] != self.layers or self._landed != len(self.steps):
-            joined = np.full((self._landed, len(self._layers), _WIDTH), math.nan)
+            joined = np.full((self._landed, len(self._layers), len(self.fields) + self.statistic.histogram_bins), math.nan)
             start = 0
             for names, rows in self._blocks:
                 if names:
@@ -239,7 +265,7 @@ class History:
             self._landed += len(block[1])
 
     def _drop(self) -> None:
-        """Forgets the oldest windows; their memory goes a block at a time."""
+        """Forgets the oldest windows; their memory is freed in blocks."""
         if self.keep is None:
             return
         surplus = max(0, len(self.steps) - self.keep)
@@ -247,14 +273,3 @@ class History:
         self.dropped += surplus
         while self._blocks and self._landed - len(self._blocks[0][1]) >= self.keep:
             self._landed -= len(self._blocks.popleft()[1])
-
-
-def to_host(tensors: Sequence[Tensor]) -> list[Array]:
-    """The tensors as float64 arrays, with one copy for each device."""
-    out: dict[int, Array] = {}
-    for device in {tensor.device for tensor in tensors}:
-        chosen = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-        flat = torch.cat([tensors[i].reshape(-1) for i in chosen]).to("cpu", torch.float64).numpy()
-        for i, part in zip(chosen, np.split(flat, np.cumsum([tensors[i].numel() for i in chosen])[:-1]), strict=True):
-            out[i] = part.reshape(tuple(tensors[i].shape))
-    return [out[i] for i in range(len(tensors))]

@@ -1,8 +1,8 @@
-"""The hooks: what stands between a module and the operator.
+"""The hooks that connect a module with the operator.
 
-A hook lives in two worlds. In eager mode it is called at every forward, and its cost is Python. In a compiled graph it
-is traced once, and only the operator remains: the traced half changes nothing and asks nothing of the host, and whatever
-must happen while tracing sits in functions marked ``at_trace_time``.
+A hook has two halves. In eager mode it is called in every forward, and its cost is Python. In a compiled graph it is traced once, and only
+the operator remains. So the traced half changes nothing and reads nothing on the host. Everything else that tracing needs is in functions
+marked ``at_trace_time``.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchprobe.ops.gradient import register_observer
 from torchprobe.ops.observe import check
+from torchprobe.ops.observers import register_observer
 from torchprobe.ops.positions import vectors_of
-from torchprobe.recording import capture
 from torchprobe.recording.compiled import Inert, allow_graphs, at_trace_time, is_tracing, make_static, never_compile_alone, register
-from torchprobe.recording.control import Control, Skipped, Slot
+from torchprobe.recording.control import Control, Skipped, Slot, capturing, hold
 from torchprobe.recording.layers import Layer, default_feature_dim
 from torchprobe.recording.tensors import cut, first_tensor, fit_mask, holds, is_plain, plain, replaced
-from torchprobe.statistics import Moments
 
 _observe = torch.ops.torchprobe.observe_.default
+_observe_activation = torch.ops.torchprobe.observe_activation_.default
 _observe_gradient = torch.ops.torchprobe.observe_gradient.default
 _current_backward = torch._C._current_graph_task_id
-_allocating = threading.Lock()
+_allocating, _counting = threading.Lock(), threading.Lock()
 
 
 class Hook:
@@ -37,15 +36,14 @@ class Hook:
         self.layer = layer
         self.control = control
         self.slots: dict[torch.device, Slot] = {}
-        self.dims: dict[int, int] = {}  # dimensions of an activation → the one of its features
-        self.loaded_dim: int | None = None  # what a loaded state says of the features
+        self.dims: dict[int, int] = {}  # number of dimensions of an activation → the dimension of its features
+        self.loaded_dim: int | None = None  # the dimension of the features in a loaded state
         self.order = -1
         self.skipped = Skipped(0)
         self.key = register(self)
         self.every = control.every
-        self.sigma = control.outlier_sigma
-        # Moments of every position need nothing but the operator.
-        self.direct = control.statistic is Moments and control.positions == "all"
+        self.fused = control.factory.template.fused
+        self.direct = self.fused and control.positions == "all"  # then only the operator is needed
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -60,7 +58,7 @@ class Hook:
         return module.register_forward_hook(self)
 
     def take_place(self) -> None:
-        """Gives the layer its place in the order of firing, once."""
+        """Gives the layer its place in the order of firing; later calls do nothing."""
         if self.order < 0:
             self.order = self.control.fired
             self.control.fired += 1
@@ -74,7 +72,7 @@ class Hook:
     # -- eager ---------------------------------------------------------------------------------------------------------
 
     def open(self, module: nn.Module) -> bool:
-        """Whether calls count at present."""
+        """Whether this call counts."""
         control = self.control
         if control.paused:
             self.skipped |= Skipped.PAUSED
@@ -85,7 +83,7 @@ class Hook:
         return True
 
     def read(self, value: Any) -> None:
-        """Reads the tensor in what the module gave."""
+        """Reads the tensor in the output of the module."""
         x: Tensor | None = None
         try:
             x = value if type(value) is Tensor and self.control.select is None else self.find(value)
@@ -95,14 +93,25 @@ class Hook:
             raise self.explained(error, x) from error
 
     def observe(self, x: Tensor, mask: Tensor | None) -> None:
-        """Reads one tensor: the shortest way when nothing special is asked for."""
+        """Reads one tensor, in the shortest way if possible."""
         slot, dim = self.slots.get(x.device), self.dims.get(x.dim())
-        if capture.capturing(x):
-            capture.hold(slot)
+        if capturing(x):
+            hold(slot, self.every)
         if self.direct and slot is not None and dim is not None and mask is None and is_plain(x):
-            _observe(slot.state, x, dim, self.sigma, self.every)
+            _observe(slot.state, x, dim, slot.sigma, self.every)
         else:
             self._observe_any(x, mask)
+
+    def activation(self, x: Tensor, mask: Tensor | None) -> None:
+        """Called by a compiled graph, for a statistic without an operator of its own."""
+        if self.control.live:
+            try:
+                self.observe(x, mask)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise self.explained(error, x) from error
+
+    def gradient(self, grad: Tensor, mask: Tensor | None) -> None:
+        raise NotImplementedError("only a GradientHook reads gradients")
 
     def _observe_any(self, x: Tensor, mask: Tensor | None) -> None:
         if x.is_meta or type(x).__name__ == "FakeTensor":
@@ -117,37 +126,43 @@ class Hook:
                 "record outside vmap, or call the model on the batch directly"
             )
         if not is_plain(x):
-            mask = None if x.is_nested else mask  # a nested tensor holds no padding
+            mask = None if x.is_nested else mask  # a nested tensor has no padding
             x = plain(x, self.layer.feature_dim)
         if not readable(self.key, x.dim()):
             return
         dim = axis(self.key, x.dim())
-        control = self.control
-        if mask is not None:
-            mask = fit_mask(mask, x, dim)
-        kept = cut(mask, control.positions)
-        vectors = vectors_of(x, control.positions, dim, mask)
         allocate(self.key, x.shape[dim], x.device)
         slot = self.slots[x.device]
-        if control.statistic is Moments:
-            _observe(slot.state, vectors, dim, self.sigma, self.every, kept)
+        if not slot.fused and not self.counted(slot):  # the operator counts calls itself
+            return
+        positions = self.control.positions
+        if mask is not None:
+            mask = fit_mask(mask, x, dim)
+        kept = cut(mask, positions)
+        vectors = vectors_of(x.detach(), positions, dim, mask)
+        if slot.fused:
+            _observe(slot.state, vectors, dim, slot.sigma, self.every, kept)
+        elif kept is None:
+            slot.statistic.update(vectors, dim)  # a class with the verbs of the earlier protocol may take no mask
         else:
-            slot.statistic.update(vectors, dim, **self._extra(kept))
+            slot.statistic.update(vectors, dim, mask=kept)
 
-    def _extra(self, mask: Tensor | None) -> dict[str, Any]:
-        """What a statistic of another class is told only if the user asked for it."""
-        every: dict[str, Any] = {} if self.every == 1 else {"every": self.every}
-        return every if mask is None else {**every, "mask": mask}
+    def counted(self, slot: Slot) -> bool:
+        """Counts a call, and says whether ``every`` selects it."""
+        with _counting:  # threads may share a layer
+            slot.calls += 1
+            return (slot.calls - 1) % self.every == 0
 
     def explained(self, error: Exception, x: Tensor | None) -> Exception:
-        """The error with the name of the layer; in words, if a tensor that cannot be read was the cause."""
+        """The error with the name of the layer. If the tensor cannot be read, the message says why."""
         if type(error) not in (RuntimeError, NotImplementedError, TypeError, ValueError):
             return error
         if x is not None and x.device in self.slots:
             try:
                 dim = axis(self.key, x.dim())
                 allocate(self.key, x.shape[dim], x.device)
-                check(self.slots[x.device].state, x, dim, self.every, None)
+                if self.fused:
+                    check(self.slots[x.device].state, x, dim, self.every, None)
             except (IndexError, ValueError) as reason:
                 error = reason
         return type(error)(f"layer {self.layer.name!r}: {error}")
@@ -164,7 +179,7 @@ class Hook:
     # -- compiled ------------------------------------------------------------------------------------------------------
 
     def trace(self, module: nn.Module, value: Any) -> Any:
-        """What :meth:`__call__` does, for the compiler to trace."""
+        """As :meth:`__call__`, for the compiler to trace."""
         if not traced_open(self.key, self.control.paused, module.training):
             return None
         x = self.find(value)
@@ -178,22 +193,22 @@ class Hook:
             x = plain(x, self.layer.feature_dim)
         if not readable(self.key, x.dim()):
             return
-        positions, sigma, every = settings(self.key)
         dim = axis(self.key, x.dim())
+        allocate(self.key, len(range(x.shape[dim])), x.device)  # len(range(n)) is n, made a constant of the graph
+        slot = self.slots[x.device]
+        positions, sigma, every = settings(self.key)
+        if sigma is None:
+            _observe_activation(slot.token, x, observer_number(self.key), mask)
+            return
         if mask is not None:
             mask = fit_mask(mask, x, dim)
         kept = cut(mask, positions)
-        allocate(self.key, len(range(x.shape[dim])), x.device)  # len(range(n)) is n, made a constant of the graph
-        slot = self.slots[x.device]
         vectors = vectors_of(x, positions, dim, mask)
-        if self.control.statistic is Moments:
-            _observe(slot.state, vectors, dim, sigma, every, kept)
-        else:
-            slot.statistic.update(vectors, dim, **self._extra(kept))
+        _observe(slot.state, vectors, dim, sigma, every, kept)
 
 
 class InputHook(Hook):
-    """Reads the first tensor a module is called with."""
+    """Reads the first tensor in the arguments of a module."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         if torch.compiler.is_compiling():
@@ -220,8 +235,8 @@ class InputHook(Hook):
 class GradientHook(Hook):
     """Reads the gradient with respect to the output of one module.
 
-    Activation checkpoints need no care here: without reentry the recomputed output is never differentiated, with it the
-    first one is not.
+    Activation checkpoints need no special case here. Of the two outputs, one is never differentiated: the first one in a reentrant
+    checkpoint, the recomputed one in any other.
     """
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -239,7 +254,7 @@ class GradientHook(Hook):
             self.skipped |= Skipped.NO_GRADIENT
             return None
         self.skipped |= Skipped.WAITING
-        self.take_place()  # in the order of the forward: gradients come the other way round
+        self.take_place()  # in the order of the forward; gradients arrive in reverse order
         mask = self.control.mask
 
         def arrived(grad: Tensor) -> None:
@@ -249,7 +264,7 @@ class GradientHook(Hook):
         return None
 
     def gradient(self, grad: Tensor, mask: Tensor | None) -> None:
-        """Called during backward; what comes after the recording has ended is not counted."""
+        """Called during backward. Gradients that arrive after the recording has ended do not count."""
         if self.control.live:
             self.skipped &= ~Skipped.WAITING
             try:
@@ -275,7 +290,7 @@ class GradientHook(Hook):
 
 
 def takes_hooks(module: nn.Module) -> bool:
-    """Scripted modules take none in new PyTorch, and never call them in old."""
+    """Scripted modules refuse hooks in new versions of PyTorch, and never call them in old ones."""
     return not isinstance(module, torch.jit.ScriptModule)
 
 
@@ -283,7 +298,7 @@ for _kind in (Hook, InputHook, GradientHook):
     never_compile_alone(_kind.__call__)
 
 
-# -- what happens at trace time, and in eager mode when something is out of the ordinary -----------------------------------
+# -- what runs while a graph is traced, and in eager mode off the shortest way -----------------------------------------------
 
 
 @at_trace_time
@@ -293,7 +308,7 @@ def note(hook: Hook, reason: int) -> None:
 
 @at_trace_time
 def traced_open(hook: Hook, paused: bool, training: bool) -> bool:
-    """As :meth:`Hook.open`; the compiler guards on ``paused`` and on the mode of the module."""
+    """As :meth:`Hook.open`. The compiler guards on ``paused`` and on the mode of the module."""
     if torch.compiler.is_exporting():
         hook.skipped |= Skipped.NOT_REAL
         return False
@@ -308,27 +323,28 @@ def traced_open(hook: Hook, paused: bool, training: bool) -> bool:
 
 
 @at_trace_time
-def settings(hook: Hook) -> tuple[str, float, int]:
-    return hook.control.positions, hook.sigma, hook.every
+def settings(hook: Hook) -> tuple[str, float | None, int]:
+    """``positions``, ``outlier_sigma`` and ``every``; no ``outlier_sigma`` if the statistic is not an operator."""
+    return hook.control.positions, next(iter(hook.slots.values())).sigma if hook.fused else None, hook.every
 
 
 @at_trace_time
 def axis(hook: Hook, dims: int) -> int:
     """The dimension of the features in an activation of ``dims`` dimensions."""
     if dims == 0:
-        raise ValueError("it gives a single number, which has no features")
+        raise ValueError("it holds a single number, which has no features")
     if dims not in hook.dims:
         override = hook.layer.feature_dim
         dim = default_feature_dim(hook.layer, dims) if override is None else override
         if not -dims <= dim < dims:
-            raise ValueError(f"its activations have {dims} dimensions, and feature_dim={dim} is none of them")
+            raise ValueError(f"its activations have {dims} dimensions, and feature_dim={dim} is not one of them")
         hook.dims[dims] = dim
     return hook.dims[dims]
 
 
 @at_trace_time
 def readable(hook: Hook, dims: int) -> bool:
-    """Whether there are features, and the positions asked for; a layer that nobody named is then left out, and reported at the end."""
+    """Whether there are features and the requested positions. If not, a layer selected by default is left out, and reported at the end."""
     if not hook.control.lenient or dims > 2 or (hook.control.positions != "patch" and dims == 2):
         return True
     if hook.control.positions == "all" and dims == 1:
@@ -339,12 +355,11 @@ def readable(hook: Hook, dims: int) -> bool:
 
 @at_trace_time
 def allocate(hook: Hook, width: int, device: torch.device) -> None:
-    """Makes the state at the first call, when the width is known."""
+    """Creates the state in the first call, when the width is known."""
     with _allocating, torch.inference_mode(False), torch.no_grad():
         slot = hook.slots.get(device)
         if slot is None:
-            control = hook.control
-            slot = Slot(control.statistic(width, device, control.outlier_sigma))
+            slot = Slot(hook.control.factory(width, device))
             hook.slots[device] = slot
             hook.take_place()
         elif slot.statistic.features != width:
@@ -353,13 +368,14 @@ def allocate(hook: Hook, width: int, device: torch.device) -> None:
                 f"probably along another dimension; pass feature_dim={{{hook.layer.name!r}: …}}"
             )
     if is_tracing():
-        make_static(slot.state)
+        for tensor in slot.static_tensors():
+            make_static(tensor)
         allow_graphs(hook.control.graphs)
 
 
 @at_trace_time
-def observer_number(hook: GradientHook) -> int:
-    """Another number for every call: two calls with equal arguments (a shared layer may get one gradient twice) would be merged."""
+def observer_number(hook: Hook) -> int:
+    """A new number for every call. The compiler would merge two calls with equal arguments, such as those of a shared layer."""
     return register_observer(hook)
 
 
@@ -368,13 +384,14 @@ def nothing_found(hook: Hook, selected: bool) -> None:
     if hook.control.lenient and not selected:
         hook.skipped |= Skipped.NO_TENSOR
         return
-    what = "select gave no tensor" if selected else "it holds no floating-point tensor with features"
-    raise TypeError(f"{what}; pass select=, a function from what the module gives to a tensor")
+    if selected:
+        raise TypeError("select must return a tensor")
+    raise TypeError("it holds no floating-point tensor with features; pass select=, a function that returns the tensor to read")
 
 
 @at_trace_time
 def not_in_output(hook: Hook) -> None:
     raise ValueError(
-        "under torch.compile the gradient can be read only of a tensor that is itself part of the output; let select= "
-        "return one, or run this model without torch.compile"
+        "under torch.compile only the gradient of a tensor that is part of the output can be read; let select= return one, "
+        "or run this model without torch.compile"
     )

@@ -1,8 +1,8 @@
-"""Which layers: canonical names, their selection, and the dimension that holds their features.
+"""Canonical names of layers, their selection, and the dimension of their features.
 
-A *canonical name* is what ``model.named_modules()`` says, without the components that wrappers put in (``_orig_mod``,
-``module``, ``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module``): compiled, parallel and plain models have the same
-names. The model itself is ``""``.
+A *canonical name* is a name of ``model.named_modules()`` without the components that wrappers add (``_orig_mod``, ``module``,
+``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module``). So compiled, parallel and plain models have the same names. The model itself is
+``""``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KINDS = "names, globs, a compiled regular expression or a predicate(name, modul
 
 
 class Layer:
-    """One module under every canonical name it has; the first is the one that is shown. It does not keep the module alive."""
+    """One module with all its canonical names; the first name is shown. It does not keep the module alive."""
 
     def __init__(self, module: nn.Module, names: list[str], parent: nn.Module | None = None) -> None:
         self.names = names
@@ -57,8 +57,7 @@ class Layer:
 def named_layers(model: nn.Module) -> dict[str, Layer]:
     """Every module of ``model`` by canonical name, in the order of ``named_modules``.
 
-    Two names of one module give one :class:`Layer`. A wrapper and what it wraps share a name, which then means the
-    wrapped module.
+    A module with two names is one :class:`Layer`. A wrapper and the module it wraps share a name, which means the wrapped module.
 
     >>> from torch import nn
     >>> list(named_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
@@ -70,17 +69,17 @@ def named_layers(model: nn.Module) -> dict[str, Layer]:
     def walk(module: nn.Module, name: str, prefix: str, parent: nn.Module | None, path: frozenset[int]) -> None:
         module = innermost(module)
         if id(module) in path:
-            return  # a module that holds itself
+            return  # a module that contains itself
         while name in named:
-            name += ".module"  # wrappers of an unknown kind within each other
+            name += ".module"  # nested wrappers of an unknown kind
         layer = layers.setdefault(id(module), Layer(module, [], parent))
         layer.names.append(name)
         named[name] = layer
         for key, child in module._modules.items():
             if child is not None:
                 child_name = prefix + key
-                # An only child called "module" sits in a wrapper of a kind we do not know. That may change the output,
-                # so both are layers, but what lies below is named without it.
+                # A module whose only child is called "module" is a wrapper of an unknown kind. It may change the output, so both
+                # are layers, but the names of the modules below leave it out.
                 transparent = key == "module" and len(module._modules) == 1
                 walk(child, child_name, prefix if transparent else child_name + ".", module, path | {id(module)})
 
@@ -89,7 +88,7 @@ def named_layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """What a wrapper wraps, down to the module that is none."""
+    """The module inside all wrappers."""
     while (inner := _wrapped(module)) is not None:
         module = inner
     return module
@@ -106,7 +105,7 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 
 def canonical(name: str) -> str:
-    """``name`` without the components that wrappers put in, for a name copied from a wrapped model.
+    """``name`` without the components that wrappers add, for a name copied from a wrapped model.
 
     >>> canonical("module._orig_mod.blocks.0")
     'blocks.0'
@@ -122,20 +121,21 @@ def select_layers(
     layers: Selection | None = None,
     feature_dim: int | Mapping[str, int] | None = None,
 ) -> list[Layer]:
-    """The layers that ``layers`` names, in the order of the model, each once. Nothing is touched.
+    """The layers that ``layers`` selects, in the order of the model, each once. The model is not changed.
 
-    Modules without a forward, such as ``nn.ModuleList``, are never called: patterns pass over them.
+    Patterns skip modules without a forward, such as ``nn.ModuleList``, since they are never called.
 
     Args:
+        model: any module.
         layers: a name or glob (``*`` stands for one component of a name or a part of it, ``**`` for any number of
             components); several of them; a compiled regular expression, which must match a whole name;
             ``predicate(name, module) -> bool``. None: the children of every ``ModuleList`` or ``Sequential`` that holds at
-            least two modules of one class (the outermost such), and the model itself.
-        feature_dim: for all layers, or ``{name or glob: dim}`` for some.
+            least two modules of one class (only the outermost ones), and the model itself.
+        feature_dim: the dimension of the features, for all layers or as ``{name or glob: dim}`` for some.
 
     Raises:
-        ValueError: a name the model does not have (the message suggests the nearest), or a pattern that matches nothing.
-        TypeError: ``layers`` is none of the above.
+        ValueError: the model does not have a name (the message suggests the nearest), or a pattern matches nothing.
+        TypeError: ``layers`` is of another type.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
@@ -156,7 +156,7 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _chosen(named: Mapping[str, Layer], called: Mapping[str, Layer], layers: Selection) -> set[int]:
-    """ids of the layers selected."""
+    """The ``id()`` of the selected layers."""
     if isinstance(layers, str):
         return _match(named, called, layers)
     if isinstance(layers, re.Pattern):
@@ -188,7 +188,7 @@ def _match(named: Mapping[str, Layer], called: Mapping[str, Layer], pattern: str
             return {id(called[spelling])}
         if spelling in named:
             kind = type(named[spelling].module).__name__
-            raise ValueError(f"layer {pattern!r} is a {kind}, which is never called; name its children, '{pattern}.*'")
+            raise ValueError(f"layer {pattern!r} is a {kind}, which is never called; select its children, '{pattern}.*'")
         if chosen := {id(layer) for name, layer in called.items() if matches_glob(spelling, name)}:
             return chosen
     if any(character in pattern for character in "*?["):
@@ -197,15 +197,15 @@ def _match(named: Mapping[str, Layer], called: Mapping[str, Layer], pattern: str
 
 
 def _nearest_glob(pattern: str, called: Mapping[str, Layer]) -> str:
-    """The same glob with each misspelt component replaced by the nearest one that names have; empty when that matches nothing either."""
+    """Suggests the glob with each misspelled component replaced by the nearest one; empty if that matches nothing either."""
     components = {component for name in called for component in name.split(".")}
     parts = pattern.split(".")
-    mended = ".".join(part if set(part) & set("*?[") else (difflib.get_close_matches(part, components, 1) or [part])[0] for part in parts)
-    return f"did you mean {mended!r}?" if any(matches_glob(mended, name) for name in called) else ""
+    fixed = ".".join(part if set(part) & set("*?[") else (difflib.get_close_matches(part, components, 1) or [part])[0] for part in parts)
+    return f"did you mean {fixed!r}?" if any(matches_glob(fixed, name) for name in called) else ""
 
 
 def matches_glob(pattern: str, name: str) -> bool:
-    """``*``, ``?`` and ``[…]`` stay within one component of a name; ``**`` is any number of components, none included.
+    """Whether a glob matches. ``*``, ``?`` and ``[…]`` stay within one component of a name; ``**`` is any number of components, also 0.
 
     >>> [matches_glob("blocks.**", name) for name in ("blocks", "blocks.0.attn", "head")]
     [True, True, False]
@@ -231,8 +231,8 @@ def _nearest(name: str, named: Iterable[str]) -> str:
 
 def _some_of(named: Iterable[str]) -> str:
     names = [name for name in named if name]
-    shown = ", ".join(map(repr, names[:6])) + (f" … ({len(names)} in all)" if len(names) > 6 else "")
-    return f"its layers are {shown}" if names else "it has no layer but itself, whose name is ''"
+    shown = ", ".join(map(repr, names[:6])) + (f" … ({len(names)} in total)" if len(names) > 6 else "")
+    return f"its layers are {shown}" if names else "its only layer is the model itself, whose name is ''"
 
 
 def _default_layers(model: nn.Module, called: Mapping[str, Layer]) -> set[int]:
@@ -255,7 +255,7 @@ def _default_layers(model: nn.Module, called: Mapping[str, Layer]) -> set[int]:
 
 # -- the dimension that holds the features -----------------------------------------------------------------------------------
 
-_MAPS = {  # exact leaf type → spatial dimensions of its output; the channels stand before them
+_MAPS = {  # exact leaf type → spatial dimensions of its output; the channels come before them
     getattr(nn, f"{kind}{n}d"): n
     for n in (1, 2, 3)
     for kind in ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "InstanceNorm")
@@ -275,10 +275,12 @@ _LAST = (
 def default_feature_dim(layer: Layer, dims: int) -> int:
     """The dimension of the features in an activation of ``dims`` dimensions.
 
-    By exact type of a leaf: 1 for convolutions, poolings and batch norms (0 for a convolution without a batch dimension), the last for
-    linear layers, layer norms, attention and embeddings. Other activations of two and three dimensions: the last. Of four and more: 1 when
-    a convolution or batch norm is among the descendants, or when the class is named "…2d" or "…3d", else the last; an ``nn.Sequential``
-    does what its last child does, and a leaf without parameters (an activation function, dropout) what its parent does.
+    The exact type of a leaf decides first: 1 for convolutions, poolings and batch norms (0 for a convolution without a batch dimension),
+    the last for linear layers, layer norms, attention and embeddings. For other layers it is the last of two or three dimensions.
+
+    Of four or more dimensions it is 1 if a convolution or batch norm is among the descendants, or if the class is named "…2d" or "…3d";
+    otherwise the last. An ``nn.Sequential`` follows its last child. A leaf without parameters, such as an activation function or
+    dropout, follows its parent.
     """
     return _feature_dim(layer.module, layer.parent, dims)
 
@@ -301,7 +303,7 @@ def _feature_dim(module: nn.Module, parent: nn.Module | None, dims: int) -> int:
 
 
 def leaf_type(module: nn.Module) -> type[nn.Module]:
-    """The class as written: FSDP2 and parametrizations swap in a subclass of their own at run time."""
+    """The class in the source code. FSDP2 and parametrizations replace it by a subclass at run time."""
     kind = type(module)
     swapped = hasattr(module, "parametrizations") or any(base.__name__ == "FSDPModule" for base in kind.__mro__)
     if not swapped:
@@ -320,4 +322,4 @@ def _override(selected: list[Layer], feature_dim: int | Mapping[str, int]) -> No
                 layer.feature_dim, matched = dim, True
         if not matched:
             names = [name for layer in selected for name in layer.names]
-            raise ValueError(f"feature_dim: {pattern!r} is none of the selected layers; {_nearest(pattern, names)}")
+            raise ValueError(f"feature_dim: {pattern!r} is not one of the selected layers; {_nearest(pattern, names)}")

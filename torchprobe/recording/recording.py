@@ -1,59 +1,47 @@
-"""What was recorded: a mapping from layer to statistic, without hooks."""
+"""The result of a recording: a mapping from layer to statistic, without hooks."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchprobe.recording import windows
-from torchprobe.recording.history import History, to_host
+from torchprobe.recording import storage, windows
+from torchprobe.recording.history import History
 from torchprobe.recording.layers import canonical
-from torchprobe.statistics import Moments, Statistic
-from torchprobe.statistics.moments import FIELDS
+from torchprobe.recording.transfer import to_host
+from torchprobe.recording.windows import Entry, Settings, check_mergeable
+from torchprobe.statistics import Statistic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
 
-@dataclass
-class Entry:
-    """One layer of a recording."""
-
-    name: str
-    module: str  # the class of the module
-    feature_dim: int | None  # the dimension that held the features
-    statistic: Statistic  # the running window
-    closed: Statistic | None = None  # all windows that a snapshot has closed
+FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a recording was made; two recordings merge only if theirs are equal."""
+class Recording(Mapping[str, Any]):
+    """The statistics of every layer that fired, in the order in which the layers first fired.
 
-    of: str = "output"
-    positions: str = "all"
-    outlier_sigma: float = 6.0
-    statistic: str = "Moments"
-
-
-class Recording(Mapping[str, Moments]):
-    """The statistics of every layer that fired, in the order in which they first did.
-
-    ``recording[layer]`` is a :class:`~torchprobe.Moments`; a layer that is known under several names answers to all of
-    them. ``settings`` says how it was made.
+    ``recording[layer]`` is a :class:`~torchprobe.Moments`, or the statistic that was requested. For a list of statistics it is a
+    :class:`~torchprobe.statistics.Several`. A layer with several names is found under each of them; ``aliases`` maps
+    the other names to the canonical one. ``settings`` says how the recording was made.
     """
 
-    def __init__(self, entries: list[Entry], settings: Settings, aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, entries: list[Entry], settings: Settings, aliases: Mapping[str, str] | None = None, template: Statistic | None = None
+    ) -> None:
         self._own = {entry.name: entry for entry in entries}
-        self._aliases = dict(aliases or {})
+        self.aliases = dict(aliases or {})
+        self._template = template if template is not None or not entries else entries[0].statistic
         self.settings = settings
-        self.history = History()
+        self.history = History(statistic=self._template)
 
     def _entries(self) -> list[Entry]:
         return list(self._own.values())
@@ -65,8 +53,8 @@ class Recording(Mapping[str, Moments]):
         """Canonical names in firing order; the model itself is ``""``."""
         return [entry.name for entry in self._entries()]
 
-    def __getitem__(self, layer: str) -> Moments:
-        return cast(Moments, self._entry(layer).statistic)
+    def __getitem__(self, layer: str) -> Any:
+        return self._entry(layer).statistic
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
@@ -80,7 +68,7 @@ class Recording(Mapping[str, Moments]):
     def _resolve(self, layer: str) -> Entry | None:
         entries = {entry.name: entry for entry in self._entries()}
         for name in (layer, canonical(layer)):
-            entry = entries.get(name) or entries.get(self._aliases.get(name, name))
+            entry = entries.get(name) or entries.get(self.aliases.get(name, name))
             if entry is not None:
                 return entry
         return None
@@ -92,20 +80,25 @@ class Recording(Mapping[str, Moments]):
         return entry
 
     def _missing(self, layer: str) -> str:
-        near = difflib.get_close_matches(layer, [*self.layers, *self._aliases], n=1)
+        near = difflib.get_close_matches(layer, [*self.layers, *self.aliases], n=1)
         return f"no layer {layer!r} was recorded" + (f"; did you mean {near[0]!r}?" if near else "")
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
     @property
     def total(self) -> Recording:
-        """All windows together, the running one included; a copy, without a history."""
-        entries = [Entry(e.name, e.module, e.feature_dim, _total(e.closed, e.statistic)) for e in self._entries()]
-        return Recording(entries, self.settings, self._aliases)
+        """All windows together, including the running one: a copy, without a history."""
+        entries = [Entry(e.name, e.module, e.feature_dim, windows.total(e.closed, e.statistic), calls=e.calls) for e in self._entries()]
+        return Recording(entries, self.settings, self.aliases, self._template)
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        """The numbers of one layer: name → one line of help."""
+        return {} if self._template is None else self._template.fields
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict for each layer: ``layer``, ``module`` (its class), ``features``, ``feature_dim``, ``positions`` and
-        the fields of :data:`torchprobe.statistics.moments.FIELDS`, of the running window."""
+        """One dict for each layer, for the running window: ``layer``, ``module`` (its class), ``features``, ``feature_dim``,
+        ``positions`` and the :attr:`fields`."""
         entries = self._entries()
         numbers = self._numbers(entries)
         return [
@@ -123,7 +116,7 @@ class Recording(Mapping[str, Moments]):
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """``{f"{prefix}{layer}/{field}": number}`` of the running window, for a logger.
 
-        One copy from each device however many layers there are. Nan for a layer that has not fired in this window.
+        It makes one copy from each device, for any number of layers. Numbers are nan for a layer that has not fired in this window.
 
         >>> import torch, torchprobe
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 3))
@@ -137,66 +130,71 @@ class Recording(Mapping[str, Moments]):
         return {f"{prefix}{entry.name}/{field}": value for index, entry in enumerate(entries) for field, value in numbers[index].items()}
 
     def _numbers(self, entries: list[Entry]) -> list[dict[str, float]]:
-        parts = windows.summaries(only_moments([entry.statistic for entry in entries]))
+        parts = windows.summaries([entry.statistic for entry in entries])
         numbers: dict[int, dict[str, float]] = {}
         for (group, _), values in zip(parts, to_host([part for _, part in parts]), strict=True):
-            numbers.update({i: dict(zip(FIELDS, row, strict=True)) for i, row in zip(group, values.tolist(), strict=True)})
+            numbers.update({i: dict(zip(self.fields, row, strict=True)) for i, row in zip(group, values.tolist(), strict=True)})
         return [numbers[index] for index in range(len(entries))]
 
     def table(self) -> Table:
-        """The rows as a rich table, to print."""
-        from torchprobe.rendering.tables import layer_table
+        """The rows as a rich table, for printing."""
+        from torchprobe.rendering.tables import layer_table, statistic_columns
 
-        return layer_table(self.rows())
+        shown = self.fields if self._template is None or self._template.table_fields is None else self._template.table_fields
+        return layer_table(self.rows(), columns=statistic_columns({name: self.fields[name] for name in shown}))
 
-    def plot(self, what: str = "depth", *, width: float = 9.0) -> Figure:
-        """A picture, as a matplotlib figure (``pip install torchprobe-interp[report]``); a notebook shows it.
+    def plot(self, what: str = "depth", *, field: str | None = None, width: float = 9.0) -> Figure:
+        """A matplotlib figure (``pip install 'torchprobe-interp[report]'``); a notebook shows it.
 
         Args:
-            what: "depth": the vector kurtosis over the layers, of the running window, or while that is empty of the last closed one;
-                the closed windows are a band behind it. "history": layers × steps, see :meth:`History.plot`;
-                for one layer over the steps see :meth:`History.plot_layer`.
-            width: inches.
+            what: "depth": a field over the layers, for the running window, or for the last closed window while the running one is empty.
+                The closed windows are a band behind it. "history": layers × steps, see :meth:`History.plot`. For one layer over the steps
+                see :meth:`History.plot_layer`.
+            field: the field to show. Default: the headline of the statistic, the vector kurtosis for Moments.
+            width: in inches.
 
         Raises:
-            ValueError: no such picture.
+            ValueError: ``what`` or ``field`` is unknown.
         """
         if what == "history":
-            return self.history.plot(width=width)
+            return self.history.plot(field, width=width)
         if what != "depth":
             raise ValueError(f'what must be "depth" or "history", got {what!r}; for one layer: history.plot_layer({what!r})')
         from torchprobe.rendering.plots import depth_profile
 
-        rows, values = self.rows(), self.history["vector_kurtosis"]
-        windows = [
-            [{"layer": layer, "vector_kurtosis": value} for layer, value in zip(self.history.layers, v, strict=True)] for v in values
-        ]
-        if windows and not any(row["vectors"] > 0 for row in rows):
+        field = field or self.history.headline
+        if field not in self.fields:
+            raise ValueError(f"{field!r} is not a field of this recording; it has {', '.join(self.fields)}")
+        rows, values = self.rows(), self.history[field]
+        closed = [[{"layer": layer, field: value} for layer, value in zip(self.history.layers, v, strict=True)] for v in values]
+        if closed and all(math.isnan(row[name]) for row in rows for name in self.fields):
             last = {row["layer"]: row for row in self.history.rows() if row["step"] == self.history.steps[-1]}
             rows = [{**row, **last.get(row["layer"], {})} for row in rows]
-        return depth_profile(rows, band=windows if len(windows) > 1 else (), band_label="closed windows", width=width)
+        return depth_profile(rows, field=field, band=closed if len(closed) > 1 else (), band_label="closed windows", width=width)
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__}({len(self)} layers, {len(self.history)} windows closed)"]
         lines += [f"  {name!r}: {statistic!r}" for name, statistic in self.items()]
         return "\n".join(lines)
 
-    # -- joining and keeping -------------------------------------------------------------------------------------------
+    # -- merging and saving -------------------------------------------------------------------------------------------
 
     def merge(self, other: Recording) -> Recording:
-        """Adds, in place, everything ``other`` saw: running windows, closed windows, and histories one after the other.
+        """Adds, in place, everything ``other`` has seen: running windows, closed windows, and histories one after the other.
 
-        Returns itself. Layers that ``other`` lacks stay as they are.
+        It returns itself. Layers that ``other`` lacks do not change.
 
         Raises:
-            ValueError: ``other`` was made with other settings, has layers that are unknown here or of another width, or
-                both histories hold one step. Nothing is changed then.
+            ValueError: ``other`` has other settings, layers that are unknown here, or statistics that cannot merge, such as those of
+                another width; or both histories hold the same step. Nothing is changed then.
         """
         self._check_mergeable(other)
         history = self.history.copy()
         history.extend(other.history)
-        for theirs in other._entries():
-            self._absorb(theirs)
+        with torch.inference_mode(False), torch.no_grad():  # tensors created in inference mode could not be changed later
+            for theirs in other._entries():
+                self._absorb(theirs)
+        self._template = other._template if self._template is None else self._template
         self.history = history
         return self
 
@@ -204,15 +202,11 @@ class Recording(Mapping[str, Moments]):
         if not isinstance(other, Recording):
             raise TypeError(f"cannot merge a recording with {type(other).__name__}")
         if self.settings != other.settings:
-            raise ValueError(f"the recordings were made differently: {self.settings} and {other.settings}")
+            raise ValueError(f"the recordings were made with different settings: {self.settings} and {other.settings}")
         unknown = [entry.name for entry in other._entries() if not self._knows(entry.name)]
         if unknown:
-            raise ValueError(f"the other recording has layers that this one has not: {', '.join(map(repr, unknown))}")
-        mine = {entry.name: entry.statistic.features for entry in self._entries()}
-        for entry in other._entries():
-            width = mine.get(entry.name, entry.statistic.features)
-            if width != entry.statistic.features:
-                raise ValueError(f"layer {entry.name!r} is {width} features wide here and {entry.statistic.features} there")
+            raise ValueError(f"the other recording has layers that this one does not have: {', '.join(map(repr, unknown))}")
+        check_mergeable(self._entries(), other._entries())
 
     def _knows(self, layer: str) -> bool:
         return layer in self._own
@@ -221,39 +215,45 @@ class Recording(Mapping[str, Moments]):
         mine = self._own[theirs.name]
         mine.statistic.merge(theirs.statistic)
         mine.closed = windows.merged([mine.closed, theirs.closed])
+        mine.calls += theirs.calls
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything to one safetensors file, history included; :func:`torchprobe.load` reads it.
+        """Writes everything, including the history, to one safetensors file; :func:`torchprobe.load` reads it.
 
-        Tensors are named ``"{layer}/{field}"`` (``"/mean"`` for the model itself); the metadata says ``format=1``.
+        Tensors are named ``"{layer}/{name}"`` (``"/mean"`` for the model itself); the metadata says ``format=1``. A "/" in the name of a
+        layer becomes "%2F" there, a "%" becomes "%25".
 
         Raises:
-            TypeError: the statistic is not :class:`~torchprobe.Moments`.
+            FileNotFoundError: the folder does not exist.
+            TypeError: a statistic cannot be saved; the message says why.
         """
-        from torchprobe.recording.storage import save
+        saved = storage.Saved(self._entries(), self.settings, self.aliases, self._template, self.history.state_dict())
+        storage.save(saved, path)
 
-        save(self, path)
+    def state_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, text and tensors, for ``torch.save`` and :meth:`Recorder.load_state_dict`."""
+        layers = {entry.name: entry.state_dict() for entry in self._entries()}
+        return {"format": FORMAT, "settings": asdict(self.settings), "layers": layers, "history": self.history.state_dict()}
 
 
-def only_moments(statistics: list[Statistic]) -> list[Moments]:
-    """The same list.
+def load(path: str | os.PathLike[str], statistic: type[Statistic] | Sequence[type[Statistic]] | None = None) -> Recording:
+    """Reads what :meth:`Recording.save` wrote: the same mapping, on the CPU, without hooks.
+
+    Args:
+        path: of the file.
+        statistic: the class of the statistics, or the list of their classes. Default: the classes with the names in the file, whose modules
+            must have been imported. Arguments of statistics are in the file.
 
     Raises:
-        TypeError: another statistic is among them.
+        FileNotFoundError: the file does not exist.
+        TypeError: ``statistic`` is not a class or a list of classes.
+        ValueError: it is not a recording, or something in it does not fit; the message names the file and the key.
     """
-    for statistic in statistics:
-        if not isinstance(statistic, Moments):
-            raise TypeError(
-                f"rows, metrics, windows and files hold Moments, not {type(statistic).__name__}: read recording[layer], and "
-                f"keep recorder.state_dict() with torch.save"
-            )
-    return cast(list[Moments], statistics)
-
-
-def _total(closed: Statistic | None, window: Statistic) -> Statistic:
-    total = windows.duplicate(window) if closed is None else windows.merged([closed, window])
-    assert total is not None
-    if closed is not None and isinstance(total, Moments) and isinstance(window, Moments):
-        with torch.inference_mode(False):
-            total.parts()["calls"].copy_(window.parts()["calls"])  # the counter of the window was never set back
-    return total
+    saved = storage.load(path, statistic)
+    recording = Recording(saved.entries, saved.settings, saved.aliases, saved.template)
+    if saved.history is not None:
+        try:
+            recording.history.load_state_dict(saved.history)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}, 'history': {error}") from error
+    return recording

@@ -1,103 +1,170 @@
-"""Recordings in files: safetensors, which holds nothing but numbers and text.
+"""Recordings in files: safetensors, which hold only numbers and text.
 
-Tensors, all float64: ``"{layer}/{field}"`` for every field of :meth:`torchprobe.Moments.parts` of the running window,
-``"{layer}/closed/{field}"`` for the windows that are closed, ``"history"`` (steps, layers, fields), ``"history_histograms"``
-(steps, layers, bins used). Metadata: ``format`` = "1", and the JSON texts ``settings``, ``layers``, ``aliases``, ``history``.
+Tensors: ``"{layer}/{name}"`` for every tensor in the ``state_dict`` of the running window, ``"{layer}/closed/{name}"`` for the closed
+windows, ``"history"`` (steps, layers, fields), ``"history_histograms"`` (steps, layers, bins used). Metadata: ``format`` = "1", and the
+JSON texts ``settings``, ``layers``, ``aliases``, ``history``.
 
-A file may come from anywhere. Everything in it is checked before it is believed, and what does not fit is a ``ValueError``
-that names the file and the key.
+Statistics other than Moments add to the metadata. ``statistics`` is the name of their class, or the list of names of several statistics.
+``layers`` also holds the numbers and texts of their ``state_dict``.
+
+A file may come from anywhere. Everything in it is checked before it is used. Whatever does not fit raises a ``ValueError`` that names the
+file and the key.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchprobe.recording.recording import Entry, Recording, Settings, only_moments
-from torchprobe.statistics import Moments
-from torchprobe.statistics.moments import BINS
+from torchprobe.common.files import replacing
+from torchprobe.recording.windows import Entry, Settings
+from torchprobe.statistics import Moments, Several, Statistic
+from torchprobe.statistics.dynamic import EarlierProtocol
+from torchprobe.statistics.factory import classes_named
+from torchprobe.statistics.tensors import is_plain
 
 FORMAT = "1"
 _MAX_LAYERS = 1 << 17
 _MAX_FEATURES = 1 << 26
 _MAX_HISTORY = 1 << 31  # numbers
-_SIGNED = ("min", "max", "mean", "m3")
+_MAX_COUNT = 1 << 53
+_LARGEST = 1e308  # larger whole numbers do not fit a float
+_WIDTH = 3
+_PARTS = {name: tuple(part.shape) for name, part in Moments(_WIDTH, "cpu").parts().items()}  # 3 stands for the features
 
 
-def save(recording: Recording, path: str | os.PathLike[str]) -> None:
-    """Writes a recording; a file of that name is replaced only when everything is written."""
-    if not Path(path).resolve().parent.is_dir():
-        raise FileNotFoundError(f"cannot save to {os.fspath(path)!r}: there is no folder {str(Path(path).resolve().parent)!r}")
-    entries = recording._entries()
-    only_moments([entry.statistic for entry in entries])
-    tensors = {}
-    for entry in entries:
-        for key, part in _parts(entry):
-            tensors[key] = part.detach().to("cpu", torch.float64, copy=True)
-    history = recording.history.state_dict()
-    values, histograms = history.pop("values"), history.pop("histograms")
-    if history["steps"]:
-        tensors["history"], tensors["history_histograms"] = values, histograms
-    described = [
-        {
-            "name": entry.name,
-            "module": entry.module,
-            "features": entry.statistic.features,
-            "feature_dim": entry.feature_dim,
-            "closed": entry.closed is not None,
-        }
-        for entry in entries
-    ]
-    metadata = {
-        "format": FORMAT,
-        "settings": json.dumps(asdict(recording.settings)),
-        "layers": json.dumps(described),
-        "aliases": json.dumps(recording._aliases),
-        "history": json.dumps(history),
-    }
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+@dataclass
+class Saved:
+    """The contents of a file. ``history`` is the argument of :meth:`torchprobe.recording.History.load_state_dict`, or None."""
+
+    entries: list[Entry]
+    settings: Settings
+    aliases: dict[str, str]
+    template: Statistic | None = None
+    history: dict[str, Any] | None = None
 
 
-def _parts(entry: Entry) -> Iterator[tuple[str, Tensor]]:
-    for prefix, statistic in ((f"{entry.name}/", entry.statistic), (f"{entry.name}/closed/", entry.closed)):
-        if isinstance(statistic, Moments):
-            for name, part in statistic.parts().items():
-                yield prefix + name, part
+# -- writing ---------------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str]) -> Recording:
-    """Reads what :meth:`torchprobe.Recording.save` wrote: the same mapping, on the CPU, without hooks.
+def save(saved: Saved, path: str | os.PathLike[str]) -> None:
+    """Writes a recording. An existing file is replaced only when everything is written.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no recording, or something in it does not fit; the message names the file and the key.
+        FileNotFoundError: the folder does not exist.
+        TypeError: a statistic has only the verbs of the earlier protocol, or its state_dict is more than tensors, numbers and text.
     """
+    if not (folder := Path(path).resolve().parent).is_dir():
+        raise FileNotFoundError(f"cannot save to {os.fspath(path)!r}: there is no folder {str(folder)!r}")
+    if isinstance(saved.template, EarlierProtocol):
+        raise TypeError(
+            f"{saved.settings.statistic} cannot be saved: derive it from torchprobe.statistics.Statistic, see docs/statistics.md"
+        )
+    tensors: dict[str, Tensor] = {}
+    layers = [_write_layer(entry, saved.settings, tensors) for entry in saved.entries]
+    metadata = {
+        "format": FORMAT,
+        "settings": json.dumps(asdict(saved.settings)),
+        "layers": json.dumps(layers),
+        "aliases": json.dumps(saved.aliases),
+    }
+    if isinstance(saved.template, Several):
+        metadata["statistics"] = json.dumps([type(part).__name__ for part in saved.template])
+    elif saved.settings.statistic != "Moments":
+        metadata["statistics"] = json.dumps(saved.settings.statistic)
+    if saved.history is not None:
+        history = dict(saved.history)
+        values, histograms = history.pop("values"), history.pop("histograms", None)
+        if history["steps"]:
+            tensors["history"] = values
+            if histograms is not None:
+                tensors["history_histograms"] = histograms
+        metadata["history"] = json.dumps(history)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def _write_layer(entry: Entry, settings: Settings, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Adds the tensors of one layer, and returns the rest."""
+    layer = {
+        "name": entry.name,
+        "module": entry.module,
+        "features": entry.statistic.features,
+        "feature_dim": entry.feature_dim,
+        "closed": entry.closed is not None,
+    }
+    moments = type(entry.statistic) is Moments
+    for which, prefix, statistic in (("window", "", entry.statistic), ("closed", "closed/", entry.closed)):
+        if statistic is None:
+            continue
+        state = statistic.state_dict()
+        on_disk = {name: part.detach().cpu().contiguous() for name, part in state.items() if isinstance(part, Tensor)}
+        if moments:  # float32 on devices without float64
+            on_disk = {name: part.double() for name, part in on_disk.items()}
+        else:
+            values = {name: value for name, value in state.items() if name not in on_disk}
+            if unknown := [name for name, value in values.items() if not is_plain(value)]:
+                what = f"{unknown[0]} is {type(values[unknown[0]]).__name__}; a file holds tensors, numbers and text"
+                raise TypeError(f"layer {entry.name!r} cannot be saved: in the state_dict of {type(statistic).__name__}, {what}")
+            layer[f"{which}_state"] = {"values": values, "tensors": list(on_disk)}
+        tensors.update({f"{_key(entry.name)}/{prefix}{name}": part for name, part in on_disk.items()})
+    if not moments:
+        layer["calls"] = entry.calls
+    elif entry.statistic.setup()["outlier_sigma"] != settings.outlier_sigma:  # a function may choose it for each width
+        layer["outlier_sigma"] = entry.statistic.setup()["outlier_sigma"]
+    return layer
+
+
+def _key(layer: str) -> str:
+    """The name of a layer without "/", so that what precedes the first "/" of a key is the layer."""
+    return layer.replace("%", "%25").replace("/", "%2F")
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str], statistic: Any = None) -> Saved:
+    """Reads what :func:`save` wrote; the statistics are on the CPU.
+
+    Args:
+        path: of the file.
+        statistic: the class of the statistics, or the list of their classes. Default: those with the names in the file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        TypeError: ``statistic`` is something else.
+        ValueError: it is not a recording, or something in it does not fit; the message names the file and the key.
+    """
+    kinds = None if statistic is None else _classes(statistic)
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {os.fspath(path)}")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            return _read(_File(file, os.fspath(path)))
+            return _Reader(_File(file, os.fspath(path)), kinds).read()
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is no safetensors file: {error}") from error
+        raise ValueError(f"{os.fspath(path)} is not a safetensors file: {error}") from error
+
+
+def _classes(statistic: Any) -> list[type[Statistic]]:
+    kinds: list[Any] = list(statistic) if isinstance(statistic, (list, tuple)) else [statistic]
+    kinds = [kind.func if isinstance(kind, functools.partial) else kind for kind in kinds]  # the file holds the arguments
+    for kind in kinds:
+        if not isinstance(kind, type) or not issubclass(kind, Statistic):
+            raise TypeError(f"statistic= takes the class of the statistics, or a list of classes; got {kind!r}")
+    return kinds
 
 
 class _File:
-    """An open file that complains with its name."""
+    """An open file whose errors name it."""
 
     def __init__(self, file: Any, path: str) -> None:
         self.file, self.path = file, path
@@ -108,8 +175,9 @@ class _File:
         return ValueError(f"{self.path}, {key!r}: {what}")
 
     def text(self, key: str, kind: type) -> Any:
+        """A JSON text of the metadata."""
         if key not in self.metadata:
-            raise self.error(key, "missing from the metadata; this is no recording of torchprobe")
+            raise self.error(key, "missing from the metadata; this is not a recording of torchprobe")
         try:
             value = json.loads(self.metadata[key])
         except (ValueError, RecursionError) as error:
@@ -119,97 +187,163 @@ class _File:
         return value
 
     def tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        """Checks what the header says before anything is read."""
+        """A float64 tensor of this shape, which is checked before the tensor is read."""
         if key not in self.keys:
             raise self.error(key, "missing")
-        self.keys.remove(key)
+        self.expect(key, shape)
+        return self.take(key)
+
+    def expect(self, key: str, shape: tuple[int, ...]) -> None:
+        """Checks the type and shape in the header."""
         part = self.file.get_slice(key)
         if tuple(part.get_shape()) != shape or part.get_dtype() != "F64":
             raise self.error(key, f"expected F64 of shape {shape}, got {part.get_dtype()} of {tuple(part.get_shape())}")
+
+    def take(self, key: str) -> Tensor:
+        """A tensor of any shape."""
+        self.keys.discard(key)
         tensor: Tensor = self.file.get_tensor(key)
         return tensor
 
 
-def _read(file: _File) -> Recording:
-    if file.metadata.get("format") != FORMAT:
-        raise file.error("format", f"expected {FORMAT!r}, got {file.metadata.get('format')!r}")
-    settings = _settings(file)
-    described = file.text("layers", list)
-    if len(described) > _MAX_LAYERS:
-        raise file.error("layers", f"{len(described)} layers are more than a model has")
-    entries = [_entry(file, layer, settings) for layer in described]
-    names = {entry.name for entry in entries}
-    if len(names) < len(entries):
-        raise file.error("layers", "a name occurs twice")
-    aliases = file.text("aliases", dict)
-    if not all(isinstance(name, str) for name in aliases.values()):
-        raise file.error("aliases", "an alias is no text")
-    recording = Recording(entries, settings, aliases)
-    _history(file, recording)
-    if file.keys:
-        raise file.error(min(file.keys), "belongs to no layer")
-    return recording
+class _Reader:
+    """Reads the parts of one recording.
 
+    Args:
+        file: the open file.
+        kinds: the classes of the statistics, or None for those that the file names.
+    """
 
-def _settings(file: _File) -> Settings:
-    found = file.text("settings", dict)
-    expected = {field.name: str if field.name != "outlier_sigma" else (int, float) for field in fields(Settings)}
-    if found.keys() != expected.keys() or not all(isinstance(found[k], kind) for k, kind in expected.items()):
-        raise file.error("settings", f"expected {', '.join(expected)}, got {found}")
-    if not 0 < found["outlier_sigma"] < float("inf") or found["statistic"] != "Moments":
-        raise file.error("settings", f"outlier_sigma must be positive and the statistic Moments, got {found}")
-    return Settings(**found)
+    def __init__(self, file: _File, kinds: Sequence[type[Statistic]] | None) -> None:
+        if file.metadata.get("format") != FORMAT:
+            raise file.error("format", f"expected {FORMAT!r}, got {file.metadata.get('format')!r}")
+        self.file = file
+        self.settings = self._settings()
+        self.several = file.metadata.get("statistics", "").startswith("[")
+        self.kinds = self._kinds(kinds)
+        self.moments = self.kinds == [Moments] and not self.several
 
+    def read(self) -> Saved:
+        file = self.file
+        layers = file.text("layers", list)
+        if len(layers) > _MAX_LAYERS:
+            raise file.error("layers", f"{len(layers)} layers are more than a model has")
+        entries = [self._entry(layer) for layer in layers]
+        if len({entry.name for entry in entries}) < len(entries):
+            raise file.error("layers", "a name occurs twice")
+        aliases = file.text("aliases", dict)
+        if not all(isinstance(name, str) for name in aliases.values()):
+            raise file.error("aliases", "an alias is not text")
+        history = self._history()
+        if file.keys:
+            raise file.error(min(file.keys), "belongs to no layer")
+        return Saved(entries, self.settings, aliases, entries[0].statistic if entries else None, history)
 
-def _entry(file: _File, layer: Any, settings: Settings) -> Entry:
-    kinds: dict[str, Any] = {"name": str, "module": str, "features": int, "feature_dim": (int, type(None)), "closed": bool}
-    if not isinstance(layer, dict) or layer.keys() != kinds.keys():
-        raise file.error("layers", f"each layer has {', '.join(kinds)}; got {str(layer)[:200]}")
-    if not all(isinstance(layer[key], kind) for key, kind in kinds.items()):
-        raise file.error("layers", f"a value is of the wrong kind: {str(layer)[:200]}")
-    name, features = layer["name"], layer["features"]
-    if not 0 < features <= _MAX_FEATURES:
-        raise file.error("layers", f"layer {name!r} cannot have {features} features")
-    closed = _moments(file, f"{name}/closed/", features, settings) if layer["closed"] else None
-    return Entry(name, layer["module"], layer["feature_dim"], _moments(file, f"{name}/", features, settings), closed)
+    def _settings(self) -> Settings:
+        found = self.file.text("settings", dict)
+        expected = {field.name: str if field.name != "outlier_sigma" else (int, float) for field in fields(Settings)}
+        if found.keys() != expected.keys() or not all(isinstance(found[key], kind) for key, kind in expected.items()):
+            raise self.file.error("settings", f"expected {', '.join(expected)}, got {str(found)[:200]}")
+        if not 0 < found["outlier_sigma"] < _LARGEST:
+            raise self.file.error("settings", f"outlier_sigma must be positive, got {str(found)[:200]}")
+        return Settings(**found)
 
+    def _kinds(self, kinds: Sequence[type[Statistic]] | None) -> list[type[Statistic]]:
+        """The classes of the statistics."""
+        file = self.file
+        found = file.text("statistics", list if self.several else str) if "statistics" in file.metadata else "Moments"
+        names = found if isinstance(found, list) else [found]
+        if not names or not all(isinstance(name, str) for name in names) or "+".join(names) != self.settings.statistic:
+            raise file.error("statistics", f"expected the names in {self.settings.statistic!r}, got {str(names)[:200]}")
+        if kinds is not None:
+            if [kind.__name__ for kind in kinds] != names:
+                raise file.error("statistics", f"recorded with {', '.join(names)}, not {', '.join(kind.__name__ for kind in kinds)}")
+            return list(kinds)
+        candidates = [classes_named(name) for name in names]
+        for name, classes in zip(names, candidates, strict=True):
+            if not classes:
+                what = f"import the module that defines it, or call load(path, statistic={name})"
+                raise file.error("statistics", f"recorded with {name}: {what}")
+            if len(classes) > 1:
+                modules = ", ".join(sorted(kind.__module__ for kind in classes))
+                raise file.error("statistics", f"{name} is defined in {modules}: choose one with load(path, statistic=…)")
+        return [classes[0] for classes in candidates]
 
-def _moments(file: _File, prefix: str, features: int, settings: Settings) -> Moments:
-    if prefix + "mean" not in file.keys or tuple(file.file.get_slice(prefix + "mean").get_shape()) != (features,):
-        raise file.error(prefix + "mean", f"missing, or not {features} features wide")  # before anything is allocated
-    moments = Moments(features, "cpu", settings.outlier_sigma)
-    parts = moments.parts()
-    for name, part in parts.items():
-        value = file.tensor(prefix + name, tuple(part.shape))
-        if name not in _SIGNED and not bool((value >= 0).all()):
-            raise file.error(prefix + name, "holds negative numbers or nan")
-        part.copy_(value)
-    if float(parts["vector_kurtosis_histogram"].sum()) != moments.vectors:
-        raise file.error(prefix + "vector_kurtosis_histogram", f"does not add up to the {moments.vectors} vectors counted")
-    return moments
+    def _entry(self, layer: Any) -> Entry:
+        file = self.file
+        expected: dict[str, Any] = {"name": str, "module": str, "features": int, "feature_dim": (int, type(None)), "closed": bool}
+        if not self.moments:
+            expected |= {"window_state": dict, "calls": int}
+            if isinstance(layer, dict) and layer.get("closed"):
+                expected["closed_state"] = dict
+        elif isinstance(layer, dict) and "outlier_sigma" in layer:
+            expected["outlier_sigma"] = (int, float)
+        if not isinstance(layer, dict) or layer.keys() != expected.keys():
+            raise file.error("layers", f"each layer has {', '.join(expected)}; got {str(layer)[:200]}")
+        if not all(isinstance(layer[key], kind) for key, kind in expected.items()):
+            raise file.error("layers", f"a value is of the wrong kind: {str(layer)[:200]}")
+        name, features, calls = layer["name"], layer["features"], layer.get("calls", 0)
+        if not 0 < features <= _MAX_FEATURES:
+            raise file.error("layers", f"layer {name!r} cannot have {features} features")
+        if not 0 <= calls <= _MAX_COUNT:
+            raise file.error("layers", f"layer {name!r} cannot have {calls} calls")
+        sigma = layer.get("outlier_sigma", self.settings.outlier_sigma)
+        if not 0 < sigma < _LARGEST:
+            raise file.error("layers", f"outlier_sigma of layer {name!r} must be positive, got {sigma}")
+        moments = {"values": {"features": features, "outlier_sigma": float(sigma)}, "tensors": list(_PARTS)}
+        prefix = _key(name)
+        if prefix != name and not any(key.startswith(f"{prefix}/") for key in file.keys):
+            prefix = name  # as earlier versions wrote it
+        closed = None
+        if layer["closed"]:
+            closed = self._statistic(f"{prefix}/closed/", layer.get("closed_state", moments), features)
+        window = self._statistic(f"{prefix}/", layer.get("window_state", moments), features)
+        return Entry(name, layer["module"], layer["feature_dim"], window, closed, calls)
 
+    def _statistic(self, prefix: str, saved: Mapping[str, Any], features: int) -> Statistic:
+        file, values, names = self.file, saved.get("values"), saved.get("tensors")
+        if not isinstance(values, dict) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise file.error("layers", f"expected values and the names of tensors for {prefix!r}")
+        for name in names:
+            if prefix + name not in file.keys:
+                raise file.error(prefix + name, "missing")
+            if self.moments:
+                file.expect(prefix + name, tuple(features if size == _WIDTH else size for size in _PARTS[name]))
+        state = {**values, **{name: file.take(prefix + name) for name in names}}
+        try:
+            statistic = Several.from_states(self.kinds, state) if self.several else self.kinds[0].from_state(state)
+            problem = statistic.problem()
+        except Exception as error:  # a constructor may fail in any way on values from a damaged file
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise file.error(prefix.rstrip("/"), what) from error
+        if statistic.features != features:
+            raise file.error(prefix.rstrip("/"), f"the statistic is {statistic.features} features wide, not {features}")
+        if problem:
+            raise file.error(prefix + problem[0], problem[1])
+        return statistic
 
-def _history(file: _File, recording: Recording) -> None:
-    state = file.text("history", dict)
-    lists = [state.get(key) for key in ("steps", "layers", "fields")]
-    if not all(isinstance(part, list) for part in lists):
-        raise file.error("history", "expected the lists steps, layers and fields")
-    steps, layers, names = lists
-    assert steps is not None and layers is not None and names is not None
-    numbers = all(isinstance(step, (int, float)) and not isinstance(step, bool) for step in steps)
-    if not numbers or not all(isinstance(name, str) for name in layers + names):
-        raise file.error("history", "steps are numbers, layers and fields are text")
-    if len(set(layers)) < len(layers) or len(steps) * len(layers) * len(names) > _MAX_HISTORY:
-        raise file.error("history", "a layer occurs twice, or there is more than a run can hold")
-    dropped = state.get("dropped", 0)  # missing from files of an earlier version
-    if isinstance(dropped, bool) or not isinstance(dropped, int) or dropped < 0:
-        raise file.error("history", f"dropped counts windows, got {dropped!r}")
-    if steps:
+    def _history(self) -> dict[str, Any] | None:
+        file = self.file
+        state = file.text("history", dict)
+        steps, layers, names = (state.get(key) for key in ("steps", "layers", "fields"))
+        if not isinstance(steps, list) or not isinstance(layers, list) or not isinstance(names, list):
+            raise file.error("history", "expected the lists steps, layers and fields")
+        if not all(map(_is_number, steps)) or not all(isinstance(name, str) for name in layers + names):
+            raise file.error("history", "steps are finite numbers, layers and fields are text")
+        if len(set(layers)) < len(layers) or len(steps) * len(layers) * len(names) > _MAX_HISTORY:
+            raise file.error("history", "a layer occurs twice, or there are more numbers than a run can have")
+        dropped = state.get("dropped", 0)  # missing from files of an earlier version
+        if isinstance(dropped, bool) or not isinstance(dropped, int) or not 0 <= dropped <= _MAX_COUNT:
+            raise file.error("history", f"dropped counts windows, got {str(dropped)[:200]}")
+        if not steps:
+            return None
         values = file.tensor("history", (len(steps), len(layers), len(names)))
         saved = {"steps": steps, "layers": layers, "fields": names, "dropped": dropped, "values": values}
         if "history_histograms" in file.keys:
-            bins = file.file.get_slice("history_histograms").get_shape()[-1:]
-            if bins and bins[0] > BINS:
-                raise file.error("history_histograms", f"has {bins[0]} bins, at most {BINS} are known")
-            saved["histograms"] = file.tensor("history_histograms", (len(steps), len(layers), *bins))
-        recording.history.load_state_dict(saved)
+            shape = file.file.get_slice("history_histograms").get_shape()
+            saved["histograms"] = file.tensor("history_histograms", (len(steps), len(layers), *shape[-1:]))
+        return saved
+
+
+def _is_number(step: Any) -> bool:
+    return isinstance(step, (int, float)) and not isinstance(step, bool) and -_LARGEST < step < _LARGEST

@@ -1,4 +1,4 @@
-"""From what a module gives to the one tensor that is read."""
+"""Finds the one tensor that is read in the output of a module."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first floating-point tensor in tuples, lists, mappings and dataclasses, depth first; None if there is none.
+    """The first floating-point tensor in tuples, lists, mappings and dataclasses, depth first; None without one.
 
-    A single number, such as a loss that comes before the logits, is none.
+    A single number does not count, such as a loss that comes before the logits.
     """
     if isinstance(value, Tensor):
         return value if value.is_floating_point() and value.dim() > 0 else None
@@ -30,7 +30,7 @@ def holds(value: Any, tensor: Tensor) -> bool:
 
 
 def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    """``value`` with ``old`` exchanged for ``new``; the containers on the way are made anew, of their own classes."""
+    """``value`` with ``new`` in place of ``old``. The containers around it are new ones of the same classes."""
     if value is old:
         return new
     if not _items(value):
@@ -53,22 +53,22 @@ def _items(value: Any) -> tuple[Any, ...]:
     if isinstance(value, Mapping):
         return tuple(value.values())
     if value is None or isinstance(value, (int, float, str)):
-        return ()  # asked first, since the compiler cannot ask whether None is a dataclass
+        return ()  # checked first, since the compiler cannot check whether None is a dataclass
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return tuple(getattr(value, field.name) for field in dataclasses.fields(value))
     return ()
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is an ordinary tensor, which can be read as it is."""
+    """Whether ``x`` is an ordinary tensor, which can be read directly."""
     return type(x) is Tensor and not x.is_nested
 
 
 def plain(x: Tensor, feature_dim: int | None = None) -> Tensor:
-    """The ordinary tensor in another one: the values of a nested tensor, the local part of a distributed tensor.
+    """The ordinary tensor inside another one: the values of a nested tensor, the local part of a distributed tensor.
 
     Raises:
-        ValueError: a distributed tensor whose local part holds no whole vectors.
+        ValueError: the local part of a distributed tensor does not hold whole vectors.
     """
     if x.is_nested:
         values: Tensor = x.values()
@@ -79,7 +79,7 @@ def plain(x: Tensor, feature_dim: int | None = None) -> Tensor:
             if placement.is_partial() or placement.is_shard(dim):
                 what = "one summand" if placement.is_partial() else "a slice of the features"
                 raise ValueError(
-                    f"each rank holds {what} of this distributed tensor ({x.placements}), no whole vectors: record a layer "
+                    f"each rank holds {what} of this distributed tensor ({x.placements}), not whole vectors: record a layer "
                     f"whose output is replicated, or split along another dimension"
                 )
         return x.to_local()  # type: ignore[attr-defined, no-any-return]
@@ -87,10 +87,10 @@ def plain(x: Tensor, feature_dim: int | None = None) -> Tensor:
 
 
 def fit_mask(mask: Tensor, x: Tensor, feature_dim: int) -> Tensor | None:
-    """The padding mask for ``x``: itself, or None for an activation with one vector per input.
+    """The padding mask for ``x``: the mask itself, or None for an activation with one vector per input.
 
     Raises:
-        ValueError: the mask is for another shape.
+        ValueError: the mask belongs to another shape.
     """
     lead = list(x.shape)
     del lead[feature_dim]
@@ -100,13 +100,13 @@ def fit_mask(mask: Tensor, x: Tensor, feature_dim: int) -> Tensor | None:
         return None
     raise ValueError(
         f"the mask has shape {tuple(mask.shape)} (batch, tokens), but the activation has shape {tuple(x.shape)} with "
-        f"feature_dim={feature_dim}: set the mask of this very batch, clear it with mask(None), or record this layer in a "
-        f"recorder of its own, without a mask"
+        f"feature_dim={feature_dim}: set the mask of this batch, clear it with mask(None), or record this layer with "
+        f"another recorder, without a mask"
     )
 
 
 def cut(mask: Tensor | None, positions: str) -> Tensor | None:
-    """The mask of the vectors that :func:`torchprobe.ops.positions.vectors_of` takes."""
+    """The mask of the vectors that :func:`torchprobe.ops.positions.vectors_of` returns."""
     if mask is None or positions == "all":
         return mask
     if positions == "mean":

@@ -1,27 +1,79 @@
-"""Many layers at once: every function makes the same few launches however many layers there are, and none synchronises."""
+"""The layers of a recording with their windows, and operations on many of them at once.
+
+Each operation makes the same few launches for any number of layers, and does not wait for the device. This holds for statistics with states
+of a fixed shape; a :class:`~torchprobe.statistics.DynamicStatistic` is handled layer by layer.
+"""
 
 from __future__ import annotations
 
-import copy
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from torchprobe.ops import layout
-from torchprobe.ops.observe import merge_states
-from torchprobe.recording.control import Slot
-from torchprobe.statistics import Moments, Statistic
-from torchprobe.statistics.moments import histogram, summarise
+from torchprobe.statistics import Statistic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def plainly(function: Function) -> Function:
-    """Without autograd, and outside inference mode, whose tensors could not be changed later."""
+@dataclass(frozen=True)
+class Settings:
+    """How a recording was made. Two recordings merge only if their settings are equal.
+
+    ``statistic`` is the name of the class, or several names joined by "+". ``outlier_sigma`` is that of :class:`~torchprobe.Moments`.
+    """
+
+    of: str = "output"
+    positions: str = "all"
+    outlier_sigma: float = 6.0
+    statistic: str = "Moments"
+
+
+@dataclass
+class Entry:
+    """One layer of a recording."""
+
+    name: str
+    module: str  # the class of the module
+    feature_dim: int | None  # the dimension that held the features
+    statistic: Statistic  # the running window
+    closed: Statistic | None = None  # all windows that a snapshot has closed
+    calls: int = 0  # of the layer, if the statistic does not count them itself
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, text and tensors, for ``torch.save``."""
+        return {
+            "feature_dim": self.feature_dim,
+            "features": self.statistic.features,
+            "window": self.statistic.state_dict(),
+            "closed": None if self.closed is None else self.closed.state_dict(),
+            "calls": self.calls,
+        }
+
+
+def check_mergeable(mine: Sequence[Entry], theirs: Sequence[Entry]) -> None:
+    """Raises ValueError for a layer of both whose statistics cannot merge."""
+    known = {entry.name: entry.statistic for entry in mine}
+    for entry in theirs:
+        statistic = known.get(entry.name)
+        if statistic is None:
+            continue
+        if statistic.features != entry.statistic.features:
+            raise ValueError(f"layer {entry.name!r} is {statistic.features} features wide here and {entry.statistic.features} there")
+        try:
+            statistic.check_mergeable(entry.statistic)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"layer {entry.name!r}: {error}") from error
+
+
+# -- many layers at once -----------------------------------------------------------------------------------------------------
+
+
+def without_grad(function: Function) -> Function:
+    """Runs the function without autograd, and outside inference mode, whose tensors could not be changed later."""
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -31,90 +83,61 @@ def plainly(function: Function) -> Function:
     return cast(Function, call)
 
 
-def by_shape(statistics: Sequence[Statistic]) -> list[list[int]]:
-    """Indices of the statistics that can be stacked: one width, one device."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
+def groups(statistics: Sequence[Statistic]) -> list[list[int]]:
+    """The indices of the statistics, in groups that can be handled together."""
+    by_key: dict[tuple[Any, ...], list[int]] = {}
     for index, statistic in enumerate(statistics):
-        state = statistic.state
-        groups.setdefault((statistic.features, state.device, state.dtype), []).append(index)
-    return list(groups.values())
+        by_key.setdefault(statistic.group_key(), []).append(index)
+    return list(by_key.values())
 
 
-@plainly
-def summaries(moments: Sequence[Moments], histograms: bool = False) -> list[tuple[list[int], Tensor]]:
-    """For every group of one shape: which they are, and their numbers, (n, fields); nan for those that saw nothing.
+@without_grad
+def summaries(statistics: Sequence[Statistic], histograms: bool = False) -> list[tuple[list[int], Tensor]]:
+    """For each group: the indices of its statistics, and their fields, (n, fields); nan if nothing was seen.
 
-    With ``histograms`` those of the vector kurtosis follow the fields: (n, fields + bins).
+    With ``histograms`` these follow the fields: (n, fields + bins).
     """
-    out = []
-    for group in by_shape(moments):
-        first = moments[group[0]]
-        states = torch.stack([moments[index].state for index in group])
-        seen = seen_anything(states)[:, None]
-        numbers = summarise(states, first.features, first.outlier_sigma)
-        numbers = torch.cat([numbers, histogram(states)], -1) if histograms else numbers
-        out.append((group, numbers.where(seen, math.nan)))
-    return out
+    return [
+        (group, type(statistics[group[0]]).summaries([statistics[index] for index in group], histograms)) for group in groups(statistics)
+    ]
 
 
-def seen_anything(states: Tensor) -> Tensor:
-    """Which of the states (n, slots) hold anything but a count of calls: bool (n,)."""
-    rows = layout.rows(states)
-    return (rows[..., layout.ROWS.index("count"), :] + rows[..., layout.ROWS.index("nonfinite"), :]).sum(-1) > 0
+@without_grad
+def close(windows: Sequence[Statistic], closed: Sequence[Statistic | None]) -> list[Statistic]:
+    """Adds the windows to what is closed, and empties the windows. A counter of calls continues."""
+    result: dict[int, Statistic] = {}
+    for group in groups(windows):
+        chosen = [windows[index] for index in group]
+        result.update(zip(group, type(chosen[0]).close_windows(chosen, [closed[index] for index in group]), strict=True))
+    return [result[index] for index in range(len(windows))]
 
 
-@plainly
-def close(slots: Sequence[Slot]) -> None:
-    """Adds the running windows to the closed ones and empties them; the counter of calls goes on."""
-    windows = [slot.statistic for slot in slots]
-    for group in by_shape(windows):
-        states = torch.stack([windows[index].state for index in group])
-        closed = [slots[index].closed for index in group]
-        before = torch.stack([torch.zeros_like(s) if c is None else c.state for c, s in zip(closed, states, strict=True)])
-        merged = merge_states(before, states)
-        merged[:, layout.CALLS] = states[:, layout.CALLS]
-        for index, state in zip(group, merged.unbind(0), strict=True):
-            slots[index].closed = with_state(windows[index], state)
-    _zero([slot.window for slot in slots])
+@without_grad
+def erase(statistics: Sequence[Statistic]) -> None:
+    """Forgets everything, including a counter of calls."""
+    for group in groups(statistics):
+        type(statistics[group[0]]).reset_all([statistics[index] for index in group])
 
 
-@plainly
-def erase(slots: Sequence[Slot]) -> None:
-    """Forgets everything, the counter of calls too."""
-    _zero([slot.state for slot in slots])
-    for slot in slots:
-        slot.closed = None
-
-
-@plainly
+@without_grad
 def merged(parts: Iterable[Statistic | None]) -> Statistic | None:
-    """All parts in one new statistic on the device of the first, or None when there is none."""
-    found = [part for part in parts if part is not None]
-    if not found:
+    """A new statistic of all parts, on the device of the first one; None if all parts are None."""
+    present = [part for part in parts if part is not None]
+    if not present:
         return None
-    total = duplicate(found[0])
-    for part in found[1:]:
-        total.merge(part)
-    return total
+    result = present[0].clone()
+    for part in present[1:]:
+        result.merge(part)
+    return result
 
 
-@plainly
+@without_grad
+def total(closed: Statistic | None, window: Statistic) -> Statistic:
+    """A new statistic of all windows."""
+    return window.clone() if closed is None else closed.clone().add_window(window)
+
+
+@without_grad
 def duplicate(statistic: Statistic) -> Statistic:
     """An independent copy."""
-    if isinstance(statistic, Moments):
-        return statistic.clone()
-    new = type(statistic)(statistic.features, statistic.state.device, getattr(statistic, "outlier_sigma", 6.0))
-    new.load_state_dict(statistic.state_dict())
-    return new
-
-
-def with_state(moments: Statistic, state: Tensor) -> Statistic:
-    """The same statistic over another state, which is not copied."""
-    new = copy.copy(moments)
-    new.state = state
-    return new
-
-
-def _zero(states: Sequence[Tensor]) -> None:
-    for device in {state.device for state in states}:
-        torch._foreach_zero_([state for state in states if state.device == device])
+    return statistic.clone()

@@ -1,16 +1,15 @@
 """Rows and arrays in; tables, plots and pages out.
 
 ===========================================  ===========================================================================
-:mod:`torchprobe.rendering.tables`           the layer table in the terminal (rich), as CSV, and its columns
-:mod:`torchprobe.rendering.plots`            depth profile, histogram, features (matplotlib), also as inline SVG
-:mod:`torchprobe.rendering.heatmap`          a matrix in shades of one colour, with the names of its rows and columns
-:mod:`torchprobe.rendering.history`          a run: layers over steps, and the distribution of one layer over them
+:mod:`torchprobe.rendering.tables`           the layer table in the terminal (rich) and as CSV, and its columns
+:mod:`torchprobe.rendering.plots`            depth profile, histogram, feature profile (matplotlib); figures as inline SVG
+:mod:`torchprobe.rendering.curves`           curves with bands, and named points
+:mod:`torchprobe.rendering.heatmap`          a matrix in shades of one color; a run as layers over steps
+:mod:`torchprobe.rendering.axes`             what all figures share: colors, axes, legends, scales, names
 :mod:`torchprobe.rendering.page`             one self-contained HTML file (jinja2)
-:mod:`torchprobe.rendering.dissection_page`  the page of a dissection: bars, units, pictures drawn when they come into view
-:mod:`torchprobe.rendering.outline`          a region of pixels as the path of its outline
-:mod:`torchprobe.statistics.bounds`        the values a kurtosis is read against
+:mod:`torchprobe.rendering.dissection_page`  the page of a dissection: bars, units, and the pictures that drive a unit
 ===========================================  ===========================================================================
 
-Nothing here knows a recording or a model. matplotlib and jinja2 are the ``report`` extra; they are imported when a
+No file here knows a recording or a model. matplotlib and jinja2 belong to the ``report`` extra. They are imported when a
 figure is drawn or a page is written.
 """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from torchprobe.rendering.plots import ACCENT, BAND, INK, MUTED, WARM, _figure, _legend, _log_scale, _plain
+from torchprobe.rendering.axes import ACCENT, BAND, DOTTED, INK, MUTED, WARM, draw_legend, new_figure, safe_text, set_log_scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ _LOOKS = (
     (INK, (0, (5, 1, 1, 1)), "D"),
     (BAND, "-", "v"),
 )
-"""Colour, line and marker of the first series, the second, …: told apart without colour too."""
+"""Color, line and marker of the first series, the second, … They can be told apart without color too."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Series:
     """One curve.
 
     Args:
-        label: what it is called.
-        x, y: equally many numbers; nan is a gap. Where every x is an int, the axis counts.
-        low, high: a band around it, if there is one.
+        label: its name.
+        x, y: equally many numbers; nan is a gap. If every x is an int, the axis has whole numbers only.
+        low, high: the edges of a band around it; None: no band.
     """
 
     label: str
@@ -44,7 +44,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """One named point. Marks of one ``group`` look alike; those of one ``pair`` are joined by a line."""
+    """One named point. Marks of the same ``group`` look alike; marks of the same ``pair`` are joined by a line."""
 
     label: str
     x: float
@@ -68,12 +68,12 @@ def curves(
     """Several curves over one axis.
 
     Args:
-        series: at most as many as can be told apart, 10.
-        x_label, y_label: the axes, with their units.
-        levels: names and heights of thin horizontal lines to read the curves against.
+        series: at most 10, so that they can be told apart.
+        x_label, y_label: names of the axes, with their units.
+        levels: names and heights of thin horizontal lines, to compare the curves with.
         limits: of the vertical axis.
-        log: of the vertical axis.
-        markers: a sign at each point.
+        log: make the vertical axis logarithmic.
+        markers: draw a marker at each point.
         width, height: inches.
 
     Raises:
@@ -86,37 +86,37 @@ def curves(
 
     if len(series) > 2 * len(_LOOKS):
         raise ValueError(f"{len(series)} curves in one figure cannot be told apart; at most {2 * len(_LOOKS)}")
-    figure, (axes,) = _figure(width, height)
+    figure, (axes,) = new_figure(width, height)
     for name, at in levels:
-        axes.axhline(at, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate(_plain(name), (1, at), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
+        axes.axhline(at, color=MUTED, linewidth=1, linestyle=DOTTED)
+        axes.annotate(safe_text(name), (1, at), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
                       ha="right", color=MUTED, fontsize=8)  # fmt: skip
     for index, one in enumerate(series):
-        colour, line, marker = _LOOKS[index % len(_LOOKS)]
+        color, line, marker = _LOOKS[index % len(_LOOKS)]
         x, y = np.asarray(one.x, dtype=np.float64), _numbers(one.y)
         if one.low is not None and one.high is not None:
-            axes.fill_between(x, _numbers(one.low), _numbers(one.high), color=colour, alpha=0.18, linewidth=0)
+            axes.fill_between(x, _numbers(one.low), _numbers(one.high), color=color, alpha=0.18, linewidth=0)
         axes.plot(
             x,
             y,
-            color=colour,
+            color=color,
             linestyle=line,
             linewidth=1.7,
             marker=marker if markers else None,
             markersize=3.5,
-            markerfacecolor="none" if index >= len(_LOOKS) else colour,
-            label=_plain(one.label),
+            markerfacecolor="none" if index >= len(_LOOKS) else color,
+            label=safe_text(one.label),
         )
     if log:
-        _log_scale(axes, "y", np.concatenate([_numbers(one.y).ravel() for one in series] or [np.ones(1)]))
+        set_log_scale(axes, "y", np.concatenate([_numbers(one.y).ravel() for one in series] or [np.ones(1)]))
     elif limits is not None:
         axes.set_ylim(*limits)
     if all(isinstance(value, int) for one in series for value in np.asarray(one.x, dtype=object).ravel()):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(_plain(x_label))
-    axes.set_ylabel(_plain(y_label))
+    axes.set_xlabel(safe_text(x_label))
+    axes.set_ylabel(safe_text(y_label))
     if len(series) > 1 or series[0].label:
-        _legend(axes, width)
+        draw_legend(axes, width)
     return figure
 
 
@@ -130,44 +130,44 @@ def scatter(
     width: float = 9.0,
     height: float = 4.2,
 ) -> Figure:
-    """Named points; those of one pair joined.
+    """Named points; the points of a pair are joined by a line.
 
-    Points without a finite place are left out.
+    Points with a nonfinite coordinate are left out.
 
     >>> len(scatter([Mark("a", 3.0, 1.0, "zero-shot")], "kurtosis", "robustness").axes)
     1
     """
-    figure, (axes,) = _figure(width, height)
+    figure, (axes,) = new_figure(width, height)
     axes.grid(True, axis="x", color=axes.yaxis.get_gridlines()[0].get_color(), linewidth=0.6)
     placed = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     for pair in dict.fromkeys(mark.pair for mark in placed if mark.pair):
         joined = [mark for mark in placed if mark.pair == pair]
         axes.plot([mark.x for mark in joined], [mark.y for mark in joined], color=BAND, linewidth=1, alpha=0.7, zorder=1)
     for index, group in enumerate(dict.fromkeys(mark.group for mark in placed)):
-        colour, _, marker = _LOOKS[index % len(_LOOKS)]
+        color, _, marker = _LOOKS[index % len(_LOOKS)]
         mine = [mark for mark in placed if mark.group == group]
-        hollow = "none" if index >= len(_LOOKS) else colour
+        hollow = "none" if index >= len(_LOOKS) else color
         axes.plot([mark.x for mark in mine], [mark.y for mark in mine], linestyle="none", marker=marker, markersize=6,
-                  color=colour, markerfacecolor=hollow, label=_plain(group or "models"))  # fmt: skip
+                  color=color, markerfacecolor=hollow, label=safe_text(group or "models"))  # fmt: skip
     for mark, offset in zip(placed, _offsets(placed, log_x, log_y), strict=True):
-        axes.annotate(_plain(mark.label), (mark.x, mark.y), xytext=offset, textcoords="offset points", color=MUTED, fontsize=7.5)
+        axes.annotate(safe_text(mark.label), (mark.x, mark.y), xytext=offset, textcoords="offset points", color=MUTED, fontsize=7.5)
     if log_x:
-        _log_scale(axes, "x", [mark.x for mark in placed])
+        set_log_scale(axes, "x", [mark.x for mark in placed])
     else:
         axes.margins(x=0.12)
     if log_y:
-        _log_scale(axes, "y", [mark.y for mark in placed])
+        set_log_scale(axes, "y", [mark.y for mark in placed])
     else:
         axes.margins(y=0.12)
-    axes.set_xlabel(_plain(x_label))
-    axes.set_ylabel(_plain(y_label))
+    axes.set_xlabel(safe_text(x_label))
+    axes.set_ylabel(safe_text(y_label))
     if any(mark.group for mark in placed):
-        _legend(axes, width)
+        draw_legend(axes, width)
     return figure
 
 
 def _offsets(marks: Sequence[Mark], log_x: bool, log_y: bool) -> list[tuple[float, float]]:
-    """Where each name goes: beside its point, above or below by turns where points are close."""
+    """The place of each name: to the right of its point, and at different heights where points are close together."""
     if not marks:
         return []
     x = np.array([math.log(max(m.x, 1e-300)) if log_x else m.x for m in marks])
@@ -181,6 +181,6 @@ def _offsets(marks: Sequence[Mark], log_x: bool, log_y: bool) -> list[tuple[floa
 
 
 def _numbers(values: ArrayLike) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """As float64; None, as JSON has it for what is not a number, is nan."""
+    """As float64; None, which JSON has in place of nan, becomes nan."""
     array = np.asarray(values, dtype=object)
     return np.where(array == None, math.nan, array).astype(np.float64)  # noqa: E711 (element by element)

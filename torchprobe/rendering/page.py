@@ -1,4 +1,4 @@
-"""One self-contained HTML file: text, figures and tables, nothing fetched, everything escaped."""
+"""One self-contained HTML file with text, figures and tables. Nothing is fetched, and every text is escaped."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchprobe.common.distribution import install_hint
 from torchprobe.common.files import replacing
+from torchprobe.common.messages import install_hint
 from torchprobe.rendering.tables import Column, Row, cell, number, printable, shown, shown_columns
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fact:
-    """A number at the head of the page: what it is, its value, and what to read it against."""
+    """A number at the head of the page: its name, its value, and what to compare it with."""
 
     label: str
     value: str
@@ -28,11 +28,11 @@ class Fact:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure in two widths.
+    """A figure, drawn in two widths.
 
     Args:
-        draw: takes a width in inches and gives a figure of :mod:`torchprobe.rendering.plots`.
-        description: what it shows, for people who do not see it.
+        draw: width in inches → figure.
+        description: what it shows, for people who cannot see it.
     """
 
     draw: Callable[[float], Figure]
@@ -41,7 +41,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns; a click on a head sorts by it."""
+    """Rows and columns; a click on the head of a column sorts by it."""
 
     rows: Sequence[Row]
     columns: Sequence[Column]
@@ -50,7 +50,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs, and what follows them. ``terms`` are pairs of a term and what it means."""
+    """A heading, paragraphs, pictures, tables, and definitions. ``terms`` are pairs of a term and its meaning."""
 
     title: str
     paragraphs: Sequence[str] = ()
@@ -61,15 +61,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What :func:`render` turns into a page.
+    """The content of a page, for :func:`render`.
 
     Args:
         kind: the small line above the title, such as "scan".
         title: the heading.
-        summary: one or two sentences below it.
-        facts: the numbers at the head.
+        summary: one or two sentences below the title.
+        facts: the numbers at the head of the page.
         sections: the body.
-        notice: a line set apart at the top, such as that the result is partial.
+        notice: a highlighted line at the top, for example that the result is partial.
         footer: lines about versions and settings.
     """
 
@@ -83,23 +83,23 @@ class Page:
 
 
 WIDE, NARROW = 9.0, 4.6
-"""Widths of the figures in inches, for a page that is wide and for one as narrow as a telephone."""
+"""Widths of the figures in inches, for a wide window and for a phone."""
 
 
 def render(page: Page, template: str = "page.html.jinja") -> str:
     """The page as HTML.
 
     Args:
-        page: what it says.
-        template: of this package, for pages that have more than sections.
+        page: the content.
+        template: a template of this package, for pages that have more than sections.
 
-    No resource is loaded from anywhere: style, script and figures are inline, and a content security policy in the
-    head forbids all else. Every text is escaped by jinja2; the figures' by :func:`torchprobe.rendering.plots.svg`.
+    No resource is loaded from outside: style, script and figures are inline, and a content security policy in the head forbids
+    everything else. jinja2 escapes every text; :func:`torchprobe.rendering.plots.svg` escapes the texts of figures.
 
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is missing; ``pip install 'torchprobe-interp[report]'``.
 
-    >>> "&lt;b&gt;" in render(Page("scan", "<b>", "a name that wants to be bold"))
+    >>> "&lt;b&gt;" in render(Page("scan", "<b>", "a name with markup"))
     True
     """
     require()
@@ -130,10 +130,10 @@ def render(page: Page, template: str = "page.html.jinja") -> str:
 
 
 def require() -> None:
-    """Says at once, rather than after a long run, when a page cannot be made.
+    """Checks that a page can be written. Call it before a long run, not after it.
 
     Raises:
-        ModuleNotFoundError: jinja2 or matplotlib is missing; the message has the command.
+        ModuleNotFoundError: jinja2 or matplotlib is missing; the message says how to install them.
     """
     missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
@@ -141,7 +141,7 @@ def require() -> None:
 
 
 def write(page: Page, path: str | os.PathLike[str], template: str = "page.html.jinja") -> Path:
-    """Writes :func:`render` of ``page`` to ``path``, at once, and returns the path."""
+    """Writes :func:`render` of ``page`` to ``path`` and returns the path. A file of that name is replaced as a whole."""
     text = render(page, template)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torchprobe.common.files import replacing
-from torchprobe.statistics.bounds import gaussian_kurtosis
+from torchprobe.statistics.moments import gaussian_kurtosis
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
 Row = Mapping[str, Any]
-"""One layer, as ``Recording.rows()`` gives it."""
+"""One row of a table: column key → value. ``Recording.rows()`` returns one for each layer."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Column:
         key: the key in a row, or ``"gaussian"`` for the Gaussian reference of the row's width.
         title: the head of the column.
         help: what the number is, in one line.
-        kind: ``"text"``, ``"index"`` and ``"count"`` (whole numbers), ``"share"`` (shown in per cent) or ``"number"``.
-        optional: shown only when a row holds something else than 0, nan or None.
+        kind: ``"text"``, ``"index"`` or ``"count"`` (whole numbers), ``"share"`` (shown in percent) or ``"number"``.
+        optional: show the column only if a row has a value other than 0, nan or None.
     """
 
     key: str
@@ -41,39 +41,39 @@ class Column:
 
     @property
     def numeric(self) -> bool:
-        """Right-aligned, and sorted as a number."""
+        """Whether the column is right-aligned and sorted as numbers."""
         return self.kind != "text"
 
 
 LAYER_COLUMNS = (
-    Column("layer", "layer", "name within the model; “(output)” is what the model itself returns", "text"),
+    Column("layer", "layer", "name within the model; “(output)” is the output of the model itself", "text"),
     Column("module", "module", "class of the layer", "text"),
-    Column("features", "d", "features: the length of one vector", "count"),
+    Column("features", "d", "number of features: the length of one vector", "count"),
     Column("feature_dim", "dim", "the dimension of the layer's output that holds the features", "count"),
-    Column("vectors", "vectors", "activation vectors counted in", "count"),
+    Column("vectors", "vectors", "number of activation vectors that were counted", "count"),
     Column("vector_kurtosis", "vector κ", "kurtosis across the features of one vector, mean over vectors"),
     Column("vector_kurtosis_std", "± std", "its standard deviation over vectors"),
     Column("vector_kurtosis_median", "median", "its median over vectors"),
-    Column("gaussian", "Gauss", "what independent Gaussian features of that width would give: 3(d − 1)/(d + 1)"),
+    Column("gaussian", "Gauss", "the value of independent Gaussian features of that width: 3(d − 1)/(d + 1)"),
     Column("outlier_features", "outliers", "features that are outliers in at least half of the vectors", "count"),
     Column("kurtosis_median", "feature κ", "kurtosis of one feature over all its values, median over features"),
     Column("kurtosis_max", "max", "the largest kurtosis of a feature over all its values"),
     Column("std", "std", "square root of the mean variance of the features"),
     Column("mean_abs_max", "max mean|x|", "the largest mean |x| of a feature"),
-    Column("nonfinite", "nonfinite", "nan and inf values seen; left out of everything else", "count", optional=True),
-    Column("constant_vectors", "constant", "vectors left out because their variance is 0", "count", optional=True),
-    Column("invalid_vectors", "invalid", "vectors left out because an element is nonfinite", "count", optional=True),
+    Column("nonfinite", "nonfinite", "number of nan and inf values; excluded from all other columns", "count", optional=True),
+    Column("constant_vectors", "constant", "vectors excluded because their variance is 0", "count", optional=True),
+    Column("invalid_vectors", "invalid", "vectors excluded because an element is nonfinite", "count", optional=True),
 )
 
 _DISPENSABLE = (
     *("mean_abs_max", "module", "std", "kurtosis_max", "kurtosis_median", "vector_kurtosis_std"),
     *("outlier_features", "feature_dim", "vectors", "vectors_per_image", "features", "vector_kurtosis_median"),
 )
-"""What a narrow terminal goes without, first to go first."""
+"""The columns that a narrow terminal leaves out, the first one first."""
 
 
 def printable(text: object) -> str:
-    r"""``text`` with what is not printable written as escapes, so that no name can move a cursor or reverse a line.
+    r"""``text`` with escapes in place of characters that are not printable, so that no name can move the cursor or reverse a line.
 
     >>> printable("a\x1b[31m")
     'a\\x1b[31m'
@@ -82,7 +82,7 @@ def printable(text: object) -> str:
 
 
 def number(value: object, digits: int = 4) -> str:
-    """A number for people: int in groups of three, float with ``digits`` significant digits, nan and None as ``–``.
+    """A number for people: an int in groups of three digits, a float with ``digits`` significant digits, nan and None as ``–``.
 
     >>> number(12608), number(3.14159), number(float("nan")), number(1.5e-7)
     ('12,608', '3.142', '–', '1.50e-07')
@@ -103,8 +103,17 @@ def number(value: object, digits: int = 4) -> str:
     return f"{value:.{digits - 2}e}"
 
 
+def percent(share: float, digits: int = 3) -> str:
+    """A share for people.
+
+    >>> percent(0.0833), percent(float("nan"))
+    ('8.33 %', '–')
+    """
+    return "–" if number(share) == "–" else f"{number(100 * share, digits)} %"
+
+
 def cell(row: Row, column: Column) -> Any:
-    """The value of ``column`` in ``row``: counts as int, nothing as None."""
+    """The value of ``column`` in ``row``: a count as int, a missing value as None."""
     if column.key == "gaussian":
         features = row.get("features")
         return gaussian_kurtosis(int(features)) if features else None
@@ -117,20 +126,32 @@ def cell(row: Row, column: Column) -> Any:
 
 
 def shown(row: Row, column: Column) -> str:
-    """The value of ``column`` in ``row`` as people read it.
+    """The value of ``column`` in ``row`` as text.
 
     >>> shown({"share": 0.0833}, Column("share", "share", "", "share"))
     '8.33 %'
     """
     value = cell(row, column)
-    if column.kind == "share" and number(value) != "–":
-        return f"{number(100 * value, 3)} %"
+    if column.kind == "share":
+        return percent(value)
     return str(value) if column.kind == "index" and isinstance(value, int) else number(value)
 
 
 def shown_columns(rows: Sequence[Row], columns: Iterable[Column] = LAYER_COLUMNS) -> list[Column]:
-    """``columns`` without the optional ones that say nothing."""
+    """``columns`` without the optional ones that are empty in all rows."""
     return [c for c in columns if not c.optional or any(shown(row, c) not in ("–", "0") for row in rows)]
+
+
+def statistic_columns(fields: Mapping[str, str]) -> tuple[Column, ...]:
+    """The columns of a table of layers whose rows hold these fields (name → help).
+
+    >>> [column.key for column in statistic_columns({"zero_share": "share of values that are exactly 0"})]
+    ['layer', 'module', 'features', 'feature_dim', 'zero_share']
+    """
+    given = {"layer", "module", "features", "feature_dim", *fields, *(["gaussian"] if "vector_kurtosis" in fields else [])}
+    known = {column.key for column in LAYER_COLUMNS}
+    others = (Column(name, name.replace("_", " "), text) for name, text in fields.items() if name not in known)
+    return (*(column for column in LAYER_COLUMNS if column.key in given), *others)
 
 
 def layer_table(
@@ -143,11 +164,11 @@ def layer_table(
     """The table of layers for a terminal or a notebook.
 
     Args:
-        rows: one mapping per layer, as ``Recording.rows()`` gives them.
-        columns: what to show of them.
-        title: printed above.
-        width: columns of the terminal; where all do not fit, the less important ones are left out, never the vector
-            kurtosis and its Gaussian value. Default: the width rich sees.
+        rows: one mapping per layer, as ``Recording.rows()`` returns them.
+        columns: the columns to show.
+        title: printed above the table.
+        width: of the terminal, in characters; None: the width that rich detects. If the table is wider, less important columns are
+            left out, but never the vector kurtosis and its Gaussian value.
 
     >>> rows = [{"layer": "blocks.0", "features": 768, "feature_dim": -1, "vectors": 64, "vector_kurtosis": 3.02}]
     >>> layer_table(rows).row_count
@@ -181,7 +202,7 @@ def layer_table(
 
 
 def text(value: object, style: str = "") -> Text:
-    """``value`` for rich, never read as markup: names and paths are data.
+    """``value`` for rich, never interpreted as markup: names and paths are data.
 
     >>> text("[red]").plain
     '[red]'
@@ -192,7 +213,7 @@ def text(value: object, style: str = "") -> Text:
 
 
 def plain_table(*heads: str, right: Container[str] = ()) -> Table:
-    """An empty rich table with these heads; those in ``right`` are right-aligned."""
+    """An empty rich table with these heads; the columns in ``right`` are right-aligned."""
     from rich import box
     from rich.table import Table
 
@@ -211,10 +232,14 @@ def _fitting(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> Path:
-    """Writes ``rows`` with every key any of them has, in order of appearance; returns the path.
+    """Writes ``rows`` as CSV, with a column for every key in any row, in order of appearance. Returns the path.
 
-    Numbers are written in full, nan as ``nan``, a missing value as nothing; the file is UTF-8. An existing file is
-    replaced at once, so that an interruption leaves the old one or the new one, never half of one.
+    Numbers are written in full precision, nan as ``nan``, a missing value as an empty cell. The encoding is UTF-8. An existing file is
+    replaced as a whole: after an interruption, either the old file or the new file is there.
+
+    >>> import tempfile
+    >>> write_csv([{"layer": "fc", "std": 1.0}, {"layer": ""}], Path(tempfile.mkdtemp(), "layers.csv")).read_text()
+    'layer,std\\nfc,1.0\\n,\\n'
     """
     keys = list(dict.fromkeys(key for row in rows for key in row))
     with (

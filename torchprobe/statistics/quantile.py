@@ -1,49 +1,58 @@
-"""The value at an upper quantile of each feature, streaming."""
+"""Streaming estimate of an upper quantile of each feature."""
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 from collections.abc import Mapping
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchprobe.statistics.dynamic import DynamicStatistic
 from torchprobe.statistics.tail import Tail, slots
+from torchprobe.statistics.tensors import check_input, describe
 
 NETDISSECT = Fraction(5, 999)
-"""The level that Network Dissection's thresholds really have: entry 5 of 1000 from the top, evenly spaced, is level 994/999 = 0.994995."""
+"""The true level of Network Dissection's thresholds: they take entry 5 of 1000 evenly spaced levels from the top, which is 994/999."""
 
 MEMORY = 256 << 20
-"""Default budget in bytes: 2048 features are exact up to 3.5 million positions at 0.5 %."""
+"""Default budget in bytes. At 0.5 %, 2048 features are exact up to 3.5 million positions."""
 
-_SAFETY = (7, 10, 13)  # thinnings of the small samples beside the main one
-_SHARE = 16  # each has this fraction of its capacity
-_FIXED = 4 * slots(0) + 4  # values that the buffers need beside their capacities
+_SAFETY = (7, 10, 13)  # thinnings of the three small samples, which the main buffer falls back on
+_SHARE = 16  # the capacity of the main buffer is this many times that of a small sample
+_FIXED = 4 * slots(0) + 4  # values that the buffers need in addition to their capacities
 _updating = threading.Lock()  # threads may share a statistic
 
 
-class Quantile:
-    """The value that the share ``quantile`` of all values of a feature exceeds, over all positions of all inputs.
+class Quantile(DynamicStatistic):
+    """The value that a share ``quantile`` of all values of a feature exceeds, over all positions of all inputs.
 
-    Of n values (nan left out), it is the smallest seen that at most ⌊quantile · n⌋ exceed: ``numpy.quantile(x, 1 - quantile,
-    method="inverted_cdf")``, computed in exact arithmetic. So a strict comparison with it selects at most that share. The original's
-    thresholds have ``quantile=torchprobe.statistics.quantile.NETDISSECT``, 5/999 instead of 0.005.
+    Of n values (nan left out), it is the smallest one that at most ⌊quantile · n⌋ values exceed. This is ``numpy.quantile(x, 1 - quantile,
+    method="inverted_cdf")`` in exact arithmetic. So a strict comparison with it selects at most that share. For the thresholds of Network
+    Dissection use ``quantile=torchprobe.statistics.quantile.NETDISSECT``, which is 5/999, not 0.005.
 
-    **Exact** as long as ⌊quantile · n⌋ fits the memory: each feature keeps its largest values, and what falls out can never be the
-    quantile. The result is then the same for any order, partition and merging. **Beyond that a sketch**: the values kept are thinned to
-    every other one, again and again, and so is, at random, what comes after. The k-th largest of a sample of one in 2^t stands for the
-    k · 2^t-th of all, with a relative standard deviation of √((1 − 2^-t)/k) of the level: 0.8 to 1.1 % of ``quantile`` with the
-    default memory and 2048 features. A stream whose tail dries up – a sorted one – is caught by three small samples with more thinning, at
-    up to 9 %. :meth:`error` states it for each feature.
+    **It is exact** as long as ⌊quantile · n⌋ fits the memory: each feature keeps its largest values, and a value that is dropped can never
+    be the quantile. The result is then the same for any order, partition and merging.
+
+    **Beyond that it is a sketch**. Every other value that was kept is dropped, again and again, and of the values that follow a random
+    share is taken. The k-th largest in a sample of one in 2^t stands for the k · 2^t-th largest of all. Its level has a relative standard
+    deviation of √((1 − 2^-t)/k): 0.8 to 1.1 % of ``quantile`` with the default memory and 2048 features. In a sorted stream no large values
+    follow. Then three small samples with more thinning answer, with up to 9 %. :meth:`error` states it for each feature.
 
     Args:
         features: the width of the layer.
-        quantile: the share above the value, in (0, 1); decimal numbers are taken at their decimal value, fractions as they are.
-        device: where the buffers lie; it must be where the activations are. Default: PyTorch's default device.
-        memory: budget in bytes; what is really used grows with what is seen. See :func:`memory_for`.
-        seed: of the samples. Statistics that will be merged should have different ones.
+        quantile: the share above the value, in (0, 1). Decimal numbers are taken at their decimal value, fractions as they are.
+        device: the device of the buffers, which must be that of the activations. Default: PyTorch's default device.
+        memory: budget in bytes. The memory in use grows with the values seen. See :func:`memory_for`.
+        seed: of the random samples. Statistics that will be merged should have different seeds.
+
+    Raises:
+        ValueError: ``features`` or ``quantile`` is out of range, or ``memory`` is too small.
 
     Values are float32: half precision is exact, float64 is rounded. inf is a value like any other; nan is counted in ``nan``.
 
@@ -55,6 +64,17 @@ class Quantile:
     >>> q.value()
     tensor([ 89., -10.])
     """
+
+    fields = MappingProxyType(
+        {
+            "quantile_max": "the largest quantile of a feature",
+            "quantile_median": "the median over features of the quantile",
+            "quantile_error": "standard deviation of its level, as a share of all values; 0 if it is exact",
+            "values": "values seen of each feature, nan included",
+            "nan": "nan values seen; left out",
+        }
+    )
+    arguments = ("quantile", "capacity")
 
     def __init__(
         self,
@@ -73,50 +93,42 @@ class Quantile:
         self._device = device
         self.reset()
 
-    # -- the verbs of a statistic ----------------------------------------------------------------------------------
+    # -- the contract of a statistic ----------------------------------------------------------------------------------
 
     def update(self, x: Tensor, feature_dim: int = -1, mask: Tensor | None = None) -> None:
-        """Adds every value of ``x``: any floating type and strides, ``features`` along ``feature_dim``. No position is fine.
+        """Adds every value of ``x``.
 
         Args:
-            mask: bool, the shape of ``x`` without ``feature_dim``; where it is False, ``x`` is left out.
+            x: floating point, any strides; ``features`` along ``feature_dim``. It may hold no position at all.
+            feature_dim: the dimension of the features.
+            mask: bool, the shape of ``x`` without ``feature_dim``. Positions where it is False are left out.
 
         Raises:
-            ValueError: another width or type; a mask of another shape.
+            ValueError: another width or type, or a mask that does not fit.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise ValueError(f"a quantile is of floating-point tensors, got {getattr(x, 'dtype', type(x).__name__)}")
-        if not -x.dim() <= feature_dim < x.dim() or x.shape[feature_dim] != self.features:
-            raise ValueError(f"expected {self.features} features along dimension {feature_dim}, got a tensor of shape {tuple(x.shape)}")
+        check_input("Quantile", self.features, x, feature_dim, mask)
         x = x.detach()
         if x.dim() == 1:
-            x, feature_dim = x[None], -1
+            x, feature_dim, mask = x[None], -1, None if mask is None else mask[None]
         if mask is not None:
-            vectors = x.movedim(feature_dim, -1)
-            if mask.dtype != torch.bool or mask.shape != vectors.shape[:-1]:
-                raise ValueError(f"mask must be bool of shape {tuple(vectors.shape[:-1])}, got {mask.dtype} of shape {tuple(mask.shape)}")
-            x, feature_dim = vectors[mask], -1
+            x, feature_dim = x.movedim(feature_dim, -1)[mask], -1
         with _updating:
             self.positions += x.numel() // self.features
             self._fit()
-            if self._main.thinning:  # then the buffers do not see every nan
+            if self._main.thinning:  # the buffers no longer see every nan
                 self._main.counts[1] += _nans(x, feature_dim)
             draw = torch.rand(x.select(feature_dim, 0).shape, generator=self._generator)
             for tail in self._tails:
                 tail.add(x, feature_dim, draw)
 
     def merge(self, other: Quantile) -> Quantile:
-        """Adds, in place, everything ``other`` saw; returns self. ``other`` may lie on another device.
+        """Adds, in place, everything ``other`` has seen, and returns itself. ``other`` may be on another device.
 
         Raises:
-            TypeError: ``other`` is no :class:`Quantile`.
-            ValueError: another width, quantile or memory.
+            TypeError: ``other`` is not a :class:`Quantile`.
+            ValueError: it has another width, quantile or memory.
         """
-        if not isinstance(other, Quantile):
-            raise TypeError(f"cannot merge a Quantile with {type(other).__name__}")
-        for name in ("features", "quantile", "capacity"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"cannot merge quantiles with {name} {getattr(self, name)} and {getattr(other, name)}")
+        self.check_mergeable(other)
         with _updating:
             self.positions += other.positions
             for mine, theirs in zip(self._tails, other._tails, strict=True):
@@ -128,13 +140,13 @@ class Quantile:
         """Forgets everything."""
         self.positions = 0
         self._generator = torch.Generator().manual_seed(self.seed)
-        small = max(self.capacity // _SHARE, 1)
-        sizes = [(self.capacity, 0), *((small, thinning) for thinning in _SAFETY)]
+        sample_capacity = max(self.capacity // _SHARE, 1)
+        sizes = [(self.capacity, 0), *((sample_capacity, thinning) for thinning in _SAFETY)]
         self._tails = [Tail(self.features, capacity, thinning, self._device) for capacity, thinning in sizes]
 
     def state_dict(self) -> dict[str, Any]:
-        """``features``, ``quantile`` (as "numerator/denominator"), ``capacity``, ``positions``, ``generator``, and of each buffer its
-        ``thinning``, ``offered``, ``values``, ``counts`` and ``bound``. No larger than what is kept."""
+        """``features``, ``quantile`` (as "numerator/denominator"), ``capacity``, ``positions``, ``generator``, and the ``thinning``,
+        ``offered``, ``values``, ``counts`` and ``bound`` of each buffer. Empty room in the buffers is left out."""
         state: dict[str, Any] = {
             "features": self.features,
             "quantile": str(self.quantile),
@@ -150,10 +162,10 @@ class Quantile:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave.
+        """Restores what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: another width, quantile or memory; a part missing, unknown or damaged. Nothing is changed then.
+            ValueError: another width, quantile or memory; a part is missing, unknown or damaged. Nothing is changed then.
         """
         for name in ("features", "quantile", "capacity"):
             if state.get(name) != (own := str(self.quantile) if name == "quantile" else getattr(self, name)):
@@ -170,8 +182,41 @@ class Quantile:
         try:
             generator.set_state(state["generator"])
         except (RuntimeError, TypeError) as error:
-            raise ValueError("generator of the saved Quantile is no state of a random generator") from error
+            raise ValueError("generator of the saved Quantile is not the state of a random generator") from error
         self.positions, self._tails, self._generator = positions, tails, generator
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> Quantile:
+        features, quantile, capacity = (state.get(name) for name in ("features", "quantile", "capacity"))
+        if not isinstance(features, int) or not isinstance(capacity, int) or features < 1 or capacity < 1:
+            raise ValueError(f"the saved Quantile has features={features} and capacity={capacity}; expected numbers of at least 1")
+        if not isinstance(quantile, str) or not re.fullmatch(r"[1-9][0-9]{0,399}/[1-9][0-9]{0,399}", quantile):
+            raise ValueError(f"the saved Quantile has quantile={quantile!r}; expected a fraction between 0 and 1")
+        if getattr(state.get("0/bound"), "shape", None) != (features,):  # before any memory is allocated
+            raise ValueError(f"0/bound of the saved Quantile is {describe(state.get('0/bound'))}, expected the shape {(features,)}")
+        new = cls(features, Fraction(quantile), device, memory=4 * features * (_FIXED + 2))  # the least; the capacity follows
+        new.capacity = capacity
+        new.reset()
+        new.load_state_dict(state)
+        return new
+
+    @property
+    def empty(self) -> bool:
+        return self.positions == 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._main.values.device
+
+    def summary(self) -> dict[str, float]:
+        """:attr:`fields` as plain numbers; nan if nothing was seen."""
+        if self.empty:
+            return dict.fromkeys(self.fields, math.nan)
+        value, error = self._read(None)
+        known = value[~value.isnan()]
+        largest, median = (known.max(), known.median()) if len(known) else (math.nan, math.nan)
+        numbers = (largest, median, error.max(), self.positions, self.nan.sum())
+        return dict(zip(self.fields, map(float, numbers), strict=True))
 
     # -- reads -----------------------------------------------------------------------------------------------------
 
@@ -187,28 +232,28 @@ class Quantile:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing had to be estimated so far."""
+        """Whether :meth:`value` is exact; otherwise it is estimated."""
         return self._main.thinning == 0
 
     def value(self, quantile: float | Fraction | None = None) -> Tensor:
-        """The quantile of each feature: float32 (features,), nan where nothing was seen.
+        """The quantile of each feature: float32 (features,), nan if nothing was seen.
 
         Args:
-            quantile: another one, no larger than that of the statistic; default: that one.
+            quantile: another share, at most that of the statistic. Default: that of the statistic.
 
         Raises:
-            ValueError: it is larger, or outside (0, 1).
+            ValueError: the share is larger, or outside (0, 1).
         """
         return self._read(quantile)[0]
 
     def error(self, quantile: float | Fraction | None = None) -> Tensor:
-        """Standard deviation of the level of :meth:`value`, as a share of all values: float64 (features,), 0 where it is exact."""
+        """Standard deviation of the level of :meth:`value`, as a share of all values: float64 (features,), 0 if it is exact."""
         return self._read(quantile)[1]
 
     def _read(self, quantile: float | Fraction | None) -> tuple[Tensor, Tensor]:
         level = self.quantile if quantile is None else _level(quantile)
         if level > self.quantile:
-            raise ValueError(f"this statistic keeps the upper {float(self.quantile):g} only; {float(level):g} lies below it")
+            raise ValueError(f"this statistic keeps only the upper {float(self.quantile):g} of the values; {float(level):g} is below it")
         counts = self.count
         above = torch.tensor([_floor(level * n) for n in counts.tolist()], device=counts.device)
         value = torch.full_like(self._main.bound, torch.nan)
@@ -224,7 +269,7 @@ class Quantile:
             missing = missing & ~known
             if not missing.any():
                 break
-        else:  # all there is to say: no more than what the last buffer dropped
+        else:  # only a limit is known: the value is at most what the last buffer dropped
             value = self._tails[-1].bound.where(missing, value)
         return value, error
 
@@ -235,7 +280,7 @@ class Quantile:
         return self._tails[0]
 
     def _fit(self) -> None:
-        """Thins the main buffer until the quantile of all positions lies well inside it."""
+        """Thins the main buffer until the quantile of all positions is well inside it."""
         while 5 * (_floor(self.quantile * self.positions) >> self._main.thinning) >= 4 * self.capacity:
             self._main.halve(self._generator)
 
@@ -245,7 +290,7 @@ class Quantile:
 
 
 def memory_for(features: int, positions: int, quantile: float | Fraction = 0.005) -> int:
-    """The budget in bytes with which so many positions stay exact.
+    """A budget in bytes for which so many positions are exact.
 
     >>> memory_for(2048, 63305 * 7 * 7) <= MEMORY
     True
@@ -255,18 +300,18 @@ def memory_for(features: int, positions: int, quantile: float | Fraction = 0.005
 
 
 def _capacity(total: int) -> int:
-    """How much of a feature's values is the capacity of the main buffer: 1/4 more is room before selections, and the three small samples
-    have 1/16 of both each."""
+    """The capacity of the main buffer, if there is room for ``total`` values of a feature. A buffer has 1/4 more room than its capacity,
+    and each of the three small samples has 1/16 of the main buffer's capacity and room."""
     capacity = (total - _FIXED) * 64 // 95
     if capacity < 1:
-        raise ValueError(f"the memory has room for {total} values of a feature; at least {_FIXED + 2} are needed")
+        raise ValueError(f"the memory has room for only {total} values of a feature; at least {_FIXED + 2} are needed")
     return capacity
 
 
 def _level(quantile: float | Fraction) -> Fraction:
     level = quantile if isinstance(quantile, Fraction) else Fraction(str(quantile)) if 0 < quantile < 1 else Fraction(0)
     if not 0 < level < 1:
-        raise ValueError(f"quantile must lie between 0 and 1, got {quantile}")
+        raise ValueError(f"quantile must be between 0 and 1, got {quantile}")
     return level
 
 
@@ -275,28 +320,26 @@ def _floor(x: Fraction) -> int:
 
 
 def _nans(x: Tensor, feature_dim: int) -> Tensor:
-    """Nan of each feature, int64 (features,)."""
-    if x.device.type == "cpu" and not x.sum().isnan():  # the usual case, in one read; elsewhere, asking would synchronise
+    """How many values of each feature are nan: int64 (features,)."""
+    if x.device.type == "cpu" and not x.sum().isnan():  # the usual case, in one read; another device would synchronize here
         return torch.zeros(x.shape[feature_dim], dtype=torch.int64)
     return x.isnan().movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim]).sum(0)
 
 
 def _loaded(index: int, tail: Tail, state: Mapping[str, Any]) -> Tail:
-    """A buffer of a saved state, checked."""
+    """Buffer number ``index`` of a saved state, checked; ``tail`` is an empty one like it."""
     features = len(tail.bound)
     values, counts, bound = (state[f"{index}/{name}"] for name in ("values", "counts", "bound"))
     thinning, offered = state[f"{index}/thinning"], state[f"{index}/offered"]
+    kept = values.shape[-1] if isinstance(values, Tensor) and values.dim() else 0
     for name, part, dtype, shape in (
-        ("values", values, torch.float32, (features, getattr(values, "shape", (0,))[-1])),
+        ("values", values, torch.float32, (features, kept)),
         ("counts", counts, torch.int64, (3, features)),
         ("bound", bound, torch.float32, (features,)),
     ):
         if not isinstance(part, Tensor) or part.dtype != dtype or tuple(part.shape) != shape:
-            raise ValueError(
-                f"{index}/{name} of the saved Quantile is {getattr(part, 'dtype', type(part).__name__)} of shape "
-                f"{tuple(getattr(part, 'shape', ()))}, expected {dtype} of shape {shape}"
-            )
-    sound = (
+            raise ValueError(f"{index}/{name} of the saved Quantile is {describe(part)}, expected {dtype} of shape {shape}")
+    plausible = (
         isinstance(thinning, int)
         and isinstance(offered, int)
         and 0 <= thinning < 63
@@ -304,7 +347,7 @@ def _loaded(index: int, tail: Tail, state: Mapping[str, Any]) -> Tail:
     )
     filled = torch.arange(values.shape[1], device=values.device) < counts[0, :, None]
     if (
-        not sound
+        not plausible
         or bool((counts < 0).any())
         or bool((counts[0] > values.shape[1]).any())
         or not torch.equal(values > -torch.inf, filled)

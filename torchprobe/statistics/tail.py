@@ -1,4 +1,4 @@
-"""The largest values of every feature, exactly or in a random sample of the positions."""
+"""The largest values of each feature, of all positions or of a random sample of them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torchprobe.ops.quantile import BLOCK, keep_largest_, new_buffers
 
 
 class Tail:
-    """Keeps at least the ``capacity`` largest values of each feature among the positions that it is shown.
+    """Keeps at least the ``capacity`` largest values of each feature among the positions that it takes.
 
-    It is shown every position, or each with probability 2^-``thinning``, whatever it holds; so the k-th largest here is about the
-    k · 2^thinning-th largest of all. Memory grows with what is kept, to 4 · features · :func:`slots` bytes.
+    It takes every position, or each with probability 2^-``thinning``, independent of the values. So the k-th largest value here is about
+    the k · 2^thinning-th largest of all. Memory grows with the values kept, up to 4 · features · :func:`slots` bytes.
     """
 
     def __init__(self, features: int, capacity: int, thinning: int, device: torch.device | str | None) -> None:
         self.capacity = capacity
         self.thinning = thinning
-        self.offered = 0  # positions seen since the beginning: no feature has kept more
+        self.offered = 0  # positions taken since the beginning: an upper limit for the values kept of a feature
         self.values, self.counts, self.bound = new_buffers(features, 0, device)
 
     def add(self, x: Tensor, feature_dim: int, draw: Tensor) -> None:
-        """Shows it a tensor. Where all positions are seen, ``counts[1]`` counts the nan among them; a sample leaves them out.
+        """Offers it a tensor. ``counts[1]`` counts nan values if every position is taken; a sample leaves them out.
 
         Args:
             draw: uniform in [0, 1), on the CPU, the shape of ``x`` without ``feature_dim``.
@@ -40,7 +40,7 @@ class Tail:
             self.offered += positions
 
     def halve(self, generator: torch.Generator) -> None:
-        """Doubles the thinning: of the values in order every other one stays, from the first or the second, which is random."""
+        """Doubles the thinning: every other value of the sorted ones stays, starting at random from the first or the second."""
         start = int(torch.randint(2, (), generator=generator))
         kept = self.values.sort(1, descending=True).values[:, start::2]
         self.values[:, : kept.shape[1]] = kept
@@ -50,14 +50,14 @@ class Tail:
         self.thinning += 1
 
     def merge(self, other: Tail, generator: torch.Generator) -> None:
-        """Adds what ``other``, of the same capacity, was shown."""
+        """Adds what ``other``, of the same capacity, has taken."""
         if other.thinning < self.thinning:
             other = copy.deepcopy(other)
         while self.thinning < other.thinning:
             self.halve(generator)
         while other.thinning < self.thinning:
             other.halve(generator)
-        # Both are complete only above the larger bound; what equals it may stay, so it is lowered by a step while they are joined.
+        # Both are complete only above the larger bound. Values equal to it may stay, so the bound is one step lower while they are joined.
         theirs = other.bound.to(self.bound)
         bound = torch.maximum(self.bound, theirs)
         other_counts = other.counts.to(self.counts)
@@ -78,16 +78,16 @@ class Tail:
 
     def largest(self, rank: Tensor) -> tuple[Tensor, Tensor]:
         """The value with ``rank`` values before it, per feature, and whether that is known; int64 (features,) → float32, bool."""
-        known = (rank < self.counts[0] + self.counts[2]) | (self.bound == -torch.inf)  # −inf itself is never kept
+        known = (rank < self.counts[0] + self.counts[2]) | (self.bound == -torch.inf)  # −inf is never kept
         value = self.bound.clone()
         for r in rank[rank < self.counts[0]].unique().tolist():
             rows = ((rank == r) & (rank < self.counts[0])).nonzero().flatten()
-            for part in rows.split(256):  # each is copied
+            for part in rows.split(256):  # each part is copied
                 value[part] = self.values[part].kthvalue(self.values.shape[1] - r, 1).values
         return value, known
 
     def _reserve(self, positions: int) -> None:
-        """Room for so many more, or for all there will ever be."""
+        """Makes room for so many more values, up to :func:`slots`."""
         full = slots(self.capacity)
         need = min(self.offered + positions + BLOCK, full)
         if (have := self.values.shape[1]) < need:
@@ -97,5 +97,5 @@ class Tail:
 
 
 def slots(capacity: int) -> int:
-    """Values of a feature there is room for. What is over the capacity delays the next selection."""
+    """How many values of a feature there is room for. Room beyond the capacity makes selections rarer."""
     return capacity + capacity // 4 + BLOCK

@@ -1,35 +1,47 @@
-"""The inputs that drive each feature most."""
+"""The inputs with the largest score of each feature."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchprobe.statistics.dynamic import DynamicStatistic
+from torchprobe.statistics.tensors import check_input, describe
+
 SCORES = ("max", "mean")
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+RANK_STRIDE = 1 << 40
+"""Default ids of rank r begin at r · RANK_STRIDE, so that the ids of different ranks differ."""
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _BLOCK = 1 << 20  # elements that are widened to float64 at a time
 _updating = threading.Lock()  # threads may share a statistic
 
 
-class TopInputs:
+class TopInputs(DynamicStatistic):
     """The ``k`` inputs with the largest score of each feature, with their ids.
 
     Args:
         features: the width of the layer.
         k: inputs to keep for each feature.
-        device: where the state lies; it must be where the activations are. Default: PyTorch's default device.
-        score: how the map of one input becomes a number: the largest or the mean value over its positions, nan left out. The mean is
-            summed in float64 in an order that depends on the number of positions alone.
+        device: the device of the state, which must be that of the activations. Default: PyTorch's default device.
+        score: how the map of one input becomes a number: "max" or "mean" over its positions, nan left out. The mean is summed in float64,
+            in an order that depends only on the number of positions.
 
-    Of equal scores the smaller id comes first, so the result is the same for any order, partition and merging. An id seen twice counts
-    once, with its larger score.
+    Raises:
+        ValueError: an argument is out of range.
 
-    ``scores`` is float64 (features, k), descending; ``ids`` int64 (features, k). Where fewer than k inputs had a score, the rest is −inf
-    and −1. ``inputs`` counts what was seen; ``unscored``, int64 (features,), the inputs whose map was nan all over.
+    Of equal scores the smaller id comes first, so the result is the same for any order, partition and merging. An id that is seen twice
+    counts once, with its larger score.
+
+    ``scores`` is float64 (features, k), descending; ``ids`` is int64 (features, k). If fewer than k inputs had a score, the rest is −inf
+    and −1. ``inputs`` counts the inputs seen. ``unscored``, int64 (features,), counts the inputs whose map was entirely nan.
 
     >>> import torch
     >>> from torchprobe.statistics import TopInputs
@@ -39,12 +51,24 @@ class TopInputs:
     [[11, 12], [10, 12]]
     """
 
+    fields = MappingProxyType(
+        {
+            "score_max": "the largest score of any feature",
+            "score_median": "the median over features of the largest score",
+            "inputs": "inputs seen",
+            "unscored": "inputs whose map was entirely nan, summed over features",
+        }
+    )
+    arguments = ("k", "score")
+
     def __init__(self, features: int, k: int = 20, device: torch.device | str | None = None, score: str = "max") -> None:
         if features < 1 or k < 1:
             raise ValueError(f"features and k must be at least 1, got {features} and {k}")
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
         self.features, self.k, self.score = int(features), int(k), score
+        self.inputs = 0
+        self.numbered = 0  # inputs with default ids, in all windows of a recording
         device = torch.device(device) if device is not None else torch.get_default_device()
         with torch.inference_mode(False):
             self._scores = torch.empty(self.features, self.k, dtype=torch.float64, device=device)
@@ -52,89 +76,137 @@ class TopInputs:
             self._unscored = torch.empty(self.features, dtype=torch.int64, device=device)
         self.reset()
 
-    # -- the verbs of a statistic ----------------------------------------------------------------------------------
+    # -- the contract of a statistic ----------------------------------------------------------------------------------
 
-    def update(self, x: Tensor, feature_dim: int = -1, ids: Tensor | Sequence[int] | None = None) -> None:
+    def update(self, x: Tensor, feature_dim: int = -1, ids: Tensor | Sequence[int] | None = None, *, mask: Tensor | None = None) -> None:
         """Adds inputs.
 
         Args:
-            x: floating point; the first dimension is the inputs, ``feature_dim`` the features, the rest positions.
-            ids: int ≥ 0, one for each input. Default: their numbers in the order of the calls, which does for a single process only.
+            x: floating point. The first dimension holds the inputs, ``feature_dim`` the features, the others the positions.
+            feature_dim: the dimension of the features.
+            ids: whole numbers ≥ 0, one for each input. Default: numbers in the order of the calls, continued in the next window of a
+                recording, from ``RANK_STRIDE * rank``. Recordings that are merged later, or several devices in one process, need ids
+                that differ.
+            mask: bool, the shape of ``x`` without ``feature_dim``. Positions where it is False are left out.
 
         Raises:
             ValueError: shapes or ids do not fit.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
-            raise ValueError(f"expected a floating-point tensor (inputs, …), got {_shape(x)}")
+            raise ValueError(f"expected a floating-point tensor (inputs, …), got {describe(x)}")
         if not -x.dim() < feature_dim < x.dim() or feature_dim == 0 or x.shape[feature_dim] != self.features:
             raise ValueError(
-                f"expected {self.features} features along dimension {feature_dim}, not 0, got a tensor of shape {tuple(x.shape)}"
+                f"expected {self.features} features along dimension {feature_dim}, and inputs along dimension 0; got a tensor of "
+                f"shape {tuple(x.shape)}"
             )
-        inputs = x.shape[0]
-        numbers = torch.arange(self.inputs, self.inputs + inputs) if ids is None else torch.as_tensor(ids)
-        if numbers.shape != (inputs,) or (inputs and (numbers.dtype not in _WHOLE or int(numbers.min()) < 0)):
-            raise ValueError(f"ids must be {inputs} whole numbers ≥ 0, one for each input, got {_shape(numbers)}")
+        check_input("TopInputs", self.features, x, feature_dim, mask)
+        x = x.detach()
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(feature_dim % x.dim()), torch.nan)
+        inputs, start = x.shape[0], max(self.inputs, self.numbered)
+        first_id = start + RANK_STRIDE * _rank()
+        numbers = torch.arange(first_id, first_id + inputs) if ids is None else torch.as_tensor(ids)
+        if numbers.shape != (inputs,) or (inputs and (numbers.dtype not in _INTEGERS or int(numbers.min()) < 0)):
+            raise ValueError(f"ids must be {inputs} whole numbers ≥ 0, one for each input, got {describe(numbers)}")
         if not inputs:
             return
-        maps = x.detach().movedim(feature_dim, 1).flatten(2) if x.dim() > 2 else x.detach()[:, :, None]
+        maps = x.movedim(feature_dim, 1).flatten(2) if x.dim() > 2 else x[:, :, None]
         scores = (_largest if self.score == "max" else _mean)(maps)
         with _updating:
             self.inputs += inputs
+            if ids is None:
+                self.numbered = start + inputs
             self._unscored += scores.isnan().sum(0)
             ids_of = numbers.to(self._ids).expand(self.features, inputs)
             self._take(scores.T.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), ids_of.where(~scores.T.isnan(), -1))
 
     def merge(self, other: TopInputs) -> TopInputs:
-        """Adds, in place, everything ``other`` saw; returns self. ``other`` may lie on another device.
+        """Adds, in place, everything ``other`` has seen, and returns itself. ``other`` may be on another device.
 
         Raises:
-            TypeError: ``other`` is no :class:`TopInputs`.
-            ValueError: another width, k or score.
+            TypeError: ``other`` is not a :class:`TopInputs`.
+            ValueError: it has another width, k or score.
         """
-        if not isinstance(other, TopInputs):
-            raise TypeError(f"cannot merge TopInputs with {type(other).__name__}")
-        for name in ("features", "k", "score"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"cannot merge TopInputs with {name} {getattr(self, name)} and {getattr(other, name)}")
+        self.check_mergeable(other)
         with _updating:
             self.inputs += other.inputs
+            self.numbered = max(self.numbered, other.numbered)
             self._unscored += other._unscored.to(self._unscored)
             self._take(other._scores.to(self._scores), other._ids.to(self._ids))
         return self
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.inputs = 0
+        self.inputs = self.numbered = 0
         self._scores.fill_(-torch.inf)
         self._ids.fill_(-1)
         self._unscored.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """``features``, ``k``, ``score``, ``inputs``, and the tensors ``scores``, ``ids`` and ``unscored``, cloned."""
-        numbers = {"features": self.features, "k": self.k, "score": self.score, "inputs": self.inputs}
+        """``features``, ``k``, ``score``, ``inputs``, ``numbered``, and the tensors ``scores``, ``ids`` and ``unscored``, cloned."""
+        numbers = {"features": self.features, "k": self.k, "score": self.score, "inputs": self.inputs, "numbered": self.numbered}
         return {**numbers, **{name: part.clone() for name, part in self._parts().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave.
+        """Restores what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: another width, k or score; a part missing, unknown or of the wrong shape. Nothing is changed then.
+            ValueError: another width, k or score; a part is missing, unknown or of the wrong shape. Nothing is changed then.
         """
         for name in ("features", "k", "score"):
             if state.get(name) != getattr(self, name):
                 raise ValueError(f"the saved TopInputs have {name}={state.get(name)}, these have {name}={getattr(self, name)}")
+        state = {"numbered": state.get("inputs"), **state}  # missing from states of an earlier version
         if state.keys() != (expected := self.state_dict().keys()):
             raise ValueError(
                 f"the saved TopInputs lack {sorted(expected - state.keys())} and have unknown {sorted(state.keys() - expected)}"
             )
         for name, part in self._parts().items():
             if not isinstance(state[name], Tensor) or state[name].shape != part.shape or state[name].dtype != part.dtype:
-                raise ValueError(f"{name} of the saved TopInputs is {_shape(state[name])}, expected {_shape(part)}")
-        if not isinstance(state["inputs"], int) or state["inputs"] < 0:
-            raise ValueError(f"inputs of the saved TopInputs are {state['inputs']!r}")
-        self.inputs = state["inputs"]
+                raise ValueError(f"{name} of the saved TopInputs is {describe(state[name])}, expected {describe(part)}")
+        for name in ("inputs", "numbered"):
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise ValueError(f"{name} of the saved TopInputs is {state[name]!r}")
+        self.inputs, self.numbered = state["inputs"], state["numbered"]
         for name, part in self._parts().items():
             part.copy_(state[name])
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> TopInputs:
+        if missing := [name for name in ("features", "k", "score", "scores") if name not in state]:
+            raise ValueError(f"the saved TopInputs lack {missing}")
+        shape = (state["features"], state["k"])
+        if getattr(state["scores"], "shape", None) != shape or state["score"] not in SCORES:  # before any memory is allocated
+            what = f"scores of {describe(state['scores'])} and score={state['score']!r}"
+            raise ValueError(f"the saved TopInputs have {what}; expected the shape {shape} and one of {', '.join(SCORES)}")
+        new = cls(*shape, device, state["score"])
+        new.load_state_dict(state)
+        return new
+
+    @property
+    def empty(self) -> bool:
+        return self.inputs == 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._scores.device
+
+    def summary(self) -> dict[str, float]:
+        """:attr:`fields` as plain numbers; nan if nothing was seen."""
+        if self.empty:
+            return dict.fromkeys(self.fields, math.nan)
+        best = self._scores[self._ids[:, 0] >= 0, 0]
+        largest, median = (best.max(), best.median()) if len(best) else (math.nan, math.nan)
+        numbers = (largest, median, self.inputs, self._unscored.sum())
+        return dict(zip(self.fields, map(float, numbers), strict=True))
+
+    @classmethod
+    def close_windows(cls, windows: Sequence[TopInputs], closed: Sequence[TopInputs | None]) -> list[TopInputs]:
+        numbered = [window.numbered for window in windows]
+        result = super().close_windows(windows, closed)
+        for window, number in zip(windows, numbered, strict=True):
+            window.numbered = number
+        return result
 
     # -- reads -----------------------------------------------------------------------------------------------------
 
@@ -156,8 +228,8 @@ class TopInputs:
         return {"scores": self._scores, "ids": self._ids, "unscored": self._unscored}
 
     def _take(self, scores: Tensor, ids: Tensor) -> None:
-        """Candidates (features, n); −1 is no input."""
-        if scores.device.type == "cpu":  # most features keep what they have; elsewhere, asking would synchronise
+        """Takes candidates, both (features, n); the id −1 means that there is no input."""
+        if scores.device.type == "cpu":  # most features keep what they have; another device would synchronize here
             rows = (scores.amax(1) >= self._scores[:, -1]).nonzero().flatten()
         else:
             rows = torch.arange(self.features, device=scores.device)
@@ -170,22 +242,21 @@ class TopInputs:
 
 
 def ranked(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row by descending score, then ascending id, every id once; what is no input (−1) goes to the end as −inf.
+    """Sorts each row by descending score, then ascending id, each id once. Entries without an input (id −1) go to the end as −inf.
 
     >>> scores, ids = ranked(torch.tensor([[1.0, 2.0, 1.0, 3.0]]), torch.tensor([[4, 9, 2, 9]]))
     >>> scores.tolist(), ids.tolist()
     ([[3.0, 1.0, 1.0, -inf]], [[9, 2, 4, -1]])
     """
     scores, ids = _sorted(scores, ids, scores, descending=True)
-    scores, ids = _sorted(scores, ids, ids, descending=False)  # stable: of one id, the largest score comes first
+    scores, ids = _sorted(scores, ids, ids, descending=False)  # stable: the largest score of an id comes first
     repeated = torch.zeros_like(ids, dtype=torch.bool)
     repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
     ids = ids.masked_fill(repeated, -1)
     scores = scores.masked_fill(ids < 0, -torch.inf)
     scores, ids = _sorted(scores, ids, scores, descending=True)
-    # A real score may be −inf too; it comes before what is none.
-    none = ids < 0
-    return _sorted(scores, ids, none.int(), descending=False)
+    # The score of an input may be −inf too; it comes before entries without an input.
+    return _sorted(scores, ids, (ids < 0).int(), descending=False)
 
 
 def _sorted(scores: Tensor, ids: Tensor, key: Tensor, descending: bool) -> tuple[Tensor, Tensor]:
@@ -194,7 +265,7 @@ def _sorted(scores: Tensor, ids: Tensor, key: Tensor, descending: bool) -> tuple
 
 
 def _largest(maps: Tensor) -> Tensor:
-    """(inputs, features, positions) → (inputs, features), float64; nan where all is nan or nothing there."""
+    """The largest value of each map: (inputs, features, positions) → (inputs, features), float64; nan if a map is empty or entirely nan."""
     if not maps.shape[2]:
         return maps.new_full(maps.shape[:2], torch.nan, dtype=torch.float64)
     largest = maps.amax(2)  # nan if any is
@@ -204,19 +275,21 @@ def _largest(maps: Tensor) -> Tensor:
 
 
 def _mean(maps: Tensor) -> Tensor:
-    """The same for the mean."""
+    """The mean of each map; otherwise as :func:`_largest`."""
     inputs = max(1, _BLOCK // max(1, maps[:1].numel()))
-    return torch.cat([_mean_of_few(part) for part in maps.split(inputs)])
+    return torch.cat([_mean_of_block(part) for part in maps.split(inputs)])
 
 
-def _mean_of_few(maps: Tensor) -> Tensor:
+def _mean_of_block(maps: Tensor) -> Tensor:
     present = ~maps.isnan()
     parts = maps.double().where(present, 0)
-    while parts.shape[2] > 1:  # halves onto each other: the same additions whatever the batch
+    while parts.shape[2] > 1:  # add the halves: the same additions for every batch size
         half = parts.shape[2] // 2
         parts = torch.cat([parts[..., :half] + parts[..., half : 2 * half], parts[..., 2 * half :]], 2)
     return parts.sum(2) / present.sum(2)
 
 
-def _shape(x: Any) -> str:
-    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+def _rank() -> int:
+    """The rank of this process, 0 without a process group."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

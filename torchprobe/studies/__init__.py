@@ -1,10 +1,13 @@
 """Whole runs: a folder in, a folder out.
 
-=================================  ========================================================================================
-:mod:`torchprobe.studies.scan`     does an encoder have outlier features? One look at a folder of images
-:mod:`torchprobe.studies.dissect`  what do its units detect? A folder in the format of Broden in, tables and pages out
-:mod:`torchprobe.studies.demo`     both on a real network and real photos, beside its random initialisation
-:mod:`torchprobe.studies.outline`  the layers of an encoder
-:mod:`torchprobe.studies.doctor`   versions, kernels, and their check on this machine
-=================================  ========================================================================================
+====================================  =====================================================================================
+:mod:`torchprobe.studies.scan`        does an encoder have outlier features? One pass over a folder of images
+:mod:`torchprobe.studies.dissect`     what do its units detect? From a folder in the format of Broden to tables and pages
+:mod:`torchprobe.studies.interpret`   the measures of the paper for one encoder
+:mod:`torchprobe.studies.suite`       the same for many encoders
+:mod:`torchprobe.studies.compare`     the comparison of encoders that were interpreted
+:mod:`torchprobe.studies.demo`        a scan and a dissection of a real network, compared with its random initialization
+:mod:`torchprobe.studies.outline`     the layers of an encoder
+:mod:`torchprobe.studies.doctor`      versions, kernels, and the check of the kernels on this machine
+====================================  =====================================================================================
 """

@@ -1,7 +1,7 @@
-"""The scan of a real network on real photos, beside the same network at random initialisation.
+"""The scan of a real network on real photos, compared with the same network at random initialization.
 
-EfficientNet-Lite0 with its ImageNet weights, over the photos that foolbox, scikit-image and scikit-learn ship: everything comes as ordinary
-packages, nothing is fetched.
+The network is EfficientNet-Lite0 with its ImageNet weights. The photos ship with foolbox, scikit-image and scikit-learn. Everything comes
+from ordinary packages; nothing else is fetched.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchprobe.common.distribution import install_hint
 from torchprobe.analysis.interpolation import recalibrate_batch_norms
+from torchprobe.common.messages import install_hint
+from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Images
 from torchprobe.encoders import Encoder, EncoderError, read_checkpoint
 from torchprobe.rendering.page import Fact, Page, Section, Table
 from torchprobe.rendering.plots import depth_profile
 from torchprobe.rendering.tables import Column, number
-from torchprobe.common.progress import CountCallback
-from torchprobe.studies.scan import Scan, scan, write_results
-from torchprobe.common.progress import CountCallback
-from torchprobe.studies.scan_page import (
+from torchprobe.studies.scan import Scan, scan
+from torchprobe.studies.scan_report import (
     PER_IMAGE,
     VECTOR,
     depth,
@@ -38,6 +37,7 @@ from torchprobe.studies.scan_page import (
     reading,
     representation,
     with_vectors,
+    write_files,
 )
 
 PACKAGES = {
@@ -50,12 +50,19 @@ PACKAGES = {
     "matplotlib": "matplotlib",
     "jinja2": "jinja2",
 }
-"""What the demo needs: module → how pip calls it."""
+"""The packages that the demo needs: module → name for pip."""
 
 SEEDS = (0, 1, 2)
+"""Of the random initializations."""
+
 TRAINED = "trained: mean over vectors"
+"""Name of the trained network's line over depth."""
+
+BATCH_SIZE = 12
+"""Photos in one forward pass."""
+
 LAYERS = ("visual.bn1", "visual.blocks.*.*", "visual.bn2")
-"""The stem, every block, and the last map before pooling."""
+"""Globs of the layers: the stem, every block, and the last map before pooling."""
 
 _WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 _PHOTOS = {
@@ -70,67 +77,75 @@ _FOLDERS = {"foolbox": "data", "skimage": "data", "sklearn": "datasets/images"}
 
 @dataclass
 class Demo:
-    """The scan of the trained network, those of the random ones, and how well the trained one names what it sees.
+    """The scans of the trained network and of the random networks, and the accuracy of the trained network.
 
     Attributes:
         trained: the scan with the ImageNet weights.
         random: one scan per seed.
-        correct: labelled photos whose class was ranked first.
-        labelled: photos that come with a label.
+        correct: number of labeled photos whose class was ranked first.
+        labeled: number of photos that come with a label.
     """
 
     trained: Scan
     random: list[Scan]
     correct: int
-    labelled: int
+    labeled: int
 
     def rows(self) -> list[dict[str, Any]]:
-        """The layers of the trained network, with the range of the vector kurtosis at random initialisation."""
-        others = [{row["layer"]: row["vector_kurtosis"] for row in one.layers()} for one in self.random]
+        """The layers of the trained network, with the range of the vector kurtosis at random initialization."""
+        by_layer = [{row["layer"]: row["vector_kurtosis"] for row in rows} for rows in self.random_rows()]
         rows = []
-        for row in self.trained.layers():
-            values = [other.get(row["layer"], math.nan) for other in others]
-            rows.append({**row, "random_low": min(values), "random_high": max(values)})
+        for row in self.trained.rows():
+            at_random = [kurtosis.get(row["layer"], math.nan) for kurtosis in by_layer]
+            rows.append({**row, "random_low": min(at_random), "random_high": max(at_random)})
         return rows
 
+    def random_rows(self) -> list[list[dict[str, Any]]]:
+        """The layers of each random network."""
+        return [scan.rows() for scan in self.random]
+
+    def random_kurtosis(self) -> list[float]:
+        """Vector kurtosis of the representation of each random network."""
+        return [scan.headline.vector_kurtosis for scan in self.random]
+
     def summary(self) -> dict[str, Any]:
-        """That of the trained network; ``layers`` as :meth:`rows`, ``random`` (vector kurtosis by seed), ``correct``, ``labelled``."""
+        """The summary of the trained network, with :meth:`rows` as ``layers``, :meth:`random_kurtosis` as ``random``, and the accuracy."""
         return self.trained.summary() | {
             "layers": self.rows(),
-            "random": [one.summary()["representation"]["vector_kurtosis"] for one in self.random],
+            "random": self.random_kurtosis(),
             "correct": self.correct,
-            "labelled": self.labelled,
+            "labelled": self.labeled,  # the spelling of the JSON key stays
         }
 
     def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
-        """As :meth:`Scan.write`, with the random networks beside the trained one."""
-        band = [one.layers() for one in self.random]
+        """As :func:`torchprobe.studies.scan_report.write_scan`, with the random networks in the plot, the tables and the page."""
+        band = self.random_rows()
         plot = depth_profile(self.rows(), band=band, label=TRAINED, band_label=f"random, {len(band)} seeds")
-        return write_results(folder, self.trained, self.summary(), plot, demo_page(self))
+        return write_files(folder, self.trained, self.summary(), plot, demo_page(self))
 
 
 def layer_table_columns(extra: Column = PER_IMAGE) -> list[Column]:
-    """The columns of the layer table, with those of the random networks."""
+    """The columns of the layer table, with two columns for the random networks."""
     columns = layer_columns(extra)
     after = 1 + [column.key for column in columns].index("vector_kurtosis_median")
     columns[after:after] = [
-        Column("random_low", "rand. low", "vector κ at random initialisation, the lowest of the seeds"),
-        Column("random_high", "rand. high", "vector κ at random initialisation, the highest of the seeds"),
+        Column("random_low", "rand. low", "vector κ at random initialization, the lowest of the seeds"),
+        Column("random_high", "rand. high", "vector κ at random initialization, the highest of the seeds"),
     ]
     return columns
 
 
 def demo(progress: CountCallback | None = None) -> Demo:
-    """Scans EfficientNet-Lite0 as trained on ImageNet and at three random initialisations, over the same photos.
+    """Scans EfficientNet-Lite0 as trained on ImageNet, and at three random initializations, over the same photos.
 
-    At random initialisation the statistics of the batch norms are measured on these photos: with those of an untrained network every layer
-    would differ in scale from the next.
+    At random initialization, the statistics of the batch norms are measured on these photos. With the initial statistics, each layer
+    would have another scale than the next.
 
     Args:
-        progress: told (networks done, networks in all).
+        progress: called with (networks done, networks in all).
 
     Raises:
-        EncoderError: a package is missing; the message has the command.
+        EncoderError: a package is missing; the message says how to install it.
     """
     missing = [pip for module, pip in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
@@ -143,14 +158,14 @@ def demo(progress: CountCallback | None = None) -> Demo:
             progress(done, 1 + len(SEEDS))
 
     encoder, head = trained()
-    seen = scan(encoder, images, LAYERS, batch_size=12)
-    correct, labelled = accuracy(encoder, head, images)
+    trained_scan = scan(encoder, images, LAYERS, batch_size=BATCH_SIZE)
+    correct, labeled = accuracy(encoder, head, images)
     tell(1)
     random = []
     for done, seed in enumerate(SEEDS, 2):
-        random.append(scan(untrained(seed, images), images, LAYERS, batch_size=12))
+        random.append(scan(untrained(seed, images), images, LAYERS, batch_size=BATCH_SIZE))
         tell(done)
-    return Demo(seen, random, correct, labelled)
+    return Demo(trained_scan, random, correct, labeled)
 
 
 def photos() -> Images:
@@ -171,19 +186,19 @@ def trained() -> tuple[Encoder, nn.Module]:
 
 
 def untrained(seed: int, images: Images) -> Encoder:
-    """The same network at random initialisation, its batch norms calibrated on ``images``."""
+    """The same network at random initialization, with its batch norms calibrated on ``images``."""
     torch.manual_seed(seed)
-    encoder = _encoder(_network(), f"EfficientNet-Lite0, random initialisation, seed {seed}")
-    recalibrate_batch_norms(encoder, (batch.pixels for batch in images.batches(encoder.preprocess, 12)))
+    encoder = _encoder(_network(), f"EfficientNet-Lite0, random initialization, seed {seed}")
+    recalibrate_batch_norms(encoder, (batch.pixels for batch in images.batches(encoder.preprocess, BATCH_SIZE)))
     return encoder.eval()
 
 
 def accuracy(encoder: Encoder, head: nn.Module, images: Images) -> tuple[int, int]:
-    """How many of the photos that carry their class in the file name are ranked right, and how many there are."""
+    """The number of photos whose class is ranked first, and the number of photos that have their class in the file name."""
     labels = {images.name(path): int(m[1]) for path in images.paths if (m := re.fullmatch(r"imagenet_\d+_(\d+)\.jpg", path.name))}
     correct = 0
     with torch.inference_mode():
-        for batch in images.batches(encoder.preprocess, 12):
+        for batch in images.batches(encoder.preprocess, BATCH_SIZE):
             best = head(encoder(batch.pixels)).argmax(-1).tolist()
             correct += sum(labels.get(name) == guess for name, guess in zip(batch.names, best, strict=True))
     return correct, len(labels)
@@ -192,8 +207,8 @@ def accuracy(encoder: Encoder, head: nn.Module, images: Images) -> tuple[int, in
 def timm_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The weights under the names of timm's ``tf_efficientnet_lite0``.
 
-    The file numbers the blocks 0 … 15 and the norms of a block from 0, or from 1 where nothing is expanded; timm numbers
-    the blocks within their stages, and the norms from 1.
+    The file numbers the blocks from 0 to 15. It numbers the norms of a block from 0, or from 1 if the block has no expansion. timm
+    numbers the blocks within their stages, and the norms from 1.
     """
     blocks = [f"blocks.{s}.{b}" for s, stage in enumerate(model.blocks) for b in range(len(stage))]  # type: ignore[arg-type]
     outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
@@ -217,22 +232,20 @@ def timm_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     return renamed
 
 
-def demo_page(result: Demo) -> Page:
-    """The page of the trained network's scan, with the random networks beside it."""
-    seen, rows = result.trained, result.rows()
-    band = [one.layers() for one in result.random]
-    at_random = result.summary()["random"]
-    first, *others = facts(seen)
-    over_depth = depth(seen, band, f"random, {len(band)} seeds", TRAINED)
+def demo_page(demo: Demo) -> Page:
+    """The page of the trained network's scan, compared with the random networks."""
+    scan, band, at_random = demo.trained, demo.random_rows(), demo.random_kurtosis()
+    first, *others = facts(scan)
+    over_depth = depth(scan, band, f"random, {len(band)} seeds", TRAINED)
     return Page(
         kind="demo",
         title="EfficientNet-Lite0: trained on ImageNet, and at random",
-        summary=f"{seen.images} photographs through the network with its ImageNet weights, and through the same network at "
-        f"{len(band)} random initialisations. The weights name {result.correct} of the {result.labelled} labelled photos right.",
+        summary=f"{scan.images} photographs, seen by the network with its ImageNet weights and by the same network at "
+        f"{len(band)} random initializations. The trained network names {demo.correct} of the {demo.labeled} labeled photos correctly.",
         facts=[
             first,
             Fact(
-                "At random initialisation",
+                "At random initialization",
                 f"{number(min(at_random), 3)} … {number(max(at_random), 3)}",
                 f"vector kurtosis, {len(band)} seeds",
             ),
@@ -243,19 +256,19 @@ def demo_page(result: Demo) -> Page:
                 over_depth.title,
                 [
                     *over_depth.paragraphs,
-                    "The grey band is the same network at random initialisation, its batch norms calibrated on the same "
-                    "photos: what architecture and input alone give. A line outside the band goes along with training; "
-                    f"with {len(band)} seeds the band is a range, not an interval.",
+                    "The gray band is the same network at random initialization, with its batch norms calibrated on the same "
+                    "photos. It shows the effect of the architecture and the input alone. A line outside the band coincides with "
+                    f"training. With {len(band)} seeds the band is a range, not an interval.",
                 ],
                 over_depth.pictures,
-                [Table(with_vectors(rows), layer_table_columns(VECTOR), over_depth.tables[0].caption)],
+                [Table(with_vectors(demo.rows()), layer_table_columns(VECTOR), over_depth.tables[0].caption)],
             ),
-            representation(seen),
-            outlier_features(seen),
-            Section("The photos", [f"One centre crop of each, 224 × 224: {', '.join(path.name for path in photos().paths)}."]),
-            reading(seen),
+            representation(scan),
+            outlier_features(scan),
+            Section("The photos", [f"One center crop of each, 224 × 224: {', '.join(path.name for path in photos().paths)}."]),
+            reading(),
         ],
-        footer=footer(seen),
+        footer=footer(scan),
     )
 
 

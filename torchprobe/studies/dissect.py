@@ -1,27 +1,45 @@
-"""What do the units of an encoder detect? A folder in the format of Broden in, a folder with a table for every layer out."""
+"""What do the units of an encoder detect? A folder in the format of Broden in, a folder with tables and pages for every layer out."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchprobe.datasets import Broden
-from torchprobe.dissection import Dissection, Progress, dissect
-from torchprobe.common.progress import ProgressCallback
+from torchprobe.analysis.interpolation import recalibrate_batch_norms
+from torchprobe.common.deprecation import renamed
+from torchprobe.common.files import replacing, to_json
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import CountCallback
+from torchprobe.datasets import Broden
+from torchprobe.dissection import Dissection, dissect, random_rotation
+from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
+from torchprobe.dissection.report import Report, write_report
+from torchprobe.dissection.report_text import COMPARISON, OWN
 from torchprobe.dissection.walk import clear_checkpoint
-from torchprobe.common.files import replacing
-from torchprobe.common.files import to_json
+from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, text
 
-__all__ = ["Progress", "dissect_folder", "summary"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["dissect_folder", "earlier", "file_names", "print_dissections", "recalibrate", "write", "write_pages"]
 
 _CHECKPOINT = "checkpoint"
+
+Nulls = Mapping[str, Mapping[str, Dissection]]
+"""Name → layer → dissection."""
+
+CALIBRATION = 512
+"""Images from which the batch norm statistics of a network with random weights are measured."""
+
+SHOWN_UNITS = 8
+"""Units in a table for the terminal."""
 
 
 def dissect_folder(
@@ -31,27 +49,25 @@ def dissect_folder(
     out: str | os.PathLike[str],
     *,
     resume: bool = False,
-    progress: ProgressCallback | None = None,
     **options: Any,
 ) -> dict[str, Dissection]:
-    """Dissects layers of an encoder and writes, for each layer, ``<layer>.safetensors`` (:meth:`Dissection.load`), ``<layer>.csv`` (IoU,
-    the original's columns), ``<layer>-ap.csv``, and one ``summary.json``.
+    """Dissects layers of an encoder and writes its files: for each layer ``<layer>.safetensors`` (see :meth:`Dissection.load`),
+    ``<layer>.csv`` (IoU, with the columns of the original) and ``<layer>-ap.csv``; for all layers one ``summary.json``.
 
-    While it runs, checkpoints lie in ``out/checkpoint``; they are deleted at the end. Under ``torchrun`` all ranks call this, with a folder
-    that all of them see; the first writes.
+    During the run, checkpoints are in ``out/checkpoint``; they are deleted at the end. Under ``torchrun`` all ranks call this with a folder
+    that all of them see; the first rank writes.
 
     Args:
         encoder: see :func:`torchprobe.dissection.dissect`.
         broden: the data set, or its folder.
         layers: names or globs.
-        out: a folder; made if it is not there.
-        resume: go on with an interrupted run in ``out``; where there is none, begin.
-        progress: is told a :class:`Progress` after every batch.
-        options: for :func:`torchprobe.dissection.dissect`.
+        out: a folder; created if missing.
+        resume: resume an interrupted run in ``out``; without one, a new run starts.
+        options: for :func:`torchprobe.dissection.dissect`, such as ``batch_size``, ``progress`` and ``stop``.
 
     Raises:
-        ValueError: ``out`` holds an unfinished run that is not to be resumed, or a finished one that is; and whatever :func:`dissect`
-            refuses.
+        ValueError: ``out`` holds an unfinished run and ``resume`` is False, or a finished run and ``resume`` is True; and the errors of
+            :func:`torchprobe.dissection.dissect`.
 
     >>> import tempfile, numpy as np, torch
     >>> from torchprobe.datasets import BrodenWriter
@@ -71,9 +87,7 @@ def dissect_folder(
     if resume and (folder / "summary.json").exists() and not (folder / _CHECKPOINT).exists():
         raise ValueError(f"the dissection in {folder} is finished: there is nothing to resume")
     folder.mkdir(parents=True, exist_ok=True)
-    results = dissect(
-        encoder, selected, broden, checkpoint=folder / _CHECKPOINT, resume=resume, progress=progress, **options
-    )  # fmt: skip
+    results = dissect(encoder, selected, broden, checkpoint=folder / _CHECKPOINT, resume=resume, **options)
     with Ranks() as ranks:
         if ranks.first:
             write(folder, results)
@@ -83,7 +97,7 @@ def dissect_folder(
 
 
 def write(folder: Path, results: Mapping[str, Dissection]) -> dict[str, Path]:
-    """Writes the files of :func:`dissect_folder`; each replaces an older one at once. Returns the path of each layer's tables."""
+    """Writes the files of :func:`dissect_folder`; each replaces an older one. Returns {layer: path of its safetensors file}."""
     names = file_names(results)
     for layer, dissection in results.items():
         if dissection.counts is not None:
@@ -92,12 +106,12 @@ def write(folder: Path, results: Mapping[str, Dissection]) -> dict[str, Path]:
             dissection.to_csv(folder / f"{names[layer]}-ap.csv", score="ap")
         dissection.save(folder / f"{names[layer]}.safetensors")
     with replacing(folder / "summary.json") as temporary:
-        temporary.write_text(to_json({"layers": [{"file": names[name], **summary(d)} for name, d in results.items()]}), encoding="utf-8")
+        temporary.write_text(to_json({"layers": [{"file": names[name], **d.summary()} for name, d in results.items()]}), encoding="utf-8")
     return {layer: folder / f"{names[layer]}.safetensors" for layer in results}
 
 
 def file_names(layers: Iterable[str]) -> dict[str, str]:
-    """Layer → a file name without suffix: safe on every system, and different for each layer.
+    """Layer → a file name without suffix that is valid on every system; different layers get different names.
 
     >>> file_names(["", "visual.layer4", "a/b", "a:b"])
     {'': 'output', 'visual.layer4': 'visual.layer4', 'a/b': 'a_b', 'a:b': 'a_b-2'}
@@ -113,33 +127,129 @@ def file_names(layers: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def summary(dissection: Dissection, thresholds: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)) -> dict[str, Any]:
-    """One layer as plain numbers: detectors by IoU in both ways of counting; concepts encoded, by average precision, at several thresholds.
+# -- pages and the terminal -----------------------------------------------------------------------------------------------
 
-    ``polysemanticity``: concepts per unit, mean over all units; ``units``: those that encode some concept.
+
+def write_pages(
+    folder: str | os.PathLike[str],
+    results: Mapping[str, Dissection],
+    broden: Broden,
+    encoder: nn.Module,
+    nulls: Nulls | None = None,
+    top_images: int = 5,
+    evidence: int = 0,
+    rotated: bool = False,
+    progress: CountCallback | None = None,
+) -> dict[str, Path]:
+    """Writes ``<layer>.html`` for each layer; returns {layer: path}.
+
+    Args:
+        folder: where to write.
+        results: see :func:`torchprobe.studies.dissect.dissect_folder`.
+        broden, encoder: the data set and the network of the results.
+        nulls: dissections to compare with; each is shown for the layers that it has.
+        top_images: top images of each unit.
+        evidence: number of units whose evidence is shown.
+        rotated: whether the units are those of a random rotation with the seed of the metadata.
+        progress: called with (steps done, steps in all): a page is one step, and the evidence of each unit is one step.
     """
-    found: dict[str, Any] = {
-        "layer": dissection.layer,
-        "units": dissection.units,
-        "images": len(dissection.images),
-        "labels": len(dissection.labels),
-        "metadata": dissection.metadata,
-    }
-    if dissection.counts is not None:
-        found["detectors"] = {rule: dissection.unique_detectors(rule)._asdict() for rule in ("paper", "report")}
-        found["best"] = [asdict(row) for row in dissection.best("iou")[:20]]
-    if dissection.average_precision is not None:
-        found["concepts"] = []
-        for threshold in thresholds:
-            pairs = dissection.encoded(threshold)
-            per_unit = pairs.sum(1)
-            found["concepts"].append(
-                {
-                    "threshold": threshold,
-                    "unique": int(pairs.any(0).sum()),
-                    "units": int((per_unit > 0).sum()),
-                    "polysemanticity": float(per_unit.double().mean()),
-                }
-            )
-        found["best_by_gain"] = [asdict(row) for row in dissection.best("gain")[:20]]
+    names = file_names(results)
+    files = {}
+    for before, (layer, dissection) in enumerate(results.items()):
+        basis = random_rotation(dissection.units, int(dissection.metadata.get("seed", 0))) if rotated else None
+        path = Path(folder) / f"{names[layer]}.html"
+
+        def tell(done: int, steps: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before * steps + done, len(results) * steps)
+
+        files[layer or "(output)"] = write_report(
+            dissection, path, broden, encoder,
+            nulls=_of_layer(nulls or {}, layer), top_images=top_images, evidence=evidence, basis=basis, progress=tell,
+        )  # fmt: skip
+    return files
+
+
+def print_dissections(results: Mapping[str, Dissection], nulls: Nulls, out: Console) -> None:
+    """Prints each layer and its nulls; for a single layer also the units with the highest scores.
+
+    Args:
+        results: layer → dissection.
+        nulls: dissections to compare with.
+        out: where to print.
+    """
+    reports = [Report(dissection, _of_layer(nulls, layer)) for layer, dissection in results.items()]
+    rows = []
+    for report in reports:
+        name = report.dissection.layer or "(output)"
+        for row in report.comparison():
+            own = row["layer"] == OWN
+            rows.append({**row, "layer": f"{name}, {number(report.dissection.units)} units" if own else f"  {row['layer']}"})
+    _print([column for column in COMPARISON if any(column.key in row for row in rows)], rows, out)
+    if len(reports) == 1:
+        columns = [column for column in reports[0].columns() if column.key not in ("threshold", "others")]
+        _print(columns, [unit.values for unit in reports[0].units()[:SHOWN_UNITS]], out)
+    if not nulls:
+        advice = "Dissect with random weights and with shuffled labels as well, and name those folders with --null."
+        out.print(text(f"No null was given. {advice}"))
+
+
+def _print(columns: Sequence[Column], rows: Sequence[Row], out: Console) -> None:
+    table = plain_table(*(column.title for column in columns), right={column.title for column in columns if column.numeric})
+    for row in rows:
+        table.add_row(*(text(row[column.key] if column.key == "layer" else shown(row, column)) for column in columns))
+    out.print(table)
+
+
+def earlier(folders: Iterable[str | os.PathLike[str]]) -> dict[str, dict[str, Dissection]]:
+    """Earlier dissections, by the name of their folder and by layer; see :func:`torchprobe.studies.dissect.dissect_folder`.
+
+    Raises:
+        ValueError: a folder does not hold a finished dissection, or holds a damaged one.
+    """
+    found: dict[str, dict[str, Dissection]] = {}
+    for folder in map(Path, folders):
+        try:
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            names = [str(layer["file"]) for layer in summary["layers"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} does not hold a finished dissection: summary.json is missing or damaged ({error})") from error
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{folder}: summary.json names {outside[0]!r}, which is not a file of the folder")
+        results = [Dissection.load(folder / f"{name}.safetensors") for name in names]
+        found[_free(folder.resolve().name, found)] = {result.layer: result for result in results}
     return found
+
+
+def recalibrate(encoder: nn.Module, broden: Broden, batch_size: int = 32, limit: int = CALIBRATION) -> None:
+    """Measures the statistics of all batch norms anew, in place, on the first images of ``broden``, whose order is random.
+
+    Otherwise the layers of an untrained network would have very different scales.
+    """
+    preprocess = find_preprocess(broden, encoder)
+    parts = (range(start, min(start + batch_size, limit, len(broden))) for start in range(0, min(limit, len(broden)), batch_size))
+    recalibrate_batch_norms(encoder, (stack([to_tensor(preprocess, broden.image(row)) for row in part], broden, part) for part in parts))
+
+
+def _of_layer(nulls: Nulls, layer: str) -> dict[str, Dissection]:
+    return {name: layers[layer] for name, layers in nulls.items() if layer in layers}
+
+
+def _free(name: str, taken: Mapping[str, object]) -> str:
+    count, free = 1, name
+    while free in taken:
+        count += 1
+        free = f"{name} ({count})"
+    return free
+
+
+# -- old names -----------------------------------------------------------------------------------------------------------
+
+
+def summary(dissection: Dissection, thresholds: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)) -> dict[str, Any]:
+    """Deprecated: :meth:`Dissection.summary`."""
+    warnings.warn("torchprobe.studies.dissect.summary is deprecated, use Dissection.summary()", DeprecationWarning, stacklevel=2)
+    return dissection.summary(thresholds)
+
+
+__getattr__ = renamed(__name__, {"Progress": "torchprobe.common.runs:Progress"})

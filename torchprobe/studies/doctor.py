@@ -1,49 +1,70 @@
-"""What runs here: versions, kernels, and each of them checked against the reference."""
+"""What is installed here: versions and kernels. Each kernel is checked against the reference."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
 
 import torch
 
+import torchprobe
+from torchprobe.ops import kernels, selfcheck
+
 PACKAGES = ["torch", "numpy", "einops", "safetensors", "rich", "torchvision", "timm", "open_clip_torch", "captum", "matplotlib", "jinja2"]
 
 
-def examine() -> dict[str, Any]:
-    """``versions`` (None: not installed), ``machine``, ``kernels`` (device → "loaded: …" or why not), ``checks`` and ``passed``.
+@dataclass(frozen=True)
+class Examination:
+    """What ``torchprobe doctor`` reports.
 
-    The checks are those of :func:`torchprobe.ops.selfcheck.run`, on the CPU and on every CUDA device; each has ``name``, ``passed``,
-    ``error``, ``tolerance`` and ``detail``. Where a device cannot run the CUDA kernels, ``kernels`` says so, and what is checked there is
-    the PyTorch reference.
+    Attributes:
+        versions: package → version; None if it is not installed.
+        machine: platform, instruction set, threads, CUDA devices.
+        kernels: device → "loaded: …", or the reason why its kernel is not loaded.
+        checks: those of :func:`torchprobe.ops.selfcheck.run`, on the CPU and on every CUDA device, whose name is part of the name. If a
+            device cannot run the CUDA kernels, ``kernels`` says so, and the checks there run the PyTorch reference.
+    """
 
-    >>> examine()["passed"]
+    versions: dict[str, str | None]
+    machine: dict[str, str]
+    kernels: dict[str, str]
+    checks: tuple[selfcheck.Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def examine() -> Examination:
+    """Collects the versions and runs the checks.
+
+    >>> examine().passed
     True
     """
-    import torchprobe
-    from torchprobe.ops import kernels, selfcheck
-
     cuda = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    checks = [{**asdict(check), "name": f"{device}: {check.name}"} for device in ["cpu", *cuda] for check in selfcheck.run(device)]
-    return {
-        "versions": {
+    return Examination(
+        versions={
             "torchprobe": torchprobe.__version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
+            **{package: _version(package) for package in PACKAGES},
         },
-        "machine": {
+        machine={
             "platform": platform.platform(),
             "instruction set": torch.backends.cpu.get_cpu_capability(),
             "threads": str(torch.get_num_threads()),
             "CUDA of torch": torch.version.cuda or "none",
             "CUDA devices": ", ".join(cuda.values()) or "none",
         },
-        "kernels": kernels(),
-        "checks": checks,
-        "passed": all(check["passed"] for check in checks),
-    }
+        kernels=kernels(),
+        checks=tuple(replace(check, name=f"{device}: {check.name}") for device in ["cpu", *cuda] for check in selfcheck.run(device)),
+    )
 
 
 def _version(package: str) -> str | None:

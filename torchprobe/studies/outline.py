@@ -1,10 +1,10 @@
-"""The layers of an encoder, as a forward pass of one blank image shows them."""
+"""The layers of an encoder, found with a forward pass of one blank image."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -13,16 +13,42 @@ from torchprobe.recording import record
 from torchprobe.recording.layers import named_layers, select_layers
 
 
-def outline(encoder: Encoder, layers: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """One row per layer, in the order of the model: ``layer``, ``module`` (its class), ``default`` (recorded when no layers are named),
-    ``features``, ``feature_dim``, ``vectors_per_image``; the last three None for a layer that gives no tensor.
+@dataclass(frozen=True)
+class LayerOutline:
+    """One layer; the last three attributes are None for a layer that returns no tensor.
+
+    Attributes:
+        layer: its name; "" is the encoder itself.
+        module: its class.
+        default: whether it is recorded when no layers are named.
+        features: the length of one vector.
+        feature_dim: the dimension of the output that holds the features.
+        vectors_per_image: number of vectors for one image.
+    """
+
+    layer: str
+    module: str
+    default: bool
+    features: int | None = None
+    feature_dim: int | None = None
+    vectors_per_image: int | None = None
+
+
+def outline(encoder: Encoder, layers: Iterable[str] | None = None) -> list[LayerOutline]:
+    """The layers of an encoder, in the order of the model.
 
     Args:
-        encoder: any; one blank image is run through it.
-        layers: only those that these names or globs select.
+        encoder: one blank image is run through it.
+        layers: names or globs; None: all layers.
 
     Raises:
-        ValueError: a layer the encoder does not have.
+        ValueError: a layer that the encoder does not have.
+
+    >>> from torch import nn
+    >>> from torchvision.transforms.functional import to_tensor
+    >>> encoder = Encoder(nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 8)), features=8, preprocess=to_tensor)
+    >>> [(row.layer, row.features) for row in outline(encoder, ["visual.*"])]
+    [('visual.0', 3), ('visual.1', 48), ('visual.2', 8)]
     """
     from PIL import Image
 
@@ -31,21 +57,15 @@ def outline(encoder: Encoder, layers: Iterable[str] | None = None) -> list[dict[
     modules = {layer.name: type(layer.module).__name__ for layer in named_layers(encoder).values() if layer.name in wanted}
     image = encoder.preprocess(Image.new("RGB", (256, 256), (120, 120, 120)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the layers that do not fire, which the rows show
+        warnings.simplefilter("ignore")  # about layers that do not fire; the rows show them
         with record(encoder, list(modules)) as rec, torch.inference_mode():
             encoder(image[None])
-    seen = {row["layer"]: row for row in rec.rows()}
+    fired = {row["layer"]: row for row in rec.rows()}
     rows = []
     for name, module in modules.items():
-        row = seen.get(name)
-        rows.append(
-            {
-                "layer": name,
-                "module": module,
-                "default": name in default,
-                "features": row and row["features"],
-                "feature_dim": row and row["feature_dim"],
-                "vectors_per_image": row and int(row["vectors"] + row["constant_vectors"] + row["invalid_vectors"]),
-            }
-        )
+        row = LayerOutline(name, module, default=name in default)
+        if seen := fired.get(name):
+            vectors = int(seen["vectors"] + seen["constant_vectors"] + seen["invalid_vectors"])
+            row = LayerOutline(name, module, name in default, seen["features"], seen["feature_dim"], vectors)
+        rows.append(row)
     return rows

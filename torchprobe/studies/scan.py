@@ -1,69 +1,93 @@
-"""Does this encoder have outlier features? One look at a folder of images."""
+"""Does this encoder have outlier features? One pass over a folder of images."""
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.common.progress import CountCallback
-from torchprobe.analysis.intervals import LEVEL, RESAMPLES, bootstrap_interval
 from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
 from torchprobe.analysis.outliers import feature_rows
+from torchprobe.analysis.resampling import LEVEL, RESAMPLES, bootstrap_interval
+from torchprobe.common.runs import Clock, CountCallback, RunOptions, counting
 from torchprobe.datasets import DatasetError, Images
 from torchprobe.encoders import Encoder
 from torchprobe.recording import Recording, record
-from torchprobe.common.files import replacing, to_json
-from torchprobe.rendering.page import Page
-from torchprobe.rendering.page import write as write_page
-from torchprobe.rendering.plots import depth_profile
-from torchprobe.rendering.plots import write as write_figure
-from torchprobe.statistics.bounds import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
-from torchprobe.rendering.tables import LAYER_COLUMNS, cell, write_csv
+from torchprobe.rendering.tables import LAYER_COLUMNS, cell
 from torchprobe.statistics import Moments
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 DEFINITIONS = {
-    "vector kurtosis": "κ(h) = mean((h − mean h)⁴) / mean((h − mean h)²)² over the features of one vector h (Pearson's, "
-    "population moments); the headline is its mean over images.",
-    "interval": f"{LEVEL:.0%} percentile bootstrap of that mean over images ({RESAMPLES:,} resamples): the image is the unit, "
-    "because what comes from one image is dependent.",
-    "Gaussian features": "what d independent Gaussian values give: 3(d − 1)/(d + 1), with its standard deviation from vector to vector.",
-    "ceiling": "the largest value d features can have, when all but one are equal: (d² − 3d + 3)/(d − 1).",
-    "outlier": "feature i is an outlier in a vector when |h_i − mean h| > 6 std of that vector.",
-    "max|h| / mean|h|": "the largest absolute value of a vector over the mean absolute value of that vector; mean over images.",
+    "vector kurtosis": "κ(h) = mean((h − mean h)⁴) / mean((h − mean h)²)² over the features of one vector h (Pearson's definition, "
+    "population moments). The headline number is its mean over images.",
+    "interval": f"{LEVEL:.0%} percentile bootstrap of that mean over images ({RESAMPLES:,} resamples). The image is the unit, "
+    "because values from the same image are dependent.",
+    "Gaussian features": "the value of d independent Gaussian features, 3(d − 1)/(d + 1), and its std from vector to vector.",
+    "ceiling": "the largest value that d features can have, when all but one are equal: (d² − 3d + 3)/(d − 1).",
+    "outlier": "feature i is an outlier in a vector if |h_i − mean h| > 6 std of that vector.",
+    "max|h| / mean|h|": "the largest absolute value of a vector, divided by the mean absolute value of that vector; mean over images.",
     "relative size": "mean |h_i| over images, divided by its average over features.",
     "energy share": "Σ h_i² over images, as a share of the sum over all features.",
     "extreme share": "share of the images in which |h_i| is the largest of all features.",
 }
+"""The terms of a scan, for the terminal, the page and the JSON file."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The vector kurtosis of the representation, with the values to compare it with.
+
+    Attributes:
+        features: the length d of a vector.
+        vector_kurtosis: mean over the images whose vector has a kurtosis.
+        interval: bootstrap interval of that mean; see :data:`DEFINITIONS`.
+        interval_level: share of the resampled means inside the interval.
+        vector_kurtosis_median, vector_kurtosis_std: over the same images; the population standard deviation.
+        gaussian, gaussian_std: of Gaussian features, and its standard deviation from vector to vector.
+        ceiling: the largest value that d features can have.
+        peak: max|h| / mean|h|, mean over images.
+        nonnegative: no value of the representation is negative, as after a ReLU.
+        vectors, constant_vectors, invalid_vectors: as in :class:`torchprobe.Moments`.
+    """
+
+    features: int
+    vector_kurtosis: float
+    interval: tuple[float, float]
+    interval_level: float
+    vector_kurtosis_median: float
+    vector_kurtosis_std: float
+    gaussian: float
+    gaussian_std: float
+    ceiling: float
+    peak: float
+    nonnegative: bool
+    vectors: int
+    constant_vectors: int
+    invalid_vectors: int
 
 
 @dataclass
 class Scan:
-    """What one look at some images saw.
+    """The result of one pass over images.
 
     Attributes:
         model: the name of the encoder.
         recording: the moments of every recorded layer; ``""`` is the representation.
-        kurtosis: vector kurtosis of the representation per image, float64, shape (images,); nan where it has none.
-        peak: max|h| / mean|h| per image, float64, shape (images,).
-        extreme: per feature, the images in which its absolute value is the largest, int64, shape (features,).
-        total: files that were to be read.
-        unreadable: those that could not be, with the reason.
-        partial: it was stopped before the end.
-        settings: what it was run with.
+        kurtosis: vector kurtosis of the representation of each image, float64, shape (images,); nan if it is undefined.
+        peak: max|h| / mean|h| of each image, float64, shape (images,).
+        extreme: per feature, the number of images in which its absolute value is the largest, int64, shape (features,).
+        total: number of files to read.
+        unreadable: the files that could not be read, each with the reason.
+        partial: whether the scan was stopped before the end.
+        settings: the settings of the run.
     """
 
     model: str
@@ -78,28 +102,51 @@ class Scan:
 
     @property
     def images(self) -> int:
-        """Images that were seen."""
+        """The number of images that were seen."""
         return len(self.kurtosis)
 
     @property
     def representation(self) -> Moments:
-        """The moments of the encoder's output."""
-        return self.recording[""]
+        """The moments of the output of the encoder."""
+        moments: Moments = self.recording[""]
+        return moments
 
-    def interval(self) -> tuple[float, float]:
-        """Bootstrap interval of the mean vector kurtosis, over images; see :data:`DEFINITIONS`."""
-        return bootstrap_interval(self.kurtosis, seed=int(self.settings.get("seed", 0)))
+    @functools.cached_property
+    def headline(self) -> Headline:
+        """The numbers of the representation. The bootstrap runs once."""
+        moments = self.representation
+        d = moments.features
+        finite = self.kurtosis[np.isfinite(self.kurtosis)]
+        return Headline(
+            features=d,
+            vector_kurtosis=float(finite.mean()) if finite.size else math.nan,
+            interval=bootstrap_interval(self.kurtosis, seed=int(self.settings.get("seed", 0))),
+            interval_level=LEVEL,
+            vector_kurtosis_median=float(np.median(finite)) if finite.size else math.nan,
+            vector_kurtosis_std=float(finite.std()) if finite.size else math.nan,
+            gaussian=gaussian_kurtosis(d),
+            gaussian_std=gaussian_kurtosis_std(d),
+            ceiling=kurtosis_ceiling(d),
+            peak=float(np.nanmean(self.peak)) if np.isfinite(self.peak).any() else math.nan,
+            nonnegative=bool((moments.min >= 0).all()),
+            vectors=moments.vectors,
+            constant_vectors=moments.constant_vectors,
+            invalid_vectors=moments.invalid_vectors,
+        )
 
     def features(self) -> list[dict[str, Any]]:
-        """One row per feature of the representation, most frequent outlier first; see :func:`torchprobe.analysis.outliers.feature_rows`."""
+        """One row per feature of the representation, the most frequent outlier first.
+
+        See :func:`torchprobe.analysis.outliers.feature_rows`.
+        """
         return feature_rows(self.representation, torch.from_numpy(self.extreme), self.images)
 
     def outliers(self) -> list[dict[str, Any]]:
         """The rows of :meth:`features` that are an outlier in at least one vector."""
         return [row for row in self.features() if row["outlier_share"] > 0]
 
-    def layers(self) -> list[dict[str, Any]]:
-        """The rows of the recording, with the vectors each image gave."""
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per layer: the rows of the recording, with ``vectors_per_image``."""
         counts = [column for column in LAYER_COLUMNS if column.kind == "count"]
         rows = []
         for row in self.recording.rows():
@@ -109,11 +156,7 @@ class Scan:
         return rows
 
     def summary(self) -> dict[str, Any]:
-        """Everything that is printed, as plain numbers: what ``--json`` gives."""
-        m = self.representation
-        d = m.features
-        low, high = self.interval()
-        finite = self.kurtosis[np.isfinite(self.kurtosis)]
+        """All printed numbers as plain values: the content of ``summary.json`` and of ``--json``."""
         return {
             "model": self.model,
             "partial": self.partial,
@@ -122,57 +165,12 @@ class Scan:
                 "found": self.total,
                 "unreadable": [{"file": file, "reason": reason} for file, reason in self.unreadable],
             },
-            "representation": {
-                "features": d,
-                "vector_kurtosis": float(finite.mean()) if finite.size else math.nan,
-                "interval": [low, high],
-                "interval_level": LEVEL,
-                "vector_kurtosis_median": float(np.median(finite)) if finite.size else math.nan,
-                "vector_kurtosis_std": float(finite.std()) if finite.size else math.nan,
-                "gaussian": gaussian_kurtosis(d),
-                "gaussian_std": gaussian_kurtosis_std(d),
-                "ceiling": kurtosis_ceiling(d),
-                "peak": float(np.nanmean(self.peak)) if np.isfinite(self.peak).any() else math.nan,
-                "nonnegative": bool((m.min >= 0).all()),
-                "vectors": m.vectors,
-                "constant_vectors": m.constant_vectors,
-                "invalid_vectors": m.invalid_vectors,
-            },
+            "representation": asdict(self.headline) | {"interval": list(self.headline.interval)},
             "outlier_features": self.outliers(),
-            "layers": self.layers(),
+            "layers": self.rows(),
             "definitions": DEFINITIONS,
             "settings": self.settings,
         }
-
-    def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
-        """Writes the recording, the tables as CSV, the summary as JSON, the plot over depth and the page; see :func:`write_results`."""
-        from torchprobe.studies.scan_page import scan_page
-
-        return write_results(folder, self, self.summary(), depth_profile(self.layers()), scan_page(self))
-
-
-def write_results(folder: str | os.PathLike[str], scan: Scan, summary: Mapping[str, Any], plot: Figure, page: Page) -> dict[str, Path]:
-    """Writes what a study found into ``folder`` and returns the paths by kind; ``summary["layers"]`` is the layer table.
-
-    Each file replaces an older one at once, so that an interruption leaves no half file.
-
-    Raises:
-        OSError: the folder cannot be made or written to.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    recording, json_file = folder / "recording.safetensors", folder / "summary.json"
-    scan.recording.save(recording)
-    with replacing(json_file) as temporary:
-        temporary.write_text(to_json(summary), encoding="utf-8")
-    return {
-        "recording": recording,
-        "layers": write_csv(summary["layers"], folder / "layers.csv"),
-        "features": write_csv(scan.features(), folder / "features.csv"),
-        "summary": json_file,
-        "plot": write_figure(plot, folder / "depth.png"),
-        "page": write_page(page, folder / "index.html"),
-    }
 
 
 def scan(
@@ -187,24 +185,23 @@ def scan(
     progress: CountCallback | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Scan:
-    """Runs ``images`` through ``encoder`` once and records the moments of its layers and its representation.
+    """Runs ``images`` through ``encoder`` once and records the moments of its layers and of its representation.
 
     Args:
         encoder: from :func:`torchprobe.encoders.load_encoder`; moved to ``device`` and put in eval mode.
         images: from :func:`torchprobe.datasets.image_folder`.
-        layers: names or globs as for :func:`torchprobe.record`; its default when None. The representation is always
-            recorded.
+        layers: names or globs as for :func:`torchprobe.record`; None: its default. The representation is always recorded.
         batch_size: files in a batch.
         device: where the encoder runs.
-        workers: threads that decode.
+        workers: threads that decode images.
         seed: of the bootstrap.
-        progress: told after every batch.
-        stop: asked before every batch; True ends the scan with what was seen, marked as partial. So does
-            KeyboardInterrupt, after which the layers may have seen one batch more than the images that are counted.
+        progress: called with (files done, files in all) after every batch.
+        stop: called before every batch. If it returns True, the scan ends with the images seen so far and is marked as partial.
+            KeyboardInterrupt has the same effect, but the layers may then include one batch more than the counted images.
 
     Raises:
-        DatasetError: not one file could be read.
-        ValueError: a layer the encoder does not have.
+        DatasetError: no file could be read.
+        ValueError: a layer that the encoder does not have.
 
     >>> import tempfile, pathlib, PIL.Image
     >>> from torch import nn
@@ -215,45 +212,59 @@ def scan(
     >>> scan(encoder, Images([folder / "a.png"])).representation.vectors
     1
     """
-    encoder = encoder.to(device).eval()
+    options = RunOptions(batch_size, device, workers, seed, progress=counting(progress), stop=stop)
     selected = None if layers is None else ["", *([layers] if isinstance(layers, str) else layers)]
-    kurtosis: list[Tensor] = []
-    peak: list[Tensor] = []
-    extreme = torch.zeros(encoder.features, dtype=torch.int64)
-    unreadable: list[tuple[str, str]] = []
-    done, partial = 0, False
+    encoder = encoder.to(device).eval()
+    seen = _Seen(torch.zeros(encoder.features, dtype=torch.int64))
     with record(encoder, selected) as rec, torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata
         try:
-            for batch in images.batches(encoder.preprocess, batch_size, workers):
-                if stop is not None and stop():
-                    partial = True
-                    break
-                unreadable += batch.unreadable
-                if batch.names:
-                    h = encoder(batch.pixels.to(device)).cpu().double()
-                    kurtosis.append(vector_kurtosis(h))
-                    peak.append(peaks(h))
-                    finite = h[h.isfinite().all(-1)]
-                    extreme += torch.bincount(finite.abs().argmax(-1), minlength=encoder.features)
-                done += batch.files
-                if progress is not None:
-                    progress(done, len(images))
+            _look(encoder, images, options, seen)
         except KeyboardInterrupt:
-            partial = True
-        if not kurtosis:
-            if partial:
+            seen.partial = True
+        if not seen.kurtosis:
+            if seen.partial:
                 raise KeyboardInterrupt
-            file, reason = unreadable[0]
-            raise DatasetError(f"none of the {len(unreadable)} files could be read as an image; the first, {file}: {reason}")
+            file, reason = seen.unreadable[0]
+            raise DatasetError(f"none of the {len(seen.unreadable)} files could be read as an image; the first, {file}: {reason}")
     return Scan(
         model=encoder.name,
         recording=rec.total,
-        kurtosis=torch.cat(kurtosis).numpy(),
-        peak=torch.cat(peak).numpy(),
-        extreme=extreme.numpy(),
+        kurtosis=torch.cat(seen.kurtosis).numpy(),
+        peak=torch.cat(seen.peak).numpy(),
+        extreme=seen.extreme.numpy(),
         total=len(images),
-        unreadable=unreadable,
-        partial=partial,
+        unreadable=seen.unreadable,
+        partial=seen.partial,
         settings={"batch_size": batch_size, "device": str(device), "seed": seed, "layers": selected},
     )
+
+
+@dataclass
+class _Seen:
+    """What the representation of the images seen so far shows; see :class:`Scan`."""
+
+    extreme: Tensor
+    kurtosis: list[Tensor] = field(default_factory=list)
+    peak: list[Tensor] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    partial: bool = False
+
+
+def _look(encoder: Encoder, images: Images, options: RunOptions, seen: _Seen) -> None:
+    """Runs the images through the encoder, and adds them to ``seen`` batch by batch."""
+    clock, done = Clock(options.progress, stages=1), 0
+    clock.start("scan", done, len(images))
+    for batch in images.batches(encoder.preprocess, options.batch_size, options.workers):
+        if options.stop is not None and options.stop():
+            seen.partial = True
+            return
+        seen.unreadable += batch.unreadable
+        if batch.names:
+            h = encoder(batch.pixels.to(options.device)).cpu().double()
+            seen.kurtosis.append(vector_kurtosis(h))
+            seen.peak.append(peaks(h))
+            finite = h[h.isfinite().all(-1)]
+            seen.extreme += torch.bincount(finite.abs().argmax(-1), minlength=encoder.features)
+        done += batch.files
+        clock.tell(done)

@@ -1,10 +1,10 @@
 """The Broden data set and its format: reading, checking, writing.
 
 ======================  ================================================================
-:class:`Broden`         pictures with their labels; which pictures show a concept
-:class:`BrodenWriter`   any segmentation set into the format
+:class:`Broden`         images with their labels; which images show a concept
+:class:`BrodenWriter`   converts any segmentation data set
 :func:`validate`        every problem of a folder
-:class:`Finding`        one of them
+:class:`Finding`        one problem
 ======================  ================================================================
 """
 

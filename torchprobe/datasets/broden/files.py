@@ -1,4 +1,4 @@
-"""Opening what an index names: paths that stay inside, sizes that are bounded, pictures that are whole."""
+"""Opening the files of an index: paths stay inside the folder, sizes are bounded, pictures are complete."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 1 << 14
 MAX_PIXELS = 1 << 26
-"""The largest picture that is opened, by its longer side and by its number of pixels."""
+"""The largest image that is opened: its longer side, and its number of pixels."""
 MAX_BYTES = 1 << 28
 """The largest file that is read."""
 MAX_LABEL = (1 << 16) - 1
-"""The largest number that red and green can hold."""
+"""The largest number that red and green can encode."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -33,11 +33,12 @@ _NO_PARTS = frozenset({"", ".", ".."})
 
 
 class FileError(ValueError):
-    """A file that cannot be used, and why; who called adds the row."""
+    """A file that cannot be used; the message says why. The caller adds the row."""
 
 
 def unsafe(name: str) -> bool:
-    """Whether a name is anything but a plain relative path: absolute, with a drive, an empty, ``.`` or ``..`` part, a backslash or control.
+    """Whether a name is not a plain relative path: an absolute path, a drive, an empty, ``.`` or ``..`` part, a backslash, or control
+    characters.
 
     >>> [unsafe(name) for name in ("ade20k/a b.jpg", "../a.jpg", "/etc/passwd", "a//b.png", "C:a.png", "")]
     [False, True, True, True, True, True]
@@ -47,16 +48,16 @@ def unsafe(name: str) -> bool:
 
 
 def size_problem(height: int, width: int) -> str | None:
-    """What is wrong with the size of a picture, or None."""
+    """The problem with the size of an image, or None."""
     if height < 1 or width < 1:
         return f"a size of {height} × {width} pixels"
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
-        return f"a size of {height} × {width} pixels, more than the {MAX_SIDE} a side and {MAX_PIXELS} in all that are opened"
+        return f"a size of {height} × {width} pixels, more than {MAX_SIDE} on a side or {MAX_PIXELS} in all"
     return None
 
 
 def locate(folder: str, name: str) -> str:
-    """The path of ``name`` beneath ``folder``; a link must not lead out of it either.
+    """The path of ``name`` in ``folder``. A link must not leave the folder either.
 
     Raises:
         FileError: the path leaves the folder.
@@ -79,16 +80,16 @@ def _stays(folder: str, path: str) -> bool:
 
 
 def read_labels(path: str | Path, height: int, width: int) -> Tensor:
-    """The label numbers of a PNG, red + 256 · green: shape (height, width), int32, 0 = unlabelled.
+    """The label numbers of a PNG, red + 256 · green: shape (height, width), int32, 0 = unlabeled.
 
     Raises:
-        FileError: missing, no PNG, truncated, damaged, of another size, or with blue, which must be 0.
+        FileError: the file is missing, not a PNG, truncated, damaged, of another size, or its blue channel is not 0.
     """
     from PIL import Image
 
     data = _read(path)
     if not data.startswith(_PNG_SIGNATURE) or len(data) < 33:
-        raise FileError("no PNG file")
+        raise FileError("not a PNG file")
     if (found := struct.unpack(">II", data[16:24])) != (width, height):  # before anything is decompressed
         raise FileError(f"the label map is {found[1]} × {found[0]} pixels, its row says sh × sw = {height} × {width}")
     _check_chunks(data)
@@ -96,18 +97,18 @@ def read_labels(path: str | Path, height: int, width: int) -> Tensor:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.mode not in ("RGB", "RGBA", "P", "L", "1"):
                 raise FileError(f"pixels of mode {image.mode}; expected 8-bit red, green and blue")
-            packed = np.frombuffer(image.convert("RGB").tobytes("raw", "RGBX"), "<u4")
+            pixels = np.frombuffer(image.convert("RGB").tobytes("raw", "RGBX"), "<u4")
     except FileError:
         raise
-    except Exception as error:  # a decoder meeting hostile bytes may raise anything
+    except Exception as error:  # hostile bytes may raise anything in a decoder
         raise FileError(f"the PNG file is damaged ({_reason(error)})") from None
-    if (packed & 0xFF0000).any():
-        raise FileError("the blue channel is not 0, so these are no label numbers (red + 256 · green)")
-    return torch.from_numpy((packed & 0xFFFF).astype(np.int32).reshape(height, width))
+    if (pixels & 0xFF0000).any():
+        raise FileError("the blue channel is not 0, so these are not label numbers (red + 256 · green)")
+    return torch.from_numpy((pixels & 0xFFFF).astype(np.int32).reshape(height, width))
 
 
 def _check_chunks(data: bytes) -> None:
-    """Every chunk of a PNG is there and has its checksum; the decoder may have been told to forgive that (LOAD_TRUNCATED_IMAGES)."""
+    """Checks that no chunk of a PNG is missing and that checksums match. The decoder may ignore such errors (LOAD_TRUNCATED_IMAGES)."""
     at = len(_PNG_SIGNATURE)
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -123,10 +124,10 @@ def _check_chunks(data: bytes) -> None:
 
 
 def read_image(path: str | Path) -> Image:
-    """A picture in RGB.
+    """An image in RGB.
 
     Raises:
-        FileError: missing, neither JPEG nor PNG, truncated, damaged, or too large.
+        FileError: the file is missing, neither JPEG nor PNG, truncated, damaged, or too large.
     """
     from PIL import Image
 
@@ -139,14 +140,14 @@ def read_image(path: str | Path) -> Image:
     except FileError:
         raise
     except Exception as error:
-        raise FileError(f"the picture cannot be decoded ({_reason(error)})") from None
+        raise FileError(f"the image cannot be decoded ({_reason(error)})") from None
 
 
 def _read(path: str | Path) -> bytes:
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):
-            raise FileError("it is no regular file")
+            raise FileError("it is not a regular file")
         if info.st_size > MAX_BYTES:
             raise FileError(f"the file is larger than {MAX_BYTES >> 20} MiB")
         with open(path, "rb") as file:

@@ -1,26 +1,31 @@
-"""The tables of a Broden folder: categories, labels and rows, each problem reported with its line."""
+"""The tables of a Broden folder: categories, labels and rows, read and written. Each problem is reported with its line."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from torchprobe.common.files import replacing
 from torchprobe.datasets.broden.files import MAX_BYTES, MAX_LABEL, size_problem, unsafe
 
 ROW_COLUMNS = ("image", "split", "ih", "iw", "sh", "sw")
 SPLITS = ("train", "val")
+
+TRAIN_SHARE = 0.7
+"""Share of the range of hashes that belongs to the training split, as in the release."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """One problem of a Broden folder.
 
-    ``row`` is the line of the CSV file concerned (the header is line 1) – of index.csv where ``file`` is a picture –, ``file`` the file
-    relative to the folder, ``what`` the problem, ``fix`` what to do about it.
+    ``file``: relative to the folder. ``row``: the line of that CSV file, where the header is line 1; for an image or label map the line of
+    index.csv. ``what``: the problem. ``fix``: what to do about it.
     """
 
     row: int | None
@@ -33,14 +38,14 @@ class Finding:
         return f"{self.file}{line}: {self.what}; {self.fix}"
 
 
-Report = Callable[[Finding], None]
-"""What is done with a problem: the validator collects it, the reader raises. After a report the line is left out."""
+OnFinding = Callable[[Finding], None]
+"""Called with each problem: the validator collects it, the reader raises an error. The line with the problem is left out."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """A concept. ``number`` is what the label maps hold; ``category`` the primary one, ``categories`` all it stands in; ``frequency``
-    the images that have it (summed over categories), ``coverage`` its area in units of whole images."""
+    """A concept. ``number``: its number in the label maps. ``category``: its primary category. ``categories``: all its categories.
+    ``frequency``: images with the label, summed over categories. ``coverage``: its area in units of whole images."""
 
     number: int
     name: str
@@ -52,7 +57,7 @@ class Label:
 
     @property
     def title(self) -> str:
-        """The name for people: without the suffix of colours and scenes, with spaces.
+        """The name as people read it: with spaces, without the suffix of colors and scenes.
 
         >>> Label(12, "wheat_field-s", "scene", ("scene",), 10, 10.0).title
         'wheat field'
@@ -62,8 +67,8 @@ class Label:
 
 
 class Row(NamedTuple):
-    """One line of index.csv: ``entries`` holds, per category, what its column lists – file names beneath images/ (str), whole-image labels
-    (int) –, without the literal 0, which means unlabelled."""
+    """One line of index.csv. ``entries``: for each category, the entries of its column: names of label maps in images/ (str) and
+    whole-image labels (int). The entry 0 means unlabeled and is left out."""
 
     line: int
     image: str
@@ -77,18 +82,19 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Tables:
-    """``categories``: the chosen ones, in the order of category.csv; ``labels``: all of label.csv by ascending number; ``coverage``: what
-    the c_*.csv of the chosen categories say, by (category, number)."""
+    """``categories``: the chosen ones, in the order of category.csv. ``labels``: all labels of label.csv, by ascending number.
+    ``coverage``: (category, number) → the coverage in the c_*.csv of the chosen categories."""
 
     categories: tuple[str, ...]
     labels: tuple[Label, ...]
     coverage: dict[tuple[str, int], float]
 
 
-def read_tables(root: Path, report: Report, categories: Sequence[str] | None = None) -> Tables:
-    """category.csv, label.csv and the c_*.csv of ``categories`` (None for all).
+def read_tables(root: Path, report: OnFinding, categories: Sequence[str] | None = None) -> Tables:
+    """Reads category.csv, label.csv and the c_*.csv of ``categories`` (None for all).
 
-    The primary category of a label is, of the chosen categories, the one it covers most of; of equals the last, as in the original.
+    The primary category of a label is the chosen category in which it has the largest coverage; of equal categories the last, as in the
+    original.
     """
     names = [values[0] for _, values in _lines(root, "category.csv", ("name",), report)]
     chosen = [name for name in dict.fromkeys(names) if categories is None or name in categories]
@@ -118,20 +124,20 @@ def read_tables(root: Path, report: Report, categories: Sequence[str] | None = N
             report(Finding(line, "label.csv", what, f"a number from 1 to {MAX_LABEL}, a name, and a frequency and coverage ≥ 0"))
             continue
         if found in labels:
-            report(Finding(line, "label.csv", f"label {found} is listed more than once", "give every label a number of its own"))
+            report(Finding(line, "label.csv", f"label {found} is listed more than once", "give every label its own number"))
             continue
         own = [category for category in chosen if (category, found) in coverage]
-        # What is in none of the categories counts as of the last, as in the original.
+        # A label without a chosen category gets the last one, as in the original.
         _, primary = max(((coverage.get((category, found), 0.0), at) for at, category in enumerate(chosen)), default=(0.0, -1))
         category = chosen[primary] if chosen else ""
         labels[found] = Label(found, name, category, tuple(own), int(count), share, tuple(s for s in synonyms.split(";") if s))
     return Tables(tuple(chosen), tuple(labels[number] for number in sorted(labels)), coverage)
 
 
-def read_rows(root: Path, report: Report, categories: Sequence[str], known: Callable[[int], bool]) -> Iterator[Row]:
-    """The lines of index.csv that are in order, those without data included; ``known`` says which label numbers there are."""
+def read_rows(root: Path, report: OnFinding, categories: Sequence[str], known: Callable[[int], bool]) -> Iterator[Row]:
+    """The valid lines of index.csv, including those without labels; ``known``: whether a label number exists."""
     columns = (*ROW_COLUMNS, *categories)
-    cells_seen: dict[str, _Entries] = {}  # numbers and sizes repeat; file names do not
+    cells_seen: dict[str, _Entries] = {}  # label numbers and sizes repeat; file names do not
     sizes_seen: dict[tuple[str, ...], _Sizes] = {}
     for line, (image, split, ih, iw, sh, sw, *cells) in _lines(root, "index.csv", columns, report, len(ROW_COLUMNS)):
         texts = (ih, iw, sh, sw)
@@ -168,18 +174,18 @@ def _sizes(texts: tuple[str, str, str, str]) -> _Sizes:
     if min(ih, iw, sh, sw) < 0:
         return (ih, iw, sh, sw), [(f"ih, iw, sh, sw = {', '.join(map(repr, texts))}", "write the four sizes as whole numbers")]
     problems = [size_problem(ih, iw), size_problem(sh, sw)]
-    return (ih, iw, sh, sw), [(problem, "no picture should be of that size") for problem in problems if problem]
+    return (ih, iw, sh, sw), [(problem, "images of this size are not allowed") for problem in problems if problem]
 
 
 def _entries(cell: str, known: Callable[[int], bool]) -> _Entries:
-    """The cell of a category."""
+    """The entries in the cell of a category."""
     entries: list[str | int] = []
     problems: _Problems = []
     for entry in cell.split(";"):
         if entry.isdigit():
             number = _label_number(entry)
             if number is None or (number and not known(number)):
-                problems.append((f"label {entry[:20]} is not in label.csv", "add it there, or write 0 for unlabelled"))
+                problems.append((f"label {entry[:20]} is not in label.csv", "add it there, or write 0 for unlabeled"))
             elif number:
                 entries.append(number)
         elif entry and not entry.lower().endswith(".png"):
@@ -191,13 +197,13 @@ def _entries(cell: str, known: Callable[[int], bool]) -> _Entries:
     return tuple(entries), problems
 
 
-def _lines(root: Path, file: str, columns: Sequence[str], report: Report, needed: int | None = None) -> Iterator[tuple[int, list[str]]]:
-    """(line, the values of ``columns``) of every line of a CSV file; an absent column is reported, and
-    empty unless it is one of the first ``needed`` (default: all)."""
+def _lines(root: Path, file: str, columns: Sequence[str], report: OnFinding, needed: int | None = None) -> Iterator[tuple[int, list[str]]]:
+    """(line number, the values of ``columns``) for every line of a CSV file. A missing column is reported. If it is one of the first
+    ``needed`` columns (default: all), no line is read, otherwise its values are empty."""
     path = root / file
     try:
         if os.path.getsize(path) > MAX_BYTES:
-            report(Finding(None, file, f"the table is larger than {MAX_BYTES >> 20} MiB", "this is no Broden table"))
+            report(Finding(None, file, f"the table is larger than {MAX_BYTES >> 20} MiB", "this is not a Broden table"))
             return
         with open(path, newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream)
@@ -213,7 +219,7 @@ def _lines(root: Path, file: str, columns: Sequence[str], report: Report, needed
                 elif values:
                     report(Finding(reader.line_num, file, f"{len(values)} fields", f"the header has {len(header)}"))
     except FileNotFoundError:
-        report(Finding(None, file, "the file is missing", "take it from the release, or write the set with BrodenWriter"))
+        report(Finding(None, file, "the file is missing", "copy it from the release, or write the data set with BrodenWriter"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         report(Finding(None, file, f"the table cannot be read ({type(error).__name__}: {error})", "it must be CSV in UTF-8"))
 
@@ -228,3 +234,122 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if 0 <= value < float("inf") else None
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Occurrence:
+    """``frequency``: images that have a label. ``coverage``: its area in units of whole images."""
+
+    frequency: int = 0
+    coverage: float = 0.0
+
+
+@dataclass
+class LabelCounts:
+    """How often each label occurs in each category: ``by_label[label][category]``."""
+
+    by_label: dict[str, dict[str, Occurrence]] = field(default_factory=dict)
+
+    def add(self, category: str, label: str, share: float) -> None:
+        """Counts one image, of which the label covers ``share``."""
+        found = self.by_label.setdefault(label, {}).setdefault(category, Occurrence())
+        found.frequency += 1
+        found.coverage += share
+
+    def total(self, label: str) -> Occurrence:
+        """The sum over all categories."""
+        found = self.by_label[label].values()
+        return Occurrence(sum(part.frequency for part in found), sum(part.coverage for part in found))
+
+    def numbers(self, min_frequency: int, min_coverage: float) -> dict[str, int]:
+        """Label → number: 1 for the most frequent, then by coverage, then by name. Labels that are too rare are left out."""
+        totals = {label: self.total(label) for label in self.by_label}
+        kept = [label for label, total in totals.items() if total.frequency >= min_frequency and total.coverage >= min_coverage]
+        kept.sort(key=lambda label: (-totals[label].frequency, -totals[label].coverage, label))
+        return {label: number for number, label in enumerate(kept, 1)}
+
+
+@dataclass
+class WrittenRow:
+    """A future line of the index. ``entries``: by category, files in images/ and label numbers."""
+
+    image: str
+    size: tuple[int, int]
+    label_size: tuple[int, int]
+    entries: dict[str, list[str | int]]
+
+
+def image_hash(image: str) -> int:
+    """The number that decides order and split: the first 8 bytes, big-endian, of the md5 of the path in images/."""
+    return int.from_bytes(hashlib.md5(image.encode(), usedforsecurity=False).digest()[:8], "big")
+
+
+def image_split(image: str) -> str:
+    """``"train"`` or ``"val"``.
+
+    >>> image_split("ade20k/ADE_train_00003891.jpg")
+    'train'
+    """
+    return "train" if image_hash(image) / 2**64 <= TRAIN_SHARE else "val"
+
+
+def write_tables(
+    root: Path, rows: Sequence[WrittenRow], counts: LabelCounts, numbers: Mapping[str, int], synonyms: Mapping[str, Sequence[str]]
+) -> None:
+    """Writes every table, index.csv last, so that a folder with an index is complete; ``numbers``: label → number."""
+    members: dict[str, list[str]] = {}  # category → labels by number; categories in the order of their smallest number
+    for label in sorted(numbers, key=lambda label: numbers[label]):
+        for category in counts.by_label[label]:
+            members.setdefault(category, []).append(label)
+
+    _write_labels(root, numbers, counts, synonyms)
+    table = []
+    for category, own in members.items():
+        found = {label: counts.by_label[label][category] for label in own}
+        table.append((category, numbers[own[0]], numbers[own[-1]], len(own), sum(count.frequency for count in found.values())))
+        own = sorted(own, key=lambda label: (-found[label].frequency, -found[label].coverage))
+        codes = [(code, numbers[label], label, found[label].frequency, f"{found[label].coverage:f}") for code, label in enumerate(own, 1)]
+        _write(root / f"c_{category}.csv", ("code", "number", "name", "frequency", "coverage"), codes)
+    _write(root / "category.csv", ("name", "first", "last", "count", "frequency"), table)
+    (root / "README.txt").write_text(_readme(rows, members), encoding="utf-8")
+    index = []
+    for row in sorted(rows, key=lambda row: image_hash(row.image)):
+        cells = (";".join(map(str, row.entries.get(category, ()))) for category in members)
+        index.append((row.image, image_split(row.image), *row.size, *row.label_size, *cells))
+    _write(root / "index.csv", (*ROW_COLUMNS, *members), index)
+
+
+def _write_labels(root: Path, numbers: Mapping[str, int], counts: LabelCounts, synonyms: Mapping[str, Sequence[str]]) -> None:
+    lines = []
+    for label, number in sorted(numbers.items(), key=lambda pair: pair[1]):
+        own = sorted(counts.by_label[label].items(), key=lambda pair: -pair[1].frequency)
+        where = ";".join(f"{category}({count.frequency})" for category, count in own)
+        total = counts.total(label)
+        lines.append((number, label, where, total.frequency, f"{total.coverage:f}", ";".join(synonyms.get(label, ()))))
+    _write(root / "label.csv", ("number", "name", "category", "frequency", "coverage", "syns"), lines)
+    aliases = [f"{line[1]}: {', '.join(synonyms[line[1]])}\n" for line in lines if synonyms.get(line[1])]
+    (root / "syns.txt").write_text("".join(aliases), encoding="utf-8")
+
+
+def _readme(rows: Sequence[WrittenRow], members: Mapping[str, Sequence[str]]) -> str:
+    counts = "\n".join(f"  {category}: {len(own)} labels" for category, own in members.items())
+    return f"""A segmentation data set in the format of Broden, written by torchprobe.
+
+{len(rows)} images in {len(members)} categories:
+{counts}
+
+index.csv     one line for each image: path in images/, split, size of the image (ih, iw) and of its label maps (sh, sw); then a
+              column for each category, with label maps (PNG, in images/) and whole-image label numbers, joined by semicolons
+label.csv     the labels by number, with their categories, the number of images that have them, and their total area
+category.csv  the categories, with the first and last number of their labels
+c_*.csv       the labels of one category
+A label map encodes the number n as red n % 256, green n // 256, blue 0; 0 means unlabeled.
+"""
+
+
+def _write(path: Path, header: Sequence[str], lines: Sequence[Sequence[object]]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *lines])

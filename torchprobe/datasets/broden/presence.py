@@ -1,11 +1,10 @@
-"""Which concepts each picture shows: a sparse matrix of images × labels, with areas."""
+"""Which concepts each image shows: a sparse matrix of images × labels, with areas."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,21 @@ from torchprobe.common.files import replacing
 class Presence:
     """Labels of each image in compressed sparse rows.
 
-    ``crow`` int64 (images + 1,): image i has the entries crow[i] … crow[i + 1]; ``number`` int32 (entries,): labels, ascending within an
-    image; ``area`` float32 (entries,): the share of the image in which any of its label maps has the label, 1 for whole-image labels.
+    ``crow`` int64 (images + 1,): image i has the entries crow[i] … crow[i + 1]. ``number`` int32 (entries,): labels, ascending within an
+    image. ``area`` float32 (entries,): the share of the image where at least one label map has the label; 1 for whole-image labels.
     """
 
     crow: Tensor
     number: Tensor
     area: Tensor
+
+    @classmethod
+    def of(cls, images: Sequence[tuple[Tensor, Tensor]]) -> Presence:
+        """From the numbers and areas of each image, see :func:`image_areas`."""
+        counts = torch.tensor([0, *(len(number) for number, _ in images)])
+        empty = torch.empty(0)
+        numbers, areas = [number for number, _ in images], [area for _, area in images]
+        return cls(counts.cumsum(0), torch.cat([empty.int(), *numbers]), torch.cat([empty, *areas]))
 
     def __len__(self) -> int:
         return len(self.crow) - 1
@@ -38,7 +45,7 @@ class Presence:
         return (torch.searchsorted(self.crow, entries, right=True) - 1).tolist()
 
     def save(self, path: str | os.PathLike[str], key: bytes = b"") -> None:
-        """Writes a safetensors file; ``key`` is what it was made from."""
+        """Writes a safetensors file; ``key``: identifies the data that it was computed from."""
         from safetensors.torch import save_file
 
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +54,7 @@ class Presence:
 
 
 def load_presence(path: str | os.PathLike[str], key: bytes = b"") -> Presence | None:
-    """What :meth:`Presence.save` wrote, or None if it is not there, was made from something else or is damaged."""
+    """Reads a file of :meth:`Presence.save`. None if the file is missing, damaged, or has another key."""
     from safetensors import SafetensorError, safe_open
 
     if not os.path.exists(path):
@@ -61,28 +68,9 @@ def load_presence(path: str | os.PathLike[str], key: bytes = b"") -> Presence | 
         return None
 
 
-def scan_presence(
-    labels: Callable[[int], list[tuple[str, Tensor]]],
-    images: int,
-    label_size: int,
-    workers: int = 2,
-    progress: Callable[[int, int], object] | None = None,
-) -> Presence:
-    """Reads the labels of every image, in threads: decoding releases the interpreter."""
-    counts, numbers, areas = [0], [], []
-    with ThreadPoolExecutor(workers, thread_name_prefix="torchprobe-labels") as threads:
-        for done, (number, area) in enumerate(_in_order(threads, lambda i: image_areas(labels(i), label_size), images), 1):
-            counts.append(len(number))
-            numbers.append(number)
-            areas.append(area)
-            if progress is not None:
-                progress(done, images)
-    empty = torch.empty(0)
-    return Presence(torch.tensor(counts).cumsum(0), torch.cat([empty.int(), *numbers]), torch.cat([empty, *areas]))
-
-
 def image_areas(labels: list[tuple[str, Tensor]], label_size: int) -> tuple[Tensor, Tensor]:
-    """The numbers of one image, ascending, and the share of it that each covers: a pixel counts once, however many maps have the label."""
+    """The label numbers of one image, ascending, and the share of the image that each covers. A pixel counts once if several maps have the
+    label there."""
     share = np.zeros(label_size, np.float32)
     maps = [planes.numpy() for _, planes in labels if planes.dim() == 3]
     if maps:
@@ -97,20 +85,12 @@ def image_areas(labels: list[tuple[str, Tensor]], label_size: int) -> tuple[Tens
 
 
 def pixel_counts(planes: np.ndarray[Any, Any], label_size: int) -> np.ndarray[Any, Any]:
-    """Pixels of each number in any of the planes (k, h, w); what 0 gets means nothing."""
+    """Pixels that have each number in at least one of the planes (k, h, w). The count of number 0 has no meaning."""
     planes = planes.copy()
     for k in range(1, len(planes)):
         for earlier in planes[:k]:
-            planes[k][planes[k] == earlier] = 0  # counted there
+            planes[k][planes[k] == earlier] = 0  # already counted
     return np.bincount(planes.ravel(), minlength=label_size)
-
-
-def _in_order(
-    threads: ThreadPoolExecutor, work: Callable[[int], tuple[Tensor, Tensor]], count: int, block: int = 256
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The results of ``work`` in order, with no more than a block of them waiting."""
-    for start in range(0, count, block):
-        yield from threads.map(work, range(start, min(start + block, count)))
 
 
 def _digest(key: bytes) -> str:

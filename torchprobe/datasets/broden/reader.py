@@ -1,21 +1,24 @@
-"""The Broden data set: pictures with the concepts in them."""
+"""The Broden data set: images with their concepts."""
 
 from __future__ import annotations
 
 import difflib
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from torchprobe.common.messages import install_hint
+from torchprobe.common.runs import CountCallback
 from torchprobe.datasets.broden.files import FileError, locate, read_image, read_labels
 from torchprobe.datasets.broden.index import SPLITS, Finding, Label, Row, read_rows, read_tables
-from torchprobe.datasets.broden.presence import Presence, load_presence, scan_presence
+from torchprobe.datasets.broden.presence import Presence, image_areas, load_presence
 from torchprobe.datasets.images import DatasetError
 
 if TYPE_CHECKING:
@@ -23,12 +26,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ImageLabels = list[tuple[str, Tensor]]
-"""What one picture shows: (category, labels). Labels are int32: label maps (planes, sh, sw), 0 = unlabelled, or the numbers (n,) of
-whole-image labels. A category may come with both."""
+"""The labels of one image: (category, labels). Labels are int32: label maps (planes, sh, sw), 0 = unlabeled, or the numbers (n,) of
+whole-image labels. A category can have both."""
 
 
 class Sample(NamedTuple):
-    """A picture – PIL in RGB, or what ``transform`` made of it – and its labels."""
+    """``image``: PIL in RGB, or the result of ``transform``; and its ``labels``."""
 
     image: Any
     labels: ImageLabels
@@ -42,18 +45,22 @@ class Broden(Dataset[Sample]):
         root: the folder that holds index.csv, label.csv, category.csv, c_*.csv and images/.
         split: ``"train"``, ``"val"`` or None for both.
         categories: read only these, in the order of category.csv; None for all.
-        transform: what is done to each picture (PIL, RGB).
+        transform: applied to each image (PIL, RGB).
 
-    Rows without data in the chosen categories are left out, as in the original; ``rows[i].line`` is the line of index.csv. A literal 0 in
-    the index means unlabelled. Nothing is resized: every label map has the size that its row states.
+    Rows without labels in the chosen categories are left out, as in the original; ``rows[i].line`` is the line of index.csv. A 0 in the
+    index means unlabeled. Nothing is resized: every label map has the size in its row.
 
-    Attributes: ``rows`` (list of :class:`Row`), ``categories`` (names), ``labels`` (those of the categories, :class:`Label` by ascending
-    number), ``label_size`` (largest number of label.csv + 1), ``primary`` (int64, (label_size,): number → index into ``categories`` of the
-    category that the label covers most of; of equals, and for 0, the last, as in the original).
+    Attributes:
+        rows: list of :class:`Row`.
+        categories: names.
+        labels: the labels of the categories, :class:`Label` by ascending number.
+        label_size: largest number of label.csv + 1.
+        primary: int64 (label_size,): number → index into ``categories`` of the category in which the label has the largest coverage. Of
+            equal categories, and for 0, it is the last one, as in the original.
 
     Raises:
-        DatasetError: the folder or one of its tables cannot be used; the message names file, line and remedy. :func:`validate` lists
-            every problem instead of the first.
+        DatasetError: the folder or one of its tables cannot be used; the message says file, line and what to do. :func:`validate` lists
+            every problem instead of only the first.
         ValueError: no such split or category.
 
     >>> import tempfile, numpy as np
@@ -111,7 +118,7 @@ class Broden(Dataset[Sample]):
         return Sample(image if self.transform is None else self.transform(image), self.image_labels(index))
 
     def image(self, index: int) -> Image:
-        """The picture of a row, RGB, without ``transform``.
+        """The image of a row, RGB, without ``transform``.
 
         Raises:
             DatasetError: it cannot be decoded, is too large, or lies outside the folder; the message names the row.
@@ -126,7 +133,7 @@ class Broden(Dataset[Sample]):
         """The labels of a row, see :data:`ImageLabels`, in the order of ``categories`` and of the index.
 
         Raises:
-            DatasetError: a label map is missing, damaged, of another size than its row says, or holds a number that label.csv does not.
+            DatasetError: a label map is missing, damaged, of another size than its row says, or contains a number that is not in label.csv.
         """
         row = self.rows[index]
         found: ImageLabels = []
@@ -153,7 +160,7 @@ class Broden(Dataset[Sample]):
         """The label of a name, a :attr:`Label.title` or a number.
 
         Raises:
-            KeyError: there is none, or several of that title; the message suggests.
+            KeyError: no such label, or several with that title; the message suggests labels.
         """
         if isinstance(name, int):
             if name in self._by_number:
@@ -172,9 +179,9 @@ class Broden(Dataset[Sample]):
 
         Args:
             name: see :meth:`label`.
-            minimum_area: the share of the picture that it must cover; whole-image labels cover all of it.
+            minimum_area: the share of the image that the concept must cover; whole-image labels cover all of it.
 
-        Concepts with label maps need :meth:`presence`, which is made at the first call.
+        Concepts with label maps need :meth:`presence`, which is computed at the first call.
         """
         label = self.label(name)
         columns = [self.categories.index(category) for category in label.categories]
@@ -182,13 +189,12 @@ class Broden(Dataset[Sample]):
             return [i for i, row in enumerate(self.rows) if any(label.number in row.entries[column] for column in columns)]
         return self.presence().images(label.number, minimum_area)
 
-    def presence(
-        self, cache: str | os.PathLike[str] | None = None, workers: int = 2, progress: Callable[[int, int], object] | None = None
-    ) -> Presence:
-        """Which labels each row shows and how much of it they cover; decodes every label map once (one or two minutes for all of Broden).
+    def presence(self, cache: str | os.PathLike[str] | None = None, workers: int = 2, progress: CountCallback | None = None) -> Presence:
+        """Which labels each row shows and how much of the image they cover. Every label map is decoded once, which takes one or two minutes
+        for all of Broden.
 
         Args:
-            cache: a file to keep it in. It is read if it was made from the same index and categories, else written.
+            cache: a file for the result. It is read if it was computed from the same index and categories, otherwise it is written.
             workers: threads that decode.
             progress: called with (rows done, rows in all).
         """
@@ -196,16 +202,47 @@ class Broden(Dataset[Sample]):
             key = (self.root / "index.csv").read_bytes() + repr((self.split, self.categories)).encode()
             self._presence = load_presence(cache, key) if cache is not None else None
             if self._presence is None:
-                self._presence = scan_presence(self.image_labels, len(self), self.label_size, workers, progress)
+                self._presence = self._scan(workers, progress)
                 if cache is not None:
                     self._presence.save(cache, key)
         return self._presence
 
-    def captum_concept(self, name: str | int, batch_size: int = 32, limit: int | None = None, minimum_area: float = 0.0) -> Concept:
-        """The pictures of a concept as a ``captum.concept.Concept``, for TCAV; see :func:`torchprobe.datasets.broden.captum.concept`."""
-        from torchprobe.datasets.broden.captum import concept
+    def _scan(self, workers: int, progress: CountCallback | None) -> Presence:
+        """Reads the labels of every image, in threads, since decoding releases the interpreter lock."""
+        found: list[tuple[Tensor, Tensor]] = []
+        with ThreadPoolExecutor(workers, thread_name_prefix="torchprobe-labels") as threads:
+            for start in range(0, len(self), 256):  # small blocks, so that few results wait
+                block = range(start, min(start + 256, len(self)))
+                for areas in threads.map(lambda row: image_areas(self.image_labels(row), self.label_size), block):
+                    found.append(areas)
+                    if progress is not None:
+                        progress(len(found), len(self))
+        return Presence.of(found)
 
-        return concept(self, name, batch_size, limit, minimum_area)
+    def captum_concept(self, name: str | int, batch_size: int = 32, limit: int | None = None, minimum_area: float = 0.0) -> Concept:
+        """The images of a concept as a ``captum.concept.Concept``, for ``captum.concept.TCAV.interpret``.
+
+        Args:
+            name: see :meth:`label`. The number of the label becomes the id of the concept.
+            batch_size: of the ``data_iter`` of the concept.
+            limit: at most so many images, from the start of the index, whose order is random.
+            minimum_area: see :meth:`concept_images`.
+
+        Raises:
+            ImportError: captum is not installed.
+            KeyError: no such label.
+            ValueError: no image shows the concept.
+            TypeError: at the first batch, if ``transform`` does not give tensors.
+        """
+        try:
+            from captum.concept import Concept
+        except ImportError as error:
+            raise ImportError(f"this needs captum: {install_hint('captum')}") from error
+        label = self.label(name)
+        rows = self.concept_images(label.number, minimum_area)[:limit]
+        if not rows:
+            raise ValueError(f"no image of {self!r} shows {label.name!r} over at least {minimum_area:g} of its area")
+        return Concept(label.number, label.name, DataLoader(_Transformed(self, rows), batch_size))
 
     # -- errors and display ----------------------------------------------------------------------------------------
 
@@ -220,15 +257,32 @@ class Broden(Dataset[Sample]):
         return f"Broden({len(self)} images, {len(self.labels)} labels in {', '.join(self.categories)}{split}, {str(self.root)!r})"
 
 
+class _Transformed(Dataset[Tensor]):
+    """The transformed images of some rows."""
+
+    def __init__(self, broden: Broden, rows: list[int]) -> None:
+        self.broden, self.rows = broden, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image: Any = self.broden.image(self.rows[index])
+        image = image if self.broden.transform is None else self.broden.transform(image)
+        if not isinstance(image, Tensor):
+            raise TypeError(f"a concept needs tensors, got {type(image).__name__}: give Broden a transform that makes them")
+        return image
+
+
 def known_labels(labels: Sequence[Label]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """By number, whether there is such a label; 0, the unlabelled, is."""
+    """By number, whether the label exists; 0, the unlabeled, does."""
     known = np.zeros(1 + max((label.number for label in labels), default=0), bool)
     known[[0, *(label.number for label in labels)]] = True
     return known
 
 
 def unknown_labels(plane: Tensor, known: np.ndarray[Any, np.dtype[np.bool_]]) -> list[int]:
-    """The numbers of a label map that ``known`` (by number) does not have, ascending."""
+    """The numbers of a label map that are not in ``known``, ascending."""
     numbers = plane.numpy()
     if numbers.max(initial=0) < len(known) and known[numbers].all():
         return []
@@ -237,10 +291,10 @@ def unknown_labels(plane: Tensor, known: np.ndarray[Any, np.dtype[np.bool_]]) ->
 
 
 def _check_root(root: Path) -> None:
-    """A folder with an index, or an error that says where one may be."""
+    """Raises an error unless the folder has an index; the message suggests where one may be."""
     if not root.is_dir():
         raise DatasetError(f"{root} is {'a file' if root.exists() else 'not there'}; expected a Broden folder with index.csv")
     if not (root / "index.csv").is_file():
         inside = sorted(child.name for child in root.iterdir() if (child / "index.csv").is_file())
         hint = f"; did you mean {root / inside[0]}?" if inside else ", label.csv, category.csv, c_*.csv and images/"
-        raise DatasetError(f"{root} holds no index.csv; expected a Broden folder with index.csv{hint}")
+        raise DatasetError(f"{root} has no index.csv; expected a Broden folder with index.csv{hint}")

@@ -17,11 +17,11 @@ from torchprobe.datasets.broden.reader import known_labels, unknown_labels
 
 
 def validate(root: str | os.PathLike[str], workers: int = 2, progress: Callable[[int, int], object] | None = None) -> list[Finding]:
-    """Every problem of a Broden folder: tables first, then rows, then pictures in the order of the index. Empty when all is well.
+    """Every problem of a Broden folder: first the tables, then the rows, then the images in the order of the index. Empty without problems.
 
-    Reported: missing, unreadable or inconsistent tables; rows that are no rows; names that leave the folder; absurd sizes; pictures that
-    are missing, truncated or undecodable; label maps with another size than their row says or with blue; labels that label.csv does not
-    have or that the table of their category does not list; pictures that two rows name.
+    These are reported: missing, unreadable or inconsistent tables; invalid rows; names that leave the folder; invalid sizes; images that
+    are missing, truncated or damaged; label maps of another size than in their row, or with blue; labels that are not in label.csv, or not
+    in the table of their category; images that two rows name.
 
     Args:
         root: the folder, see :class:`~torchprobe.datasets.Broden`.
@@ -31,8 +31,8 @@ def validate(root: str | os.PathLike[str], workers: int = 2, progress: Callable[
     >>> import tempfile
     >>> for finding in validate(tempfile.mkdtemp())[:2]:
     ...     print(finding)
-    category.csv: the file is missing; take it from the release, or write the set with BrodenWriter
-    label.csv: the file is missing; take it from the release, or write the set with BrodenWriter
+    category.csv: the file is missing; copy it from the release, or write the data set with BrodenWriter
+    label.csv: the file is missing; copy it from the release, or write the data set with BrodenWriter
     """
     root = Path(root)
     findings: list[Finding] = []
@@ -45,7 +45,7 @@ def validate(root: str | os.PathLike[str], workers: int = 2, progress: Callable[
     listed = [_listed(tables, category, len(known)) for category in tables.categories]
     check = functools.partial(_row_problems, root, tables.categories, known, listed)
     with ThreadPoolExecutor(workers, thread_name_prefix="torchprobe-check") as threads:
-        for start in range(0, len(rows), 256):  # few enough to wait for one another
+        for start in range(0, len(rows), 256):  # small blocks, so that few results wait
             for done, found in enumerate(threads.map(check, rows[start : start + 256]), start + 1):
                 findings += found
                 if progress is not None:
@@ -57,7 +57,7 @@ def _table_problems(root: Path, tables: Tables) -> list[Finding]:
     """Tables that contradict each other."""
     findings = []
     if not (root / "images").is_dir():
-        findings.append(Finding(None, "images", "the folder is missing", "it holds the pictures and label maps that index.csv names"))
+        findings.append(Finding(None, "images", "the folder is missing", "it holds the images and label maps of index.csv"))
     numbers = {label.number for label in tables.labels}
     for category in tables.categories:
         if unlisted := sorted({number for name, number in tables.coverage if name == category} - numbers):
@@ -69,16 +69,16 @@ def _table_problems(root: Path, tables: Tables) -> list[Finding]:
     for label in tables.labels:
         if first.setdefault(label.name, label.number) != label.number:
             what = f"labels {first[label.name]} and {label.number} are both called {label.name!r}"
-            findings.append(Finding(None, "label.csv", what, "give every label a name of its own"))
+            findings.append(Finding(None, "label.csv", what, "give every label its own name"))
     return findings
 
 
 def _repeated(rows: Sequence[Row]) -> list[Finding]:
-    """Pictures that two rows name."""
+    """Images that two rows name."""
     first: dict[str, int] = {}
     lines = [(row, first.setdefault(row.image, row.line)) for row in rows]
     return [
-        Finding(row.line, "index.csv", f"{row.image} stands in line {line} already", "list every picture once")
+        Finding(row.line, "index.csv", f"{row.image} is already in line {line}", "list every image once")
         for row, line in lines
         if line != row.line
     ]
@@ -87,7 +87,7 @@ def _repeated(rows: Sequence[Row]) -> list[Finding]:
 def _row_problems(
     root: Path, categories: Sequence[str], known: np.ndarray[Any, Any], listed: Sequence[np.ndarray[Any, Any]], row: Row
 ) -> list[Finding]:
-    """What is wrong with the files of a row, and with its labels."""
+    """Problems with the files and the labels of a row."""
     images = str(root / "images")
     findings = []
 
@@ -97,26 +97,26 @@ def _row_problems(
     try:
         width, height = read_image(locate(images, row.image)).size
         if (height, width) != (row.height, row.width):
-            what = f"the picture is {height} × {width} pixels, its row says ih × iw = {row.height} × {row.width}"
+            what = f"the image is {height} × {width} pixels, its row says ih × iw = {row.height} × {row.width}"
             found(row.image, what, "correct the row")
     except FileError as error:
-        found(row.image, str(error), "replace the file, or leave out the row")
+        found(row.image, str(error), "replace the file, or remove the row")
     for category, entries, own in zip(categories, row.entries, listed, strict=True):
         for entry in entries:
             if isinstance(entry, int):
                 if not own[entry]:
                     what = f"label {entry} in column {category}, but c_{category}.csv does not list it"
-                    findings.append(Finding(row.line, "index.csv", what, "list it there"))
+                    findings.append(Finding(row.line, "index.csv", what, "add it there"))
                 continue
             try:
                 plane = read_labels(locate(images, entry), row.label_height, row.label_width)
             except FileError as error:
-                found(entry, str(error), "replace the file, or take it out of the row")
+                found(entry, str(error), "replace the file, or remove it from the row")
                 continue
             if unknown := unknown_labels(plane, known):
                 found(entry, f"{_some(unknown)} not in label.csv", "add them there, or correct the label map (red + 256 · green)")
             elif strays := unknown_labels(plane, own):
-                found(entry, f"{_some(strays)} not in c_{category}.csv", "list them there")
+                found(entry, f"{_some(strays)} not in c_{category}.csv", "add them there")
     return findings
 
 

@@ -1,4 +1,4 @@
-"""Any segmentation set into the format of Broden."""
+"""Writes any segmentation data set in the format of Broden."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.datasets.broden.files import MAX_LABEL, read_image, read_labels, size_problem, unsafe
-from torchprobe.datasets.broden.index import ROW_COLUMNS
+from torchprobe.datasets.broden.index import ROW_COLUMNS, LabelCounts, WrittenRow, write_tables
 from torchprobe.datasets.broden.presence import pixel_counts
-from torchprobe.datasets.broden.tables import Statistics, WrittenRow, write_tables
 from torchprobe.datasets.images import DatasetError
 
 if TYPE_CHECKING:
@@ -24,26 +24,30 @@ Plane = np.ndarray[Any, np.dtype[Any]]
 
 
 class BrodenWriter:
-    """Writes pictures with label maps or whole-image labels as a folder that :class:`Broden` – and the original's readers – can read.
+    """Writes images with label maps or whole-image labels as a folder that :class:`Broden`, and the readers of the original, can read.
 
     Args:
-        root: a folder that is empty or not there yet.
-        categories: category → its labels: a list of names, whose first is value 1 of the label maps, or {value: name}. The same name in two
-            categories is one label with one number (the release tells scenes and colours apart by the suffixes -s and -c).
-        size: pictures are squashed to this (height, width) or side; None keeps the size of each.
-        segmentation_size: the size of the label maps; None: half the picture, rounded down, as in the release.
-        min_frequency, min_coverage: labels in fewer images, or covering less in all (in units of whole images), are dropped. Off by
-            default, since a small set would lose its labels without a word; the release was made with 10 and 0.5.
-        unlabelled: values of label maps that mean nothing; for VOC it is (0, 255).
+        root: a folder that is empty or does not exist.
+        categories: category → its labels: a list of names, where the first is value 1 of the label maps, or {value: name}. The same name in
+            two categories is one label with one number. The release separates scenes and colors by the suffixes -s and -c.
+        size: images are resized to this (height, width) or side, without keeping the aspect ratio; None keeps the size of each image.
+        segmentation_size: the size of the label maps; None: half of the image, rounded down, as in the release.
+        min_frequency, min_coverage: labels that are in fewer images, or cover less in total (in units of whole images), are dropped.
+            Default: none, since a small data set would silently lose labels. The release has 10 and 0.5.
+        unlabeled: values of label maps that mean "no label"; for VOC (0, 255).
         image_format: ``"jpg"`` as in the release, or ``"png"`` without loss.
         synonyms: label → other names, for label.csv and syns.txt.
 
-    As in the release: labels are numbered by descending frequency over all categories, then coverage, then name; categories stand in the
-    order of their smallest number; a number n is stored as red n % 256, green n // 256; rows are ordered by the first 8 bytes of the md5
-    of the image's path, of which the lower 70 % are the training split; maps are resized by the nearest pixel (its centre). Frequencies
-    and coverages are those before resizing.
+    As in the release:
 
-    Nothing is a data set until :meth:`finish`, which the end of a ``with`` block calls unless there was an error: index.csv comes last.
+    * Labels are numbered by descending frequency over all categories, then by coverage, then by name.
+    * Categories are in the order of their smallest number.
+    * A number n is stored as red n % 256, green n // 256.
+    * Rows are in the order of the first 8 bytes of the md5 of the image path. The lower 70 % are the training split.
+    * Maps are resized to the nearest pixel, by its center. Frequencies and coverages are those before resizing.
+
+    The folder becomes a data set with :meth:`finish`, which writes index.csv last. The end of a ``with`` block calls it, except after an
+    error.
 
     >>> import tempfile, numpy as np
     >>> with BrodenWriter(tempfile.mkdtemp(), {"object": ["cat", "dog"], "scene": ["street-s"]}, size=64) as writer:
@@ -53,6 +57,7 @@ class BrodenWriter:
     [(1, 'dog'), (2, 'street-s')]
     """
 
+    @renamed_arguments(unlabelled="unlabeled")
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -62,30 +67,30 @@ class BrodenWriter:
         segmentation_size: int | tuple[int, int] | None = None,
         min_frequency: int = 1,
         min_coverage: float = 0.0,
-        unlabelled: Collection[int] = (0,),
+        unlabeled: Collection[int] = (0,),
         image_format: str = "jpg",
         synonyms: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.root = Path(root)
         self.size, self.segmentation_size = _pair(size, 2), _pair(segmentation_size, 1)
         self.min_frequency, self.min_coverage = min_frequency, min_coverage
-        self.unlabelled = frozenset(unlabelled)
+        self.unlabeled = frozenset(unlabeled)
         if image_format not in ("jpg", "png"):
             raise ValueError(f"image_format must be 'jpg' or 'png', got {image_format!r}")
         self.image_format = image_format
         self.synonyms = dict(synonyms or {})
-        self._values = {category: _values(category, names, self.unlabelled) for category, names in categories.items()}
+        self._values = {category: _values(category, names, self.unlabeled) for category, names in categories.items()}
         names = dict.fromkeys(name for values in self._values.values() for name in values.values())
         if len(names) > MAX_LABEL:
             raise ValueError(f"{len(names)} labels; the format has room for {MAX_LABEL}")
         self._names = list(names)
         self._provisional = {name: number for number, name in enumerate(names, 1)}  # until the frequencies are known
-        self._statistics = Statistics()
+        self._counts = LabelCounts()
         self._rows: list[WrittenRow] = []
         self._files: set[str] = set()
         self._finished = False
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise DatasetError(f"{self.root} is there and not an empty folder; a data set is written into a new one")
+            raise DatasetError(f"{self.root} exists and is not an empty folder; a data set needs a new folder")
 
     def __enter__(self) -> BrodenWriter:
         return self
@@ -95,22 +100,22 @@ class BrodenWriter:
             self.finish()
 
     def add(self, name: str, image: Image | Plane | str | os.PathLike[str], labels: Mapping[str, Any]) -> None:
-        """Adds one picture.
+        """Adds one image.
 
         Args:
-            name: its path beneath images/, without suffix, such as ``"voc/2007_000032"``.
+            name: its path in images/, without suffix, such as ``"voc/2007_000032"``.
             image: PIL, an array (H, W, 3) or (H, W) of uint8, or the path of a JPEG or PNG.
-            labels: category → a label map – anything that NumPy takes for integers of shape (H, W), or (planes, H, W) where labels
-                overlap – or the labels of the whole image: a name, or a list of names, the most important first. Maps need not have the
-                picture's size.
+            labels: category → a label map or whole-image labels. A label map is anything that NumPy converts to integers of shape (H, W),
+                or (planes, H, W) if labels overlap; it may have another size than the image. Whole-image labels are a name, or a list of
+                names, the most important first.
 
         Raises:
-            ValueError: an unknown category, name or value, a shape that is none, a name that is taken or leaves the folder.
+            ValueError: an unknown category, name or value; an invalid shape; a name that is taken or leaves the folder.
         """
         from PIL import Image as pil
 
         if self._finished:
-            raise ValueError(f"{name}: the set in {self.root} is finished")
+            raise ValueError(f"{name}: the data set in {self.root} is finished")
         stem = re.sub(r"\.(jpe?g|png)$", "", name, flags=re.IGNORECASE)
         if unsafe(stem) or ";" in name:
             raise ValueError(
@@ -121,11 +126,11 @@ class BrodenWriter:
         parsed = {category: self._parse(name, category, value) for category, value in labels.items()}
         picture = _picture(name, image)
         height, width = self.size or (picture.height, picture.width)
-        small = self.segmentation_size or (height // 2, width // 2)
-        if problem := size_problem(height, width) or size_problem(*small):
+        label_size = self.segmentation_size or (height // 2, width // 2)
+        if problem := size_problem(height, width) or size_problem(*label_size):
             raise ValueError(f"{name}: {problem}")
 
-        row = WrittenRow(f"{stem}.{self.image_format}", (height, width), small, {})
+        row = WrittenRow(f"{stem}.{self.image_format}", (height, width), label_size, {})
         planes: dict[str, Plane] = {}
         for category, found in parsed.items():
             if isinstance(found, list):
@@ -140,7 +145,7 @@ class BrodenWriter:
             picture = picture.resize((width, height), pil.Resampling.BILINEAR)
         picture.save(self.root / "images" / row.image, quality=95)
         for file, plane in planes.items():
-            _save_labels(self.root / "images" / file, _nearest(plane, small))
+            _save_labels(self.root / "images" / file, _nearest(plane, label_size))
         for category, found in parsed.items():
             self._count(category, found)
         self._rows.append(row)
@@ -151,24 +156,24 @@ class BrodenWriter:
             self.add(name, image, labels)
 
     def finish(self) -> None:
-        """Numbers the labels, rewrites the label maps accordingly and writes the tables, index.csv last.
+        """Numbers the labels, rewrites the label maps with these numbers, and writes the tables, index.csv last.
 
         Raises:
-                ValueError: no label is there, or frequent enough; or it was called before.
+            ValueError: no label was added, or none is frequent enough; or the data set is finished.
         """
         if self._finished:
-            raise ValueError(f"the set in {self.root} is finished")
-        numbers = self._statistics.numbers(self.min_frequency, self.min_coverage)
+            raise ValueError(f"the data set in {self.root} is finished")
+        numbers = self._counts.numbers(self.min_frequency, self.min_coverage)
         if not numbers:
-            raise ValueError(f"no label in the {len(self._rows)} pictures of {self.root}, or none as frequent as asked for")
-        self._finished = True  # what follows cannot be done twice
+            raise ValueError(f"no label in the {len(self._rows)} images of {self.root}, or none that is frequent enough")
+        self._finished = True  # the rest cannot be done twice
         final = np.array([0, *(numbers.get(name, 0) for name in self._names)])
         for row in self._rows:
             for category, entries in row.entries.items():
                 for file in (self.root / "images" / entry for entry in entries if isinstance(entry, str)):
                     _save_labels(file, final[read_labels(file, *row.label_size).numpy()])
                 row.entries[category] = [e if isinstance(e, str) else int(final[e]) for e in entries if isinstance(e, str) or final[e]]
-        write_tables(self.root, self._rows, self._statistics, numbers, self.synonyms)
+        write_tables(self.root, self._rows, self._counts, numbers, self.synonyms)
 
     # -- parts of add ----------------------------------------------------------------------------------------------
 
@@ -186,8 +191,8 @@ class BrodenWriter:
             raise ValueError(f"{name}: {category} got {what}; expected label names, or integers (H, W) or (planes, H, W)")
         known = self._values[category]
         values = _distinct(array)
-        if unknown_values := [value for value in values if value not in known and value not in self.unlabelled]:
-            raise ValueError(f"{name}: value {unknown_values[0]} of the label map of {category} has no name and is not unlabelled")
+        if unknown_values := [value for value in values if value not in known and value not in self.unlabeled]:
+            raise ValueError(f"{name}: value {unknown_values[0]} of the label map of {category} has no name and is not unlabeled")
         numbers = np.array([self._provisional[known[value]] if value in known else 0 for value in values])
         plane: Plane = numbers[np.searchsorted(values, array)]
         return plane
@@ -200,17 +205,17 @@ class BrodenWriter:
             counts = pixel_counts(planes, 1)
             shares = {int(number): float(counts[number]) / planes[0].size for number in counts.nonzero()[0] if number}
         for number, share in shares.items():
-            self._statistics.add(category, self._names[number - 1], share)
+            self._counts.add(category, self._names[number - 1], share)
 
     def _claim(self, name: str, files: Sequence[str]) -> None:
-        """Takes the names of files, case aside, since some file systems leave it aside too."""
+        """Reserves the names of files. Case is ignored, as on some file systems."""
         taken = [file for file in files if file.casefold() in self._files]
         if taken or len({file.casefold() for file in files}) < len(files):
-            raise ValueError(f"{name}: the file {(taken or files)[0]} is there already; give every picture a name of its own")
+            raise ValueError(f"{name}: the file {(taken or files)[0]} already exists; give every image its own name")
         self._files.update(file.casefold() for file in files)
 
 
-def _values(category: str, names: Sequence[str] | Mapping[int, str], unlabelled: Collection[int]) -> dict[int, str]:
+def _values(category: str, names: Sequence[str] | Mapping[int, str], unlabeled: Collection[int]) -> dict[int, str]:
     """Value of a label map → name, checked."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", category) or category in ROW_COLUMNS:
         raise ValueError(f"{category!r} cannot be the name of a category: letters, digits and _, and none of {', '.join(ROW_COLUMNS)}")
@@ -220,8 +225,8 @@ def _values(category: str, names: Sequence[str] | Mapping[int, str], unlabelled:
     for value, name in values.items():
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise ValueError(f"{category}: {name!r} cannot be the name of a label")
-        if value in unlabelled:
-            raise ValueError(f"{category}: value {value} is {name!r} and unlabelled; say which values mean nothing with unlabelled=")
+        if value in unlabeled:
+            raise ValueError(f"{category}: value {value} is {name!r} and unlabeled; set the unlabeled values with unlabeled=")
     return values
 
 
@@ -252,12 +257,12 @@ def _picture(name: str, image: Any) -> Image:
         return image.convert("RGB")
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or array.size == 0:
-        raise ValueError(f"{name}: the picture is an array of {array.dtype} of shape {array.shape}; expected uint8 (H, W, 3) or (H, W)")
+        raise ValueError(f"{name}: the image is an array of {array.dtype} of shape {array.shape}; expected uint8 (H, W, 3) or (H, W)")
     return pil.fromarray(array).convert("RGB")
 
 
 def _nearest(plane: Plane, size: tuple[int, int]) -> Plane:
-    """The pixel in which the centre of each new pixel lies."""
+    """The value at the center of each new pixel."""
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, plane.shape, strict=True))
     resized: Plane = plane[rows[:, None], columns]
     return resized

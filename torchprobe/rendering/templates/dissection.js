@@ -4,10 +4,10 @@
   const table = document.getElementById("table");
   const element = (name, attributes = {}, ...children) => {
     const svg = ["svg", "image", "path"].includes(name);
-    const made = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);
-    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-    made.append(...children);
-    return made;
+    const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    node.append(...children);
+    return node;
   };
 
   const panel = (index, description, ...paths) => {
@@ -36,14 +36,14 @@
     const body = strip.closest("tbody");
     strip.replaceChildren(...data.units[body.dataset.at].map((shown) => picture(shown, body.dataset.label)));
   };
-  // Pictures exist only near the window: thousands of units cost no more than a screenful.
+  // Pictures are drawn only near the window, so thousands of units cost no more than one screen.
   const watcher = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting, boundingClientRect } of entries) {
       if (isIntersecting) {
         target.style.minHeight = "";
         draw(target);
       } else if (target.firstChild) {
-        if (boundingClientRect.height) target.style.minHeight = `${boundingClientRect.height}px`; // so that nothing moves
+        if (boundingClientRect.height) target.style.minHeight = `${boundingClientRect.height}px`; // keeps the scroll position
         target.replaceChildren();
       }
     }
@@ -56,7 +56,7 @@
       number: body.id.slice("unit-".length),
       text: [body.dataset.label, body.dataset.category, body.dataset.search].join("\n").toLowerCase(),
     }));
-    let exact = null; // a bar was clicked: this label of this category and nothing like it
+    let exact = null; // the label of the bar that was clicked: only units with exactly this label
     const filter = () => {
       const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
       let count = 0;

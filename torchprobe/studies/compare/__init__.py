@@ -1,15 +1,15 @@
-"""Saved interpretations beside each other.
+"""A comparison of saved interpretations.
 
 =====================  ==============================================================
-:func:`compare`        folders of interpretations in, a comparison out
+:func:`compare`        folders of interpretations → a comparison
 :class:`Comparison`    encoders, pairs within a backbone, rank correlations, overlaps
 :func:`write`          its tables, plots and page
-:func:`load_results`   one interpretation, read back
+:func:`load_results`   one interpretation, read from its folder
 =====================  ==============================================================
 """
 
 from torchprobe.studies.compare.comparison import Comparison, compare
+from torchprobe.studies.compare.report import write
 from torchprobe.studies.compare.saved import Saved, load_results
-from torchprobe.studies.compare.write import write
 
 __all__ = ["compare", "Comparison", "write", "load_results", "Saved"]

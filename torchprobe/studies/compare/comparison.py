@@ -1,18 +1,18 @@
-"""Several encoders beside each other, from their saved interpretations."""
+"""A comparison of several encoders, from their saved interpretations."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torchprobe.analysis.concepts import UNITS, concept_overlap
-from torchprobe.analysis.correlation import rank_correlation
-from torchprobe.studies.compare.pairs import difference, pairs_within
-from torchprobe.studies.compare.saved import Saved, load_results
+from torchprobe.analysis.resampling import rank_correlation
+from torchprobe.common.records import Key, Record, encode
+from torchprobe.studies.compare.pairs import Difference, difference, pairs_within
+from torchprobe.studies.compare.saved import Saved, Summary, load_results
 
 CORRELATED = (
     ("kurtosis", "robustness"),
@@ -21,74 +21,136 @@ CORRELATED = (
     ("kurtosis", "concepts"),
     ("kurtosis", "accuracy"),
 )
-"""Which numbers are asked whether they rise together over encoders."""
+"""The pairs of numbers whose rank correlation over encoders is computed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Correlation(Record):
+    """The rank correlation of two numbers over encoders; see :class:`torchprobe.analysis.RankCorrelation`.
+
+    ``models`` is "all" or a role, ``x`` and ``y`` are fields of :class:`Summary`.
+    """
+
+    models: str
+    x: str
+    y: str
+    rho: float
+    p_value: float
+    n: int
+
+
+@dataclass(frozen=True, eq=False)
+class Skipped(Record):
+    """An encoder of the suite that was not run, and the reason."""
+
+    model: str
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSimilarity(Record):
+    """CKA of the layers of two encoders; see :class:`torchprobe.analysis.Similarity`.
+
+    Attributes:
+        matrix: (layers of ``a``, layers of ``b``).
+        layers_a, layers_b: the names of the layers.
+        a, b: the names of the encoders.
+        images: number of images.
+        batch_size: images in a batch.
+    """
+
+    matrix: Annotated[list[list[float]], Key("values")]
+    layers_a: list[str]
+    layers_b: list[str]
+    a: str
+    b: str
+    images: int
+    batch_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Interpolation(Record):
+    """Measures along the interpolation of two encoders.
+
+    Attributes:
+        alphas: the share of the second encoder.
+        accuracy: set → accuracy at each α.
+        kurtosis: mean vector kurtosis at each α.
+    """
+
+    alphas: list[float]
+    accuracy: dict[str, list[float]]
+    kurtosis: list[float]
+
+
+@dataclass(frozen=True, eq=False)
+class PairMeasures(Record):
+    """Measures that need two networks at the same time; ``skipped`` says why one is missing."""
+
+    skipped: dict[str, str]
+    cka: LayerSimilarity | None = None
+    interpolation: Interpolation | None = None
 
 
 @dataclass
 class Comparison:
-    """What several encoders come to beside each other.
+    """A comparison of several encoders.
 
     Attributes:
-        models: one row for each, see :meth:`Saved.summary`.
-        pairs: one row for each pair within a backbone, see :func:`difference`.
-        correlations: rank correlations over all encoders, and over those of each role with at least three.
-        overlaps: concepts shared, for each pair of encoders.
-        extras: pair → what was computed with both networks at hand: ``cka`` and ``interpolation``.
-        skipped: encoders that are not there, with the reason.
-        remarks: in what the encoders were not shown the same.
+        models: one row per encoder.
+        pairs: one row per pair within a backbone.
+        correlations: rank correlations over all encoders, and over those of each role with at least three encoders.
+        overlaps: common concepts of each pair of encoders, see :func:`torchprobe.analysis.concept_overlap`.
+        saved: the interpretations.
+        extras: pair → measures that need two networks at the same time.
+        skipped: encoders that were not run, with the reason.
+        remarks: how the inputs of the encoders differ.
     """
 
-    models: list[dict[str, Any]]
-    pairs: list[dict[str, Any]]
-    correlations: list[dict[str, Any]]
+    models: list[Summary]
+    pairs: list[Difference]
+    correlations: list[Correlation]
     overlaps: list[dict[str, Any]]
     saved: list[Saved] = field(default_factory=list)
-    extras: dict[str, dict[str, Any]] = field(default_factory=dict)
-    skipped: list[dict[str, str]] = field(default_factory=list)
+    extras: dict[str, PairMeasures] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Everything as plain values."""
-        return {
-            "models": self.models,
-            "pairs": self.pairs,
-            "correlations": self.correlations,
-            "overlaps": self.overlaps,
-            "extras": self.extras,
-            "skipped": self.skipped,
-            "remarks": self.remarks,
-        }
+        names = ("models", "pairs", "correlations", "overlaps", "extras", "skipped", "remarks")
+        return {name: encode(getattr(self, name)) for name in names}
 
 
 def compare(
     folders: Sequence[str | os.PathLike[str]],
     *,
-    extras: Mapping[str, dict[str, Any]] | None = None,
-    skipped: Sequence[Mapping[str, str]] = (),
+    extras: Mapping[str, PairMeasures] | None = None,
+    skipped: Sequence[Skipped] = (),
     seed: int = 0,
 ) -> Comparison:
-    """Puts saved interpretations beside each other.
+    """Compares saved interpretations.
 
-    Numbers are compared as they are: it is for the caller to have used the same images and concepts for all, and ``remarks`` say where
-    that is not so. Where two have seen other images, the intervals of their difference are over those that both have seen.
+    The numbers are compared as they are. Use the same images and concepts for all encoders; ``remarks`` say where they differ. If two
+    encoders have seen different images, the intervals of their difference are over the common images.
 
     Args:
         folders: two or more, as :func:`torchprobe.studies.interpret.interpret` wrote them.
-        extras: pair → what :func:`torchprobe.studies.suite_pairs.run_pair` found.
-        skipped: encoders that are not there: ``model`` and ``why``.
+        extras: pair → the result of :func:`torchprobe.studies.suite.run_pair`.
+        skipped: encoders that were not run.
         seed: of bootstrap and permutations.
 
     Raises:
-        FileNotFoundError, ValueError: a folder without results, or with damaged ones; fewer than two; one twice.
+        FileNotFoundError, ValueError: a folder without results, or with damaged ones; fewer than two folders; a folder given twice.
     """
     if len(folders) < 2:
-        raise ValueError(f"a comparison takes at least two interpretations, got {len(folders)}")
+        raise ValueError(f"a comparison needs at least two interpretations, got {len(folders)}")
     places = [Path(folder).resolve() for folder in folders]
     if twice := [place for place in places if places.count(place) > 1]:
         raise ValueError(f"{twice[0]} is given twice")
-    saved = _told_apart([load_results(folder) for folder in folders])
+    saved = _with_distinct_names([load_results(folder) for folder in folders])
     models = [one.summary() for one in saved]
-    concepts = {one.name: one.results["concepts"]["names"][UNITS] for one in saved if "concepts" in one.results}
+    concepts = {one.name: one.results.concepts.names[UNITS] for one in saved if one.results.concepts}
     return Comparison(
         models=models,
         pairs=[difference(one, other, seed) for one, other in pairs_within(saved)],
@@ -96,43 +158,44 @@ def compare(
         overlaps=concept_overlap(concepts),
         saved=saved,
         extras=dict(extras or {}),
-        skipped=[dict(one) for one in skipped],
+        skipped=list(skipped),
         remarks=_remarks(saved),
     )
 
 
-def _told_apart(saved: Sequence[Saved]) -> list[Saved]:
-    """Those of one name with their folders in it."""
+def _with_distinct_names(saved: Sequence[Saved]) -> list[Saved]:
+    """Interpretations of the same name get their folders in it."""
     names = [one.name for one in saved]
     return [one.called(f"{one.name} ({one.folder})") if names.count(one.name) > 1 else one for one in saved]
 
 
 def _remarks(saved: Sequence[Saved]) -> list[str]:
-    """In what the encoders were not shown the same."""
+    """How the inputs of the encoders differ."""
     remarks = []
     if other := [one.name for one in saved if one.kurtosis.keys() != saved[0].kurtosis.keys()]:
         remarks.append(f"{', '.join(other)} and {saved[0].name} have not seen the same images: their numbers differ for that reason too.")
-    concepts = [(one.name, one.results["concepts"]) for one in saved if "concepts" in one.results]
-    if other := [name for name, found in concepts if any(found[key] != concepts[0][1][key] for key in ("images", "labels"))]:
-        remarks.append(f"{', '.join(other)} and {concepts[0][0]} were not shown the same concepts: their counts differ too.")
+    concepts = [(one.name, one.results.concepts) for one in saved if one.results.concepts]
+    if other := [name for name, found in concepts if (found.images, found.labels) != (concepts[0][1].images, concepts[0][1].labels)]:
+        remarks.append(
+            f"{', '.join(other)} and {concepts[0][0]} were not shown the same concepts: their counts differ for that reason too."
+        )
     return remarks
 
 
-def _correlations(models: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
+def _correlations(models: Sequence[Summary], seed: int) -> list[Correlation]:
     """Over all encoders, and over those of each role."""
-    groups = {"all": list(models)} | {
-        role: [row for row in models if row["role"] == role] for role in dict.fromkeys(r["role"] for r in models)
-    }
+    groups = {"all": list(models)} | {role: [row for row in models if row.role == role] for role in dict.fromkeys(r.role for r in models)}
     rows = []
     for group, members in groups.items():
         if group == "" or (group != "all" and len(members) in (len(models), 0, 1, 2)):
             continue
         for x, y in CORRELATED:
-            found = rank_correlation([_number(row[x]) for row in members], [_number(row[y]) for row in members], seed=seed)
+            found = rank_correlation(_column(members, x), _column(members, y), seed=seed)
             if found.n >= 3:
-                rows.append({"models": group, "x": x, "y": y, "rho": found.rho, "p_value": found.p_value, "n": found.n})
+                rows.append(Correlation(group, x, y, found.rho, found.p_value, found.n))
     return rows
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def _column(models: Sequence[Summary], name: str) -> list[float]:
+    """One number of each encoder, nan if missing."""
+    return [float("nan") if row[name] is None else float(row[name]) for row in models]

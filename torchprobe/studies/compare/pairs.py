@@ -1,28 +1,66 @@
-"""Two encoders side by side: what differs, with an interval where images can be paired."""
+"""The difference of two encoders, with an interval where images can be paired."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from torchprobe.analysis.concepts import UNITS
-from torchprobe.analysis.intervals import bootstrap_interval
-from torchprobe.analysis.similarity import FEWEST, cka
+from torchprobe.analysis.resampling import bootstrap_interval
+from torchprobe.analysis.similarity import MIN_BATCH, cka
+from torchprobe.common.records import Record
 from torchprobe.studies.compare.saved import Saved
 
 ZERO_SHOT = "zero-shot"
 
 
-def pairs_within(saved: Sequence[Saved]) -> list[tuple[Saved, Saved]]:
-    """Pairs with the same backbone: a zero-shot encoder first, each with every other; where nothing says which is which, all pairs.
+@dataclass(frozen=True, eq=False)
+class Difference(Record):
+    """One encoder minus another. A number that is missing for one of them is nan, or None for a count.
 
-    Encoders without a backbone – interpreted one by one – are taken to be for each other, since nothing says otherwise.
+    Attributes:
+        pair: the name of the row.
+        a, b: the names of the encoders.
+        backbone: of both; empty if unknown.
+        images: number of common images with a vector kurtosis.
+        kurtosis, kurtosis_low, kurtosis_high: mean over the common images, and its bootstrap interval.
+        accuracy, accuracy_low, accuracy_high: on the unshifted images; the interval is over the common images.
+        robustness: mean effective robustness over the common shifts.
+        shifts: number of common shifts.
+        concepts, polysemanticity, outlier_features: of the units.
+        shared_concepts: number of concepts that both encode.
+        cka: see :func:`representation_cka`.
+    """
+
+    pair: str
+    a: str
+    b: str
+    backbone: str
+    images: int
+    kurtosis: float
+    kurtosis_low: float
+    kurtosis_high: float
+    accuracy_low: float
+    accuracy_high: float
+    shifts: int
+    accuracy: float
+    robustness: float
+    concepts: int | None
+    polysemanticity: float
+    outlier_features: int
+    shared_concepts: int | None
+    cka: float
+
+
+def pairs_within(saved: Sequence[Saved]) -> list[tuple[Saved, Saved]]:
+    """Pairs with the same backbone: a zero-shot encoder with every other, the zero-shot encoder first; without roles, all pairs.
+
+    Encoders without a backbone, which were interpreted one by one, count as encoders of one backbone.
     """
     found = []
     for one, other in combinations(saved, 2):
@@ -35,64 +73,68 @@ def pairs_within(saved: Sequence[Saved]) -> list[tuple[Saved, Saved]]:
 
 
 def pair_name(one: Saved, other: Saved) -> str:
-    """What a pair is called."""
+    """The name of a pair."""
     return f"{one.name} → {other.name}"
 
 
-def difference(one: Saved, other: Saved, seed: int = 0) -> dict[str, Any]:
+def difference(one: Saved, other: Saved, seed: int = 0) -> Difference:
     """``one`` minus ``other``.
 
-    The intervals of kurtosis and accuracy are bootstraps over the images both have seen, pair by pair; nan where these are fewer than two.
-    Effective robustness is over the shifts both have.
+    The intervals of kurtosis and accuracy are bootstraps over the differences on the common images; nan for fewer than two of them.
     """
     mine, theirs = one.summary(), other.summary()
     shared = [name for name in one.kurtosis if name in other.kurtosis]
     each = np.array([one.kurtosis[name] - other.kurtosis[name] for name in shared], dtype=np.float64)
     known = each[np.isfinite(each)]
-    low, high = bootstrap_interval(known, seed)
-    row: dict[str, Any] = {
-        "pair": f"{one.name} − {other.name}",
-        "a": one.name,
-        "b": other.name,
-        "backbone": one.about("backbone"),
-        "images": len(known),
-        "kurtosis": float(known.mean()) if known.size else math.nan,
-        "kurtosis_low": low,
-        "kurtosis_high": high,
-    }
-    right = np.array([float(one.right[name]) - float(other.right[name]) for name in one.right if name in other.right], dtype=np.float64)
-    row["accuracy_low"], row["accuracy_high"] = bootstrap_interval(right, seed)
-    mine["robustness"], theirs["robustness"], row["shifts"] = common_robustness(one, other)
-    for key in ("accuracy", "robustness", "concepts", "polysemanticity", "outlier_features"):
-        row[key] = None if mine[key] is None or theirs[key] is None else mine[key] - theirs[key]
-    names = [set(each.results["concepts"]["names"][UNITS]) if "concepts" in each.results else None for each in (one, other)]
-    row["shared_concepts"] = None if names[0] is None or names[1] is None else len(names[0] & names[1])
-    row["cka"] = representation_cka(one, other)
-    return row
+    kurtosis_low, kurtosis_high = bootstrap_interval(known, seed)
+    correct = [float(one.correct[name]) - float(other.correct[name]) for name in one.correct if name in other.correct]
+    accuracy_low, accuracy_high = bootstrap_interval(np.array(correct, dtype=np.float64), seed)
+    robustness, their_robustness, shifts = common_robustness(one, other)
+    concepts, their_concepts = one.concepts(), other.concepts()
+    return Difference(
+        pair=f"{one.name} − {other.name}",
+        a=one.name,
+        b=other.name,
+        backbone=one.about("backbone"),
+        images=len(known),
+        kurtosis=float(known.mean()) if known.size else math.nan,
+        kurtosis_low=kurtosis_low,
+        kurtosis_high=kurtosis_high,
+        accuracy_low=accuracy_low,
+        accuracy_high=accuracy_high,
+        shifts=shifts,
+        accuracy=mine.accuracy - theirs.accuracy,
+        robustness=robustness - their_robustness,
+        concepts=None if mine.concepts is None or theirs.concepts is None else mine.concepts - theirs.concepts,
+        polysemanticity=mine.polysemanticity - theirs.polysemanticity,
+        outlier_features=mine.outlier_features - theirs.outlier_features,
+        shared_concepts=None if concepts is None or their_concepts is None else len(concepts & their_concepts),
+        cka=representation_cka(one, other),
+    )
 
 
-def common_robustness(one: Saved, other: Saved) -> tuple[float | None, float | None, int]:
-    """The mean effective robustness of each over the shifts that both have, and how many these are."""
+def common_robustness(one: Saved, other: Saved) -> tuple[float, float, int]:
+    """The mean effective robustness of each encoder over the common shifts, nan without any, and the number of these shifts."""
     mine, theirs = one.robustness(), other.robustness()
     shared = [shift for shift in mine if shift in theirs]
     if not shared:
-        return None, None, 0
+        return math.nan, math.nan, 0
     first, second = (math.fsum(values[shift] for shift in shared) / len(shared) for values in (mine, theirs))
     return first, second, len(shared)
 
 
-def representation_cka(one: Saved, other: Saved, batch: int = 256) -> float | None:
-    """Linear CKA of the two representations over the images both have seen; None where the representations were not kept, or there are
-    fewer than four such images.
+def representation_cka(one: Saved, other: Saved, batch: int = 256) -> float:
+    """Linear CKA of the two representations over the common images; nan without representations or with fewer than four such images.
 
-    See :func:`torchprobe.analysis.cka`. Batches are equally large, so what does not fill one is left out, unless there is no other.
+    See :func:`torchprobe.analysis.cka`. Batches have equal sizes, so the images that do not fill a batch are left out, unless there is only
+    one batch.
     """
     a, b = one.embeddings(), other.embeddings()
     if a is None or b is None:
-        return None
+        return math.nan
     where = {name: i for i, name in enumerate(b.ids)}
     common = torch.tensor([(i, where[name]) for i, name in enumerate(a.ids) if name in where], dtype=torch.int64)
-    if len(common) < FEWEST:
-        return None
+    if len(common) < MIN_BATCH:
+        return math.nan
     whole = common[: max(batch, len(common) // batch * batch)]
     return float(cka(nn.Identity(), nn.Identity(), [(a.h[rows[:, 0]], b.h[rows[:, 1]]) for rows in whole.split(batch)], "", "")[0, 0])

@@ -1,20 +1,47 @@
-"""Interpretations read back from their folders."""
+"""Interpretations, read from their folders."""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torchprobe.analysis.baseline import IMAGENET
+from torchprobe.analysis.concepts import UNITS
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.datasets.labelled import count
-from torchprobe.studies.interpret.measures import IMAGENET, mean_robustness
-from torchprobe.studies.interpret.result import FORMAT
+from torchprobe.common.deprecation import RenamedAttribute
+from torchprobe.common.messages import counted
+from torchprobe.common.records import Record, decode
+from torchprobe.studies.interpret.results import FORMAT, Results
 
-_BOUND = 1 << 28  # bytes of a results file that is read
+_BOUND = 1 << 28  # bytes of the largest results file that is read
+
+
+@dataclass(frozen=True, eq=False)
+class Summary(Record):
+    """The numbers of one encoder: one row of a comparison. A number that was not computed is nan, or None for a count."""
+
+    model: str
+    role: str
+    backbone: str
+    pretraining: str
+    features: int
+    kurtosis: float
+    kurtosis_low: float
+    kurtosis_high: float
+    kurtosis_median: float
+    outlier_features: int
+    accuracy: float
+    robustness: float
+    robustness_note: str
+    shifts: int | None
+    extrapolated: bool | None
+    concepts: int | None
+    polysemanticity: float
 
 
 @dataclass(frozen=True)
@@ -22,111 +49,110 @@ class Saved:
     """One interpretation on disk.
 
     Attributes:
-        folder: where it lies.
-        results: what ``results.json`` says.
+        folder: of the interpretation.
+        results: the content of ``results.json``.
         kurtosis: image → vector kurtosis.
-        right: image → whether the head is right; empty without head or labels.
+        correct: image → whether the head is correct; empty without a head or labels.
     """
 
     folder: Path
-    results: dict[str, Any]
+    results: Results
     kurtosis: dict[str, float]
-    right: dict[str, bool] = field(default_factory=dict)
+    correct: dict[str, bool] = field(default_factory=dict)
+
+    right = RenamedAttribute("correct")
+    made = RenamedAttribute("provenance")
 
     @property
     def name(self) -> str:
-        """What the suite calls it, else the name of the encoder."""
-        return str(self.results["about"].get("name") or self.results["name"])
+        """The name in the suite, or else the name of the encoder."""
+        return self.results.title
 
     def called(self, name: str) -> Saved:
-        """The same under another name."""
-        return replace(self, results={**self.results, "about": {**self.results["about"], "name": name}})
+        """The same interpretation with another name."""
+        return replace(self, results=replace(self.results, about={**self.results.about, "name": name}))
 
     def about(self, key: str) -> str:
-        """A fact such as role or backbone, or nothing."""
-        return str(self.results["about"].get(key) or "")
+        """A fact such as role or backbone; empty if unknown."""
+        return str(self.results.about.get(key) or "")
 
     def embeddings(self) -> Embeddings | None:
-        """The representations of the unshifted images, if they were kept."""
+        """The representations of the unshifted images; None if they were not kept."""
         path = self.folder / "embeddings" / f"{IMAGENET}.safetensors"
         return Embeddings.load(path) if path.is_file() else None
 
-    def made(self) -> dict[str, Any]:
-        """What the representations and the head were made from."""
-        sets = {name: Embeddings.load(path).made for name, path in self._sets().items()}
+    def provenance(self) -> dict[str, Any]:
+        """The facts that the representations and the head depend on."""
+        files = sorted((self.folder / "embeddings").glob("*.safetensors"))
+        sets = {path.stem: Embeddings.load(path).provenance for path in files}
         return {"sets": sets, "head": self.results["head"], "source": self.about("source")}
-
-    def _sets(self) -> dict[str, Path]:
-        return {path.stem: path for path in sorted((self.folder / "embeddings").glob("*.safetensors"))}
 
     def robustness(self) -> dict[str, float]:
         """Shift → effective robustness, percentage points."""
-        rows = self.results["robustness"]["rows"] if "robustness" in self.results else []
-        return {
-            row["shift"]: row["effective_robustness"] for row in rows if row["shift"] != "mean" and row["effective_robustness"] is not None
-        }
+        return self.results.robustness.by_shift() if self.results.robustness else {}
 
-    def summary(self) -> dict[str, Any]:
-        """One row of the comparison: None for what was not computed."""
+    def concepts(self) -> set[str] | None:
+        """The names of the concepts that units encode; None if they were not computed."""
+        return set(self.results.concepts.names[UNITS]) if self.results.concepts else None
+
+    def summary(self) -> Summary:
+        """The row of this encoder in a comparison."""
         r = self.results
-        row: dict[str, Any] = {
-            "model": self.name,
-            "role": self.about("role"),
-            "backbone": self.about("backbone"),
-            "pretraining": self.about("pretraining"),
-            "features": r["features"],
-            "kurtosis": r["kurtosis"]["mean"],
-            "kurtosis_low": r["kurtosis"]["interval"][0],
-            "kurtosis_high": r["kurtosis"]["interval"][1],
-            "kurtosis_median": r["kurtosis"]["median"],
-            "outlier_features": len(r["outliers"]["indices"]),
-            "accuracy": r["accuracy"][IMAGENET]["accuracy"] if "accuracy" in r else None,
-            "robustness": None,
-            "robustness_note": "",
-            "shifts": None,
-            "extrapolated": None,
-            "concepts": None,
-            "polysemanticity": None,
-        }
-        if "robustness" in r:
-            row["robustness"], row["shifts"] = mean_robustness(r["robustness"])
-            row["extrapolated"] = any(one["extrapolated"] for one in r["robustness"]["rows"])
-            beyond = ", extrapolated" if row["extrapolated"] else ""
-            row["robustness_note"] = f"{r['robustness']['accuracies']}, {count(row['shifts'], 'shift')}{beyond}"
-        if "concepts" in r:
-            headline = next(one for one in r["concepts"]["sweep"]["units"] if one["threshold"] == r["concepts"]["threshold"])
-            row |= {"concepts": headline["unique"], "polysemanticity": headline["polysemanticity"]}
-        return row
+        robustness, shifts, note = math.nan, None, ""
+        if r.robustness:
+            robustness, shifts = r.robustness.mean()
+            note = f"{r.robustness.accuracies}, {counted(shifts, 'shift')}{', extrapolated' if r.robustness.extrapolated else ''}"
+        units = r.concepts.headline(UNITS) if r.concepts else None
+        return Summary(
+            model=self.name,
+            role=self.about("role"),
+            backbone=self.about("backbone"),
+            pretraining=self.about("pretraining"),
+            features=r.features,
+            kurtosis=r.kurtosis.mean,
+            kurtosis_low=r.kurtosis.interval[0],
+            kurtosis_high=r.kurtosis.interval[1],
+            kurtosis_median=r.kurtosis.median,
+            outlier_features=len(r.outliers.indices),
+            accuracy=r.accuracy[IMAGENET].accuracy if r.accuracy else math.nan,
+            robustness=robustness,
+            robustness_note=note,
+            shifts=shifts,
+            extrapolated=r.robustness.extrapolated if r.robustness else None,
+            concepts=units.unique if units else None,
+            polysemanticity=units.polysemanticity if units else math.nan,
+        )
 
 
 def load_results(folder: str | os.PathLike[str]) -> Saved:
-    """What :func:`torchprobe.studies.interpret.interpret` wrote into ``folder``.
+    """Reads what :func:`torchprobe.studies.interpret.interpret` wrote into ``folder``.
 
     Raises:
         FileNotFoundError: there are no results.
-        ValueError: they are damaged, or of another format; names the file.
+        ValueError: the results are damaged, or of another format; the message names the file.
     """
     folder = Path(folder)
     path = folder / "results.json"
     if not path.is_file():
         raise FileNotFoundError(f"no results in {folder}: expected {path.name}, as torchprobe interpret writes it")
     if path.stat().st_size > _BOUND:
-        raise ValueError(f"{path} is larger than any results are")
+        raise ValueError(f"{path} is too large for a file of results: {path.stat().st_size:,} bytes")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        plain = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        found = results.get("format") if isinstance(results, dict) else type(results).__name__
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        found = plain.get("format") if isinstance(plain, dict) else type(plain).__name__
         raise ValueError(f"{path} has format {found!r}, this version reads {FORMAT}")
-    if missing := [key for key in ("name", "about", "features", "kurtosis", "outliers", "data") if key not in results]:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
-    saved = Saved(folder, results, *_by_image(folder / "kurtosis.csv"))
     try:
+        saved = Saved(folder, decode(Results, plain), {})
         saved.summary()
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
-    return saved
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: it lacks {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    kurtosis, correct = _by_image(folder / "kurtosis.csv")
+    return replace(saved, kurtosis=kurtosis, correct=correct)
 
 
 def _by_image(path: Path) -> tuple[dict[str, float], dict[str, bool]]:

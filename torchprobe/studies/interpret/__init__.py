@@ -1,12 +1,12 @@
 """The analysis of "Interpreting CLIP" on one encoder.
 
-========================  ===================================================================
-:func:`interpret`         encoder, head and images in, a folder of results out
-:class:`Interpretation`   what it found
-========================  ===================================================================
+=========================  ===================================================================
+:func:`interpret`          encoder, head and images → a folder of results
+:class:`Interpretation`    the results
+=========================  ===================================================================
 """
 
-from torchprobe.studies.interpret.result import Interpretation
+from torchprobe.studies.interpret.results import Interpretation
 from torchprobe.studies.interpret.run import Progress, interpret
 
 __all__ = ["interpret", "Interpretation", "Progress"]

@@ -1,88 +1,101 @@
-"""The passes of one interpretation through the encoder: representations, concepts, layers. Each is on disk, and resumed."""
+"""The passes of one run through the encoder: representations, concepts, layers. Each is kept on disk for a resumed run.
+
+The images for the layers pass twice, once for the representations and once for the layers. Joining the two passes would change numbers,
+because a random sample of the images is recorded, in its own batches. It would also not work for a resumed run, which reads complete
+representations from disk, and under ``torchrun``, where the ranks share the representations but the first rank records the layers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import torchprobe
 from torchprobe.analysis.concepts import DIRECTIONS, ROTATION, SHUFFLED, UNITS, concepts
 from torchprobe.analysis.directions import Directions
 from torchprobe.analysis.embeddings import Embeddings, embed
-from torchprobe.datasets import Broden, Images, LabelledImages
-from torchprobe.dissection import Dissection
-from torchprobe.common.progress import Clock, Progress
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.runs import Clock, Progress, RunOptions
+from torchprobe.common.storage import digest
+from torchprobe.datasets import Broden, Images
+from torchprobe.dissection import Dissection
 from torchprobe.dissection.walk import clear_checkpoint
-from torchprobe.encoders import Encoder, Head
-from torchprobe.common.digest import digest
 from torchprobe.recording import RecordingWarning
 from torchprobe.studies.dissect import file_names
-from torchprobe.studies.interpret import measures
-from torchprobe.studies.interpret.stages import Plain, Stages
+from torchprobe.studies.interpret.inputs import Subject, sample
+from torchprobe.studies.interpret.representation import Layers
+from torchprobe.studies.interpret.results import Stages
 from torchprobe.studies.scan import scan
 
 
+@dataclass
 class Passes:
-    """What takes a pass through the encoder, and what the stages of one run share."""
+    """The passes of one run.
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        head: Head | None,
-        folder: Path,
-        stages: Stages,
-        clock: Clock,
-        batch_size: int,
-        device: torch.device | str | None,
-        workers: int,
-        seed: int,
-        resume: bool,
-        stop: Callable[[], bool] | None,
-        ranks: Ranks,
-    ) -> None:
-        self.encoder, self.head, self.folder, self.stages, self.clock = encoder, head, folder, stages, clock
-        self.batch_size, self.device, self.workers, self.seed = batch_size, device, workers, seed
-        self.resume, self.stop, self.ranks = resume, stop, ranks
-        self.facts: Plain = {"torchprobe": torchprobe.__version__, "seed": seed, "head": None if head is None else head_identity(head)}
+    Args:
+        subject: the encoder and what it is measured on.
+        folder: of the run.
+        options: of the run.
+        stages: what the run keeps on disk.
+        clock: reports the progress.
+        ranks: the processes that share the passes.
+    """
 
-    def embed(self, name: str, images: Images, path: Path) -> Embeddings:
-        """The representations of one set, on disk."""
+    subject: Subject
+    folder: Path
+    options: RunOptions
+    stages: Stages
+    clock: Clock
+    ranks: Ranks
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The facts that every stage depends on."""
+        head = self.subject.head
+        identity = None if head is None else [digest(head.parameters()), head.normalize]
+        return {"torchprobe": torchprobe.__version__, "seed": self.options.seed, "head": identity}
+
+    def embed(self) -> dict[str, Embeddings]:
+        """The representations of every set, by name."""
+        (self.folder / "embeddings").mkdir(parents=True, exist_ok=True)
+        names = file_names(self.subject.sets)
+        files = {name: self.folder / "embeddings" / f"{file}.safetensors" for name, file in names.items()}
+        return {name: self._embed(name, images, files[name]) for name, images in self.subject.sets.items()}
+
+    def _embed(self, name: str, images: Images, path: Path) -> Embeddings:
         self.clock.start(f"images: {name}", 0, len(images))
         embeddings = embed(
-            self.encoder,
+            self.subject.encoder,
             images,
-            batch_size=self.batch_size,
-            device=self.device,
-            workers=self.workers,
+            batch_size=self.options.batch_size,
+            device=self.options.device,
+            workers=self.options.workers,
             path=path,
-            resume=self.resume,
+            resume=self.options.resume,
             progress=lambda done, total: self.clock.tell(done),
-            stop=self.stop,
+            stop=self.options.stop,
         )
         if embeddings.partial:
             raise KeyboardInterrupt
         self.clock.finish()
         return embeddings
 
-    def concepts(self, broden: Broden, found: Directions | None, images: Embeddings) -> tuple[dict[str, Dissection], Plain]:
-        """Every basis against the concepts, and what they were made from; on disk, and read from there when nothing has changed."""
+    def concepts(self, broden: Broden, found: Directions | None, images: Embeddings) -> tuple[dict[str, Dissection], dict[str, Any]]:
+        """Every basis scored against the concepts, and the facts that this depends on. Unchanged results are read from disk."""
         folder = self.folder / "concepts"
         directions = None if found is None else found.directions[: found.rank]
-        made = {
+        facts = {
             "torchprobe": torchprobe.__version__,
-            "weights": images.made["weights"],
-            "preprocessing": images.made["preprocessing"],
+            "weights": images.provenance["weights"],
+            "preprocessing": images.provenance["preprocessing"],
             "directions": None if directions is None else digest([directions]),
             "data": hashlib.sha256((broden.root / "index.csv").read_bytes() + repr((broden.split, broden.categories)).encode()).hexdigest(),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
+            "batch_size": self.options.batch_size,
+            "seed": self.options.seed,
         }
 
         def tell(progress: Progress) -> None:
@@ -92,18 +105,18 @@ class Passes:
 
         def compute() -> None:
             if self.ranks.first:
-                self.stages.forget("concepts-made")  # the files that it speaks of are about to be replaced
-                if not self.resume and (folder / "checkpoint").is_dir():
+                self.stages.forget("concepts-made")  # its files will be replaced
+                if not self.options.resume and (folder / "checkpoint").is_dir():
                     clear_checkpoint(folder / "checkpoint")
             self.ranks.barrier()
             result = concepts(
-                self.encoder,
+                self.subject.encoder,
                 broden,
                 directions,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                device=self.device,
-                workers=self.workers,
+                seed=self.options.seed,
+                batch_size=self.options.batch_size,
+                device=self.options.device,
+                workers=self.options.workers,
                 checkpoint=folder / "checkpoint",
                 resume=True,
                 progress=tell,
@@ -111,75 +124,51 @@ class Passes:
             if self.ranks.first:
                 for basis, one in result.items():
                     one.save(files[basis])
-                self.stages.run("concepts-made", made, dict)
+                self.stages.run("concepts-made", facts, dict[str, Any], dict)
                 clear_checkpoint(folder / "checkpoint")
             self.ranks.barrier()
 
         bases = (UNITS, *(() if directions is None else (DIRECTIONS,)), ROTATION, SHUFFLED)
         files = {basis: folder / f"{name}.safetensors" for basis, name in file_names(bases).items()}
         self.clock.start("concepts", 0, len(broden))
-        there = self.stages.known("concepts-made", made) is not None and all(file.is_file() for file in files.values())
-        if not self.ranks.from_first(there):
+        complete = self.stages.known("concepts-made", facts, dict[str, Any]) is not None and all(file.is_file() for file in files.values())
+        if not self.ranks.from_first(complete):
             compute()
         self.clock.finish()
-        return {basis: Dissection.load(file) for basis, file in files.items()}, made
+        return {basis: Dissection.load(file) for basis, file in files.items()}, facts
 
-    def add_layers(self, results: Plain, embedded: Embeddings, images: Images, layers: str | list[str] | None, count: int) -> None:
-        """Vector kurtosis over depth, as ``torchprobe scan`` has it."""
-        if not count:
-            results["skipped"]["layers"] = "no images were asked for (layer_images = 0)"
-            return
-        chosen = sample(images, count, self.seed)
+    def layers(self, images: Embeddings) -> Layers:
+        """Vector kurtosis over depth, as ``torchprobe scan`` computes it, on a sample of the images."""
+        subject = self.subject
+        chosen = sample(subject.images, subject.layer_images, self.options.seed)
         self.clock.start("layers", 0, len(chosen))
 
-        def compute() -> Plain:
+        def compute() -> Layers:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", RecordingWarning)
                 result = scan(
-                    self.encoder,
+                    subject.encoder,
                     chosen,
-                    layers,
-                    batch_size=self.batch_size,
-                    device=self.device or "cpu",
-                    workers=self.workers,
-                    seed=self.seed,
+                    subject.layers,
+                    batch_size=self.options.batch_size,
+                    device=self.options.device or "cpu",
+                    workers=self.options.workers,
+                    seed=self.options.seed,
                     progress=lambda done, total: self.clock.tell(done),
-                    stop=self.stop,
+                    stop=self.options.stop,
                 )
             if result.partial:
                 raise KeyboardInterrupt
             result.recording.save(self.folder / "recording.safetensors")
             remarks = [str(one.message) for one in caught if issubclass(one.category, RecordingWarning)]
-            return {"rows": result.layers(), "images": result.images, "skipped": len(result.unreadable), "remarks": remarks}
+            return Layers(result.rows(), result.images, len(result.unreadable), remarks)
 
-        facts = self.facts | {"images": identity(embedded), "layers": layers, "count": count}
-        results["layers"] = self.stages.run("layers", facts, compute)
+        facts = self.facts | {"images": identity(images), "layers": subject.layers, "count": subject.layer_images}
+        found = self.stages.run("layers", facts, Layers, compute)
         self.clock.finish()
-
-    def add_concepts(self, results: Plain, dissections: dict[str, Dissection], made: Plain) -> None:
-        """How many concepts each basis encodes."""
-        if not dissections:
-            results["skipped"]["concepts"] = "no concepts were given (--broden)"
-            return
-        results["concepts"] = self.stages.run("concepts", made, lambda: measures.concept_summary(dissections))
+        return found
 
 
-def sample(images: Images, count: int, seed: int) -> Images:
-    """So many of the images, at random, in their order."""
-    if count >= len(images):
-        return images
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
-    paths = [images.paths[i] for i in chosen]
-    if isinstance(images, LabelledImages):
-        return replace(images, paths=paths, labels=[images.labels[i] for i in chosen])
-    return replace(images, paths=paths)
-
-
-def head_identity(head: Head) -> list[Any]:
-    """What tells a head from others."""
-    return [digest(head.parameters()), head.normalize]
-
-
-def identity(embeddings: Embeddings) -> Plain:
-    """What a stage that reads representations depends on."""
-    return {**embeddings.made, "images": len(embeddings), "classes": embeddings.classes, "groups": repr(embeddings.groups)}
+def identity(embeddings: Embeddings) -> dict[str, Any]:
+    """The facts that a stage depends on if it reads representations."""
+    return {**embeddings.provenance, "images": len(embeddings), "classes": embeddings.classes, "groups": repr(embeddings.groups)}

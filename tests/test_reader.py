@@ -1,0 +1,126 @@
+"""The reader of layers: what it reads, what it refuses, and how it leaves the model."""
+
+import pytest
+import torch
+from torch import nn
+
+from torchprobe.recording import select_layers
+from torchprobe.recording.reader import LayerReader, Layout, device_of, eval_mode
+
+
+def reader(model, layers="*", feature_dim=None):
+    return LayerReader(model, select_layers(model, layers, feature_dim))
+
+
+def test_the_model_is_left_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    model[0].eval()
+    with reader(model) as opened:
+        assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+        with pytest.raises(RuntimeError, match="shapes"):
+            opened.activations(torch.zeros(2, 3))
+    assert [module.training for module in model.modules()] == [True, False, True] and torch.is_grad_enabled()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_eval_mode_comes_back_for_every_module():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    with eval_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
+def test_other_forward_passes_are_ignored():
+    shared = nn.Linear(3, 3)
+    a, b = nn.Sequential(shared), nn.Sequential(nn.Identity(), shared)
+    seen = []
+    with reader(a) as one, reader(b):
+        one.read(torch.ones(2, 3), lambda layer, x, layout: seen.append(layer.name))
+        b(torch.zeros(2, 3))
+    assert seen == ["0"]
+
+
+def test_read_comes_before_what_overwrites_and_activations_after():
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True))
+    x, found = torch.randn(4, 3), {}
+    with reader(model) as opened:
+        opened.read(x, lambda layer, x, layout: found.setdefault(layer.name, x.clone()))
+        kept = opened.activations(x)
+    torch.testing.assert_close(found["0"], model[0](x).detach())
+    torch.testing.assert_close(kept["0"][0], model[0](x).relu().detach())
+
+
+def test_a_layer_that_runs_twice_counts_with_its_last_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add = nn.Identity()
+
+        def forward(self, x):
+            return self.add(self.add(x) + 1)
+
+    seen = []
+    with reader(Twice(), "add") as opened:
+        opened.read(torch.zeros(2, 1), lambda layer, x, layout: seen.append(float(x[0])))
+        assert seen == [0, 1] and float(opened.activations(torch.zeros(2, 1))["add"][0][0]) == 1
+
+
+def test_names_are_in_the_order_of_the_model_and_in_that_of_running():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(5, 2), nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.last(self.first(x))
+
+    with reader(Backwards()) as opened:
+        assert list(opened.activations(torch.zeros(1, 3))) == ["last", "first"] and opened.fired == ["first", "last"]
+
+
+@pytest.mark.parametrize(("images", "tokens"), [(6, 4), (6, 6), (1, 4), (6, 1)])
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_the_dimension_of_the_images(images, tokens, batch_dim):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 8)
+
+        def forward(self, x):
+            return self.linear(x.repeat_interleave(tokens, 0).unflatten(0, (len(x), tokens)).transpose(0, batch_dim))
+
+    with reader(Tokens()) as opened:
+        x, layout = opened.activations(torch.zeros(images, 3))["linear"]
+        assert layout == Layout(3, batch_dim, 2) and layout.images_first(x).shape == (images, 8, tokens)
+
+
+def test_layers_that_cannot_be_read():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.text, self.flat, self.windows = (nn.Identity() for _ in range(4))
+
+        def forward(self, x):
+            self.text(["no tensor"])
+            self.flat(x.flatten())
+            self.windows(x.reshape(-1, 2))
+            return x
+
+    for layer, message in (
+        ("unused", "layer 'unused' is not called by the forward pass of Odd: leave it out"),
+        ("text", "layer 'text' gives no tensor in the forward pass of Odd"),
+        ("flat", r"layer 'flat' gives shape \(12,\); expected vectors, tokens or maps"),
+        ("windows", r"layer 'windows' gives shape \(6, 2\) for 3 images: no dimension of the images was found"),
+    ):
+        with reader(Odd(), layer) as opened, pytest.raises(ValueError, match=message):
+            opened.activations(torch.zeros(3, 4))
+    with reader(Odd(), "text", feature_dim=5) as opened, pytest.raises(ValueError, match="gives no tensor"):
+        opened.activations(torch.zeros(3, 4))
+    with pytest.warns(FutureWarning, match="deprecated"):
+        scripted = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="'0' is a scripted module, which takes no hooks"):
+        reader(scripted, "0")
+
+
+def test_device():
+    assert device_of(nn.Linear(2, 2, device="meta")) == torch.device("meta") and device_of(nn.ReLU()) == torch.device("cpu")

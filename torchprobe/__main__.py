@@ -1,0 +1,5 @@
+"""``python -m torchprobe`` is the command ``torchprobe``."""
+
+from torchprobe.cli import main
+
+main()

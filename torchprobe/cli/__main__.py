@@ -1,5 +1,0 @@
-"""``python -m torchprobe.cli``."""
-
-from torchprobe.cli import main
-
-main()

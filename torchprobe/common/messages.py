@@ -1,0 +1,59 @@
+"""Parts of messages: the first of many names, what was probably meant, the reason of an error, the command that installs an extra."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+DISTRIBUTION = "torchprobe-interp"
+"""The name of the distribution, which every hint to install something uses. On the public index, ``torchprobe`` is another project.
+
+``pyproject.toml`` has the same name; ``tests/test_packaging.py`` compares them.
+"""
+
+
+def listing(names: Sequence[str], most: int = 8) -> str:
+    """The first of many names.
+
+    >>> listing(["a", "b", "c", "d"], most=2)
+    'a, b … and 2 more'
+    """
+    return ", ".join(names[:most]) + (f" … and {len(names) - most} more" if len(names) > most else "")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known names that are similar to an unknown one, as the end of a message; empty if there are none.
+
+    >>> did_you_mean("supervsed", ["zero-shot", "supervised"])
+    '; did you mean supervised?'
+    """
+    similar = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(similar)}?" if similar else ""
+
+
+def reason(error: BaseException) -> str:
+    r"""The type and the first line of an error, at most 200 characters.
+
+    >>> reason(ValueError("not a picture\nat byte 0"))
+    'ValueError: not a picture'
+    """
+    line = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+    return line if len(line) <= 200 else line[:199] + "…"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun, in the singular or the plural.
+
+    >>> counted(1, "image"), counted(1200, "image")
+    ('1 image', '1,200 images')
+    """
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an extra.
+
+    >>> install_hint("report")
+    "pip install 'torchprobe-interp[report]'"
+    """
+    return f"pip install '{DISTRIBUTION}[{extra}]'"

@@ -1,0 +1,324 @@
+"""The units of one layer against the labels of a data set: tables of scores, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchprobe.datasets.broden import Label
+from torchprobe.dissection import nulls, summaries
+from torchprobe.dissection.average_precision import Support, gain
+from torchprobe.dissection.overlap import Counts
+from torchprobe.dissection.ranking import Ranking
+from torchprobe.statistics.top_inputs import ranked
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SCORES = ("iou", "ap")
+"""What a dissection computes."""
+
+TABLES = (*SCORES, "gain")
+"""The tables by which units can be ordered; gain follows from ap."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitConcept:
+    """A unit and the label with its best score.
+
+    ``unit`` counts from 0. ``index`` is the column of the label in the tables, ``number`` its number in the data set. ``iou``,
+    ``average_precision``, ``prevalence`` and ``p_value`` are those of this pair, or None if they were not computed. If all scores of the
+    unit are 0 or nan, ``index`` is −1, ``label`` and ``category`` are empty.
+    """
+
+    unit: int
+    category: str
+    label: str
+    score: float
+    index: int
+    number: int
+    iou: float | None
+    average_precision: float | None
+    prevalence: float | None
+    p_value: float | None
+
+
+class ConceptOverlap(NamedTuple):
+    """The concepts that both layers encode, that only this one encodes, and that only the other one encodes."""
+
+    shared: list[Label]
+    mine: list[Label]
+    theirs: list[Label]
+
+
+@dataclass
+class LayerScores:
+    """The units (or directions) U of one layer against the labels L of a data set.
+
+    Attributes:
+        layer: the name of the layer.
+        units: the number of units.
+        labels: ``labels[i]`` is the label of column i in every table.
+        categories: names, in the order of the data set.
+        category: int64 (L,), the primary category of each label.
+        images: int64 (N,), the rows of the data set that were read.
+        thresholds: float32 (U,), the level that an active pixel exceeds, or None.
+        counts: pixels, see :class:`Counts`, or None.
+        average_precision: float64 (U, L), nan for a label that no image shows, or None.
+        support: among how many images each label was ranked, and how many of them show it, or None.
+        p_values: float64 (U, L), of average precision, for each pair alone; see :meth:`adjusted_p_values`.
+        top: the images with the highest scores: their rows in the data set, int64 (U, k), and their scores, float32 (U, k); −1 if there are
+            fewer than k images. None if they were not kept.
+        scores: float32 (U, N) if they were kept, else None; and with them ``ranking``.
+        metadata: model, data set and settings: plain values. ``threshold_error``: by how much the share of values above a threshold may be
+            off, the largest standard deviation over units (:meth:`torchprobe.statistics.Quantile.error`). It is 0 for exact thresholds and
+            None for given ones.
+    """
+
+    layer: str
+    labels: Sequence[Label]
+    categories: Sequence[str]
+    category: Tensor
+    units: int
+    images: Tensor
+    thresholds: Tensor | None = None
+    counts: Counts | None = None
+    average_precision: Tensor | None = None
+    support: Support | None = None
+    p_values: Tensor | None = None
+    top: tuple[Tensor, Tensor] | None = None
+    scores: Tensor | None = None
+    ranking: Ranking | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def rank(self, ranking: Ranking, scores: Tensor, keep: bool = False) -> None:
+        """Computes average precision, support and p-values from scores (U, N); ``keep``: keeps the scores too."""
+        self.average_precision, self.support = ranking.average_precision(scores), ranking.support()
+        self.p_values = nulls.p_values(self.average_precision, self.support)
+        self.scores, self.ranking = (scores, ranking) if keep else (None, None)
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    @property
+    def iou(self) -> Tensor | None:
+        """Intersection over union, float64 (U, L), or None."""
+        return None if self.counts is None else self.counts.iou()
+
+    @property
+    def prevalence(self) -> Tensor | None:
+        """Share of the ranked images that show each label, float64 (L,): about the average precision of a random ranking."""
+        return None if self.support is None else self.support.prevalence
+
+    @property
+    def gain(self) -> Tensor | None:
+        """(AP − π) / (1 − π) with the prevalence π, float64 (U, L): 0 for a random ranking, 1 for a perfect one."""
+        if self.average_precision is None or self.prevalence is None:
+            return None
+        return gain(self.average_precision, self.prevalence)
+
+    def table(self, score: str) -> Tensor:
+        """The table of a score, (U, L).
+
+        Args:
+            score: "iou", "ap" or "gain".
+
+        Raises:
+            ValueError: it was not computed; the message says how to get it.
+        """
+        if score not in TABLES:
+            raise ValueError(f"score must be one of {', '.join(TABLES)}, got {score!r}")
+        table = {"iou": self.iou, "ap": self.average_precision, "gain": self.gain}[score]
+        if table is None:
+            needed = "iou" if score == "iou" else "ap"
+            raise ValueError(f'layer {self.layer!r} was dissected without this score; it needs dissect(…, score="{needed}")')
+        return table
+
+    def adjusted_p_values(self, method: str = "holm") -> Tensor:
+        """p-values corrected for all pairs, and for both signs if both were tried; see :func:`correct`.
+
+        Raises:
+            ValueError: average precision was not computed.
+        """
+        self.table("ap")
+        assert self.p_values is not None
+        return nulls.correct(self.p_values, method, 2 if self.metadata.get("sign") == "both" else 1)
+
+    # -- units and concepts --------------------------------------------------------------------------------------------
+
+    def best(self, score: str = "iou") -> list[UnitConcept]:
+        """The best label of every unit, best unit first; of equal labels the first.
+
+        Args:
+            score: "iou"; "ap", which is high for a label that nearly all images show; "gain", which corrects for that.
+
+        Raises:
+            ValueError: that score was not computed.
+        """
+        table = self.table(score)
+        value, index = summaries.first_best(table.nan_to_num(nan=-torch.inf))
+        index = index.where(value > 0, -1)
+        prevalence = None if self.prevalence is None else self.prevalence.expand(self.units, -1)
+        iou, ap, rarity, p = (_picked(part, index) for part in (self.iou, self.average_precision, prevalence, self.p_values))
+        rows = []
+        for unit in value.argsort(descending=True, stable=True).tolist():
+            i = int(index[unit])
+            category, label = (self.categories[int(self.category[i])], self.labels[i]) if i >= 0 else ("", None)
+            name, score_of, number = ("", 0.0, 0) if label is None else (label.name, float(value[unit]), label.number)
+            rows.append(UnitConcept(unit, category, name, score_of, i, number, iou[unit], ap[unit], rarity[unit], p[unit]))
+        return rows
+
+    def rows(self, score: str | None = None) -> list[dict[str, Any]]:
+        """:meth:`best` as dicts, one for each unit; ``score``: default "iou" if it was computed, else "gain"."""
+        return [asdict(row) for row in self.best(score or ("gain" if self.counts is None else "iou"))]
+
+    def summary(self, thresholds: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)) -> dict[str, Any]:
+        """The layer as plain numbers.
+
+        Returns:
+            ``layer``, ``units``, ``images``, ``labels``, ``metadata``. With IoU: ``detectors`` by both rules, and the 20 ``best`` units.
+            With average precision: ``concepts``, one entry for each of ``thresholds``, and the 20 units ``best_by_gain``. In ``concepts``,
+            ``unique`` is the number of concepts encoded, ``units`` the number of units that encode at least one, ``polysemanticity`` the
+            concepts per unit, mean over all units.
+        """
+        found: dict[str, Any] = {
+            "layer": self.layer,
+            "units": self.units,
+            "images": len(self.images),
+            "labels": len(self.labels),
+            "metadata": self.metadata,
+        }
+        if self.counts is not None:
+            found["detectors"] = {rule: self.unique_detectors(rule)._asdict() for rule in summaries.RULES}
+            found["best"] = self.rows("iou")[:20]
+        if self.average_precision is not None:
+            found["concepts"] = []
+            for threshold in thresholds:
+                pairs = self.encoded(threshold)
+                per_unit = pairs.sum(1)
+                found["concepts"].append(
+                    {
+                        "threshold": threshold,
+                        "unique": int(pairs.any(0).sum()),
+                        "units": int((per_unit > 0).sum()),
+                        "polysemanticity": float(per_unit.double().mean()),
+                    }
+                )
+            found["best_by_gain"] = self.rows("gain")[:20]
+        return found
+
+    def unique_detectors(self, rule: str = "paper", threshold: float = summaries.THRESHOLD) -> summaries.Detectors:
+        """Distinct concepts that units detect by IoU, counted in one of two ways; see :func:`unique_detectors`."""
+        return summaries.unique_detectors(self.table("iou"), self.category, self.categories, rule, threshold)
+
+    def encoded(self, threshold: float = 0.9, alpha: float = 0.05, method: str = "holm", minimum_positives: int = 1) -> Tensor:
+        """Which unit encodes which concept, bool (U, L): an AP of at least ``threshold``, significant at ``alpha`` after correction, for a
+        concept that at least ``minimum_positives`` images show."""
+        ap = self.table("ap")
+        assert self.support is not None
+        return summaries.encoded(ap, self.adjusted_p_values(method), threshold, alpha) & (self.support.positives >= minimum_positives)
+
+    def unique_concepts(self, threshold: float = 0.9, alpha: float = 0.05, method: str = "holm", minimum_positives: int = 1) -> list[Label]:
+        """The concepts that at least one unit encodes; see :meth:`encoded`."""
+        pairs = self.encoded(threshold, alpha, method, minimum_positives)
+        return [self.labels[i] for i in summaries.unique_concepts(pairs).tolist()]
+
+    def polysemanticity(self, threshold: float = 0.9, alpha: float = 0.05, method: str = "holm", minimum_positives: int = 1) -> Tensor:
+        """The number of concepts that each unit encodes, int64 (U,); see :meth:`encoded`."""
+        return summaries.polysemanticity(self.encoded(threshold, alpha, method, minimum_positives))
+
+    def overlap(
+        self, other: LayerScores, threshold: float = 0.9, alpha: float = 0.05, method: str = "holm", minimum_positives: int = 1
+    ) -> ConceptOverlap:
+        """The concepts that both layers encode, and those that only one encodes; labels are compared by name."""
+        mine = self.unique_concepts(threshold, alpha, method, minimum_positives)
+        theirs = other.unique_concepts(threshold, alpha, method, minimum_positives)
+        names, other_names = {label.name for label in mine}, {label.name for label in theirs}
+        return ConceptOverlap(
+            [label for label in mine if label.name in other_names],
+            [label for label in mine if label.name not in other_names],
+            [label for label in theirs if label.name not in names],
+        )
+
+    def permutation_test(self, permutations: int = 99, seed: int = 0) -> nulls.Permutation:
+        """A null that makes no assumption about ties; needs ``keep_scores=True``. See :func:`permutation_test`."""
+        if self.scores is None or self.ranking is None:
+            raise ValueError("the scores of the images were not kept: dissect with keep_scores=True")
+        return self.ranking.permutation_test(self.scores.contiguous(), permutations, seed)
+
+    # -- merging -------------------------------------------------------------------------------------------------------
+
+    def merge(self, other: LayerScores) -> Self:
+        """Adds, in place, what ``other`` counted on other images; returns self.
+
+        Raises:
+            TypeError: ``other`` is of another kind.
+            ValueError: layer, labels, thresholds or scores differ; images in common; average precision without kept scores.
+        """
+        if not isinstance(other, LayerScores):
+            raise TypeError(f"cannot merge a {type(self).__name__} with {type(other).__name__}")
+        self._require_alike(other)
+        if self.counts is not None and other.counts is not None:
+            self.counts = Counts(*(a + b for a, b in zip(self.counts, other.counts, strict=True)))
+        if self.ranking is not None and other.ranking is not None and self.scores is not None and other.scores is not None:
+            self.rank(self.ranking.joined(other.ranking), torch.cat([self.scores, other.scores], 1), keep=True)
+        if self.top is not None and other.top is not None:
+            k = self.top[0].shape[1]
+            scores, ids = ranked(torch.cat([self.top[1], other.top[1]], 1), torch.cat([self.top[0], other.top[0]], 1))
+            self.top = ids[:, :k], scores[:, :k]
+        self.images = torch.cat([self.images, other.images])
+        return self
+
+    def _require_alike(self, other: LayerScores) -> None:
+        for name in ("layer", "units"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"cannot merge the {name} {getattr(self, name)!r} and {getattr(other, name)!r}")
+        if tuple(self.labels) != tuple(other.labels) or not torch.equal(self.category, other.category):
+            raise ValueError(f"layer {self.layer!r}: the labels differ")
+        for name in ("thresholds", "counts", "average_precision", "top"):
+            if (getattr(self, name) is None) != (getattr(other, name) is None):
+                raise ValueError(f"layer {self.layer!r}: only one of the two has {name}")
+        if self.counts is not None and not _same(self.thresholds, other.thresholds):
+            raise ValueError(f"layer {self.layer!r} was counted with other thresholds: give dissect() the same thresholds= for all parts")
+        for name in ("mode", "pooling", "sign", "negatives", "minimum_area", "weights"):
+            if (mine := self.metadata.get(name)) != (theirs := other.metadata.get(name)):
+                raise ValueError(f"layer {self.layer!r} was dissected with {name} {mine!r} and {theirs!r}")
+        if self.average_precision is not None and (self.scores is None or other.scores is None):
+            raise ValueError(
+                f"layer {self.layer!r}: merging average precision needs the scores of the images: dissect with keep_scores=True"
+            )
+        if self.top is not None and other.top is not None and self.top[0].shape != other.top[0].shape:
+            raise ValueError(f"layer {self.layer!r}: {self.top[0].shape[1]} and {other.top[0].shape[1]} top images were kept")
+        if bool(torch.isin(self.images, other.images).any()):
+            raise ValueError(f"layer {self.layer!r}: both contain some of the same images, which would count twice")
+
+    def __repr__(self) -> str:
+        found = [name for name in ("counts", "average_precision", "top", "scores") if getattr(self, name) is not None]
+        size = f"{self.units} units, {len(self.labels)} labels, {len(self.images)} images"
+        return f"{type(self).__name__}({self.layer!r}: {size}, {', '.join(found)})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LayerScores):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+
+def _picked(table: Tensor | None, index: Tensor) -> list[float | None]:
+    if table is None or not table.shape[1]:
+        return [None] * len(index)
+    values = table[torch.arange(len(index)), index.clamp(min=0)].tolist()
+    return [value if i >= 0 else None for value, i in zip(values, index.tolist(), strict=True)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, tensors by value; nan equals nan."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(nan=-7.0), b.nan_to_num(nan=-7.0))
+    if isinstance(a, Ranking) and isinstance(b, Ranking):
+        return all(_same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)

@@ -1,0 +1,229 @@
+"""Reads layers: one forward pass gives the activation of every layer, and its dimensions of the images and of the features."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.recording.layers import Layer, default_feature_dim
+from torchprobe.recording.tensors import first_tensor
+
+
+class Layout(NamedTuple):
+    """How an activation is laid out: its number of dimensions, which of them holds the images, and which the features; all ≥ 0."""
+
+    dims: int
+    batch_dim: int
+    feature_dim: int
+
+    def images_first(self, x: Tensor) -> Tensor:
+        """``x`` as (images, features, positions…), a view; the positions stay in their order.
+
+        >>> Layout(3, batch_dim=1, feature_dim=2).images_first(torch.zeros(50, 8, 768)).shape
+        torch.Size([8, 768, 50])
+        """
+        return x.movedim((self.batch_dim, self.feature_dim), (0, 1))
+
+
+Visit = Callable[[Layer, Tensor, Layout], object]
+"""Called with a layer, its activation (detached) and the layout of that activation."""
+
+
+class LayerReader:
+    """Forward hooks on some layers of a model, removed when the block ends. In the block the model is in eval mode, without gradients, and
+    runs eagerly even if it is compiled.
+
+    Other forward passes of the same modules are ignored.
+
+    Args:
+        model: any module.
+        layers: layers of it, from :func:`torchprobe.recording.select_layers`.
+
+    Attributes:
+        layers: name → layer, in the order given.
+        fired: the names in the order in which the layers run; known after the first pass.
+
+    Raises:
+        ValueError: a layer that takes no hooks.
+
+    >>> from torchprobe.recording import select_layers
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    >>> with LayerReader(model, select_layers(model, "*")) as reader:
+    ...     found = reader.activations(torch.zeros(2, 3, 8, 8))
+    >>> {name: tuple(x.shape) for name, (x, layout) in found.items()}
+    {'0': (2, 4, 8, 8), '1': (2, 4, 8, 8)}
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+        self.model = model
+        self.layers = {layer.name: layer for layer in layers}
+        if scripted := [name for name, layer in self.layers.items() if isinstance(layer.module, torch.jit.ScriptModule)]:
+            raise ValueError(f"layer {scripted[0]!r} is a scripted module, which takes no hooks: give the model before torch.jit.script")
+        self.fired: list[str] = []
+        self._batch_dim: dict[str, int] = {}
+        self._unclear = False
+        self._images = 0  # in the running forward pass
+        self._see: Callable[[Layer, Tensor], object] | None = None  # None: the running forward pass is not ours
+        self._called: dict[str, bool] = {}  # layer that ran → whether it gave a tensor
+        self._stack = ExitStack()
+
+    def __enter__(self) -> LayerReader:
+        with ExitStack() as stack:
+            for layer in self.layers.values():
+                stack.callback(layer.module.register_forward_hook(partial(self._hook, layer)).remove)
+            stack.enter_context(eval_mode(self.model))
+            stack.enter_context(torch.no_grad())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs belong."""
+        return device_of(self.model)
+
+    def read(self, images: Tensor, visit: Visit) -> None:
+        """One forward pass; ``visit`` is called inside the hooks, before anything that follows can overwrite the activation.
+
+        A layer that runs several times in a pass is visited several times. In the first pass the dimension of the images may be unclear,
+        for example if there are as many tokens as images. Then one image is run alone. If that changes the answer, the pass is repeated.
+
+        Raises:
+            ValueError: a layer did not run, did not give a tensor, or gave a tensor without a dimension for the images.
+        """
+
+        def see(layer: Layer, x: Tensor) -> None:
+            visit(layer, x, self._layout(layer, x))
+
+        first = not self.fired
+        self._forward(images, see)
+        if first and self._unclear and len(images) > 1:
+            before = dict(self._batch_dim)
+            self._forward(images[:1], self._look_again)
+            if self._batch_dim != before:
+                self._forward(images, see)
+
+    def activations(self, images: Tensor) -> dict[str, tuple[Tensor, Layout]]:
+        """One forward pass: the activation of each layer with its layout, in the order of :attr:`layers`.
+
+        For a layer that runs several times this is the activation of its last call. Nothing is copied: if a later operation overwrites the
+        activation in place (``nn.ReLU(inplace=True)``), the result has the overwritten values.
+
+        Raises:
+            ValueError: see :meth:`read`.
+        """
+        found: dict[str, tuple[Tensor, Layout]] = {}
+
+        def keep(layer: Layer, x: Tensor, layout: Layout) -> None:
+            found[layer.name] = x, layout
+
+        self.read(images, keep)
+        return {name: found[name] for name in self.layers}
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _forward(self, images: Tensor, see: Callable[[Layer, Tensor], object]) -> None:
+        self._images, self._see, self._called = len(images), see, {}
+        try:
+            self.model(images)
+        finally:
+            self._see = None
+        for name in self.layers:
+            if not self._called.get(name):
+                problem = "gives no tensor in" if name in self._called else "is not called by"
+                raise ValueError(f"layer {name!r} {problem} the forward pass of {type(self.model).__name__}: leave it out")
+        self.fired = self.fired or list(self._called)
+
+    def _hook(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
+        if self._see is None:
+            return
+        x = first_tensor(output)
+        self._called[layer.name] = x is not None or self._called.get(layer.name, False)
+        if x is not None:
+            self._see(layer, x.detach())
+
+    def _layout(self, layer: Layer, x: Tensor) -> Layout:
+        """The dimension of the images is found once for each layer. The dimension of the features depends on the number of dimensions."""
+        if x.is_nested or x.dim() < 2:
+            given = "a nested tensor" if x.is_nested else f"shape {tuple(x.shape)}"
+            raise ValueError(f"layer {layer.name!r} gives {given}; expected vectors, tokens or maps of each image")
+        feature_dim = _feature_dim(layer, x)
+        if layer.name not in self._batch_dim:
+            # Some transformers have (tokens, images, features).
+            fitting = [dim for dim in range(2) if x.shape[dim] == self._images and dim != feature_dim]
+            self._batch_dim[layer.name] = fitting[0] if fitting else 0
+            self._unclear |= 1 in fitting
+        batch_dim = self._batch_dim[layer.name]
+        if x.shape[batch_dim] != self._images:
+            count = "one image" if self._images == 1 else f"{self._images} images"
+            raise ValueError(f"layer {layer.name!r} gives shape {tuple(x.shape)} for {count}: no dimension of the images was found")
+        return Layout(x.dim(), batch_dim, feature_dim)
+
+    def _look_again(self, layer: Layer, x: Tensor) -> None:
+        """With one image, the dimension of the images is the only one of the first two that has size 1."""
+        if x.dim() > 2 and _feature_dim(layer, x) != 1 and (x.shape[0] == 1) != (x.shape[1] == 1):
+            self._batch_dim[layer.name] = 0 if x.shape[0] == 1 else 1
+
+
+def _feature_dim(layer: Layer, x: Tensor) -> int:
+    dim = default_feature_dim(layer, x.dim()) if layer.feature_dim is None else layer.feature_dim
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"layer {layer.name!r} gives shape {tuple(x.shape)}, which has no dimension feature_dim={dim}")
+    return dim % x.dim()
+
+
+@contextlib.contextmanager
+def map_sizes(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
+    """During the block, collects the rows and columns of every map that a 2-D convolution of the model gives.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten())
+    >>> with map_sizes(model) as sizes:
+    ...     _ = model(torch.zeros(1, 3, 32, 16))
+    >>> sizes
+    [(4, 2)]
+    """
+    sizes: list[tuple[int, int]] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() == 4:
+            sizes.append((output.shape[2], output.shape[3]))
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                stack.callback(module.register_forward_hook(note).remove)
+        yield sizes
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the length of the block; afterwards every module has its own mode again. Compiled models run eagerly meanwhile, since
+    their graphs do not know of hooks that were added later.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    with ExitStack() as stack:
+        for module, training in before:
+            stack.callback(setattr, module, "training", training)
+        model.eval()
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled yet
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; the CPU for a model without any.
+
+    >>> device_of(nn.Linear(2, 2))
+    device(type='cpu')
+    """
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))

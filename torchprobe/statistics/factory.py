@@ -1,0 +1,362 @@
+"""The statistics of the layers, made from the argument ``statistic`` of :func:`torchprobe.record`; several of one layer as one."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchprobe.statistics.dynamic import DynamicStatistic, EarlierProtocol, adopted
+from torchprobe.statistics.statistic import Statistic
+from torchprobe.statistics.tensors import is_plain, number_dtype
+
+StatisticLike = type[Statistic] | Callable[..., Statistic]
+"""A class, or a function ``(features, device) -> Statistic``."""
+
+OUTLIER_SIGMA = 6.0
+"""The default of ``outlier_sigma``."""
+
+_TEMPLATE_FEATURES = 16
+_ROW = ("layer", "module", "features", "feature_dim", "positions", "step")  # what rows hold in addition to the fields
+
+
+class Several(Statistic):
+    """Statistics that read the same activations; ``torchprobe.record(model, statistic=[Moments, Zeros])`` makes one for every layer.
+
+    ``several["Zeros"]``, ``several[Zeros]`` and ``several[1]`` return one of them; iterating returns all, in the order of the list. Of two
+    with the same name, the second is called ``Zeros_2``. Of two fields with the same name, the second is called ``Zeros.name``.
+
+    Args:
+        statistics: at least one, all of the same width.
+
+    Raises:
+        ValueError: there is none, or they differ in width.
+
+    >>> from torchprobe.statistics import Moments, TopInputs
+    >>> several = Several([Moments(3), TopInputs(3, k=2)])
+    >>> several.update(torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]))
+    >>> several["Moments"].vectors, several[TopInputs].ids[:, 0].tolist()
+    (2, [1, 0, 0])
+    """
+
+    def __init__(self, statistics: Sequence[Statistic]) -> None:
+        if not statistics:
+            raise ValueError("statistic= is an empty list; leave it out to record Moments")
+        widths = {statistic.features for statistic in statistics}
+        if len(widths) > 1:
+            raise ValueError(f"the statistics of one layer must have the same width, got {sorted(widths)}")
+        self.features = widths.pop()
+        self.statistics = tuple(statistics)
+        self.labels = _labels([type(statistic).__name__ for statistic in statistics])
+        self.capturable = all(statistic.capturable for statistic in statistics)
+        fields, shown = dict[str, str](), list[str]()
+        for label, statistic in self._labeled():
+            names = {field: f"{label}.{field}" if field in fields else field for field in statistic.fields}
+            fields.update({names[field]: text for field, text in statistic.fields.items()})
+            shown += [names[field] for field in (statistic.fields if statistic.table_fields is None else statistic.table_fields)]
+        self.fields, self.table_fields = fields, tuple(shown)
+        self.headline = statistics[0].headline
+        self._with_histogram = next((index for index, statistic in enumerate(statistics) if statistic.histogram_bins), 0)
+        self.histogram_bins = statistics[self._with_histogram].histogram_bins
+
+    arguments = ()
+
+    # -- a sequence ----------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, which: int | str | type[Statistic]) -> Any:
+        if isinstance(which, int):
+            return self.statistics[which]
+        for label, statistic in self._labeled():
+            if which in (label, type(statistic)):
+                return statistic
+        name = which if isinstance(which, str) else which.__name__
+        raise KeyError(f"no statistic {name!r} was recorded; there are {', '.join(self.labels)}")
+
+    def __iter__(self) -> Iterator[Statistic]:
+        return iter(self.statistics)
+
+    def __len__(self) -> int:
+        return len(self.statistics)
+
+    def _labeled(self) -> Iterator[tuple[str, Statistic]]:
+        return zip(self.labels, self.statistics, strict=True)
+
+    # -- the contract of a statistic -----------------------------------------------------------------------------------
+
+    def update(self, x: Tensor, feature_dim: int = -1, *, mask: Tensor | None = None) -> None:
+        for statistic in self.statistics:
+            statistic.update(x, feature_dim, mask=mask)
+
+    def merge(self, other: Several) -> Several:
+        self.check_mergeable(other)
+        for mine, theirs in zip(self.statistics, other.statistics, strict=True):
+            mine.merge(theirs)
+        return self
+
+    def check_mergeable(self, other: Statistic) -> None:
+        if not isinstance(other, Several) or other.labels != self.labels:
+            theirs = list(other.labels) if isinstance(other, Several) else type(other).__name__
+            raise TypeError(f"cannot merge {list(self.labels)} with {theirs}")
+        for mine, one in zip(self.statistics, other.statistics, strict=True):
+            mine.check_mergeable(one)
+
+    def setup(self) -> dict[str, Any]:
+        own = {f"{label}.{key}": value for label, one in self._labeled() for key, value in one.setup().items() if key != "features"}
+        return {"features": self.features, **own}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f"{label}.{key}": value for label, statistic in self._labeled() for key, value in statistic.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        states = _split(state, self.labels)
+        before = _split(self.state_dict(), self.labels)
+        try:
+            for label, statistic in self._labeled():
+                statistic.load_state_dict(states[label])
+        except Exception:
+            for label, statistic in self._labeled():
+                statistic.load_state_dict(before[label])
+            raise
+
+    @classmethod
+    def from_states(cls, kinds: Sequence[type[Statistic]], state: Mapping[str, Any], device: torch.device | str = "cpu") -> Several:
+        """New statistics of these classes that hold what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: the state belongs to other statistics, or is incomplete or damaged.
+        """
+        labels = _labels([kind.__name__ for kind in kinds])
+        states = _split(state, labels)
+        return cls([kind.from_state(states[label], device) for kind, label in zip(kinds, labels, strict=True)])
+
+    def problem(self) -> tuple[str, str] | None:
+        found = ((label, statistic.problem()) for label, statistic in self._labeled())
+        return next(((f"{label}.{problem[0]}", problem[1]) for label, problem in found if problem), None)
+
+    # -- what recorders use --------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{label}.{name}": tensor for label, statistic in self._labeled() for name, tensor in statistic.tensors().items()}
+
+    @property
+    def device(self) -> torch.device:
+        return self.statistics[0].device
+
+    def group_key(self) -> tuple[Any, ...]:
+        return tuple(statistic.group_key() for statistic in self.statistics)
+
+    def saw_anything(self) -> Tensor:
+        return torch.stack([statistic.saw_anything().to(self.device) for statistic in self.statistics]).any()
+
+    def add_window(self, window: Several) -> Several:
+        for mine, theirs in zip(self.statistics, window.statistics, strict=True):
+            mine.add_window(theirs)
+        return self
+
+    def histogram_edges(self) -> Tensor:
+        return self.statistics[self._with_histogram].histogram_edges()
+
+    @classmethod
+    def summaries(cls, statistics: Sequence[Several], histograms: bool = False) -> Tensor:
+        first = statistics[0]
+        fields, bins = [], []
+        for index, one in enumerate(first.statistics):
+            with_bins = histograms and index == first._with_histogram
+            numbers = type(one).summaries([several.statistics[index] for several in statistics], with_bins)
+            numbers = numbers.to(first.device, number_dtype(first.device))
+            fields.append(numbers[:, : len(one.fields)])
+            bins.append(numbers[:, len(one.fields) :])
+        return torch.cat([*fields, *bins], -1)
+
+    @classmethod
+    def close_windows(cls, windows: Sequence[Several], closed: Sequence[Several | None]) -> list[Several]:
+        columns = [
+            type(one).close_windows(
+                [window.statistics[index] for window in windows],
+                [None if before is None else before.statistics[index] for before in closed],
+            )
+            for index, one in enumerate(windows[0].statistics)
+        ]
+        return [cls(row) for row in zip(*columns, strict=True)]
+
+    @classmethod
+    def reset_all(cls, statistics: Sequence[Several]) -> None:
+        for row in zip(*statistics, strict=True):
+            type(row[0]).reset_all(row)
+
+    def __repr__(self) -> str:
+        return f"Several({', '.join(map(repr, self.statistics))})"
+
+
+class Factory:
+    """Makes the statistic of one layer: ``factory(features, device)``.
+
+    Args:
+        statistic: a class whose constructor takes (features, device); a function ``(features, device) -> Statistic``; or a list of these.
+        outlier_sigma: passed to every class whose constructor takes it.
+
+    The constructor makes one statistic, ``template``, for a layer of 16 features on the CPU. The template has the fields. It is also
+    tried out, so that mistakes are found before a model runs.
+
+    Raises:
+        TypeError: it does not make statistics, or a statistic breaks the contract; the message says how.
+        ValueError: the list is empty, or nothing takes ``outlier_sigma``.
+
+    >>> from torchprobe.statistics import Moments
+    >>> Factory(Moments, 4.0)(8, torch.device("cpu")).outlier_sigma
+    4.0
+    """
+
+    def __init__(self, statistic: StatisticLike | Sequence[StatisticLike], outlier_sigma: float = OUTLIER_SIGMA) -> None:
+        self._in_list = isinstance(statistic, (list, tuple))
+        kinds: list[Any] = list(statistic) if isinstance(statistic, (list, tuple)) else [statistic]
+        self._makers = list[_Maker]()
+        for kind in kinds:  # not a comprehension: before Python 3.12 it is a frame, which `stacklevel` in `adopted` would count
+            self._makers.append(_Maker(kind, outlier_sigma, self._in_list))
+        self.template = self._new(_TEMPLATE_FEATURES, torch.device("cpu"))
+        self.name = "+".join(type(part).__name__ for part in _parts(self.template))
+        if outlier_sigma != OUTLIER_SIGMA and not any(maker.takes_sigma for maker in self._makers):
+            raise ValueError(
+                f"outlier_sigma={outlier_sigma} has no effect: {self.name} does not take it here. "
+                f"Pass it where the statistic is made, as in functools.partial(Moments, outlier_sigma={outlier_sigma})"
+            )
+        for part in _parts(self.template):
+            check_contract(part)
+
+    def __call__(self, features: int, device: torch.device) -> Statistic:
+        new = self._new(features, device)
+        parts, expected = _parts(new), _parts(self.template)
+        names = ", ".join(maker.name for maker in self._makers)
+        if any(part is one for part, one in zip(parts, expected, strict=False)):
+            raise TypeError(f"statistic=: {names} returned the same statistic twice; it must make a new one in every call")
+        if list(map(type, parts)) != list(map(type, expected)) or new.fields.keys() != self.template.fields.keys():
+            raise TypeError(f"statistic=: {names} must return the same kind of statistic for every layer, with the same fields")
+        return new
+
+    def _new(self, features: int, device: torch.device) -> Statistic:
+        parts = [maker(features, device) for maker in self._makers]
+        return Several(parts) if self._in_list else parts[0]
+
+
+def _parts(statistic: Statistic) -> list[Statistic]:
+    return list(statistic) if isinstance(statistic, Several) else [statistic]
+
+
+class _Maker:
+    """Makes one of the statistics of a layer."""
+
+    def __init__(self, kind: Any, outlier_sigma: float, in_list: bool) -> None:
+        if not callable(kind):
+            raise TypeError(f"statistic= takes a class, a function (features, device) -> Statistic, or a list of them; got {kind!r}")
+        self.name = getattr(getattr(kind, "func", kind), "__name__", repr(kind))
+        if isinstance(kind, type) and not issubclass(kind, Statistic):
+            if in_list and callable(getattr(kind, "update", None)):
+                raise TypeError(f"statistic=: {self.name} must be derived from torchprobe.statistics.Statistic to be in a list")
+            kind = adopted(kind)
+        self.kind = kind
+        parameters: Mapping[str, inspect.Parameter] = {}
+        with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
+            parameters = inspect.signature(kind).parameters
+        self.takes_sigma = isinstance(kind, type) and "outlier_sigma" in parameters
+        self.arguments = {"outlier_sigma": outlier_sigma} if self.takes_sigma else {}
+        open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+        self.by_keyword = "device" in parameters or open_ended
+        if parameters and not self.by_keyword and not self._takes_two(parameters.values()):
+            raise TypeError(f"statistic=: {self.name} must take (features, device)")
+
+    def _takes_two(self, parameters: Any) -> bool:
+        """Whether a function can be called with two arguments. In a class, the second one has to be called ``device``."""
+        if isinstance(getattr(self.kind, "func", self.kind), type):
+            return False
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        return len(positional) >= 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+
+    def __call__(self, features: int, device: torch.device) -> Statistic:
+        place = {"device": device} if self.by_keyword else {}
+        new = self.kind(features, *([] if place else [device]), **place, **self.arguments)
+        if not isinstance(new, Statistic):
+            raise TypeError(
+                f"statistic=: {self.name}(features, device) returned {type(new).__name__}, not a torchprobe.statistics.Statistic"
+            )
+        if not hasattr(new, "features"):
+            raise TypeError(f"statistic=: {type(new).__name__}.__init__ must call super().__init__(features, device)")
+        if new.features != features:
+            raise ValueError(f"statistic=: {self.name}(features={features}, device) returned a statistic of {new.features} features")
+        return new
+
+
+def classes_named(name: str) -> list[type[Statistic]]:
+    """The statistics of that name that are defined at present. Of a class that was defined again, as in a notebook, the last one.
+
+    >>> [kind.__name__ for kind in classes_named("Moments")], classes_named("Nonsense")
+    (['Moments'], [])
+    """
+    found, bases = dict[tuple[str, str], type[Statistic]](), [Statistic]
+    while bases:
+        for kind in bases.pop().__subclasses__():
+            bases.append(kind)
+            if kind.__name__ == name and kind not in (DynamicStatistic, EarlierProtocol, Several):
+                found[kind.__module__, kind.__qualname__] = kind
+    return list(found.values())
+
+
+def check_contract(statistic: Statistic) -> None:
+    """Tries out an empty statistic.
+
+    Raises:
+        TypeError: it breaks the contract; the message says how.
+    """
+    name = type(statistic).__name__
+    if isinstance(statistic, EarlierProtocol):
+        return
+    if taken := [field for field in statistic.fields if field in _ROW]:
+        raise TypeError(f"statistic=: {name} has a field {taken[0]!r}, which is a column of every table; choose another name")
+    shown = [field for field in (statistic.headline, *(statistic.table_fields or ())) if field is not None]
+    if unknown := [field for field in shown if field not in statistic.fields]:
+        raise TypeError(f"statistic=: {name} shows {unknown[0]!r}, which is not among its fields: {', '.join(statistic.fields)}")
+    if not isinstance(statistic, DynamicStatistic) and not statistic.tensors().keys() - {"vectors"}:
+        raise TypeError(f"statistic=: {name} names no states")
+    if missing := [argument for argument in statistic.arguments if not hasattr(statistic, argument)]:
+        raise TypeError(f"statistic=: {name} takes {missing[0]!r} but does not keep it: set self.{missing[0]} in its constructor")
+    for key, value in statistic.state_dict().items():
+        if not is_plain(value):
+            raise TypeError(
+                f"statistic=: {key} of {name} is {type(value).__name__}, but a state_dict holds tensors, numbers, text, None and tuples "
+                f"of these. If {key} need not be kept, leave it out of {name}.arguments"
+            )
+    if statistic.fused:  # the state of the operator needs no trial
+        return
+    try:
+        layers = [statistic.clone() for _ in range(3)]
+        type(statistic).summaries(layers, histograms=True)
+        type(statistic).close_windows(layers, [statistic.clone(), None, None])
+        hash(statistic.group_key())
+    except Exception as error:
+        raise TypeError(f"statistic=: {name} was tried on three layers that saw nothing, and failed: {error}") from error
+
+
+def _labels(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, with numbers that tell equal ones apart."""
+    labels: list[str] = []
+    for name in names:
+        label, number = name, 1
+        while label in labels:
+            number += 1
+            label = f"{name}_{number}"
+        labels.append(label)
+    return tuple(labels)
+
+
+def _split(state: Mapping[str, Any], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The parts of a state_dict by their labels."""
+    parts: dict[str, dict[str, Any]] = {label: {} for label in labels}
+    for key, value in state.items():
+        label, _, name = key.partition(".")
+        if label not in parts:
+            raise ValueError(f"the saved state has {key!r}, which belongs to none of {', '.join(labels)}")
+        parts[label][name] = value
+    return parts

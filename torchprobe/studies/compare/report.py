@@ -1,0 +1,324 @@
+"""A comparison for people: a page, files in a folder, and tables in the terminal."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import torchprobe
+from torchprobe.analysis.baseline import IMAGENET
+from torchprobe.analysis.resampling import LEVEL
+from torchprobe.common.files import replacing, to_json
+from torchprobe.rendering.curves import Mark, Series, curves, scatter
+from torchprobe.rendering.heatmap import heat_map
+from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
+from torchprobe.rendering.page import write as write_page
+from torchprobe.rendering.tables import Column, number, text, write_csv
+from torchprobe.studies.compare.comparison import Comparison, Interpolation, LayerSimilarity, PairMeasures
+from torchprobe.studies.compare.saved import Summary
+from torchprobe.studies.interpret.concepts import HEADLINE
+from torchprobe.studies.interpret.report import print_rows, write_plots
+
+
+def write(found: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Writes ``comparison.json``, tables as CSV, plots as PNG and SVG, and the page into ``folder``; returns the paths by kind.
+
+    Each file replaces an older one at once.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "comparison.json") as temporary:
+        temporary.write_text(to_json(found.summary()), encoding="utf-8")
+    files = {"comparison": folder / "comparison.json"}
+    for name in ("models", "pairs", "correlations", "overlaps"):
+        if rows := getattr(found, name):
+            files[name] = write_csv(rows, folder / f"{name}.csv")
+    page = comparison_page(found)
+    files["plots"] = folder / "plots"
+    write_plots(files["plots"], [picture for section in page.sections for picture in section.pictures])
+    files["page"] = write_page(page, folder / "index.html")
+    return files
+
+
+def print_comparison(found: Comparison, out: Console) -> None:
+    """Encoders, pairs, correlations, and the encoders that were not run."""
+    print_rows("Encoders", [column for column in MODEL_COLUMNS if column.key not in ("kurtosis_low", "kurtosis_high")], found.models, out)
+    if found.pairs:
+        print_rows("Pairs", PAIR_COLUMNS, found.pairs, out)
+    if found.correlations:
+        print_rows("Rank correlations", CORRELATION_COLUMNS, found.correlations, out)
+    for remark in found.remarks:
+        out.print(text(remark))
+    for one in found.skipped:
+        out.print(text(f"Left out: {one.model} ({one.why})", "dim"))
+
+
+# -- the page ------------------------------------------------------------------------------------------------------------
+
+
+MODEL_COLUMNS = (
+    Column("model", "encoder", "its name in the suite", "text"),
+    Column("role", "role", "its role in the comparison", "text"),
+    Column("backbone", "backbone", "architecture; differences are taken within one backbone", "text"),
+    Column("features", "d", "width of the representation", "count"),
+    Column("kurtosis", "vector κ", "vector kurtosis, mean over images"),
+    Column("kurtosis_low", "from", f"{LEVEL:.0%} interval over images: lower end"),
+    Column("kurtosis_high", "to", "its upper end"),
+    Column("outlier_features", "outliers", "outlier features", "count"),
+    Column("accuracy", "accuracy", "on the unshifted images", "share"),
+    Column("robustness", "ER", "effective robustness, percentage points, mean over the available shifts"),
+    Column(
+        "robustness_note",
+        "ER from",
+        "measured or published accuracies; number of shifts; whether outside the range of the standard models",
+        "text",
+        optional=True,
+    ),
+    Column("concepts", "concepts", "unique concepts that units encode", "count"),
+    Column("polysemanticity", "per unit", "concepts per unit"),
+)
+
+PAIR_COLUMNS = (
+    Column("pair", "difference", "the first encoder minus the second; same backbone", "text"),
+    Column("kurtosis", "Δ vector κ", "mean over the common images"),
+    Column("kurtosis_low", "from", f"{LEVEL:.0%} bootstrap interval over the common images: lower end"),
+    Column("kurtosis_high", "to", "its upper end"),
+    Column("images", "images", "number of common images", "count"),
+    Column("accuracy", "Δ accuracy", "on the unshifted images", "share"),
+    Column("accuracy_low", "from", f"{LEVEL:.0%} bootstrap interval over the common images: lower end", "share"),
+    Column("accuracy_high", "to", "its upper end", "share"),
+    Column("robustness", "Δ ER", "effective robustness, percentage points, mean over the common shifts"),
+    Column("concepts", "Δ concepts", "unique concepts", "count"),
+    Column("shared_concepts", "shared", "concepts that both encode", "count"),
+    Column("cka", "CKA", "linear CKA of the two representations over the common images"),
+)
+
+CORRELATION_COLUMNS = (
+    Column("models", "encoders", "all, or those of one role", "text"),
+    Column("x", "x", "one number", "text"),
+    Column("y", "y", "the other", "text"),
+    Column("rho", "Spearman ρ", "rank correlation"),
+    Column("p_value", "p", "two-sided, by permutation; assumes independent encoders, which variants of one encoder are not"),
+    Column("n", "n", "encoders with both numbers", "count"),
+)
+
+OVERLAP_COLUMNS = (
+    Column("a", "one", "encoder", "text"),
+    Column("b", "other", "encoder", "text"),
+    Column("shared", "shared", "concepts that both encode", "count"),
+    Column("only_a", "only one", "concepts that only the first encodes", "count"),
+    Column("only_b", "only other", "concepts that only the second encodes", "count"),
+    Column("jaccard", "Jaccard", "shared, as a share of all that either encodes", "share"),
+)
+
+SKIPPED_COLUMNS = (Column("model", "encoder", "of the suite", "text"), Column("why", "why", "what is missing", "text"))
+
+MOST = 10
+"""The largest number of curves in one figure."""
+
+_PARTS = {"cka": "CKA"}
+
+_LABELS = {
+    "kurtosis": "vector kurtosis",
+    "robustness": "effective robustness, points",
+    "concepts": "unique concepts",
+    "polysemanticity": "concepts per unit",
+    "accuracy": "accuracy",
+}
+
+
+def comparison_page(found: Comparison) -> Page:
+    """All encoders, pairs and correlations, and the measures that need two networks at the same time."""
+    return Page(
+        kind="compare",
+        title=f"{len(found.models)} encoders",
+        summary="Outlier features, concepts and robustness of several encoders, and the differences within each backbone.",
+        notice=" ".join(found.remarks),
+        facts=_facts(found),
+        sections=[
+            _models(found),
+            *_pairs(found),
+            *_correlations(found),
+            *_pruning(found),
+            *(_extra(pair, extra) for pair, extra in found.extras.items()),
+            *_overlaps(found),
+            *_skipped(found),
+            _reading(),
+        ],
+        footer=_footer(found),
+    )
+
+
+def _facts(found: Comparison) -> list[Fact]:
+    facts = [Fact("Encoders", number(len(found.models)), f"{len(found.skipped)} left out" if found.skipped else "none left out")]
+    facts.append(Fact("Pairs within a backbone", number(len(found.pairs))))
+    for x, y in (("kurtosis", "robustness"), ("concepts", "robustness")):
+        row = next((row for row in found.correlations if (row.models, row.x, row.y) == ("all", x, y)), None)
+        if row is not None:
+            facts.append(Fact(f"ρ of {_LABELS[x]} and ER", number(row.rho, 2), f"p = {number(row.p_value, 2)}, {row.n} encoders"))
+    return facts
+
+
+def _models(found: Comparison) -> Section:
+    known = {
+        name: {row.model for row in found.models if row[name] is not None} for name in ("kurtosis", "concepts", "robustness", "accuracy")
+    }
+    pictures = [
+        Picture(partial(_scatter, found.models, x, "robustness"), f"{_LABELS[x]} against effective robustness, by encoder")
+        for x in ("kurtosis", "concepts")
+        if len(known[x] & known["robustness"]) > 1
+    ]
+    if not pictures and len(known["accuracy"]) > 1:
+        pictures.append(Picture(partial(_scatter, found.models, "kurtosis", "accuracy"), "Vector kurtosis against accuracy, by encoder"))
+    return Section(
+        "The encoders",
+        [
+            "Each point is an encoder; a line joins the encoders of one backbone. The width of the representation limits the kurtosis, and "
+            "it is the number of units that can encode concepts. So compare along the lines rather than across them.",
+        ],
+        pictures,
+        [Table(found.models, MODEL_COLUMNS, "All encoders; a click on a column head sorts")],
+    )
+
+
+def _pairs(found: Comparison) -> list[Section]:
+    if not found.pairs:
+        return []
+    text = (
+        "Within a backbone, the zero-shot encoder minus its twin. "
+        if all(row.backbone for row in found.pairs)
+        else "The first encoder minus the second. The backbone of some encoders is unknown, and differences between backbones say little. "
+    )
+    text += (
+        "If an interval does not contain 0, the choice of images does not explain the difference. The interval does "
+        "not include the choice of training runs, because there is only one run of each encoder."
+    )
+    return [Section("Pairs within a backbone", [text], tables=[Table(found.pairs, PAIR_COLUMNS)])]
+
+
+def _correlations(found: Comparison) -> list[Section]:
+    if not found.correlations:
+        return []
+    text = (
+        "Do two numbers rise together over encoders? A rank correlation does not assume a line. Encoders that share data or architecture "
+        "are not independent, so the p-values are too small. If two numbers rise together, this does not show that one causes "
+        "the other."
+    )
+    return [Section("Rank correlations", [text], tables=[Table(found.correlations, CORRELATION_COLUMNS)])]
+
+
+def _pruning(found: Comparison) -> list[Section]:
+    """The curves by importance, all encoders in one figure."""
+    curves_of = {one.name: one.results.pruning.curves[IMAGENET]["importance"] for one in found.saved if one.results.pruning}
+    if len(curves_of) < 2:
+        return []
+    series = [Series(name, _percent(curve.keep), _percent(curve.accuracy or [])) for name, curve in list(curves_of.items())[:MOST]]
+    text = (
+        "Accuracy on the unshifted images if the head keeps only its most important directions. The longer a curve stays flat to the left, "
+        "the fewer directions its decisions need."
+        + (f" The figure shows the first {MOST} of {len(curves_of)} encoders." if len(curves_of) > MOST else "")
+    )
+    draw = partial(curves, series, "directions kept, % of the rank", "accuracy, %")
+    return [
+        Section(
+            "Pruning", [text], [Picture(lambda width: draw(width=width), "Accuracy of each encoder against the share of directions kept")]
+        )
+    ]
+
+
+def _extra(pair: str, extra: PairMeasures) -> Section:
+    """The measures of one pair that need two networks at the same time."""
+    pictures = []
+    paragraphs = []
+    if extra.interpolation:
+        paragraphs.append(
+            "Between the two networks, weights and heads are mixed: θ = (1 − α) θ_first + α θ_second (WiSE-FT). The first figure shows the "
+            "accuracy on each set, the second the vector kurtosis of the representation. We scale both heads to a weight of length 1, and "
+            "recalibrate batch norms on some of the unshifted images, without their labels."
+            + (f" The first {MOST} sets are shown." if len(extra.interpolation.accuracy) > MOST else "")
+        )
+        pictures.append(Picture(partial(_interpolation, extra.interpolation), f"Accuracy along the interpolation: {pair}"))
+        pictures.append(Picture(partial(_kurtosis_along, extra.interpolation), f"Vector kurtosis along the interpolation: {pair}"))
+    if extra.cka:
+        paragraphs.append(
+            f"Linear CKA (unbiased, {number(extra.cka.images)} images in batches of {extra.cka.batch_size}; maps and tokens flattened) of "
+            "every layer of one encoder with every layer of the other. It is 1 if the representations agree up to rotation and scale. "
+            "Features of large variance dominate it."
+        )
+        pictures.append(Picture(partial(_heat_map, extra.cka), f"CKA of the layers: {pair}"))
+    paragraphs += [f"No {_PARTS.get(name, name)}: {why}." for name, why in extra.skipped.items()]
+    return Section(pair, paragraphs, pictures)
+
+
+def _overlaps(found: Comparison) -> list[Section]:
+    if not found.overlaps:
+        return []
+    text = "The concepts that two encoders share, counted by name, among the concepts that units encode at the headline threshold."
+    return [Section("Concepts in common", [text], tables=[Table(found.overlaps, OVERLAP_COLUMNS)])]
+
+
+def _skipped(found: Comparison) -> list[Section]:
+    if not found.skipped:
+        return []
+    return [Section("Left out", ["These encoders of the suite were not run."], tables=[Table(found.skipped, SKIPPED_COLUMNS)])]
+
+
+def _reading() -> Section:
+    return Section(
+        "How to read this",
+        terms=[
+            ("vector kurtosis", "across the features of the representation of one image, mean over images; Gaussian features give 3."),
+            ("ER", "accuracy under shift beyond that of standard models with the same unshifted accuracy, mean over the available shifts."),
+            (
+                "unique concepts",
+                f"distinct concepts that at least one unit ranks with an average precision of {HEADLINE:g} or more, significant after "
+                "correction.",
+            ),
+            (
+                "what it does not say",
+                "encoders differ in data, objective and training at once. The comparison shows what coincides, not what causes what.",
+            ),
+        ],
+    )
+
+
+def _footer(found: Comparison) -> list[str]:
+    names = ", ".join(f"{one.name} ({one.folder.name})" for one in found.saved)
+    return [f"torchprobe {torchprobe.__version__}, Python {platform.python_version()}.", f"From: {names}."]
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------------
+
+
+def _scatter(models: Sequence[Summary], x: str, y: str, width: float) -> Any:
+    marks = [Mark(row.model, _nan(row[x]), _nan(row[y]), row.role, row.backbone) for row in models]
+    return scatter(marks, _LABELS[x], _LABELS[y], log_x=x == "kurtosis", width=width)
+
+
+def _interpolation(found: Interpolation, width: float) -> Any:
+    series = [Series(name, found.alphas, _percent(accuracy)) for name, accuracy in found.accuracy.items()]
+    return curves(series[:MOST], "α", "accuracy, %", width=width)
+
+
+def _kurtosis_along(found: Interpolation, width: float) -> Any:
+    return curves([Series("", found.alphas, found.kurtosis)], "α", "vector kurtosis", log=True, width=width, height=2.6)
+
+
+def _heat_map(found: LayerSimilarity, width: float) -> Any:
+    layers = found.layers_a, found.layers_b
+    return heat_map(found.matrix, *layers, "CKA", row_label=found.a, column_label=found.b, limits=(0.0, 1.0), width=width)
+
+
+def _percent(shares: Sequence[float]) -> list[float]:
+    return [100 * share for share in shares]
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)

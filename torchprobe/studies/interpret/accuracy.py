@@ -1,0 +1,268 @@
+"""Two sections of an interpretation: the accuracy of the head on every set, and effective robustness under the shifts.
+
+Each section is a record of numbers, with a function that measures it and one that writes it for the page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from torchprobe.analysis.baseline import IMAGENET, MEAN, SHIFTS, SUBSETS, Baseline, ImagenetClasses
+from torchprobe.analysis.embeddings import Embeddings
+from torchprobe.analysis.evaluation import Evaluation, evaluate
+from torchprobe.analysis.resampling import LEVEL, bootstrap_interval
+from torchprobe.analysis.robustness import effective_robustness, robustness
+from torchprobe.common.records import Key, Record, decode
+from torchprobe.encoders import Head
+from torchprobe.rendering.page import Section, Table
+from torchprobe.rendering.tables import Column
+
+# -- accuracy ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Accuracy(Record):
+    """The accuracy of the head on one set; see :class:`torchprobe.analysis.Evaluation`. ``interval`` is over images."""
+
+    accuracy: float
+    top5: float
+    interval: tuple[float, float]
+    images: int
+    classes: int
+    unlabeled: Annotated[int, Key("unlabelled")]
+    outside: int
+    nonfinite: int
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The row of the set in a table."""
+        low, high = self["interval"]
+        return {"set": name, **{column: self[column] for column in self if column != "interval"}, "low": low, "high": high}
+
+
+ACCURACY_COLUMNS = (
+    Column("set", "images", "which images; “imagenet” are the unshifted images, also if they are not ImageNet's", "text"),
+    Column("accuracy", "accuracy", "share of the images whose class has the largest logit", "share"),
+    Column("low", "from", f"{LEVEL:.0%} interval over images: lower end", "share"),
+    Column("high", "to", f"{LEVEL:.0%} interval over images: upper end", "share"),
+    Column("top5", "top 5", "share of the images whose class is among the five largest logits", "share"),
+    Column("images", "n", "labeled images", "count"),
+    Column("classes", "classes", "rows of the head to choose from", "count"),
+    Column("unlabelled", "unlabeled", "images left out because their class is unknown", "count", optional=True),
+    Column("outside", "outside", "images of other classes, left out", "count", optional=True),
+    Column("nonfinite", "nonfinite", "images with nan or inf in their representation; they count as wrong", "count", optional=True),
+)
+
+
+def measure_accuracy(head: Head, sets: Mapping[str, Embeddings], seed: int) -> dict[str, Any]:
+    """Set → :class:`Accuracy`. For a shift with only some of the classes, also the accuracy on the unshifted images of these classes.
+
+    ``right`` is whether the head is correct on each unshifted image; None if its class is unknown.
+    """
+    images = sets[IMAGENET]
+    evaluations = {name: evaluate(head, embeddings) for name, embeddings in sets.items()}
+    found: dict[str, Any] = {name: _accuracy(one, seed) for name, one in evaluations.items()}
+    found["right"] = _correct_by_image(evaluations[IMAGENET], len(images))
+    for name, embeddings in sets.items():
+        if (subset := with_classes_of(images, embeddings)) is not None and name != IMAGENET:
+            found[SUBSETS.get(name, f"{IMAGENET}_on_{name}_classes")] = _accuracy(evaluate(head, subset), seed)
+    return found
+
+
+def with_classes_of(images: Embeddings, shifted: Embeddings) -> Embeddings | None:
+    """The unshifted images with the classes of a shift to choose from; rows that stand for one class do so here too, as in ObjectNet.
+
+    None if the shift has all classes, or none of the images has one of its classes.
+    """
+    if shifted.classes is None or not bool(torch.isin(images.y, torch.tensor(shifted.classes)).any()):
+        return None
+    return replace(images, classes=shifted.classes, groups=shifted.groups)
+
+
+def _accuracy(result: Evaluation, seed: int) -> Accuracy:
+    return Accuracy(
+        accuracy=result.accuracy,
+        top5=result.top5,
+        interval=bootstrap_interval(result.correct.double(), seed),
+        images=result.n,
+        classes=len(result.classes),
+        unlabeled=result.unlabeled,
+        outside=result.outside,
+        nonfinite=result.nonfinite,
+    )
+
+
+def _correct_by_image(result: Evaluation, images: int) -> list[bool | None]:
+    each: list[bool | None] = [None] * images
+    for i, correct in zip(result.rows.tolist(), result.correct.tolist(), strict=True):
+        each[i] = correct
+    return each
+
+
+def accuracy_rows(found: Mapping[str, Accuracy]) -> list[dict[str, Any]]:
+    """One row per set."""
+    return [one.row(name) for name, one in found.items()]
+
+
+def accuracy_section(found: Mapping[str, Accuracy]) -> Section:
+    """The accuracy on every set."""
+    text = (
+        "The share of images whose class has the largest logit, with an interval over images. A shift with only some of the classes is "
+        "evaluated on these. The accuracy on the unshifted images of the same classes has its own row."
+    )
+    return Section("Accuracy", [text], tables=[Table(accuracy_rows(found), ACCURACY_COLUMNS)])
+
+
+# -- effective robustness ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ShiftRow(Record):
+    """One shift; see :class:`torchprobe.analysis.robustness.RobustnessRow`."""
+
+    shift: str
+    accuracy: float
+    imagenet: float
+    predicted: float
+    effective_robustness: float
+    extrapolated: bool
+    low: float
+    high: float
+    imagenet_classes: Annotated[ImagenetClasses, Key("x")]
+    slope: float
+    intercept: float
+    r2: float
+    n: int
+    source: str
+    note: str
+
+
+@dataclass(frozen=True, eq=False)
+class Robustness(Record):
+    """Effective robustness in percentage points.
+
+    Attributes:
+        rows: one row per shift, and one of the mean accuracy over the five ImageNet shifts if all were measured.
+        mean_effective_robustness: over the five ImageNet shifts; nan unless all were measured.
+        imagenet_classes: see :func:`torchprobe.analysis.effective_robustness`.
+        accuracies: "measured" or "published".
+        baseline: a description of the standard models.
+        left_out: shift → why it has no effective robustness.
+    """
+
+    rows: list[ShiftRow]
+    mean_effective_robustness: float
+    imagenet_classes: Annotated[ImagenetClasses, Key("x")]
+    accuracies: str
+    baseline: str
+    left_out: dict[str, str]
+
+    def by_shift(self) -> dict[str, float]:
+        """Shift → effective robustness, for the shifts that have one."""
+        each = {row.shift: row.effective_robustness for row in self.rows if row.shift != MEAN}
+        return {shift: value for shift, value in each.items() if not math.isnan(value)}
+
+    def mean(self) -> tuple[float, int]:
+        """The mean over the shifts that have an effective robustness, nan without any, and their number."""
+        found = self.by_shift().values()
+        return (math.fsum(found) / len(found) if found else math.nan), len(found)
+
+    @property
+    def extrapolated(self) -> bool:
+        """Whether the unshifted accuracy lies outside the range of the standard models for some shift."""
+        return any(row.extrapolated for row in self.rows)
+
+
+ROBUSTNESS_COLUMNS = (
+    Column("shift", "shift", "the shifted images; “mean”: the mean accuracy over the five ImageNet shifts", "text"),
+    Column("accuracy", "accuracy %", "accuracy under the shift, percent"),
+    Column("imagenet", "unshifted %", "accuracy on the unshifted images, percent: the x axis of the fit"),
+    Column("predicted", "predicted %", "accuracy under the shift of a standard model with the same unshifted accuracy"),
+    Column("effective_robustness", "ER", "accuracy − predicted, percentage points"),
+    Column("low", "from", f"{LEVEL:.0%} prediction interval of one more standard model, lower end of ER"),
+    Column("high", "to", "its upper end"),
+    Column("note", "note", "outside the range of the standard models; a poor fit", "text"),
+)
+
+
+def measure_robustness(
+    accuracies: Mapping[str, float], shifts: Sequence[str], classes: ImagenetClasses, baseline: Baseline | None, source: str
+) -> Robustness:
+    """Effective robustness of accuracies in percent.
+
+    Args:
+        accuracies: by set.
+        shifts: the sets under a shift.
+        classes, baseline: see :func:`torchprobe.analysis.robustness`.
+        source: "measured" or "published".
+
+    Returns:
+        The section. A shift is in ``left_out`` if the standard models were not measured on it, or the unshifted accuracy is missing.
+    """
+    left_out: dict[str, str] = {}
+    for shift in shifts:
+        if shift not in (SHIFTS if baseline is None else baseline.shifts):
+            left_out[shift] = "there are no standard models that were measured on it (--baseline)"
+        elif why := _refused({name: value for name, value in accuracies.items() if name == shift or name not in shifts}, classes, baseline):
+            left_out[shift] = why
+    rows, mean = [], math.nan
+    if len(left_out) < len(shifts):
+        with _near_chance():
+            kept = {name: value for name, value in accuracies.items() if name not in left_out}
+            table = robustness(kept, imagenet_classes=classes, baseline=baseline)
+        rows, mean = [decode(ShiftRow, row) for row in table.rows()], table.mean_effective_robustness
+    fits = "the published fits to the standard models of the ImageNet testbed"
+    return Robustness(rows, mean, classes, source, fits if baseline is None else baseline.source, left_out)
+
+
+def effective_robustness_along(
+    accuracy: ArrayLike, base: ArrayLike, shift: str, classes: ImagenetClasses, baseline: Baseline | None
+) -> NDArray[np.float64]:
+    """Effective robustness point by point, of accuracies in percent; nan if the unshifted accuracy is 0 or 100, which have no logit."""
+    base = np.asarray(base, dtype=np.float64)
+    usable = np.where((base > 0) & (base < 100), base, math.nan)
+    with _near_chance():
+        return effective_robustness(
+            np.asarray(accuracy, dtype=np.float64), usable, shift=shift, imagenet_classes=classes, baseline=baseline
+        )
+
+
+def _refused(accuracies: Mapping[str, float], classes: ImagenetClasses, baseline: Baseline | None) -> str | None:
+    try:
+        with _near_chance():
+            robustness(accuracies, imagenet_classes=classes, baseline=baseline)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def _near_chance() -> Iterator[None]:
+    """Accuracies near chance among 1000 classes are below 1 %. They look like fractions but need no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no accuracy is above 1")
+        yield
+
+
+def robustness_section(found: Robustness) -> Section:
+    """Accuracy under shift beyond what the unshifted accuracy predicts."""
+    images = "so they are not of the images of this page" if found.accuracies == "published" else "on the sets above"
+    classes = "the classes of the shift" if found.imagenet_classes == "subset" else "all classes"
+    return Section(
+        "Effective robustness",
+        [
+            "Accuracy under a shift, minus that of standard models with the same unshifted accuracy; 0 is on their line. It depends "
+            f"on that line ({found.baseline}). Outside the range of the standard models, the line is only an extrapolation.",
+            f"The accuracies are {found.accuracies}, {images}; the unshifted accuracy is on {classes}.",
+            *(f"No effective robustness under {name}: {why}." for name, why in found.left_out.items()),
+        ],
+        tables=[Table(found.rows, ROBUSTNESS_COLUMNS)],
+    )

@@ -1,0 +1,266 @@
+"""An interpretation for people: a page, files in its folder, and tables in the terminal.
+
+The page shows each figure with what it shows and how to read it. It gives no verdict.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from torchprobe.analysis.baseline import IMAGENET
+from torchprobe.analysis.concepts import SHUFFLED, UNITS
+from torchprobe.analysis.resampling import LEVEL
+from torchprobe.common.files import replacing, to_json
+from torchprobe.common.messages import counted
+from torchprobe.rendering.page import WIDE, Fact, Page, Picture, Section, Table
+from torchprobe.rendering.page import write as write_page
+from torchprobe.rendering.plots import write as write_figure
+from torchprobe.rendering.tables import Column, Row, number, percent, plain_table, shown, shown_columns, text, write_csv
+from torchprobe.studies.dissect import file_names
+from torchprobe.studies.interpret.accuracy import ACCURACY_COLUMNS, ROBUSTNESS_COLUMNS, accuracy_rows, accuracy_section, robustness_section
+from torchprobe.studies.interpret.concepts import CONCEPT_COLUMNS, HEADLINE, concepts_section
+from torchprobe.studies.interpret.directions import directions_section, pruning_section
+from torchprobe.studies.interpret.representation import (
+    ABLATION_COLUMNS,
+    SHOWN,
+    ablation_section,
+    kurtosis_section,
+    layers_section,
+    outlier_section,
+)
+from torchprobe.studies.interpret.results import Interpretation, Results
+
+TABLES = ("kurtosis", "features", "layers", "accuracy", "robustness", "directions", "pruning", "ablation", "concepts")
+"""The names of all CSV files."""
+
+SHOWN_FEATURES = 8
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def write(found: Interpretation) -> dict[str, Path]:
+    """Writes ``results.json``, the tables, the plots as PNG and SVG, and the page; returns the paths by kind.
+
+    Each file replaces an older one at once.
+    """
+    files = paths(found)
+    if files["results"].is_file():  # tables of an earlier run with more inputs do not belong to this run
+        for name in set(TABLES) - tables(found).keys():
+            (found.folder / f"{name}.csv").unlink(missing_ok=True)
+    with replacing(files["results"]) as temporary:
+        temporary.write_text(to_json(found.results), encoding="utf-8")
+    for name, rows in tables(found).items():
+        write_csv(rows, files[name])
+    page = interpretation_page(found)
+    write_plots(files["plots"], [picture for section in page.sections for picture in section.pictures])
+    write_page(page, files["page"])
+    return files
+
+
+def paths(found: Interpretation) -> dict[str, Path]:
+    """The paths of the files of an interpretation, by kind; the page last."""
+    folder = found.folder
+    csv = {name: folder / f"{name}.csv" for name in tables(found)}
+    return {"results": folder / "results.json", **csv, "plots": folder / "plots", "page": folder / "index.html"}
+
+
+def write_plots(folder: Path, pictures: Sequence[Picture]) -> None:
+    """Each picture as PNG and as SVG, named by its description."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = file_names([picture.description for picture in pictures])
+    for picture in pictures:
+        name = names[picture.description]
+        figure = picture.draw(WIDE)
+        for suffix in ("png", "svg"):
+            write_figure(figure, folder / f"{name}.{suffix}")
+
+
+def tables(found: Interpretation) -> dict[str, Sequence[Row]]:
+    """The rows of each CSV file, by its name."""
+    r = found.results
+    images = zip(found.ids, found.kurtosis, found.peaks, found.correct or [None] * len(found.ids), strict=True)
+    rows: dict[str, Sequence[Row]] = {
+        "kurtosis": [{"image": name, "vector_kurtosis": kappa, "peak": peak, "right": correct} for name, kappa, peak, correct in images],
+        "features": r.outliers.rows,
+    }
+    if r.layers:
+        rows["layers"] = r.layers.rows
+    if r.accuracy:
+        rows["accuracy"] = accuracy_rows(r.accuracy)
+    if r.robustness:
+        rows["robustness"] = r.robustness.rows
+    if r.directions:
+        rows["directions"] = r.directions.rows()
+    if r.pruning:
+        rows["pruning"] = r.pruning.rows()
+    if r.ablation:
+        rows["ablation"] = r.ablation.rows
+    if r.concepts:
+        rows["concepts"] = r.concepts.rows()
+    return rows
+
+
+# -- the terminal --------------------------------------------------------------------------------------------------------
+
+
+def print_interpretation(found: Interpretation, out: Console) -> None:
+    """The headline numbers, a table for each section, and what was left out."""
+    r = found.results
+    out.print(text(found.name, "bold"))
+    table = plain_table("", "", "", right={""})
+    for fact in facts(r):
+        table.add_row(text(fact.label), text(fact.value, "bold"), text(fact.note, "dim"))
+    out.print(table)
+    if rows := r.outliers.rows[: min(SHOWN_FEATURES, len(r.outliers.indices))]:
+        print_rows("Outlier features", r.outliers.columns, rows, out)
+    if r.accuracy:
+        print_rows("Accuracy", ACCURACY_COLUMNS, accuracy_rows(r.accuracy), out)
+    if r.robustness:
+        print_rows("Effective robustness", ROBUSTNESS_COLUMNS, r.robustness.rows, out)
+    if r.ablation:
+        print_rows("Without the outlier features", ABLATION_COLUMNS, r.ablation.rows, out)
+    if r.concepts:
+        print_rows(f"Concepts, AP ≥ {r.concepts.threshold:g}", CONCEPT_COLUMNS, r.concepts.headline_rows(), out)
+    for name, data in r.data.items():
+        for remark in data.remarks:
+            out.print(text(f"{name}: {remark}", "dim"))
+        if data.skipped:
+            out.print(text(f"{name}: {counted(len(data.skipped), 'image')} left out because they could not be read", "dim"))
+    for section, why in r.skipped.items():
+        out.print(text(f"Left out: {section} ({why})", "dim"))
+
+
+def print_rows(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """A table under a title."""
+    columns = shown_columns(rows, columns)
+    table = plain_table(*(column.title for column in columns), right={column.title for column in columns if column.numeric})
+    for row in rows:
+        table.add_row(*(text(shown(row, column)) for column in columns))
+    out.print(text(title, "bold"))
+    out.print(table)
+
+
+# -- the page ------------------------------------------------------------------------------------------------------------
+
+
+SKIPPED_COLUMNS = (Column("section", "section", "the missing section", "text"), Column("why", "why", "the missing input", "text"))
+
+
+def interpretation_page(found: Interpretation) -> Page:
+    """The whole page."""
+    r = found.results
+    about = ", ".join(str(r.about[key]) for key in ("role", "backbone", "pretraining") if r.about.get(key))
+    sections = [
+        kurtosis_section(r.kurtosis, found.kurtosis),
+        outlier_section(r.outliers),
+        r.layers and layers_section(r.layers),
+        r.accuracy and accuracy_section(r.accuracy),
+        r.robustness and robustness_section(r.robustness),
+        r.directions and directions_section(r.directions),
+        r.pruning and pruning_section(r.pruning),
+        r.ablation and ablation_section(r.ablation),
+        r.concepts and concepts_section(r.concepts),
+        *left_out(r),
+        reading(r),
+    ]
+    return Page(
+        kind="interpret",
+        title=found.name,
+        summary=f"{about + ': ' if about else ''}{counted(r.data[IMAGENET].images, 'image')} through the encoder; outlier features, "
+        "privileged directions, concepts and robustness, each with the values to compare it with.",
+        facts=facts(r),
+        sections=[section for section in sections if section],
+        footer=footer(r),
+    )
+
+
+def facts(r: Results) -> list[Fact]:
+    """The headline numbers."""
+    low, high = (number(end, 3) for end in r.kurtosis.interval)
+    interval = f"{LEVEL:.0%} interval {low} … {high}; Gaussian {number(r.kurtosis.gaussian, 3)}"
+    heads = [
+        Fact("Vector kurtosis", number(r.kurtosis.mean, 3), interval),
+        Fact("Outlier features", number(len(r.outliers.indices)), f"of {number(r.features)}"),
+    ]
+    if r.accuracy:
+        one = r.accuracy[IMAGENET]
+        heads.append(Fact("Accuracy", percent(one.accuracy), f"{number(one.images)} images, {number(one.classes)} classes"))
+    if r.robustness:
+        mean, shifts = r.robustness.mean()
+        extrapolated = ", extrapolated" if r.robustness.extrapolated else ""
+        note = f"percentage points, mean over {counted(shifts, 'shift')}{extrapolated}"
+        heads.append(Fact("Effective robustness", "–" if math.isnan(mean) else f"{mean:+.1f}", note))
+    if r.concepts:
+        unique, null = (r.concepts.headline(basis).unique for basis in (UNITS, SHUFFLED))
+        note = f"AP ≥ {r.concepts.threshold:g}, beyond chance; {null} with shuffled labels"
+        heads.append(Fact("Unique concepts", number(unique), note))
+    return heads
+
+
+def left_out(r: Results) -> list[Section]:
+    """What is unexpected in the folders, sections without their input, and images that could not be read."""
+    sections = []
+    if remarks := [{"section": name, "why": remark} for name, data in r.data.items() for remark in data.remarks]:
+        columns = (Column("section", "set", "images", "text"), Column("why", "remark", "what is unexpected", "text"))
+        sections.append(
+            Section("The sets of images", ["What is unexpected in the folders of the images."], tables=[Table(remarks, columns)])
+        )
+    if r.skipped:
+        rows = [{"section": name, "why": why} for name, why in r.skipped.items()]
+        sections.append(Section("Not computed", ["These sections were left out."], tables=[Table(rows, SKIPPED_COLUMNS)]))
+    unreadable = [{"section": f"{name}: {one.file}", "why": one.reason} for name, data in r.data.items() for one in data.skipped]
+    if unreadable:
+        shown = unreadable[: 10 * SHOWN]
+        more = f" The first {len(shown)} are listed." if len(shown) < len(unreadable) else ""
+        columns = (Column("section", "file", "set and name", "text"), Column("why", "reason", "why it could not be read", "text"))
+        text = f"{counted(len(unreadable), 'image')} could not be read and do not count in any number.{more}"
+        sections.append(Section(f"Left out: {counted(len(unreadable), 'image')}", [text], tables=[Table(shown, columns)]))
+    return sections
+
+
+def reading(r: Results) -> Section:
+    """Definitions and choices."""
+    sigma, share = f"{r.outliers.sigma:g} standard deviations", percent(r.outliers.frequency)
+    choices = (
+        f"an outlier feature lies more than {sigma} from the mean of its vector in at least {share} of the images",
+        "the share kept in pruning is a share of the rank of the head",
+        f"a concept is encoded from AP {HEADLINE:g} on, if significant at 0.05 after Holm's correction",
+        "negatives are the images annotated for the concept's category",
+        "both signs of a direction are tried",
+        "importance is measured on one half of the images, chosen by their names, and the other half is evaluated",
+        "pruning leaves out shifted images with the name of an image on which importance was measured",
+    )
+    return Section(
+        "How to read this",
+        terms=[
+            (
+                "vector kurtosis",
+                "κ(h) = mean((h − mean h)⁴) / mean((h − mean h)²)² over the features of one vector; Pearson's, Gaussian = 3.",
+            ),
+            ("importance", "σ_i · mean_n |cos(v_i, h_n)| for the head W = Σ σ_i u_i v_iᵀ."),
+            (
+                "effective robustness",
+                "accuracy − logit⁻¹(slope · logit(unshifted accuracy) + intercept), percentage points (Taori et al. 2020).",
+            ),
+            ("our choices", "; ".join(choices) + "."),
+            (
+                "what it does not say",
+                "these numbers describe one encoder on these images. If two of them rise together across encoders, this does not show "
+                "that one causes the other.",
+            ),
+        ],
+    )
+
+
+def footer(r: Results) -> list[str]:
+    """Versions and settings."""
+    known = {name: r.about.get(name) for name in ("source", "checkpoint", "images", "limit", "broden")}
+    settings = ", ".join(f"{name} {value}" for name, value in (known | dict(r.settings)).items() if value)
+    return [f"torchprobe {r.torchprobe}, torch {r.torch}, Python {platform.python_version()}.", f"Settings: {settings}."]
