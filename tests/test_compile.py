@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from processes import python
 from torch import Tensor, nn
 
 import torchprobe
@@ -402,8 +403,5 @@ def test_a_state_is_freed_with_its_recorder() -> None:
 
 
 def test_importing_does_not_import_the_compiler() -> None:
-    import subprocess
-    import sys
-
     code = "import torchprobe, sys; print('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert python(code).stdout == "False\n"

@@ -261,7 +261,7 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futu
         yield running
 
 
-@pytest.mark.slow
+@pytest.mark.slow("compiles the kernels once for each mutant")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_caught(name: str, mutants: dict[str, Future[str]]) -> None:
     found = mutants[name].result()
