@@ -54,6 +54,7 @@ def test_help_documents_the_exit_codes(run, command):
     assert code == 0
     for number in (0, 1, 2, 130):
         assert re.search(rf"^ +{number} ", out, re.MULTILINE)
+    assert (re.search(r"^ +3 ", out, re.MULTILINE) is not None) == (command in ([], ["dissect"], ["doctor"]))
 
 
 COMMANDS = ["scan", "layers", "dissect", "interpret", "compare", "doctor", "demo"]
@@ -103,6 +104,7 @@ def test_wrong_usage_exits_with_2(run, arguments):
     [
         (["layers", "timm:test_vti"], "no model 'test_vti'"),
         (["layers", "vit"], "not the name of an encoder"),
+        (["layers", "test_vit"], "did you mean timm:test_vit?"),
         (["layers", MODEL, "--layers", "visual.block.*"], "matches no layer"),
         (["scan", MODEL, "--images", "{photos}/none"], "does not exist"),
         (["scan", MODEL, "--images", "{photos}", "--checkpoint", "{photos}/none.pt"], "no checkpoint at"),
@@ -118,6 +120,20 @@ def test_what_cannot_be_done_exits_with_1_and_one_message(run, photos, tmp_path,
     assert err.startswith("Error: ")
     assert message in err
     assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == [photos]  # no empty folder of results
+
+
+def test_the_command_says_that_it_fetches_weights_before_it_fails(run, photos, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    code, out, err = run("scan", MODEL, "--images", photos, "--out", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"Fetching the weights of {MODEL}")
+    assert "--checkpoint FILE" in err
+    assert "--random-init" in err
+    assert not (tmp_path / "out").exists()
 
 
 # -- layers --------------------------------------------------------------------------------------------------------------
@@ -132,6 +148,14 @@ def test_layers_lists_what_can_be_recorded(run):
     assert "●" in lines["(output)"]
     assert "●" not in lines["visual.blocks.0.attn.qkv"]
     assert "Linear" in lines["visual.blocks.0.attn.qkv"]
+    assert "--layers ''" in out
+
+
+def test_the_model_itself_can_be_listed(run):
+    code, out, _ = run("layers", MODEL, "--layers", "")
+    assert code == 0
+    assert "(output)" in out
+    assert "1 layer. " in out
 
 
 def test_layers_as_json(run):
@@ -247,7 +271,7 @@ def test_an_interruption_before_anything_was_seen(run, photos, tmp_path, monkeyp
     code, _, err = run("scan", MODEL, "--random-init", "--images", photos, "--output", tmp_path / "out")
     assert code == 130
     assert "nothing was written" in err
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 # -- dissect -------------------------------------------------------------------------------------------------------------

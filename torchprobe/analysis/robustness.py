@@ -55,7 +55,7 @@ class RobustnessRow:
         effective_robustness: ``accuracy − predicted``, percentage points.
         interval: of the effective robustness, from the 95 % prediction interval of a standard model. If it contains 0, a standard model
             could have this accuracy too. It does not include the sampling of images.
-        extrapolated: whether the models of the fit are all better, or all worse, on ImageNet.
+        extrapolated: whether ``imagenet`` is outside the range of ImageNet accuracies that the line was fitted on.
         note: warnings in words; empty if there are none.
         fit: the line.
     """

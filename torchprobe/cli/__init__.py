@@ -15,16 +15,18 @@ from torchprobe.cli.dissect_command import dissect
 from torchprobe.cli.interpret_command import compare, interpret
 from torchprobe.cli.tools import (
     CHECK_FAILED,
-    EXIT_CODES,
     FAILED,
     INTERRUPTED,
     MODEL,
     OK,
+    check_output,
     console,
     device_named,
     device_option,
+    exit_codes,
     interruptible,
     json_option,
+    loading,
     output_option,
     print_files,
     print_json,
@@ -34,19 +36,24 @@ from torchprobe.cli.tools import (
     workers_option,
     working,
 )
+from torchprobe.common.messages import counted
 from torchprobe.rendering.tables import plain_table, text
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    epilog=exit_codes("doctor: a check failed; dissect --check: the folder has problems"),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(torchprobe.__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Read each activation of an encoder once, and say what the representation has learned."""
 
 
 @cli.command(
-    epilog=EXIT_CODES,
+    epilog=exit_codes(),
     short_help="List the layers of an encoder.",
-    help=f"List the layers of MODEL: name, class, whether it is recorded by default, and its features.\n\n{MODEL}",
+    help="List the layers of MODEL: name, class, whether it is recorded by default, and its features. "
+    f"Needs no weights: nothing is fetched.\n\n{MODEL}",
 )
 @click.argument("model")
 @click.option("--layers", "pattern", multiple=True, metavar="PATTERN", help="Only layers that match this name or glob; may be repeated.")
@@ -67,13 +74,18 @@ def layers(model: str, pattern: tuple[str, ...], as_json: bool) -> None:
         table.add_row(*map(text, (row.layer or "(output)", row.module, "●" if row.default else "", *numbers)))
     printer = console()
     printer.print(table)
-    printer.print(text(f"{len(rows)} layers. ●: recorded by default. d: features. dim: the dimension that holds them. per image: vectors."))
+    count = counted(len(rows), "layer")
+    printer.print(
+        text(f"{count}. ●: recorded by default. d: features. dim: the dimension that holds them. per image: vectors of one image.")
+    )
+    if any(row.layer == "" for row in rows):
+        printer.print(text("(output): the model itself. Its name is the empty string; select it with --layers ''."))
     if any(row.features is None for row in rows):
         printer.print(text("–: returns no tensor in a forward pass, so it cannot be recorded."))
 
 
 @cli.command(
-    epilog=EXIT_CODES,
+    epilog=exit_codes(),
     short_help="Find out whether an encoder has outlier features.",
     help="Does MODEL have outlier features? One pass over a folder of images gives the vector kurtosis of the representation, the "
     f"outlier features by index, and the layers, with values to compare them with. Writes a recording, CSV tables and a page.\n\n{MODEL}",
@@ -120,9 +132,9 @@ def scan(
     page.require()
     images = image_folder(folder, limit, seed)
     torch.manual_seed(seed)
-    with working("loading the model"):
+    check_output(out)
+    with loading(model, fetch=not (checkpoint or random_init)):
         encoder = load_encoder(model, checkpoint, pretrained=not random_init)
-    out.mkdir(parents=True, exist_ok=True)  # now, so that it does not fail at the end
     settings = {"images": str(folder), "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, "limit": limit}
     with interruptible() as stop, progress_bar(f"{len(images):,} images") as progress:
         result = study.scan(
@@ -148,7 +160,7 @@ def scan(
         raise click.exceptions.Exit(INTERRUPTED)
 
 
-@cli.command(epilog=EXIT_CODES, short_help="Show versions, and check the kernels on this machine.")
+@cli.command(epilog=exit_codes("a check failed"), short_help="Show versions, and check the kernels on this machine.")
 @json_option
 def doctor(as_json: bool) -> None:
     """Show versions, and which kernels are loaded or why not. Check every kernel against the reference on this machine."""
@@ -175,7 +187,7 @@ def doctor(as_json: bool) -> None:
         raise click.exceptions.Exit(CHECK_FAILED)
 
 
-@cli.command(epilog=EXIT_CODES, short_help="Scan and dissect a real network on real photos.")
+@cli.command(epilog=exit_codes(), short_help="Scan and dissect a real network on real photos.")
 @output_option("torchprobe-demo")
 @json_option
 def demo(out: Path, as_json: bool) -> None:
@@ -187,7 +199,7 @@ def demo(out: Path, as_json: bool) -> None:
     from torchprobe.studies.dissect import print_dissections
     from torchprobe.studies.scan_report import print_representation
 
-    out.mkdir(parents=True, exist_ok=True)  # now, so that it does not fail at the end
+    check_output(out)
     with progress_bar("4 networks") as progress:
         result = study.demo(progress)
         files = result.write(out)
@@ -215,7 +227,7 @@ for command in (dissect, interpret, compare):
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Runs the command line and exits with one of :data:`torchprobe.cli.tools.EXIT_CODES`."""
+    """Runs the command line and exits with one of :func:`torchprobe.cli.tools.exit_codes`."""
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         warnings.simplefilter("always", torchprobe.RecordingWarning)

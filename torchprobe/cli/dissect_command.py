@@ -10,14 +10,16 @@ import click
 
 from torchprobe.cli.tools import (
     CHECK_FAILED,
-    EXIT_CODES,
     INTERRUPTED,
     MODEL,
+    check_output,
     console,
     device_named,
     device_option,
+    exit_codes,
     interruptible,
     json_option,
+    loading,
     output_option,
     print_files,
     print_json,
@@ -25,7 +27,6 @@ from torchprobe.cli.tools import (
     say,
     stage_bar,
     workers_option,
-    working,
 )
 from torchprobe.rendering.tables import printable
 
@@ -52,7 +53,9 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
         return found
 
 
-@click.command(epilog=EXIT_CODES, short_help="Find out which concepts the units of an encoder detect.", help=HELP)
+@click.command(
+    epilog=exit_codes("--check: the folder has problems"), short_help="Find out which concepts the units of an encoder detect.", help=HELP
+)
 @click.argument("model", required=False)
 @click.option("--layers", multiple=True, metavar="PATTERN", help="Name or glob of layers; may be repeated. See torchprobe layers.")
 @click.option("--broden", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder in the format of Broden.")
@@ -177,12 +180,13 @@ def _dissect(
     from torchprobe.studies.dissect import dissect_folder, earlier, print_dissections, recalibrate, write_pages
 
     page.require()
+    check_output(out)
     broden: Broden = Broden(folder, split, categories or None)
     against = earlier(nulls)
     with torchrun() as (rank, local):
         place = device_named(f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device)
         torch.manual_seed(seed)
-        with working("loading the model"):
+        with loading(model, fetch=not (checkpoint or random_init), quiet=rank > 0):
             encoder = load_encoder(model, checkpoint, pretrained=not random_init).to(place)
             if random_init:
                 recalibrate(encoder, broden, options["batch_size"])

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchprobe.cli.tools import (
-    EXIT_CODES,
     INTERRUPTED,
     MODEL,
+    check_output,
     console,
     device_named,
     device_option,
+    exit_codes,
     interruptible,
     json_option,
+    loading,
     output_option,
     print_files,
     print_json,
@@ -63,7 +65,7 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
         return name, Path(folder)
 
 
-@click.command(epilog=EXIT_CODES, short_help="Repeat the analysis of “Interpreting CLIP” on an encoder.", help=HELP)
+@click.command(epilog=exit_codes(), short_help="Repeat the analysis of “Interpreting CLIP” on an encoder.", help=HELP)
 @click.argument("model", required=False)
 @click.option("--images", required=True, type=click.Path(path_type=Path), metavar="DIR", help="One folder for each class, or just images.")
 @click.option(
@@ -160,6 +162,7 @@ def interpret(
     from torchprobe.studies.interpret.inputs import Inputs
 
     page.require()
+    check_output(out)
     with torchrun() as (rank, local):
         place = device_named(f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device)
         inputs = Inputs(
@@ -206,8 +209,8 @@ def _one(
     from torchprobe.studies.interpret.report import paths, print_interpretation
     from torchprobe.studies.interpret.run import interpret_subject
 
-    with working("loading the model"):
-        load_images(inputs.images)  # before the weights are fetched
+    load_images(inputs.images)  # before the weights are fetched
+    with loading(model, fetch=not (checkpoint or random_init), quiet=rank > 0):
         encoder = load_encoder(model, checkpoint, pretrained=not random_init)
         encoder = encoder if options.device is None else encoder.to(options.device)
         subject = inputs.subject(encoder, head, options.seed, kept_head(out, options.resume))
@@ -251,7 +254,7 @@ def _suite(
         _print_comparison(found, out, as_json)
 
 
-@click.command(epilog=EXIT_CODES, short_help="Compare encoders that were interpreted.", help=COMPARE_HELP)
+@click.command(epilog=exit_codes(), short_help="Compare encoders that were interpreted.", help=COMPARE_HELP)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDERS…")
 @output_option("torchprobe-compare")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of bootstrap and permutations.")
@@ -261,6 +264,7 @@ def compare(folders: tuple[Path, ...], out: Path, seed: int, as_json: bool) -> N
     from torchprobe.studies.compare import compare as study
 
     page.require()
+    check_output(out)
     with working("comparing"):
         found = study(folders, seed=seed)
     _print_comparison(found, out, as_json)

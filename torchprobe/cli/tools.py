@@ -21,14 +21,18 @@ from torchprobe.rendering.tables import printable
 
 OK, FAILED, USAGE, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
-EXIT_CODES = """\b
-Exit codes:
-  0    done
-  1    failed; the message says why
-  2    wrong command line
-  3    doctor: a check failed; dissect --check: the folder has problems
-  130  interrupted (Ctrl-C); results so far were written, if there were any
-"""
+
+def exit_codes(check_failed: str = "") -> str:
+    """The list of exit codes at the end of a help page. ``check_failed``: what code 3 means, for commands that use it."""
+    codes = {
+        OK: "done",
+        FAILED: "failed; the message says why",
+        USAGE: "wrong command line",
+        CHECK_FAILED: check_failed,
+        INTERRUPTED: "interrupted (Ctrl-C); results so far were written, if there were any",
+    }
+    return "\n".join(["\b", "Exit codes:", *(f"  {code:<5}{meaning}" for code, meaning in codes.items() if meaning)])
+
 
 MODEL = (
     "MODEL is timm:NAME, torchvision:NAME, torchvision:NAME/WEIGHTS or open_clip:NAME/PRETRAINED, such as "
@@ -97,6 +101,34 @@ def working(what: str) -> Iterator[None]:
     """Shows on standard error that work of unknown length continues."""
     with Console(stderr=True).status(what):
         yield
+
+
+@contextlib.contextmanager
+def loading(model: str, fetch: bool, quiet: bool = False) -> Iterator[None]:
+    """Shows on standard error that a model is loaded, and first that its weights may be fetched: without a network this takes minutes.
+
+    Args:
+        model: the name of the encoder.
+        fetch: whether its weights come from its library, and not from a local file or a random generator.
+        quiet: do not say it, because another rank does.
+    """
+    if fetch and not quiet:
+        say(f"Fetching the weights of {model}, unless they are in the local cache.")
+    with working("loading the model"):
+        yield
+
+
+def check_output(folder: Path) -> None:
+    """Checks before a long run that its results can be written, without making the folder.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"the results cannot be written to {folder}: {existing} is not a folder; choose another one with --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"the results cannot be written to {folder}: no permission to write in {existing}; choose another --out")
 
 
 @contextlib.contextmanager

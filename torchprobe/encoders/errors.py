@@ -56,13 +56,21 @@ def library_errors(name: str, fetching: bool) -> Iterator[None]:
         if not fetching:
             raise EncoderError(f"{name} could not be built: {reason(error)}") from error
         raise EncoderError(
-            f"the weights of {name} could not be fetched ({reason(error)}). The local caches are {_caches(name)}. "
-            "Without network access, download the file elsewhere and pass it with --checkpoint FILE (checkpoint= in Python)."
+            f"the weights of {name} could not be fetched ({reason(_cause(error))}), and they are not in the local caches. "
+            f"The local caches are {_caches(name)}. Without network access, download the file elsewhere and pass it with --checkpoint FILE "
+            "(checkpoint= in Python). To try the architecture without weights, use --random-init (pretrained=False)."
         ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         loggers[0].removeHandler(silence)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first of the errors that led to this one. Libraries wrap "no network" in long texts."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _caches(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,7 +50,9 @@ def load_encoder(name: str, checkpoint: str | os.PathLike[str] | None = None, *,
     source, _, model = name.partition(":")
     if source not in SOURCES or not model:
         known = ", ".join(f"{source}:NAME" for source in SOURCES)
-        raise EncoderError(f"{name!r} is not the name of an encoder: expected one of {known}" + did_you_mean(source, SOURCES))
+        similar = [] if ":" in name else _full_names(name)
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else did_you_mean(source, SOURCES)
+        raise EncoderError(f"{name!r} is not the name of an encoder: expected one of {known}{hint}")
     built = SOURCES[source](name, model, pretrained and checkpoint is None)
     if checkpoint is not None:
         _load_checkpoint(built, checkpoint)
@@ -57,6 +60,26 @@ def load_encoder(name: str, checkpoint: str | os.PathLike[str] | None = None, *,
     elif not pretrained:
         built.encoder.name = f"{name} (random weights)"
     return built.encoder.eval()
+
+
+def _full_names(name: str) -> list[str]:
+    """The names of encoders that a name without a source may stand for, in the libraries that are installed."""
+    model, found = name.partition("/")[0], []
+    with contextlib.suppress(ImportError):
+        if importlib.import_module("timm").is_model(name):
+            found.append(f"timm:{name}")
+    with contextlib.suppress(ImportError):
+        models = importlib.import_module("torchvision.models")
+        if model in models.list_models(module=models):
+            found.append(f"torchvision:{name}")
+    if not found:
+        with contextlib.suppress(ImportError):
+            open_clip = importlib.import_module("open_clip")
+            if model != name and model in open_clip.list_models():
+                found.append(f"open_clip:{name}")
+            else:
+                found.extend(f"open_clip:{name}/{tag}" for tag in open_clip.list_pretrained_tags_by_model(name)[:1])
+    return found
 
 
 def _load_checkpoint(built: Built, checkpoint: str | os.PathLike[str]) -> None:

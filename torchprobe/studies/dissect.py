@@ -86,7 +86,6 @@ def dissect_folder(
     folder = Path(out)
     if resume and (folder / "summary.json").exists() and not (folder / _CHECKPOINT).exists():
         raise ValueError(f"the dissection in {folder} is finished: there is nothing to resume")
-    folder.mkdir(parents=True, exist_ok=True)
     results = dissect(encoder, selected, broden, checkpoint=folder / _CHECKPOINT, resume=resume, **options)
     with Ranks() as ranks:
         if ranks.first:

@@ -80,7 +80,6 @@ def run_suite(
     load_images(inputs.images)  # before any encoder is fetched
     for shift in inputs.shifts.values():
         class_folders(shift)
-    folder.mkdir(parents=True, exist_ok=True)
     names = file_names([row.name for row in rows])
     folders = {row.name: folder / names[row.name] for row in rows}
     done: list[SuiteRow] = []

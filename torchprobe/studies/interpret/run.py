@@ -22,6 +22,7 @@ from torchprobe.common.runs import Clock, Progress, ProgressCallback, RunOptions
 from torchprobe.datasets import Broden, Images, LabeledImages
 from torchprobe.dissection import Dissection
 from torchprobe.encoders import Encoder, Head
+from torchprobe.recording.layers import select_layers
 from torchprobe.studies.interpret.accuracy import Accuracy, Robustness, measure_accuracy, measure_robustness
 from torchprobe.studies.interpret.concepts import Concepts, summarize_concepts
 from torchprobe.studies.interpret.directions import HeadDirections, Pruning, measure_directions, measure_pruning
@@ -123,7 +124,9 @@ def interpret_subject(subject: Subject, out: str | os.PathLike[str], options: Ru
         raise ValueError(f"the head takes {head.in_features} features, but the representation of {encoder.name} has {encoder.features}")
     if IMAGENET in subject.shifts:
         raise ValueError(f"{IMAGENET!r} is the name of the unshifted images; give the shift another name")
-    # On the CPU, as the representations are; a copy, because a head of the encoder moves with the encoder.
+    if subject.layers is not None and subject.layer_images:
+        select_layers(encoder, subject.layers)  # a wrong name is an error before anything is computed
+    # Copied to the CPU, where the representations are. Without a copy, moving the encoder would also move the head.
     subject = replace(subject, head=None if head is None else copy.deepcopy(head).cpu())
     folder = Path(out)
     clock = Clock(options.progress, len(subject.sets) + (subject.layer_images > 0) + (subject.broden is not None))
