@@ -97,7 +97,10 @@ def test_two_ranks_give_the_table_of_one_process(ran: Path) -> None:
     assert_uneven(ran, 0)
 
 
-@pytest.mark.parametrize(("backend", "count"), [("gloo", 4), pytest.param("nccl", 0, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("backend", "count"),
+    [pytest.param("gloo", 4, marks=pytest.mark.slow("starts torchrun")), pytest.param("nccl", 0, marks=pytest.mark.gpu)],
+)
 def test_torchrun_gives_the_table_of_one_process(tmp_path: Path, backend: str, count: int) -> None:
     count = count or torch.cuda.device_count()
     torchrun(count, ranks.__file__, tmp_path, backend)
