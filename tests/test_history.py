@@ -221,7 +221,7 @@ def frozen() -> Iterator[None]:
 
 
 def tensors() -> int:
-    """Bytes of all tensors that live and are not frozen. A fake tensor counts with the size it would have, one of unknown size does not count."""
+    """Bytes of all tensors that live and are not frozen. A fake tensor counts with the size it would have, unless that is unknown."""
     gc.collect()
     found = [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
     return sum(value.nbytes for value in found if all(type(size) is int for size in value.shape))
