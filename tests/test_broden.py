@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 from processes import python
 
 from torchprobe.datasets import Broden, BrodenWriter, DatasetError, validate
-from torchprobe.datasets.broden.files import MAX_PIXELS, MAX_SIDE, FileError, read_labels, unsafe
+from torchprobe.datasets.broden.image_files import MAX_PIXELS, MAX_SIDE, FileError, read_labels, unsafe
 from torchprobe.datasets.broden.index import image_hash, image_split
 from torchprobe.datasets.broden.presence import load_presence
 
@@ -383,7 +383,7 @@ def test_damaged_pictures_are_refused_with_their_row(trap, damage, message):
 
 
 def test_pictures_too_large_are_not_decoded(trap, monkeypatch):
-    monkeypatch.setattr("torchprobe.datasets.broden.files.MAX_PIXELS", 1000)
+    monkeypatch.setattr("torchprobe.datasets.broden.image_files.MAX_PIXELS", 1000)
     with pytest.raises(DatasetError, match="64 × 64 pixels, more than"):
         Broden(trap.root)
 

@@ -18,7 +18,26 @@
 :func:`bootstrap_interval`        how certain a mean is
 ================================  ============================================================================================
 
-Published definitions of outliers – LLM.int8, massive activations, registers, He et al. – are in :mod:`torchprobe.analysis.outliers`.
+=====================  ========================================================================================
+file                   subject
+=====================  ========================================================================================
+``embeddings``         representations of images; ``embeddings_file`` is their file, written batch by batch
+``reading``            batches of pixels and labels
+``inputs``             the arguments that most measures share
+``evaluation``         accuracy of a head
+``decisions``          the class that a head decides for: an exact argmax
+``kurtosis``           vector kurtosis and its controls
+``outliers``           outlier features: our rule, LLM.int8, massive activations, registers, He et al.
+``ablation``           accuracy without some features
+``directions``         singular directions of a head, and their importance
+``pruning``            accuracy with fewer directions
+``concepts``           concepts of units and directions
+``baseline``           standard models and their line, for effective robustness
+``robustness``         effective robustness
+``similarity``         linear CKA of layers; ``grams`` has the Gram matrices behind it
+``interpolation``      weights between two models; batch norms measured again
+``resampling``         bootstrap intervals, rank correlation
+=====================  ========================================================================================
 """
 
 from torchprobe.analysis.ablation import Ablation, ablate, ablation

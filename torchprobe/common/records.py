@@ -34,8 +34,9 @@ class Record(Mapping[str, Any]):
     Code reads the attributes. Tables, CSV files and JSON read the mapping, which holds nested records as dicts, tuples as lists, and nan as
     None. A field with the default None has no key while it is None. :func:`decode` turns plain values into a record again.
 
-    Declare subclasses with ``@dataclass(frozen=True, eq=False)``, so that records are equal if their mappings are. The name of a field must
-    not be that of a method of mappings, such as ``values``; :class:`Key` gives it this key.
+    Declare subclasses with ``@dataclass(frozen=True, eq=False)``, so that records are equal if their mappings are. The name of a field
+    cannot be ``values``, ``items``, ``keys`` or ``get``, the methods of mappings. If the key must have that name, write
+    ``Annotated[…, Key("values")]``.
 
     >>> @dataclasses.dataclass(frozen=True, eq=False)
     ... class Point(Record):

@@ -16,6 +16,25 @@
 :func:`unique_detectors`    detectors and their concepts, counted as in the original
 :func:`encoded`             pairs of unit and concept beyond threshold and chance
 ==========================  ====================================================================
+
+=====================  =========================================================================
+file                   subject
+=====================  =========================================================================
+``dissect``            the arguments of :func:`dissect`
+``run``                its stages: two passes over the images, then the tables
+``walk``               one pass, shared by ranks; its checkpoint and how it is resumed
+``batches``            images and labels in batches
+``taps``               activations as maps, in units or along directions
+``overlap``            intersection over union, from counts of pixels
+``average_precision``  average precision of units; images that show a concept
+``ranking``            images ranked by units
+``nulls``              p-values and their correction
+``scores``             the tables of one layer
+``dissection``         the same with files and a page; adding two dissections
+``summaries``          detectors, concepts, concepts per unit
+``report``             the page; ``report_text`` has its words, ``report_pictures`` its pictures
+``evidence``           the pixels that contribute to a unit
+=====================  =========================================================================
 """
 
 from torchprobe.common.runs import Progress

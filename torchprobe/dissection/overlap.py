@@ -39,8 +39,8 @@ class Overlap:
     """Counts, over the images of a data set, how the activated region of each unit overlaps each label. Exact, and mergeable.
 
     The map of a unit is resized to the label grid of an image. The unit is active where the map exceeds the unit's threshold; for the exact
-    definition see :func:`torchprobe.ops.overlap_tally_`. A label is compared with the activation in images that hold some label of its
-    category: where a category is not annotated, its labels are unknown. As in the original, a label belongs to its *primary* category.
+    definition see :func:`torchprobe.ops.overlap_tally_`. A label is compared with the activation only in images annotated for
+    its category; in other images we do not know whether the label is there. As in the original, a label belongs to its *primary* category.
 
     Args:
         thresholds: (units,), the level that an active pixel exceeds; rounded to float32. The maps must be on the same device.
@@ -156,11 +156,11 @@ class Overlap:
         """Counts that differ in one of these cannot be added."""
         for name in ("mode", "categories"):
             if state[name] != getattr(self, name):
-                raise ValueError(f"the counts were made with {name}={state[name]!r}, these with {name}={getattr(self, name)!r}")
+                raise ValueError(f"the other counts have {name}={state[name]!r}, but this object has {name}={getattr(self, name)!r}")
         for name in ("thresholds", "category"):
             mine, others = getattr(self, name), state[name].to(getattr(self, name).device)
             if mine.shape != others.shape or not torch.equal(mine.nan_to_num(), others.nan_to_num()):
-                raise ValueError(f"the counts were made with other {name}: of shape {tuple(others.shape)}, here {tuple(mine.shape)}")
+                raise ValueError(f"the other counts have other {name}: of shape {tuple(others.shape)}, here {tuple(mine.shape)}")
 
     def __repr__(self) -> str:
         units, labels = self.intersection.shape

@@ -7,6 +7,20 @@
 :func:`average_precision`  how well each unit ranks the images of each concept
 :func:`kernels`            which native kernels are loaded, or why not
 =========================  ==========================================================
+
+=====================  =====================================================================
+file                   subject
+=====================  =====================================================================
+``observe``            ``observe_``, and merging states with third and fourth moments
+``layout``             what each number of a state means
+``positions``          the vectors of an activation
+``observers``          Python code that a compiled graph calls with an activation or gradient
+``quantile``           the largest values of every feature
+``overlap``            ``overlap_tally_``
+``average_precision``  ``average_precision``
+``library``            registers operators, loads compiled kernels
+``selfcheck``          kernels compared with the references, for ``torchprobe doctor``
+=====================  =====================================================================
 """
 
 import torch as _torch

@@ -6,6 +6,17 @@
 :func:`validate`        every problem of a folder
 :class:`Finding`        one problem
 ======================  ================================================================
+
+===============  ======================================================================
+file             subject
+===============  ======================================================================
+``reader``       :class:`Broden`: items and samples
+``index``        the CSV tables: categories, labels, rows
+``image_files``  opens images, decodes label maps
+``presence``     which image shows which concept, and on what area
+``validate``     lists every problem of a folder
+``writer``       :class:`BrodenWriter`
+===============  ======================================================================
 """
 
 from torchprobe.datasets.broden.index import Finding, Label, Row

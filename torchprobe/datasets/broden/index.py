@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torchprobe.common.files import replacing
-from torchprobe.datasets.broden.files import MAX_BYTES, MAX_LABEL, size_problem, unsafe
+from torchprobe.datasets.broden.image_files import MAX_BYTES, MAX_LABEL, size_problem, unsafe
 
 ROW_COLUMNS = ("image", "split", "ih", "iw", "sh", "sw")
 SPLITS = ("train", "val")
 
 TRAIN_SHARE = 0.7
-"""Share of the range of hashes that belongs to the training split, as in the release."""
+"""Share of images in the training split, as in the release; a hash of the path decides."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ OnFinding = Callable[[Finding], None]
 @dataclass(frozen=True)
 class Label:
     """A concept. ``number``: its number in the label maps. ``category``: its primary category. ``categories``: all its categories.
-    ``frequency``: images with the label, summed over categories. ``coverage``: its area in units of whole images."""
+    ``frequency``: images with the label, summed over categories. ``coverage``: its share of the pixels, summed over images."""
 
     number: int
     name: str
@@ -241,7 +241,7 @@ def _number(text: str) -> float | None:
 
 @dataclass
 class Occurrence:
-    """``frequency``: images that have a label. ``coverage``: its area in units of whole images."""
+    """``frequency``: images that have a label. ``coverage``: its share of the pixels, summed over images."""
 
     frequency: int = 0
     coverage: float = 0.0

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from torchprobe.common.messages import install_hint
 from torchprobe.common.runs import CountCallback
-from torchprobe.datasets.broden.files import FileError, locate, read_image, read_labels
+from torchprobe.datasets.broden.image_files import FileError, locate, read_image, read_labels
 from torchprobe.datasets.broden.index import SPLITS, Finding, Label, Row, read_rows, read_tables
 from torchprobe.datasets.broden.presence import Presence, image_areas, load_presence
 from torchprobe.datasets.images import DatasetError

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.datasets.broden.files import FileError, locate, read_image, read_labels
+from torchprobe.datasets.broden.image_files import FileError, locate, read_image, read_labels
 from torchprobe.datasets.broden.index import Finding, Row, Tables, read_rows, read_tables
 from torchprobe.datasets.broden.reader import known_labels, unknown_labels
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchprobe.common.deprecation import renamed_arguments
-from torchprobe.datasets.broden.files import MAX_LABEL, read_image, read_labels, size_problem, unsafe
+from torchprobe.datasets.broden.image_files import MAX_LABEL, read_image, read_labels, size_problem, unsafe
 from torchprobe.datasets.broden.index import ROW_COLUMNS, LabelCounts, WrittenRow, write_tables
 from torchprobe.datasets.broden.presence import pixel_counts
 from torchprobe.datasets.images import DatasetError

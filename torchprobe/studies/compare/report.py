@@ -102,11 +102,11 @@ PAIR_COLUMNS = (
 
 CORRELATION_COLUMNS = (
     Column("models", "encoders", "all, or those of one role", "text"),
-    Column("x", "x", "one number", "text"),
-    Column("y", "y", "the other", "text"),
+    Column("x", "x", "first measure", "text"),
+    Column("y", "y", "second measure", "text"),
     Column("rho", "Spearman ρ", "rank correlation"),
     Column("p_value", "p", "two-sided, by permutation; assumes independent encoders, which variants of one encoder are not"),
-    Column("n", "n", "encoders with both numbers", "count"),
+    Column("n", "n", "encoders with both measures", "count"),
 )
 
 OVERLAP_COLUMNS = (

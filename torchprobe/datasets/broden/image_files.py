@@ -1,4 +1,4 @@
-"""Opening the files of an index: paths stay inside the folder, sizes are bounded, pictures are complete."""
+"""Opens the images and decodes the label maps of an index. Paths stay inside the folder, sizes are bounded, and files are complete."""
 
 from __future__ import annotations
 
