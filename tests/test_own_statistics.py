@@ -518,7 +518,7 @@ def two(features: int, device: torch.device) -> Several:
     return Several([Moments(features, device), Total(features, device)])
 
 
-@pytest.mark.parametrize("statistic", [[Moments], [Total], Total, [Moments, Moments], two], ids=str)
+@pytest.mark.parametrize("statistic", [[Moments], [Total], Total, [Moments, Moments], two], ids=["1", "1 own", "own", "2", "two"])
 def test_a_list_stays_a_list_in_files(tmp_path: Path, statistic: Any) -> None:
     rec = recorded(statistic, 2)
     rec.snapshot(0)
