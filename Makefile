@@ -9,14 +9,18 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-gpu bench bench-gpu lint format wheel clean distclean
+# Quick tests run in this many processes, with one thread each. Tests of one file stay together, since they share fixtures.
+WORKERS ?= 2
+
+.PHONY: help demo test test-slow test-all test-gpu bench bench-gpu lint format wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    a trained and untrained networks over real photos: tables, plot, pages"
-	@echo "make test    lint, types, import floors and the test suite"
-	@echo "make bench   speed beside x.sum(), eager, inductor and other packages"
-	@echo "make test-gpu, make bench-gpu   what only a GPU can tell; both need one"
+	@echo "make test    lint, types, import rules and the quick tests"
+	@echo "make test-all   the same, and the slow tests: compilers, torchrun, wheels, CUDA kernels on the host"
+	@echo "make bench   speed compared with x.sum(), eager, inductor and other packages"
+	@echo "make test-gpu, make bench-gpu   the checks and timings that need a GPU"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  let ruff fix and format"
 	@echo "make wheel   build dist/*.whl with the kernels for the CPU and for every CUDA architecture"
@@ -26,7 +30,13 @@ demo: $(READY)
 	torchprobe demo
 
 test: lint
-	python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow" --durations=10
+
+test-slow: $(READY)
+	python -m pytest -q -m slow --durations=10
+
+test-all: test
+	$(MAKE) test-slow
 
 test-gpu: $(READY)
 	python tests/on_gpu.py

@@ -7,6 +7,7 @@ import cuda_shim
 import pytest
 import torch
 import wheels
+from drawing import stop_drawing
 from torch import Tensor
 
 from torchprobe import Moments
@@ -15,15 +16,23 @@ from torchprobe.ops.observe import reference
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        if slow and not slow.args:
+            raise pytest.UsageError(f'{item.nodeid}: give the reason, as in @pytest.mark.slow("compiles with inductor")')
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that write pages but do not look at their plots."""
+    stop_drawing(monkeypatch)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Small networks for the tests of dissection, and the script that processes run."""
+"""Small networks for the tests of dissection, and what the processes of test_dissect_runs.py run."""
 
 from __future__ import annotations
 
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +52,14 @@ class ViT(nn.Module):
         return tokens[:, 0] if self.batch_first else tokens[0]
 
 
-def run(root: str, checkpoint: str | None = None, resume: bool = False, pause: float = 0.0) -> dict[str, Dissection]:
+def run(
+    root: str | Path, checkpoint: str | Path | None = None, resume: bool = False, pause: float = 0.0, told: Connection | None = None
+) -> dict[str, Dissection]:
+    """Sends its progress, and pauses each time."""
+
     def slow(progress: Progress) -> None:
-        print(progress.stage, progress.done, flush=True)
+        if told is not None:
+            told.send((progress.stage, progress.done))
         time.sleep(pause)
 
     return dissect(
@@ -63,12 +68,12 @@ def run(root: str, checkpoint: str | None = None, resume: bool = False, pause: f
     )  # fmt: skip
 
 
-if __name__ == "__main__":
+def main(
+    root: Path, checkpoint: Path | None, out: Path, resume: bool, pause: float, rank: int, ranks: int, port: int, told: Connection
+) -> None:
+    """One process, or one of several; saves what it found."""
     torch.set_num_threads(1)
-    root, folder, out, resume, pause, ranks = sys.argv[1:]
-    if int(ranks) > 1:
-        torch.distributed.init_process_group("gloo")
-    result = run(root, folder or None, bool(int(resume)), float(pause))
-    rank = torch.distributed.get_rank() if int(ranks) > 1 else 0
-    for layer, dissection in result.items():
-        dissection.save(Path(out) / f"{layer}-{rank}.safetensors")
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    for layer, dissection in run(root, checkpoint, resume, pause, told).items():
+        dissection.save(out / f"{layer}-{rank}.safetensors")

@@ -80,6 +80,7 @@ class Covariance(Statistic):
         return {"vectors": states["n"], "largest_variance": torch.linalg.eigvalsh(covariance.nan_to_num())[:, -1]}
 
 
+@functools.cache
 def of_the_docs() -> type[Statistic]:
     """``Zeros`` of docs/statistics.md; this runs its whole block of code."""
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)

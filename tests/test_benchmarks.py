@@ -57,7 +57,7 @@ def test_eager_formulas(x):
     assert torch.equal(x, before)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("compiles with inductor")
 def test_compiled_formulas(x):
     assert_same(torch.compile(formulas.eager, fullgraph=True, dynamic=False)(x), x)
 
@@ -223,7 +223,7 @@ def test_waiting_for_a_core():
 # -- the command ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow("runs a benchmark as a process")
 def test_command(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in TUNED_MALLOC}
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "hook", "--json", str(tmp_path / "figures.json")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import types
@@ -15,6 +14,7 @@ import pretended_gpu
 import pytest
 import torch
 from click.testing import CliRunner
+from processes import python
 
 import torchprobe
 
@@ -113,7 +113,7 @@ def test_rivals(where):
     assert {(f.name, f.case["dtype"]) for f in found} == {(n, d) for n in ("x.sum()", "observe_", "eager") for d in ("float32", "bfloat16")}
 
 
-@pytest.mark.slow
+@pytest.mark.slow("compiles with inductor")
 def test_rivals_with_the_compiler():
     plan = observe.Rivals((32,), 48, replay_bytes=1, seconds=0)
     assert "inductor" in {f.name for f in plan.run(Device(CPU, "a CPU"))}
@@ -334,7 +334,7 @@ def test_bandwidth_survives_a_case_that_fails(monkeypatch):
     assert len([f for f in found if f.name == "observe_"]) == 23
 
 
-@pytest.mark.slow
+@pytest.mark.slow("imports three packages and builds a ViT-B of each")
 @pytest.mark.parametrize("network", VIT_B_16, ids=lambda network: network.package)
 def test_networks(network):
     pytest.importorskip(network.package)
@@ -385,9 +385,7 @@ def test_nothing_runs_without_a_gpu(monkeypatch, capsys):
 
 def test_what_the_sanitizer_runs():
     """Its script, on the CPU."""
-    command = [sys.executable, "-c", on_gpu.CHECK, "cpu"]
-    environment = {**os.environ, "TORCHPROBE_DISABLE_KERNELS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = python(on_gpu.CHECK, "cpu", TORCHPROBE_DISABLE_KERNELS="1")
     assert done.returncode == 1
     assert "passed rows, float32" in done.stdout
     assert "FAILED" not in done.stdout

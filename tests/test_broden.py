@@ -7,8 +7,6 @@ import os
 import pickle
 import re
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 import torch
 from broden_sets import CATEGORIES, TrapRow, TrapSet, save_label_png, write_trap_set
 from PIL import Image, ImageFile
+from processes import python
 
 from torchprobe.datasets import Broden, BrodenWriter, DatasetError, validate
 from torchprobe.datasets.broden.image_files import MAX_PIXELS, MAX_SIDE, FileError, read_labels, unsafe
@@ -253,7 +252,7 @@ def test_captum_really_takes_them(pristine, tmp_path):
 
 def test_importing_the_library_does_not_import_pil_or_captum():
     code = "import sys, torchprobe.datasets; print([m for m in ('PIL', 'captum', 'torchvision', 'jinja2') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert python(code).stdout == "[]\n"
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -564,7 +563,7 @@ def test_a_linked_images_folder_is_fine(trap):
     assert validate(trap.root) == [] and Broden(trap.root)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("writes and reads an index of 63,305 rows")
 def test_a_full_index_is_read_quickly(trap):
     """63,305 rows, the size of the release."""
     import time

@@ -205,6 +205,7 @@ def test_scan_as_json_has_nothing_else_on_standard_output(run, photos, tmp_path)
     assert again["representation"] == found["representation"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_scan_with_a_checkpoint(run, photos, tmp_path):
     import timm
     import torch
@@ -219,6 +220,7 @@ def test_scan_with_a_checkpoint(run, photos, tmp_path):
     assert "missing: cls_token" in err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_layers_that_cannot_fire_are_a_note_not_a_failure(run, photos, tmp_path):
     pytest.importorskip("open_clip", reason="open_clip is not installed")
     config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}}
@@ -247,6 +249,7 @@ def interrupt_after(monkeypatch, calls, times=1):
     monkeypatch.setattr(Encoder, "forward", interrupted)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("presses", "seen"), [(1, 2), (2, 1)])
 def test_an_interruption_leaves_a_valid_partial_result(run, photos, tmp_path, monkeypatch, presses, seen):
     interrupt_after(monkeypatch, 2, presses)
@@ -342,6 +345,7 @@ def test_dissect_as_json_by_average_precision(run, broden, tmp_path):
     assert not (tmp_path / "out" / "visual.blocks.1.csv").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_dissection_goes_on(run, broden, tmp_path, monkeypatch):
     assert run(*dissecting(broden, tmp_path / "whole"))[0] == 0
     with monkeypatch.context() as patch:

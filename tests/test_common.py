@@ -8,15 +8,14 @@ import json
 import math
 import os
 import re
-import socket
 import stat
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from processes import group
 from safetensors.torch import save_file
 
 from torchprobe.common import deprecation, storage
@@ -156,20 +155,7 @@ with torchrun() as (rank, local), Ranks() as ranks:
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 def test_two_ranks_share_values() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS],
-            env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    first, second = (json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes)
+    first, second = (json.loads(done.stdout.splitlines()[-1]) for done in group(2, TWO_RANKS))
     assert first == [0, 0, 0, 2, True, "value of 0", [{"from": 1}]]
     assert second == [1, 1, 1, 2, False, "value of 0", []]
 

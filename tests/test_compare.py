@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import interpret_sets as sets
 import numpy as np
 import pytest
 import torch
+from drawing import stop_drawing
 
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.resampling import bootstrap_interval, rank_correlation
@@ -24,35 +24,29 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
-def _no_plots() -> Iterator[None]:
-    """test_interpret.py looks at those of one encoder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchprobe.studies.interpret.report.write_plots", lambda *_: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, _no_plots: None) -> list[Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("compare")
     images, broden = sets.write_classes(root / "images", each=8), Broden(sets.write_concepts(root / "concepts", 30))
     made = []
-    for seed, role in enumerate(ROLES):
-        model = sets.encoder(seed, f"colors {seed}")
-        if seed:
-            with torch.no_grad():
-                model.visual.mix.bias[sets.OUTLIER] = 40 / (1 + seed)  # type: ignore[union-attr, index]
-        name = HOSTILE if seed == 2 else f"model {seed}"
-        interpret(
-            model,
-            labeled_folder(images, names=sets.CLASSES),
-            root / role,
-            head=sets.head(model),
-            broden=broden,
-            layer_images=0,
-            about={"name": name, "role": role, "backbone": "colors", "pretraining": "none"},
-            published={"imagenet": 60.0 + seed, "imagenet_v2": 50.0 + 2 * seed},
-        )
-        made.append(root / role)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_drawing(patch)  # test_interpret.py looks at the plots
+        for seed, role in enumerate(ROLES):
+            model = sets.encoder(seed, f"colors {seed}")
+            if seed:
+                with torch.no_grad():
+                    model.visual.mix.bias[sets.OUTLIER] = 40 / (1 + seed)  # type: ignore[union-attr, index]
+            name = HOSTILE if seed == 2 else f"model {seed}"
+            interpret(
+                model,
+                labeled_folder(images, names=sets.CLASSES),
+                root / role,
+                head=sets.head(model),
+                broden=broden,
+                layer_images=0,
+                about={"name": name, "role": role, "backbone": "colors", "pretraining": "none"},
+                published={"imagenet": 60.0 + seed, "imagenet_v2": 50.0 + 2 * seed},
+            )
+            made.append(root / role)
     return made
 
 

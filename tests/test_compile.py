@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from processes import python
 from torch import Tensor, nn
 
 import torchprobe
@@ -82,7 +83,8 @@ def assert_same(a: torchprobe.Recording, b: torchprobe.Recording, tolerance: flo
         assert math.isclose(x.vector_kurtosis, y.vector_kurtosis, rel_tol=max(tolerance, 1e-15)), layer
 
 
-BACKENDS = [("aot_eager", 0.0), ("inductor", 1e-6)]
+inductor = pytest.mark.slow("compiles with inductor")
+BACKENDS = [("aot_eager", 0.0), pytest.param("inductor", 1e-6, marks=inductor)]
 
 
 @pytest.mark.parametrize(
@@ -91,8 +93,8 @@ BACKENDS = [("aot_eager", 0.0), ("inductor", 1e-6)]
         ("aot_eager", 0.0, "output"),
         ("aot_eager", 0.0, "input"),
         ("aot_eager", 0.0, "gradient"),
-        ("inductor", 1e-6, "output"),
-        ("inductor", 1e-6, "gradient"),
+        pytest.param("inductor", 1e-6, "output", marks=inductor),
+        pytest.param("inductor", 1e-6, "gradient", marks=inductor),
     ],
 )
 def test_fullgraph_gives_the_numbers_of_eager_mode(backend: str, tolerance: float, of: str) -> None:
@@ -320,7 +322,7 @@ def test_outputs_of_every_structure_and_their_gradients() -> None:
         assert_same(plain, run(compiled, torchprobe.record(model, "structured", of=of)))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=inductor)])
 def test_gradients_of_several_forwards_before_their_backwards(backend: str) -> None:
     """Also with a window that ends between forward and backward: no tensor saved by autograd may change."""
     model = Net(depth=1)
@@ -336,6 +338,7 @@ def test_gradients_of_several_forwards_before_their_backwards(backend: str) -> N
     assert_same(*recordings, tolerance=1e-5)
 
 
+@inductor
 def test_shared_layer_with_equal_gradients_counts_both() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -402,8 +405,5 @@ def test_a_state_is_freed_with_its_recorder() -> None:
 
 
 def test_importing_does_not_import_the_compiler() -> None:
-    import subprocess
-    import sys
-
     code = "import torchprobe, sys; print('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert python(code).stdout == "False\n"

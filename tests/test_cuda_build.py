@@ -21,7 +21,7 @@ ACCEPTED = {  # part of a warning → why it is harmless
 WARNING = re.compile(r"^.*(?:ptxas|nvcc|cicc|nvlink|fatbinary) warning.*$|^.*(?<!torch/)\bcsrc/\S+[:(]\d+.*\bwarning\b.*$", re.MULTILINE)
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow("compiles the wheel"),
     pytest.mark.skipif(not torch.version.cuda, reason=f"torch {torch.__version__} is a build without CUDA"),
     pytest.mark.skipif(not shutil.which("nvcc"), reason="no CUDA compiler (nvcc is not in PATH)"),
 ]

@@ -24,6 +24,7 @@ from torch import Tensor
 from torchprobe import Moments
 
 pytestmark = pytest.mark.skipif(cuda_shim.compiler() is None, reason="no C++ compiler")
+watched = pytest.mark.slow("the race detector watches every access of the kernels")
 NAN = float("nan")
 
 
@@ -50,6 +51,7 @@ CUTS: dict[str, tuple[Callable[[], tuple[Tensor, int]], dict[str, object]]] = {
 }
 
 
+@watched
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CUTS)
 def test_every_cut_of_a_call(name: str, dtype: torch.dtype) -> None:
@@ -62,6 +64,7 @@ def test_every_cut_of_a_call(name: str, dtype: torch.dtype) -> None:
     assert_close(observed(x, dim), x, dim, rtol=1e-10 if dtype == torch.float64 else 1e-5)
 
 
+@watched
 @pytest.mark.parametrize(("shared_kb", "stages", "rounds"), [(227, 2, 3), (99, 3, 1), (80, 2, 1), (60, 1, 1)])
 def test_less_shared_memory_means_less_on_its_way(shared_kb: int, stages: int, rounds: int) -> None:
     x = torch.randn(400, 1536)
@@ -72,12 +75,14 @@ def test_less_shared_memory_means_less_on_its_way(shared_kb: int, stages: int, r
     assert_close(observed(y, 1, shared_bytes=shared_kb << 10), y, 1)
 
 
+@watched
 @pytest.mark.parametrize("multiprocessors", [1, 2, 7, 132])
 def test_any_size_of_device(multiprocessors: int) -> None:
     x = torch.randn(5000, 48) * 3 + 10
     assert_close(observed(x, multiprocessors=multiprocessors), x)
 
 
+@watched
 def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     far, values = (1 << 30) + 64, torch.randn(5, 48).bfloat16()
     sparse = tmp_path / "sparse"  # of its 10 GB next to nothing is there
@@ -129,6 +134,7 @@ def hostile() -> Iterator[tuple[str, Tensor, int, Tensor | None]]:
     yield "tails of float16", x[:301].half(), -1, None
 
 
+@watched
 @pytest.mark.parametrize("index", range(16))
 def test_the_order_of_threads_and_blocks_changes_nothing(index: int) -> None:
     name, x, dim, mask = list(hostile())[index]
@@ -234,6 +240,7 @@ def failure(x: Tensor, dim: int, mask: Tensor | None, **device: object) -> str |
     return None
 
 
+@watched
 def test_the_kernels_as_they_are_pass() -> None:
     assert list(failures(cuda_shim.CSRC)) == []
 
@@ -261,7 +268,7 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futu
         yield running
 
 
-@pytest.mark.slow
+@pytest.mark.slow("compiles the kernels once for each mutant")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_caught(name: str, mutants: dict[str, Future[str]]) -> None:
     found = mutants[name].result()

@@ -23,7 +23,7 @@ def test_colors_have_the_names_that_most_people_would_give(pixel, name):
     assert list(COLORS)[color_names(np.array([[pixel]], np.uint8)).item() - 1] == name
 
 
-@pytest.mark.slow
+@pytest.mark.slow("labels every pixel of twenty photos")
 def test_the_set_is_valid_and_written_once(tmp_path):
     broden = demo_broden(tmp_path / "set", photos())
     assert validate(tmp_path / "set") == []

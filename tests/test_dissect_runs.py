@@ -5,25 +5,19 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import dissection_models
 import pytest
 import torch
 from broden_sets import write_trap_set
+from processes import FORKS, free_port
 from torch import distributed
 
-import torchprobe
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import Clock
 from torchprobe.dissection import Dissection
 from torchprobe.dissection.walk import Checkpoint, ImageVectors, Walk, clear_checkpoint
 from torchprobe.statistics import TopInputs
-
-SCRIPT = Path(__file__).with_name("dissection_models.py")
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +28,26 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(root, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    assert finish(start(root, None, out)) == 0
+    assert finish(*start(root, None, out)) == 0
     return found(out)
 
 
 def start(root, checkpoint, out, resume=False, pause=0.0, rank=0, ranks=1, port=0):
-    paths = [str(Path(torchprobe.__file__).parents[1]), str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    arguments = [str(root), str(checkpoint or ""), str(out), str(int(resume)), str(pause), str(ranks)]
-    return subprocess.Popen([sys.executable, str(SCRIPT), *arguments], env=environment, stdout=subprocess.PIPE, text=True)
+    """A process, and the connection that tells its progress."""
+    told, ours = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=dissection_models.main, args=(root, checkpoint, out, resume, pause, rank, ranks, port, ours))
+    process.start()
+    ours.close()
+    return process, told
 
 
-def finish(process, kill=False):
-    """The return code."""
+def finish(process, told, kill=False):
+    """The exit code."""
     if kill:
-        process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode
+        process.kill()
+    process.join(300)
+    told.close()
+    return process.exitcode
 
 
 def found(out, rank=0):
@@ -62,16 +58,16 @@ def test_killed_at_a_random_moment_and_resumed(root, alone, tmp_path):
     moments = random.Random(os.getpid())
     checkpoint, killed = tmp_path / "checkpoint", []
     for attempt in range(3):
-        process = start(root, checkpoint, tmp_path, resume=attempt > 0, pause=0.02)
-        lines = moments.randrange(1, 5)
-        for _ in range(lines):  # of its progress: 7 batches in each of two passes, and the labels between them
-            process.stdout.readline()
-        killed.append((lines, finish(process, kill=True)))
+        process, told = start(root, checkpoint, tmp_path, resume=attempt > 0, pause=0.02)
+        steps = moments.randrange(1, 5)
+        for _ in range(steps):  # of its progress: 7 batches in each of two passes, and the labels between them
+            told.recv()
+        killed.append((steps, finish(process, told, kill=True)))
     assert all(code == -signal.SIGKILL for _, code in killed), killed
-    process = start(root, checkpoint, tmp_path, resume=True)
-    first = process.stdout.readline().split()
-    assert finish(process) == 0
-    assert first[0] == "overlap" or int(first[1]) > 3, (first, killed)  # it did go on
+    process, told = start(root, checkpoint, tmp_path, resume=True)
+    stage, done = told.recv()
+    assert finish(process, told) == 0
+    assert stage == "overlap" or done > 3, (stage, done, killed)  # it did not start again
     assert found(tmp_path) == alone, killed
 
 
@@ -81,7 +77,7 @@ def test_ranks_share_the_images(root, alone, tmp_path, ranks):
     """7 batches, of which the last is smaller, so no share is equal; killed once and resumed by fewer."""
     checkpoint = tmp_path / "checkpoint"
     processes = share(root, checkpoint, tmp_path, ranks)
-    assert [finish(process) for process in processes] == [0] * ranks
+    assert [finish(*process) for process in processes] == [0] * ranks
     for rank in range(ranks):
         assert found(tmp_path, rank) == alone
     left = sorted(path.name for path in checkpoint.glob("*-rank*"))
@@ -92,20 +88,18 @@ def test_ranks_share_the_images(root, alone, tmp_path, ranks):
 def test_other_ranks_go_on(root, alone, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     processes = share(root, checkpoint, tmp_path, 2, pause=0.3)
+    for _, told in processes:
+        told.recv()
+        told.recv()
     for process in processes:
-        process.stdout.readline()
-        process.stdout.readline()
-    for process in processes:
-        finish(process, kill=True)
+        finish(*process, kill=True)
     assert len(list(checkpoint.glob("thresholds-rank*.safetensors"))) == 2
-    assert finish(start(root, checkpoint, tmp_path, resume=True)) == 0
+    assert finish(*start(root, checkpoint, tmp_path, resume=True)) == 0
     assert found(tmp_path) == alone
 
 
 def share(root, checkpoint, out, ranks, pause=0.0):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [start(root, checkpoint, out, pause=pause, rank=rank, ranks=ranks, port=port) for rank in range(ranks)]
 
 

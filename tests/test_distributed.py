@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
+from processes import FORKS, free_port, torchrun
 from ranks import BATCHES, Net, Scenario, record
 from torch import distributed
-from torch import multiprocessing as mp
 
 import torchprobe
 
@@ -31,33 +27,14 @@ def assert_close(a: torchprobe.Recording, b: torchprobe.Recording, but_calls: bo
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes run every scenario, one after the other; in the last the second one is killed."""
     path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=ranks.one_of_two, args=(rank, port, path)) for rank in range(2)]
+    port = free_port()
+    processes = [FORKS.Process(target=ranks.one_of_two, args=(rank, port, path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(180)
         assert not process.is_alive(), "a rank hangs"
     assert [process.exitcode for process in processes] == [0, -9]
-    return path
-
-
-def torchrun(path: Path, backend: str, count: int) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={count}",
-        ranks.__file__,
-        str(path),
-        backend,
-    ]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-4000:]
     return path
 
 
@@ -120,10 +97,13 @@ def test_two_ranks_give_the_table_of_one_process(ran: Path) -> None:
     assert_uneven(ran, 0)
 
 
-@pytest.mark.parametrize(("backend", "count"), [("gloo", 4), pytest.param("nccl", 0, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("backend", "count"),
+    [pytest.param("gloo", 4, marks=pytest.mark.slow("starts torchrun")), pytest.param("nccl", 0, marks=pytest.mark.gpu)],
+)
 def test_torchrun_gives_the_table_of_one_process(tmp_path: Path, backend: str, count: int) -> None:
     count = count or torch.cuda.device_count()
-    torchrun(tmp_path, backend, count)
+    torchrun(count, ranks.__file__, tmp_path, backend)
     assert merged_by(tmp_path, ranks.same_batches) is not None
     if backend == "gloo":
         assert_same_table(tmp_path, count)

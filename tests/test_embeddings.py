@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import FORKS, free_port, python
 from torch import distributed, nn
 from torch import multiprocessing as mp
 from torch.utils.data import TensorDataset
@@ -364,10 +362,7 @@ assert torch.equal(found.h, data.tensors[0] * 2) and torch.equal(found.y, data.t
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process of its own")
 def test_a_run_that_is_killed_again_and_again_ends_well(tmp_path):
     """Three batches a run, then before the file has its name, before it gets it, and before the rest is removed."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "e.safetensors")], capture_output=True, text=True, env=env, timeout=120, check=False
-    )
+    done = python(KILLED, tmp_path / "e.safetensors")
     assert done.returncode == 0, done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["e.safetensors"]
 
@@ -622,11 +617,8 @@ def _rank(rank, size, port, photos, folder):
 
 
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this PyTorch has no gloo")
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow("starts three processes"))])
 def test_ranks_share_the_batches_and_all_have_the_whole(photos, tmp_path, size):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = tmp_path / "out"
     folder.mkdir()
     threads = torch.get_num_threads()
@@ -635,7 +627,7 @@ def test_ranks_share_the_batches_and_all_have_the_whole(photos, tmp_path, size):
         alone = embed(small_encoder(), labeled_folder(photos), batch_size=4)
     finally:
         torch.set_num_threads(threads)
-    mp.spawn(_rank, (size, port, photos, folder), nprocs=size)
+    mp.start_processes(_rank, (size, free_port(), photos, folder), nprocs=size, start_method=FORKS.get_start_method())
     assert not list(folder.glob("error-*"))
     shares = [json.loads((folder / f"seen-{rank}").read_text()) for rank in range(size)]
     assert [len(share) for share in shares] == [len(range(rank, 6, size)) for rank in range(size)]

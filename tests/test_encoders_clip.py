@@ -278,7 +278,7 @@ def test_a_tokenizer_that_cannot_be_fetched(monkeypatch, encoder):
 # -- the real architectures --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow("builds four CLIP models of full size")
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-32", "ViT-B-16", "ViT-L-14"])
 def test_published_architectures_from_a_local_file(tmp_path, name):
     torch.manual_seed(0)

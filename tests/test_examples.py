@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import torchrun
 
 import torchprobe
 
@@ -79,7 +80,7 @@ def test_finetune_records_every_block_and_ends_with_the_map(whole):
     assert [line["step"] for line in log if "accuracy" in line] == [15, 30]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("starts the training as a process, then resumes it")
 def test_finetune_killed_and_resumed_equals_an_uninterrupted_run(monkeypatch, whole, tmp_path):
     command = [sys.executable, str(EXAMPLES / FINETUNE[0]), *map(str, FINETUNE[1:]), "--output", str(tmp_path)]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -106,11 +107,9 @@ def test_a_different_recipe_is_not_resumed(monkeypatch, whole):
         run(monkeypatch, *FINETUNE, "--epochs", 3, "--lr", 0.1, "--output", whole, "--resume")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("starts torchrun")
 def test_finetune_on_two_processes_gives_the_history_of_one(whole, tmp_path):
-    arguments = [str(EXAMPLES / FINETUNE[0]), *map(str, FINETUNE[1:]), "--output", str(tmp_path)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=240)
+    torchrun(2, EXAMPLES / FINETUNE[0], *FINETUNE[1:], "--output", tmp_path)
     one, two = (torchprobe.load(folder / "recording.safetensors") for folder in (whole, tmp_path))
     assert one.history.steps == two.history.steps and one.layers == two.layers
     np.testing.assert_array_equal(one.history["vectors"], two.history["vectors"])

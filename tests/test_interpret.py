@@ -142,6 +142,7 @@ def test_page_explains_and_claims_nothing(whole: Interpretation) -> None:
     assert "does not show that" in page and "Not computed" not in page and "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resumed_without_running_the_encoder(whole: Interpretation, data: Path) -> None:
     model = sets.encoder()
     before = (whole.folder / "results.json").read_bytes()
@@ -151,6 +152,7 @@ def test_resumed_without_running_the_encoder(whole: Interpretation, data: Path) 
     assert again.results == whole.results and (whole.folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_interrupted_and_resumed(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     asked = iter([False, False, True])
     with pytest.raises(KeyboardInterrupt):
@@ -159,6 +161,7 @@ def test_interrupted_and_resumed(whole: Interpretation, data: Path, tmp_path: Pa
     assert run(data, tmp_path, resume=True).results == whole.results
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_stage_is_computed_anew_when_its_input_changed(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     first = run(data, tmp_path, broden=None)
     other = sets.head(sets.encoder())
@@ -198,6 +201,7 @@ def test_pruning_sees_no_image_that_measured_importance_under_any_shift(whole: I
     assert found["curves"]["noisy"]["importance"]["accuracy"][-1] == evaluate(sets.head(sets.encoder()), rest).accuracy
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_unshifted_accuracy_on_the_classes_of_the_shift(data: Path, images: Embeddings, tmp_path: Path) -> None:
     """With imagenet_classes="subset" that is the x axis, along pruning too, and rows that stand for one class do so on both axes."""
     x = np.linspace(40.0, 90.0, 6)
@@ -279,6 +283,7 @@ def test_narrow_representation_has_no_outlier_feature(data: Path, tmp_path: Path
     assert "None of 3 features can be" in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_remarks_on_folders_reach_the_page(data: Path, tmp_path: Path) -> None:
     folder = sets.write_classes(tmp_path / "images", each=3)
     (folder / "red" / "notes <b>.txt").write_text("x")
@@ -311,12 +316,14 @@ def test_names_of_sets_that_are_one_file_name(data: Path, tmp_path: Path) -> Non
     assert "<i>" not in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_an_earlier_run_left_is_no_part_of_a_smaller_one(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     shutil.copytree(whole.folder, tmp_path / "again")
     interpret(sets.encoder(), image_folder(data / "images"), tmp_path / "again", layer_images=0)
     assert {path.stem for path in (tmp_path / "again").glob("*.csv")} == {"kurtosis", "features"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_lost_files_are_made_again(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     shutil.copytree(whole.folder, tmp_path / "again")
     (tmp_path / "again" / "concepts" / "units.safetensors").unlink()
@@ -324,6 +331,7 @@ def test_lost_files_are_made_again(whole: Interpretation, data: Path, tmp_path: 
     assert run(data, tmp_path / "again", resume=True).results == whole.results
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_stage_depends_on_is_among_its_facts(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     shutil.copytree(whole.folder, tmp_path / "again")
     changed = Baseline({"imagenet": [40.0, 60.0, 90.0], "noisy": [10.0, 20.0, 60.0]})
@@ -336,6 +344,7 @@ def test_what_a_stage_depends_on_is_among_its_facts(whole: Interpretation, data:
     assert other["concepts"]["images"] == 30 and whole.results["concepts"]["images"] == 60
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_killed_in_any_stage_and_resumed(whole: Interpretation, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was written last, the rest follows: as after kill -9, nothing is tidied up."""
     original = Stages.run
@@ -355,6 +364,7 @@ def test_killed_in_any_stage_and_resumed(whole: Interpretation, data: Path, tmp_
     assert run(data, tmp_path, resume=True).results == whole.results
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_cannot_be_read_is_counted(data: Path, tmp_path: Path) -> None:
     folder = sets.write_classes(tmp_path / "images", each=4)
     (folder / "red" / "torn <b>.png").write_bytes((folder / "red" / "00.png").read_bytes()[:60])

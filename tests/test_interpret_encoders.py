@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import interpret_sets as sets
 import pytest
 import torch
+from processes import torchrun
 from safetensors.torch import save_file
 
 from torchprobe.datasets import labeled_folder
@@ -19,12 +18,12 @@ from torchprobe.studies.interpret.inputs import Inputs
 
 pytest.importorskip("open_clip", reason="open_clip is not installed")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow("builds CLIP models of full size, and starts torchrun")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("name", "features"), [("RN50", 1024), ("ViT-B-32", 512), ("ViT-B-16", 512), ("ViT-L-14", 768)])
-def test_from_a_checkpoint_to_the_page(name: str, features: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchprobe.studies.interpret.report.write_plots", lambda *_: None)
+def test_from_a_checkpoint_to_the_page(name: str, features: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     source = load_encoder(f"open_clip:{name}", pretrained=False)
     weights = {f"visual.{key}": value for key, value in source.visual.state_dict().items()} | dict(source.text.state_dict())  # type: ignore[union-attr]
@@ -62,9 +61,7 @@ with torchrun():
     assert found.results["accuracy"]["imagenet"]["images"] == 21
 """
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, script)
     from torchprobe.datasets import Broden
 
     model = sets.encoder()

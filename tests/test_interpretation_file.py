@@ -54,9 +54,9 @@ def test_comparison_is_the_same(files: Path, tmp_path: Path) -> None:
     assert len(saved.kurtosis) == len(saved.correct) == 18 and sum(saved.correct.values()) == 16
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_stages_are_resumed_and_tables_are_the_same(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchprobe, "__version__", "0.1.0")  # another version computes stages anew
-    monkeypatch.setattr("torchprobe.studies.interpret.report.write_plots", lambda *_: None)
     out = tmp_path / "out"
     shutil.copytree(files / "first", out)
     stages = {path: path.read_bytes() for path in (out / "stages").iterdir()}

@@ -85,7 +85,7 @@ def test_two_stars_select_everything_that_is_called() -> None:
     [
         ("block.1", ValueError, "no layer 'block.1'; did you mean 'blocks.1'"),
         (["head", "blocks.0.atn"], ValueError, "no layer 'blocks.0.atn'; did you mean 'blocks.0.attn'"),
-        ("zzz", ValueError, r"its layers are 'stem', 'blocks.0', .* \(23 in total\)"),
+        ("zzz", ValueError, r"the layers are 'stem', 'blocks.0', .* \(23 in total\)"),
         ("blocks.*.nope", ValueError, r"'blocks.\*.nope' matches no layer"),
         (re.compile("blocks"), ValueError, "'blocks' matches no whole name"),
         (lambda name, module: False, ValueError, "predicate selects no layer"),
@@ -264,3 +264,17 @@ def test_a_misspelled_glob_suggests_the_nearest():
     model = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
     with pytest.raises(ValueError, match=r"'block\.\*' matches no layer; did you mean 'blocks\.\*'\?"):
         torchprobe.record(model, "block.*")
+
+
+def test_the_name_in_tables_of_the_model_itself_is_accepted() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    assert [layer.name for layer in select_layers(model, "(output)")] == [""]
+    with torchprobe.record(model, ["(output)", "0"]) as rec:
+        model(torch.ones(3, 2))
+    assert rec["(output)"].vectors == rec[""].vectors == 3
+
+
+def test_a_glob_that_lacks_what_comes_before_it() -> None:
+    model = nn.ModuleDict({"visual": nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2), nn.ReLU())})})
+    with pytest.raises(ValueError, match=r"'blocks.\*' matches no layer; did you mean 'visual.blocks.\*'\?"):
+        select_layers(model, "blocks.*")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import assert_close
+from processes import python
 from torch import Tensor
 
 from torchprobe import Moments
@@ -365,8 +363,7 @@ def test_every_instruction_set(isa, name):
         "print(kernels()['cpu'])\n"
         "print([c for c in selfcheck.run() if not c.passed] or 'all passed')"
     )
-    environment = {**os.environ, "TORCHPROBE_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=True)
+    done = python(code, TORCHPROBE_ISA=isa)
     kernel, verdict = done.stdout.splitlines()
     assert verdict == "all passed"
     if name not in kernel:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import dissection_oracle as oracle
 import numpy as np
 import pytest
 import torch
 from dissection_sets import CATEGORIES, category, image, pack
+from processes import python
 
 from torchprobe.dissection import Counts, LabelBatch, Overlap, as_maps
 from torchprobe.ops import kernels
@@ -101,10 +97,7 @@ def test_brute_force_on_the_grid_of_the_original(overlap_class, n, given, size):
 def test_every_instruction_set(isa, name):
     script = "import sys, pytest; from torchprobe.ops import kernels; print(kernels()['cpu']); sys.exit(pytest.main(sys.argv[1:]))"
     chosen = "brute_force and operator and not netdissect and not global"
-    done = subprocess.run(
-        [sys.executable, "-c", script, "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
-        env={**os.environ, "TORCHPROBE_ISA": isa}, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    done = python(script, "-q", "-p", "no:cacheprovider", __file__, "-k", chosen, TORCHPROBE_ISA=isa)
     if name not in done.stdout.partition("\n")[0]:
         pytest.skip(f"this processor has no {name}: {done.stdout.partition(chr(10))[0]}")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from models import Net, activations, batches
-from statistic_kinds import DOCS, Covariance, Extremes
+from statistic_kinds import DOCS, Covariance, Extremes, kinds
 from test_recording import Range
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.recording import control
+from torchprobe.recording import RecordingWarning, control
 from torchprobe.statistics import FEATURES, DynamicStatistic, Moments, Quantile, Several, State, Statistic, TopInputs
 
 
@@ -146,6 +146,25 @@ def test_a_class_may_have_its_own_vectors() -> None:
             return "mine"
 
     assert recorded(Derived)["head"].vectors == "mine"
+
+
+def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
+    statistic = [Moments, Total, functools.partial(Quantile, quantile=0.3, memory=1 << 14), TopInputs]
+    model, x = net(), torch.randn(400, 3, 6, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 0] = torch.nan
+    results = []
+    for device in ("cpu", "meta"):
+        with torch.device(device), torchprobe.record(model, "head", statistic=statistic) as rec:
+            for step in range(3):
+                model(x)
+                rec.snapshot(step)
+        with torch.device(device):
+            assert not rec.total["head"]["Quantile"].exact
+            loaded = saved_and_loaded(rec, tmp_path)
+            loaded.merge(rec.total)
+            arrays = rec.history.values, rec.history.histograms, rec.history.bin_edges
+            results.append(repr((rec.total.rows(), loaded.rows(), [array.tolist() for array in arrays])))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -499,7 +518,7 @@ def two(features: int, device: torch.device) -> Several:
     return Several([Moments(features, device), Total(features, device)])
 
 
-@pytest.mark.parametrize("statistic", [[Moments], [Total], Total, [Moments, Moments], two], ids=str)
+@pytest.mark.parametrize("statistic", [[Moments], [Total], Total, [Moments, Moments], two], ids=["1", "1 own", "own", "2", "two"])
 def test_a_list_stays_a_list_in_files(tmp_path: Path, statistic: Any) -> None:
     rec = recorded(statistic, 2)
     rec.snapshot(0)
@@ -666,3 +685,56 @@ def test_the_examples_of_the_docs_run() -> None:
     above = names["Above"](3, limit=0.5)
     above.update(torch.tensor([[1.0, 0.0, 0.7], [1.0, 0.0, 0.2]]))
     assert above.summary() == {"above_share": 0.5}
+
+
+class Typo(Statistic):
+    states = {"total": State((FEATURES,))}
+    fields = {"sum": "sum of all values"}
+
+    def accumulate(self, x: Tensor, kept: Tensor) -> None:
+        self.totl += x.sum(0)
+
+    def summarize(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"sum": states["total"].sum(-1)}
+
+
+def test_an_error_of_ones_own_code_names_the_layer_and_is_the_cause_in_the_report() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    rec = torchprobe.record(model, "1", statistic=Typo).start()
+    with pytest.raises(RuntimeError, match="layer '1': Typo raised AttributeError: 'Typo' object has no attribute 'totl'"):
+        model(torch.ones(2, 3))
+    with pytest.warns(RecordingWarning, match="'1': it could not be read: Typo raised AttributeError"):
+        rec.stop()
+
+
+def test_fields_read_as_attributes() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    (zeros,) = kinds()["zeros of the docs"].classes
+    with torchprobe.record(model, "1", statistic=[Moments, zeros]) as rec:
+        model(torch.randn(5, 3))
+    several = rec["1"]
+    assert several.zero_share == several["Zeros"].zero_share == rec.rows()[0]["zero_share"]
+    assert several.vector_kurtosis == pytest.approx(several["Moments"].vector_kurtosis)
+    with pytest.raises(AttributeError, match=r"'Several' object has no attribute 'skewness'; use \['Moments'\].skewness"):
+        _ = several.skewness
+    with pytest.raises(AttributeError, match="'Zeros' object has no attribute 'nonsense'"):
+        _ = several["Zeros"].nonsense
+
+
+def test_an_empty_window_says_where_the_numbers_are(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    (zeros,) = kinds()["zeros of the docs"].classes
+    with torchprobe.record(model, "1", statistic=[Moments, zeros]) as rec:
+        model(torch.randn(5, 3))
+        assert "This window is empty" not in str(rec.table().caption)
+        rec.snapshot(0)
+    assert str(rec.table().caption).endswith("This window is empty. total.table() shows all 1 closed windows.")
+    with pytest.raises(ValueError, match=r"did you mean plot\(field='zero_share'\)"):
+        rec.plot("zero_share")
+    rec.save(tmp_path / "run.safetensors")
+    zeros.__name__ = "Elsewhere"
+    try:
+        with pytest.raises(ValueError, match=r"load\(path, statistic=\[Moments, Zeros\]\)"):
+            torchprobe.load(tmp_path / "run.safetensors")
+    finally:
+        zeros.__name__ = "Zeros"

@@ -16,6 +16,7 @@ import pytest
 import torch
 import wheels
 from packaging.requirements import Requirement
+from processes import python
 
 import torchprobe
 from torchprobe.common.messages import DISTRIBUTION
@@ -27,7 +28,7 @@ HEAVY = {"PIL", "captum", "click", "jinja2", "matplotlib", "open_clip", "rich", 
 
 
 def run(code: str, **environment: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    result = python(code, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -184,7 +185,7 @@ def old_nvcc(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(nvcc.parents[1])
 
 
-@pytest.mark.slow
+@pytest.mark.slow("builds three wheels")
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
@@ -210,7 +211,7 @@ def test_without_a_compiler_the_wheel_is_pure(tmp_path: Path, environment: dict[
         assert not [name for name in archive.namelist() if name.endswith(".so")]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("builds a wheel")
 @with_cuda
 def test_an_nvcc_that_does_not_suit_torch_is_no_error(tmp_path: Path, old_nvcc: str) -> None:
     result = build(tmp_path, **{**NEITHER, "CUDA_HOME": old_nvcc})
@@ -218,7 +219,7 @@ def test_an_nvcc_that_does_not_suit_torch_is_no_error(tmp_path: Path, old_nvcc: 
     assert f"torchprobe: cuda kernels not built: {old_nvcc}/bin/nvcc is from CUDA 8.0, but torch" in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.slow("builds a wheel")
 @with_cuda
 def test_unless_kernels_are_demanded(tmp_path: Path, old_nvcc: str) -> None:
     result = build(tmp_path, TORCHPROBE_BUILD="1", **{**NEITHER, "CUDA_HOME": old_nvcc})
@@ -227,7 +228,7 @@ def test_unless_kernels_are_demanded(tmp_path: Path, old_nvcc: str) -> None:
     assert "is from CUDA 8.0" in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.slow("builds a wheel")
 def test_cuda_is_not_demanded_where_there_is_no_compiler_for_it(tmp_path: Path) -> None:
     result = build(tmp_path, TORCHPROBE_BUILD="1", **NEITHER)
     assert "nvcc was not found" not in result.stderr

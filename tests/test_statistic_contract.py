@@ -271,7 +271,7 @@ def test_several_devices(kind: Kind) -> None:
 
 @everyone
 @COMPILER_WARNINGS
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow("compiles with inductor"))])
 def test_compiled(kind: Kind, backend: str) -> None:
     torch.compiler.reset()
     model, data = Net(), batches(4)

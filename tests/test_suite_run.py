@@ -12,6 +12,7 @@ import interpret_sets as sets
 import pytest
 import torch
 from click.testing import CliRunner
+from drawing import stop_drawing
 
 from torchprobe.analysis.baseline import Baseline
 from torchprobe.cli import cli
@@ -88,7 +89,7 @@ OPTIONS = RunOptions(batch_size=12)
 def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torchprobe.studies.interpret.report.write_plots", lambda *_: None)  # test_interpret.py looks at those
+        stop_drawing(patch)  # test_interpret.py looks at the plots
         comparison = run_suite(load_suite(folder / "suite.toml"), inputs(folder), out, batch_size=12)
     write(comparison, out)
     return comparison, out
@@ -118,6 +119,7 @@ def test_pairs(found: tuple[Comparison, Path]) -> None:
     assert "CKA of the layers: zero → tuned" in page and "Left out" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resumed(found: tuple[Comparison, Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comparison, out = found
 
@@ -156,6 +158,7 @@ def test_zero_shot_heads_are_kept(found: tuple[Comparison, Path], folder: Path, 
         inputs(folder).load(row, OPTIONS, kept_head(found[1] / "tuned", True))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_encoder_that_does_not_fit_the_images_is_skipped(folder: Path, tmp_path: Path) -> None:
     Head(torch.randn(2, 48), names=("cat", "dog")).save(folder / "animals.safetensors")
     rows = {row.name: row for row in load_suite(folder / "suite.toml")}
@@ -193,6 +196,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(folder: Path, tmp_path: Path, 
     assert seen == [False, True, True] and constants.HF_HUB_OFFLINE is False
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_too_few(folder: Path, tmp_path: Path) -> None:
     rows = [row for row in load_suite(folder / "suite.toml") if row.name in ("zero", "absent")]
     with pytest.raises(EncoderError, match="1 of 2 encoders .* absent: it needs your checkpoint"):
@@ -202,6 +206,7 @@ def test_too_few(folder: Path, tmp_path: Path) -> None:
 # -- the commands ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_interpret_one(folder: Path, tmp_path: Path) -> None:
     options = ["--images", str(folder / "images"), "--shift", f"noisy={folder / 'noisy'}", "--baseline", str(folder / "baseline.csv"),
                "--broden", str(folder / "concepts"), "--checkpoint", str(folder / "zero.safetensors"), "--device", "cpu",
@@ -216,6 +221,7 @@ def test_interpret_one(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and "Vector kurtosis" in result.stdout and result.stdout.rstrip().endswith("index.html")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_interpret_a_suite_and_compare(folder: Path, tmp_path: Path, found: tuple[Comparison, Path]) -> None:
     options = ["--suite", str(folder / "suite.toml"), "--only", "zero", "--only", "tuned", "--no-pairs", "--images", str(folder / "images"),
                "--device", "cpu", "--layer-images", "0"]  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("open_clip", reason="open_clip is not installed")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow("trains three encoders and interprets them")
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "tiny_clip.py"
 

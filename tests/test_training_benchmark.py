@@ -129,7 +129,7 @@ def test_peak_memory_sees_what_a_step_needs():
     assert 256 << 20 <= int(done.stdout.split()[-1]) < 512 << 20
 
 
-@pytest.mark.slow
+@pytest.mark.slow("runs a benchmark with a ResNet of full size")
 def test_command(tmp_path):
     pytest.importorskip("torchvision")
     command = [sys.executable, "-m", "benchmarks.training", "--quick", "--batch", "1", "--network", "resnet", "--device", "cpu"]

@@ -38,7 +38,10 @@ TORCH = {"libc10.so", "libtorch.so", "libtorch_cpu.so"}
 LIMITED_API = {f"Py{name}" for name in ("Arg_ParseTuple", "Bool_FromLong", "Err_Occurred", "Long_AsLong", "Module_Create2")}
 LIMITED_API |= {"PyUnicode_FromFormat", "PyUnicode_FromString", "_Py_NoneStruct"}
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the tags and tools are those of Linux")]
+pytestmark = [
+    pytest.mark.slow("compiles the wheel and installs PyTorch"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the tags and tools are those of Linux"),
+]
 
 
 def tool(*command: object) -> str:

@@ -8,6 +8,25 @@
 :class:`History`       the closed windows: an array (steps, layers) for every field
 :class:`LayerReader`   what layers give for one batch, in :mod:`torchprobe.recording.reader`
 =====================  ==============================================================================
+
+Where what is:
+
+=================  ==================================================================================
+``layers``         names, selection, and the dimension of the features
+``reader``         the activations of some layers for one batch; batch and feature dimensions
+``tensors``        from the output of a module to the one tensor that is read; masks
+``hook``           the hooks: eager, traced, gradients
+``compiled``       everything that knows ``torch.compile``
+``control``        what the hooks of one recorder share; CUDA graphs that are captured while recording
+``recorder``       starting, stopping, windows, pausing, masks, resuming
+``windows``        one layer of a recording; many layers at once
+``history``        the numbers of closed windows
+``transfer``       from the device to the host without waiting
+``recording``      rows, metrics, tables, plots, merging
+``storage``        files, read as if they came from anywhere
+``distributed``    the recordings of all ranks as one
+``diagnosis``      why a layer never fired
+=================  ==================================================================================
 """
 
 from torchprobe.recording.diagnosis import RecordingWarning

@@ -70,8 +70,8 @@ class Slot:
         self.statistic = statistic
         self.fused = statistic.fused
         if statistic.fused:  # the arguments of the operator
-            self.state: Tensor = statistic.state  # type: ignore[attr-defined]
-            self.sigma: float = statistic.outlier_sigma  # type: ignore[attr-defined]
+            self.state: Tensor = statistic.state
+            self.sigma: float = statistic.outlier_sigma
         else:
             with torch.inference_mode(False):
                 self.token = torch.zeros((), device=statistic.device)  # see torchprobe.ops.observers
@@ -82,6 +82,16 @@ class Slot:
     def static_tensors(self) -> list[Tensor]:
         """The tensors that a compiled graph writes to."""
         return [self.state] if self.fused else [self.token]
+
+    def update(self, vectors: Tensor, feature_dim: int, mask: Tensor | None) -> None:
+        """Updates a statistic without an operator. An error in its code names it."""
+        try:
+            if mask is None:
+                self.statistic.update(vectors, feature_dim)  # a class with the verbs of the earlier protocol may take no mask
+            else:
+                self.statistic.update(vectors, feature_dim, mask=mask)
+        except (AttributeError, ArithmeticError, AssertionError, LookupError, NameError) as error:
+            raise RuntimeError(f"{type(self.statistic).__name__} raised {type(error).__name__}: {error}") from error
 
     def call_count(self) -> Tensor:
         """How often the layer was called."""

@@ -137,6 +137,8 @@ class _Explanation:
         self.traced = any(Skipped.TRACED in hook.skipped for hook in hooks)
 
     def __call__(self, hook: Hook, calls: int) -> str:
+        if hook.failure:
+            return f"it could not be read: {hook.failure}"
         if calls:
             return self._read_nothing(hook, calls)
         for flag, text in _SKIPPED.items():

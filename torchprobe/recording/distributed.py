@@ -174,7 +174,7 @@ class _Ranks:
     def gather_bytes(self, sent: bytes) -> list[bytes]:
         """The bytes of each rank, of any length."""
         lengths = [int(n) for n in torch.cat(self.gather(torch.tensor([len(sent)], device=self.device))).tolist()]
-        padded = torch.zeros(max(*lengths, 1), dtype=torch.uint8)
+        padded = torch.zeros(max(*lengths, 1), dtype=torch.uint8, device="cpu")
         if sent:
             padded[: len(sent)] = torch.frombuffer(bytearray(sent), dtype=torch.uint8)
         gathered = self.gather(padded.to(self.device))

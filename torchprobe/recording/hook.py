@@ -39,6 +39,7 @@ class Hook:
         self.dims: dict[int, int] = {}  # number of dimensions of an activation → the dimension of its features
         self.loaded_dim: int | None = None  # the dimension of the features in a loaded state
         self.order = -1
+        self.failure = ""  # why a call could not be read
         self.skipped = Skipped(0)
         self.key = register(self)
         self.every = control.every
@@ -142,10 +143,8 @@ class Hook:
         vectors = vectors_of(x.detach(), positions, dim, mask)
         if slot.fused:
             _observe(slot.state, vectors, dim, slot.sigma, self.every, kept)
-        elif kept is None:
-            slot.statistic.update(vectors, dim)  # a class with the verbs of the earlier protocol may take no mask
         else:
-            slot.statistic.update(vectors, dim, mask=kept)
+            slot.update(vectors, dim, kept)
 
     def counted(self, slot: Slot) -> bool:
         """Counts a call, and says whether ``every`` selects it."""
@@ -165,6 +164,7 @@ class Hook:
                     check(self.slots[x.device].state, x, dim, self.every, None)
             except (IndexError, ValueError) as reason:
                 error = reason
+        self.failure = str(error)
         return type(error)(f"layer {self.layer.name!r}: {error}")
 
     def find(self, value: Any) -> Tensor | None:

@@ -20,6 +20,9 @@ from torch.nn.modules.conv import _ConvNd
 
 Selection = str | Iterable[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
 
+OUTPUT = "(output)"
+"""What tables call the model itself, whose name is ``""``. It is accepted as a name."""
+
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _MODULE_WRAPPERS = ("DataParallel", "DistributedDataParallel", "AveragedModel")  # classes that wrap `self.module`
 _KINDS = "names, globs, a compiled regular expression or a predicate(name, module)"
@@ -110,7 +113,7 @@ def canonical(name: str) -> str:
     >>> canonical("module._orig_mod.blocks.0")
     'blocks.0'
     """
-    return ".".join(part for part in name.split(".") if part not in (*_WRAPPERS, "module"))
+    return "" if name == OUTPUT else ".".join(part for part in name.split(".") if part not in (*_WRAPPERS, "module"))
 
 
 # -- selection -------------------------------------------------------------------------------------------------------------
@@ -198,6 +201,9 @@ def _match(named: Mapping[str, Layer], called: Mapping[str, Layer], pattern: str
 
 def _nearest_glob(pattern: str, called: Mapping[str, Layer]) -> str:
     """Suggests the glob with each misspelled component replaced by the nearest one; empty if that matches nothing either."""
+    inside = {name[: -len(end)] for name in called for end in _endings(name) if matches_glob(pattern, end)}
+    if len(inside) == 1:
+        return f"did you mean {inside.pop() + pattern!r}?"
     components = {component for name in called for component in name.split(".")}
     parts = pattern.split(".")
     fixed = ".".join(part if set(part) & set("*?[") else (difflib.get_close_matches(part, components, 1) or [part])[0] for part in parts)
@@ -224,6 +230,12 @@ def _matches(pattern: list[str], name: list[str]) -> bool:
     return bool(name) and fnmatch.fnmatchcase(name[0], first) and _matches(rest, name[1:])
 
 
+def _endings(name: str) -> list[str]:
+    """What remains of a name without its first components."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
+
+
 def _nearest(name: str, named: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, named, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else _some_of(named)
@@ -232,7 +244,7 @@ def _nearest(name: str, named: Iterable[str]) -> str:
 def _some_of(named: Iterable[str]) -> str:
     names = [name for name in named if name]
     shown = ", ".join(map(repr, names[:6])) + (f" … ({len(names)} in total)" if len(names) > 6 else "")
-    return f"its layers are {shown}" if names else "its only layer is the model itself, whose name is ''"
+    return f"the layers are {shown}" if names else "the only layer is the model itself, whose name is ''"
 
 
 def _default_layers(model: nn.Module, called: Mapping[str, Layer]) -> set[int]:
@@ -275,8 +287,9 @@ _LAST = (
 def default_feature_dim(layer: Layer, dims: int) -> int:
     """The dimension of the features in an activation of ``dims`` dimensions.
 
-    The exact type of a leaf decides first: 1 for convolutions, poolings and batch norms (0 for a convolution without a batch dimension),
-    the last for linear layers, layer norms, attention and embeddings. For other layers it is the last of two or three dimensions.
+    The exact type of a leaf decides first: 1 for convolutions, poolings, batch, group and instance norms (0 for a convolution without a
+    batch dimension); the last for linear layers, layer norms, attention and embeddings. For other layers it is the last of two or three
+    dimensions.
 
     Of four or more dimensions it is 1 if a convolution or batch norm is among the descendants, or if the class is named "…2d" or "…3d";
     otherwise the last. An ``nn.Sequential`` follows its last child. A leaf without parameters, such as an activation function or

@@ -141,7 +141,14 @@ class Recording(Mapping[str, Any]):
         from torchprobe.rendering.tables import layer_table, statistic_columns
 
         shown = self.fields if self._template is None or self._template.table_fields is None else self._template.table_fields
-        return layer_table(self.rows(), columns=statistic_columns({name: self.fields[name] for name in shown}))
+        rows = self.rows()
+        closed = len(self.history) + self.history.dropped
+        note = f"This window is empty. total.table() shows all {closed} closed windows." if closed and self._empty(rows) else ""
+        return layer_table(rows, columns=statistic_columns({name: self.fields[name] for name in shown}), note=note)
+
+    def _empty(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether no layer has fired in the running window."""
+        return all(math.isnan(row[name]) for row in rows for name in self.fields)
 
     def plot(self, what: str = "depth", *, field: str | None = None, width: float = 9.0) -> Figure:
         """A matplotlib figure (``pip install 'torchprobe-interp[report]'``); a notebook shows it.
@@ -159,7 +166,8 @@ class Recording(Mapping[str, Any]):
         if what == "history":
             return self.history.plot(field, width=width)
         if what != "depth":
-            raise ValueError(f'what must be "depth" or "history", got {what!r}; for one layer: history.plot_layer({what!r})')
+            way = f"plot(field={what!r})" if what in self.fields else f"history.plot_layer({what!r}) for one layer"
+            raise ValueError(f'what must be "depth" or "history", got {what!r}; did you mean {way}?')
         from torchprobe.rendering.plots import depth_profile
 
         field = field or self.history.headline
@@ -167,10 +175,13 @@ class Recording(Mapping[str, Any]):
             raise ValueError(f"{field!r} is not a field of this recording; it has {', '.join(self.fields)}")
         rows, values = self.rows(), self.history[field]
         closed = [[{"layer": layer, field: value} for layer, value in zip(self.history.layers, v, strict=True)] for v in values]
-        if closed and all(math.isnan(row[name]) for row in rows for name in self.fields):
+        label = None
+        if closed and self._empty(rows):
+            label = f"last closed window, {self.history.steps[-1]}"
             last = {row["layer"]: row for row in self.history.rows() if row["step"] == self.history.steps[-1]}
             rows = [{**row, **last.get(row["layer"], {})} for row in rows]
-        return depth_profile(rows, field=field, band=closed if len(closed) > 1 else (), band_label="closed windows", width=width)
+        band = closed if len(closed) > 1 else ()
+        return depth_profile(rows, field=field, label=label, band=band, band_label="closed windows", width=width)
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__}({len(self)} layers, {len(self.history)} windows closed)"]

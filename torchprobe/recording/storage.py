@@ -262,7 +262,8 @@ class _Reader:
         candidates = [classes_named(name) for name in names]
         for name, classes in zip(names, candidates, strict=True):
             if not classes:
-                what = f"import the module that defines it, or call load(path, statistic={name})"
+                wanted = f"[{', '.join(names)}]" if self.several else name
+                what = f"import the module that defines it, or call load(path, statistic={wanted})"
                 raise file.error("statistics", f"recorded with {name}: {what}")
             if len(classes) > 1:
                 modules = ", ".join(sorted(kind.__module__ for kind in classes))

@@ -160,6 +160,7 @@ def layer_table(
     columns: Sequence[Column] = LAYER_COLUMNS,
     title: str | None = None,
     width: int | None = None,
+    note: str = "",
 ) -> Table:
     """The table of layers for a terminal or a notebook.
 
@@ -169,6 +170,7 @@ def layer_table(
         title: printed above the table.
         width: of the terminal, in characters; None: the width that rich detects. If the table is wider, less important columns are
             left out, but never the vector kurtosis and its Gaussian value.
+        note: one more sentence below the table.
 
     >>> rows = [{"layer": "blocks.0", "features": 768, "feature_dim": -1, "vectors": 64, "vector_kurtosis": 3.02}]
     >>> layer_table(rows).row_count
@@ -181,6 +183,7 @@ def layer_table(
     columns = _fitting(shown_columns(rows, columns), rows, width or rich.get_console().width)
     positions = sorted({str(row["positions"]) for row in rows if row.get("positions")})
     caption = f"One vector = the features (along dim) of one position; positions: {', '.join(positions) or 'all'}."
+    caption = f"{caption} {note}".rstrip()
     table = Table(
         title=text(title) if title else None,
         title_justify="left",

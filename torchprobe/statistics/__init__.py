@@ -10,6 +10,18 @@
 :class:`TopInputs`         the inputs with the largest score of each feature
 :class:`Several`           several statistics of one layer, updated by one hook
 =========================  ====================================================================================
+
+Where what is:
+
+===============  ==============================================================================================
+``statistic``    the contract: what a subclass writes, and everything that follows from it
+``tensors``      states and their merging, checks of what is read
+``dynamic``      states without a fixed shape; classes with the verbs of the earlier protocol
+``factory``      from the argument ``statistic`` of ``record`` to the statistics; several as one
+``moments``      moments, vector kurtosis and its reference values (the formulas that merge: ``ops.observe``)
+``quantile``     upper quantiles, exact or sketched; ``tail``: the largest values of a stream
+``top_inputs``   the top inputs of each feature
+===============  ==============================================================================================
 """
 
 from torchprobe.statistics.dynamic import DynamicStatistic

@@ -325,8 +325,8 @@ def histogram(states: Tensor) -> Tensor:
 
 def bin_edges() -> Tensor:
     """The edges of :func:`histogram`, float64 (BINS + 1,): every octave is divided into equal steps. The last bin is open."""
-    octave, step = torch.arange(BINS + 1, dtype=torch.float64).div(BINS_PER_OCTAVE).floor(), torch.arange(BINS + 1) % BINS_PER_OCTAVE
-    return torch.exp2(octave) * (1 + step / BINS_PER_OCTAVE)
+    bins = torch.arange(BINS + 1, dtype=torch.float64, device="cpu")
+    return torch.exp2(bins.div(BINS_PER_OCTAVE).floor()) * (1 + bins % BINS_PER_OCTAVE / BINS_PER_OCTAVE)
 
 
 def _seen(rows: Mapping[str, Tensor], name: str) -> Tensor:

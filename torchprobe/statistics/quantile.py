@@ -117,7 +117,7 @@ class Quantile(DynamicStatistic):
             self._fit()
             if self._main.thinning:  # the buffers no longer see every nan
                 self._main.counts[1] += _nans(x, feature_dim)
-            draw = torch.rand(x.select(feature_dim, 0).shape, generator=self._generator)
+            draw = torch.rand(x.select(feature_dim, 0).shape, generator=self._generator, device="cpu")
             for tail in self._tails:
                 tail.add(x, feature_dim, draw)
 
@@ -139,7 +139,7 @@ class Quantile(DynamicStatistic):
     def reset(self) -> None:
         """Forgets everything."""
         self.positions = 0
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = torch.Generator("cpu").manual_seed(self.seed)
         sample_capacity = max(self.capacity // _SHARE, 1)
         sizes = [(self.capacity, 0), *((sample_capacity, thinning) for thinning in _SAFETY)]
         self._tails = [Tail(self.features, capacity, thinning, self._device) for capacity, thinning in sizes]
@@ -178,7 +178,7 @@ class Quantile(DynamicStatistic):
         positions = state["positions"]
         if not isinstance(positions, int) or positions < max(tails[0].offered, int(tails[0].counts[1].max())):
             raise ValueError(f"positions of the saved Quantile are {positions!r}, fewer than its buffers saw")
-        generator = torch.Generator()
+        generator = torch.Generator("cpu")
         try:
             generator.set_state(state["generator"])
         except (RuntimeError, TypeError) as error:
@@ -322,7 +322,7 @@ def _floor(x: Fraction) -> int:
 def _nans(x: Tensor, feature_dim: int) -> Tensor:
     """How many values of each feature are nan: int64 (features,)."""
     if x.device.type == "cpu" and not x.sum().isnan():  # the usual case, in one read; another device would synchronize here
-        return torch.zeros(x.shape[feature_dim], dtype=torch.int64)
+        return torch.zeros(x.shape[feature_dim], dtype=torch.int64, device="cpu")
     return x.isnan().movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim]).sum(0)
 
 

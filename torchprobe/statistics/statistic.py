@@ -20,6 +20,7 @@ from torchprobe.statistics.tensors import (
     check_input,
     clear,
     describe,
+    field_of,
     hashable,
     no_autocast,
     number_dtype,
@@ -51,7 +52,7 @@ class Statistic:
         :meth:`summarize` turns the states of many layers into fields.
         :meth:`merge_states`, only for states with ``reduce=None``.
 
-    One more state comes for free: ``vectors``, float64 (), the number of vectors seen.
+    One more state comes for free: ``vectors``, float64 (), the number of vectors seen. A field can be read as an attribute, too.
 
     >>> from torchprobe.statistics import FEATURES, State
     >>> class Largest(Statistic):
@@ -267,23 +268,23 @@ class Statistic:
 
     def window_histogram(self, states: Mapping[str, Tensor]) -> Tensor:
         """What a history keeps of every window in addition to the fields: states of many layers → (layers, histogram_bins)."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has {self.histogram_bins} histogram_bins and must define window_histogram(states)"
-        )
+        raise NotImplementedError(f"{type(self).__name__} has histogram_bins and must define window_histogram(states)")
 
     def histogram_edges(self) -> Tensor:
         """The edges of :meth:`window_histogram`: float64 (histogram_bins + 1,)."""
-        raise NotImplementedError(f"{type(self).__name__} has {self.histogram_bins} histogram_bins and must define histogram_edges()")
+        raise NotImplementedError(f"{type(self).__name__} has histogram_bins and must define histogram_edges()")
 
     def problem(self) -> tuple[str, str] | None:
         """What is wrong with a state that was read from a file: the name of the part, and the reason. None if nothing is."""
         return None
 
+    def __getattr__(self, name: str) -> Any:
+        """A field as a plain number, unless a state has its name."""
+        return field_of(self, name)
+
     def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:right'>{value:.6g}</td></tr>"
-            for name, value in self.summary().items()
-        )
+        row = "<tr><th style='text-align:left'>{}</th><td style='text-align:right'>{:.6g}</td></tr>"
+        cells = "".join(row.format(html.escape(name), value) for name, value in self.summary().items())
         return f"<table><caption>{html.escape(type(self).__name__)} of {self.features} features</caption>{cells}</table>"
 
     def __repr__(self) -> str:

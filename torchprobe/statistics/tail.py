@@ -41,7 +41,7 @@ class Tail:
 
     def halve(self, generator: torch.Generator) -> None:
         """Doubles the thinning: every other value of the sorted ones stays, starting at random from the first or the second."""
-        start = int(torch.randint(2, (), generator=generator))
+        start = int(torch.randint(2, (), generator=generator, device="cpu"))
         kept = self.values.sort(1, descending=True).values[:, start::2]
         self.values[:, : kept.shape[1]] = kept
         self.values[:, kept.shape[1] :] = -torch.inf

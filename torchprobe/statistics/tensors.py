@@ -113,6 +113,20 @@ def number_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def field_of(statistic: Any, name: str) -> float:
+    """A field of a statistic, for ``statistic.name``.
+
+    Raises:
+        AttributeError: it is not a field; of several statistics, the message says which one has it.
+    """
+    kind = type(statistic)
+    if name.startswith("_") or name not in statistic.fields:
+        owner = next((label for label in vars(statistic).get("labels", ()) if hasattr(type(statistic[label]), name)), None)
+        hint = f"; use [{owner!r}].{name}" if owner else ""
+        raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}{hint}")
+    return float(statistic.summary()[name])
+
+
 def describe(value: Any) -> str:
     """The type and shape of a tensor, or the type of anything else, for messages."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

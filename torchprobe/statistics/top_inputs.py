@@ -105,7 +105,7 @@ class TopInputs(DynamicStatistic):
             x = x.masked_fill(~mask.unsqueeze(feature_dim % x.dim()), torch.nan)
         inputs, start = x.shape[0], max(self.inputs, self.numbered)
         first_id = start + RANK_STRIDE * _rank()
-        numbers = torch.arange(first_id, first_id + inputs) if ids is None else torch.as_tensor(ids)
+        numbers = torch.arange(first_id, first_id + inputs, device="cpu") if ids is None else torch.as_tensor(ids)
         if numbers.shape != (inputs,) or (inputs and (numbers.dtype not in _INTEGERS or int(numbers.min()) < 0)):
             raise ValueError(f"ids must be {inputs} whole numbers ≥ 0, one for each input, got {describe(numbers)}")
         if not inputs:
