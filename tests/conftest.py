@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f'{item.nodeid}: give the reason, as in @pytest.mark.slow("compiles with inductor")')
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _terminal() -> None:
+    """Tables have their default width. pytest-xdist sets the variable in its workers."""
+    os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(autouse=True)

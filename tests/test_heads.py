@@ -51,9 +51,9 @@ def test_a_head_is_an_independent_copy(layer):
         (torch.zeros(0, 3), {}, r"got \(0, 3\)"),
         (torch.zeros(2, 0), {}, r"got \(2, 0\)"),
         (torch.zeros(2, 3, dtype=torch.int64), {}, "floating, got torch.int64"),
-        (torch.zeros(2, 3), {"bias": torch.zeros(3)}, r"2 classes has the shape \(2,\), got \(3,\)"),
-        (torch.zeros(2, 3), {"names": ["one"]}, "2 classes needs as many names, got 1"),
-        (torch.zeros(2, 3), {"names": "ab"}, "needs as many names"),
+        (torch.zeros(2, 3), {"bias": torch.zeros(3)}, r"2 classes must have the shape \(2,\), got \(3,\)"),
+        (torch.zeros(2, 3), {"names": ["one"]}, "2 classes needs 2 names, got 1"),
+        (torch.zeros(2, 3), {"names": "ab"}, "needs 2 names, got 1"),
     ],
 )
 def test_what_is_no_head(weight, options, message):
@@ -90,7 +90,7 @@ def test_strided_weights_and_other_endings(tmp_path):
     head.weight.data = torch.randn(6, 4).T
     head.save(tmp_path / "head.safetensors")
     assert torch.equal(load_head(tmp_path / "head.safetensors", 6).weight, head.weight)
-    with pytest.raises(ValueError, match=r"saved as .safetensors, got '.*head.pt'"):
+    with pytest.raises(ValueError, match=r"saved in a .safetensors file, got '.*head.pt'"):
         head.save(tmp_path / "head.pt")
 
 
@@ -128,7 +128,7 @@ def test_the_last_of_a_stack(tmp_path, layer):
 
 def test_several_are_named_and_chosen_by_key(tmp_path, layer):
     torch.save({"a.head.weight": torch.zeros(3, 6), "b.head.weight": layer.weight.detach()}, tmp_path / "w.pt")
-    with pytest.raises(EncoderError, match=r"several linear layers of 6 features: a\.head, b\.head; say which with key="):
+    with pytest.raises(EncoderError, match=r"several linear layers of 6 features: a\.head, b\.head; choose one with key="):
         load_head(tmp_path / "w.pt", 6)
     for key in ("b.head", "b.head.weight"):
         assert torch.equal(load_head(tmp_path / "w.pt", 6, key=key).weight, layer.weight)
@@ -158,7 +158,7 @@ def test_files_that_hold_no_head(tmp_path):
     with pytest.raises(EncoderError, match="no checkpoint at"):
         load_head(tmp_path / "none.pt", 6)
     torch.save({"conv.weight": torch.zeros(4, 6, 1, 1), "count.weight": torch.zeros(4, 6, dtype=torch.int64)}, tmp_path / "w.pt")
-    with pytest.raises(EncoderError, match=r"no linear layer: expected weight \(classes, 6\)"):
+    with pytest.raises(EncoderError, match=r"no linear layer: expected a weight \(classes, 6\)"):
         load_head(tmp_path / "w.pt", 6)
     torch.save({"head.weight": torch.zeros(4, 6), "head.bias": torch.zeros(5)}, tmp_path / "w.pt")
     with pytest.raises(EncoderError, match=r"head cannot be a head: .*\(4,\), got \(5,\)"):
@@ -176,7 +176,7 @@ def test_files_that_hold_no_head(tmp_path):
     [
         ({"kind": "head"}, "metadata cannot be read: KeyError"),
         ({"kind": "head", "normalize": "yes", "names": "null"}, "metadata cannot be read: JSONDecodeError"),
-        ({"kind": "head", "normalize": "true", "names": '["one"]'}, "4 classes needs as many names, got 1"),
+        ({"kind": "head", "normalize": "true", "names": '["one"]'}, "4 classes needs 4 names, got 1"),
         ({"kind": "head", "normalize": "true", "names": "3"}, "metadata cannot be read"),
     ],
 )

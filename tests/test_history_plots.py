@@ -292,7 +292,7 @@ def test_a_recording_plots_its_history(plots):
     assert rec.history.plot("std").axes[0].child_axes[0].get_ylabel() == "std"
     with pytest.raises(KeyError, match="'kurtosis' is not a field of the history"):
         rec.history.plot("kurtosis")
-    with pytest.raises(ValueError, match=r'what must be "depth" or "history", got \'blocks.0\'; for one layer: history.plot_layer'):
+    with pytest.raises(ValueError, match=r'what must be "depth" or "history", got \'blocks.0\'; did you mean history.plot_layer'):
         rec.plot("blocks.0")
 
 
@@ -313,7 +313,7 @@ def depth_of(figure, label: str) -> np.ndarray:
 
 def test_the_depth_profile_is_of_the_running_window_or_else_of_the_last(plots):
     rec = run()
-    np.testing.assert_array_equal(depth_of(rec.plot(), "mean over vectors"), rec.history["vector_kurtosis"][-1])
+    np.testing.assert_array_equal(depth_of(rec.plot(), f"last closed window, {rec.history.steps[-1]}"), rec.history["vector_kurtosis"][-1])
     np.testing.assert_allclose(depth_of(rec.plot(), "closed windows: mean"), rec.history["vector_kurtosis"].mean(0))
     model = Net()
     with torchprobe.record(model) as running:

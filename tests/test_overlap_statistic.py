@@ -68,7 +68,7 @@ def test_resume_from_a_state_dict():
 
 
 def test_what_was_counted_otherwise_is_not_added():
-    with pytest.raises(ValueError, match=r"mode='netdissect', these with mode='default'"):
+    with pytest.raises(ValueError, match=r"mode='netdissect', but this object has mode='default'"):
         make().merge(make(mode="netdissect"))
     with pytest.raises(ValueError, match=r"other thresholds: of shape \(40,\)"):
         make().merge(make(torch.zeros(40)))

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torchprobe.ops.positions import POSITIONS
 from torchprobe.recording import compiled, control, diagnosis, windows
 from torchprobe.recording.control import NOTHING_TO_READ, Control, Skipped, Slot
-from torchprobe.recording.distributed import all_reduce
 from torchprobe.recording.history import History, Step
 from torchprobe.recording.hook import GradientHook, Hook, InputHook, allocate, takes_hooks
 from torchprobe.recording.layers import Layer, Selection, named_layers, select_layers
@@ -271,6 +270,8 @@ class Recorder(Recording):
                 It is raised on every rank and names the difference.
             RuntimeError: a rank has ended, or did not call this within ``timeout``. The process group is unusable then.
         """
+        from torchprobe.recording.distributed import all_reduce  # seldom used, so `import torchprobe` leaves it out
+
         factory = self._control.factory
         entries, aliases = all_reduce(self._entries(), self.settings, list(self._hooks), self.aliases, factory, group, union, timeout)
         return Recording(entries, self.settings, aliases, factory.template)
