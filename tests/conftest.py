@@ -16,6 +16,9 @@ from torchprobe.ops import observe_
 from torchprobe.ops.observe import reference
 
 
+collect_ignore = ["statistic_kinds.py"]  # collected for doctests, its classes would be defined twice
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         slow = item.get_closest_marker("slow")
