@@ -15,7 +15,6 @@ from torchprobe import Moments
 from torchprobe.ops import observe_
 from torchprobe.ops.observe import reference
 
-
 collect_ignore = ["statistic_kinds.py"]  # collected for doctests, its classes would be defined twice
 
 

@@ -257,8 +257,8 @@ class Recorder(Recording):
     def all_reduce(self, group: ProcessGroup | None = None, union: bool = False, timeout: float | None = None) -> Recording:
         """The recordings of all ranks as one, the same on every rank. Collective; this recorder does not change.
 
-        States are merged in the order of the ranks. A layer that did not fire on some rank is not an error. The result has no
-        history, since summaries of windows cannot be merged. Call it before :meth:`snapshot` for the numbers of one window.
+        States are merged in the order of the ranks. A layer may be silent on some ranks. The result has no history, since summaries
+        of windows cannot be merged. Call it before :meth:`snapshot` for the numbers of one window.
 
         Args:
             group: the process group; default: all ranks.
@@ -266,8 +266,7 @@ class Recorder(Recording):
             timeout: seconds to wait for the other ranks. Default: that of the process group.
 
         Raises:
-            ValueError: the ranks record different layers (unless ``union``), different widths, or with different settings.
-                It is raised on every rank and names the difference.
+            ValueError: the ranks record different layers (unless ``union``), widths or settings; on every rank, with the difference.
             RuntimeError: a rank has ended, or did not call this within ``timeout``. The process group is unusable then.
         """
         from torchprobe.recording.distributed import all_reduce  # seldom used, so `import torchprobe` leaves it out
