@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchprobe.recording import storage, windows
+from torchprobe.recording import windows
 from torchprobe.recording.history import History
 from torchprobe.recording.layers import canonical
 from torchprobe.recording.transfer import to_host
@@ -238,6 +238,8 @@ class Recording(Mapping[str, Any]):
             FileNotFoundError: the folder does not exist.
             TypeError: a statistic cannot be saved; the message says why.
         """
+        from torchprobe.recording import storage  # training code may never need it: `import torchprobe` leaves it out
+
         saved = storage.Saved(self._entries(), self.settings, self.aliases, self._template, self.history.state_dict())
         storage.save(saved, path)
 
@@ -260,6 +262,8 @@ def load(path: str | os.PathLike[str], statistic: type[Statistic] | Sequence[typ
         TypeError: ``statistic`` is not a class or a list of classes.
         ValueError: it is not a recording, or something in it does not fit; the message names the file and the key.
     """
+    from torchprobe.recording import storage
+
     saved = storage.load(path, statistic)
     recording = Recording(saved.entries, saved.settings, saved.aliases, saved.template)
     if saved.history is not None:

@@ -24,12 +24,32 @@ Where what is:
 ===============  ==============================================================================================
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from torchprobe.statistics.dynamic import DynamicStatistic
 from torchprobe.statistics.factory import Several
 from torchprobe.statistics.moments import Moments
-from torchprobe.statistics.quantile import Quantile
 from torchprobe.statistics.statistic import Statistic
 from torchprobe.statistics.tensors import FEATURES, State
-from torchprobe.statistics.top_inputs import TopInputs
+
+if TYPE_CHECKING:
+    from torchprobe.statistics.quantile import Quantile
+    from torchprobe.statistics.top_inputs import TopInputs
 
 __all__ = ["FEATURES", "DynamicStatistic", "Moments", "Quantile", "Several", "State", "Statistic", "TopInputs"]
+
+_LAZY = {"Quantile": "torchprobe.statistics.quantile", "TopInputs": "torchprobe.statistics.top_inputs"}
+
+
+def __getattr__(name: str) -> Any:
+    """What training does not need is imported only when it is used."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'torchprobe.statistics' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
