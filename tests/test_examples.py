@@ -64,6 +64,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow("trains on digits")
 def test_finetune_records_every_block_and_ends_with_the_map(whole):
     recording = torchprobe.load(whole / "recording.safetensors")
     assert recording.layers == [*(f"visual.transformer.resblocks.{i}" for i in range(4)), ""]
@@ -95,6 +96,7 @@ def test_finetune_killed_and_resumed_equals_an_uninterrupted_run(monkeypatch, wh
     assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.slow("trains on digits")
 def test_finetune_resumed_when_finished_reports_again(monkeypatch, whole, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes((whole / "checkpoint.pt").read_bytes())
     (tmp_path / "log.jsonl").write_bytes((whole / "log.jsonl").read_bytes())
@@ -102,6 +104,7 @@ def test_finetune_resumed_when_finished_reports_again(monkeypatch, whole, tmp_pa
     assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.slow("trains on digits")
 def test_a_different_recipe_is_not_resumed(monkeypatch, whole):
     with pytest.raises(SystemExit, match=r"has a different recipe: epochs 3 instead of 2, lr 0.1 instead of 0.002\. Resume with"):
         run(monkeypatch, *FINETUNE, "--epochs", 3, "--lr", 0.1, "--output", whole, "--resume")
@@ -182,6 +185,7 @@ def test_options_that_do_not_fit_are_refused(monkeypatch, capsys, arguments, mes
 # -- supervised training -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("trains on digits")
 def test_train_supervised(monkeypatch, tmp_path):
     needs("sklearn", "open_clip", "torchvision", "jinja2", "matplotlib")
     run(monkeypatch, "train_supervised.py", "--digits", "--epochs", 1, "--output", tmp_path)

@@ -94,6 +94,7 @@ def test_p_values_of_random_units_are_uniform():
     assert stats.kstest(p.flatten().numpy(), "uniform").pvalue > 0.01  # 10,000 pairs
 
 
+@pytest.mark.slow("ranks 2,000 images by each of 10,000 units")
 @pytest.mark.parametrize("positives", [4, 60, 1900])
 def test_p_values_of_one_concept_are_uniform(positives):
     labels = shown(2000, [positives])
