@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from torchprobe import ops, statistics
-from torchprobe.recording import Recorder, Recording, RecordingWarning, load, record
+from torchprobe.recording import Recorder, Recording, RecordingWarning, detach_all, load, record
 from torchprobe.statistics import Moments
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "record",
     "load",
+    "detach_all",
     "Recorder",
     "Recording",
     "RecordingWarning",

@@ -15,7 +15,7 @@ from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.taps import find_sites
 from torchprobe.recording.layers import select_layers
 from torchprobe.recording.reader import LayerReader, device_of, eval_mode
-from torchprobe.recording.tensors import first_tensor
+from torchprobe.recording.structure import first_tensor
 
 if TYPE_CHECKING:
     from torchprobe.datasets.broden import Broden

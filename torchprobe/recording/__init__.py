@@ -12,11 +12,21 @@
 Where what is:
 
 =================  ==================================================================================
-``layers``         names, selection, and the dimension of the features
+``layers``         names and selection
+``leaves``         what single modules say of the width of their output
+``axes``           which dimension of an activation holds the features, and by what that is known
 ``reader``         the activations of some layers for one batch; batch and feature dimensions
-``tensors``        from the output of a module to the one tensor that is read; masks
-``hook``           the hooks: eager, traced, gradients
-``compiled``       everything that knows ``torch.compile``
+``structure``      the tensors in tuples, mappings and dataclasses
+``tensors``        distributed tensors, and those that cannot be read
+``nested``         the vectors of nested tensors
+``masks``          which vectors count
+``stream``         one tensor of a layer: its states, and how it is read
+``hook``           from a call of a module to its streams: outputs and inputs
+``gradients``      the same for gradients and parameters
+``traced``         how a compiled graph reads a tensor
+``compiled``       everything that knows ``torch.compile``, and copies of hooks
+``detach``         removes everything of ours from a model
+``bank``           all streams of a recorder: by name, as entries, from saved states
 ``control``        what the hooks of one recorder share; CUDA graphs that are captured while recording
 ``recorder``       starting, stopping, windows, pausing, masks, resuming
 ``windows``        one layer of a recording; many layers at once
@@ -25,15 +35,16 @@ Where what is:
 ``recording``      rows, metrics, tables, plots, merging
 ``storage``        files, read as if they came from anywhere
 ``distributed``    the recordings of all ranks as one
-``diagnosis``      why a layer never fired
+``diagnosis``      why a layer was not read
 =================  ==================================================================================
 """
 
-from torchprobe.recording.diagnosis import RecordingWarning
+from torchprobe.recording.detach import detach_all
 from torchprobe.recording.history import History
 from torchprobe.recording.layers import named_layers, select_layers
 from torchprobe.recording.recorder import Recorder, record
 from torchprobe.recording.recording import Recording, load
+from torchprobe.recording.stream import RecordingWarning
 
 __all__ = [
     "record",
@@ -42,6 +53,7 @@ __all__ = [
     "Recording",
     "History",
     "RecordingWarning",
+    "detach_all",
     "named_layers",
     "select_layers",
 ]

@@ -2,17 +2,23 @@
 
 A hook of a module inside a compiled graph becomes part of the graph: its Python runs once, while the graph is traced. A hook of the
 outermost compiled module usually stays outside and runs as in eager mode. ``import torchprobe`` does not import the compiler.
+
+The names of PyTorch that begin with an underscore may change. They are all in this file, and are looked up once. Without them everything
+works but recording inside of compiled graphs: see :func:`available`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import sys
+import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from types import CodeType
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -21,10 +27,48 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+class _Names(NamedTuple):
+    """What we use of the compiler, beside its public names."""
+
+    skip: Any
+    strategy: Callable[..., Any]
+    set_strategy: Callable[..., Any]
+    reset_code: Callable[..., Any]
+    entries: Callable[..., Any]
+    current_compile: Callable[[], Any]
+
+
+def _lookup() -> _Names | None:
+    """The names, or None if this version of PyTorch lacks one."""
+    try:
+        frames = torch._C._dynamo.eval_frame
+        return _Names(
+            frames._FrameAction.SKIP,
+            frames._FrameExecStrategy,
+            frames.set_code_exec_strategy,
+            frames.reset_code,
+            frames._debug_get_cache_entry_list,
+            torch._guards.CompileContext.current_compile_id,
+        )
+    except AttributeError:
+        return None
+
+
+_names = _lookup()
+
+
+def available() -> bool:
+    """Whether recording inside of compiled graphs works with this version of PyTorch."""
+    return _names is not None
+
+
 class Traced(Protocol):
     """A caller of functions marked :func:`at_trace_time`. Its ``key`` is the result of :func:`register`."""
 
     key: str
+
+    def complain(self, error: Exception) -> Exception | None:
+        """Notes an error; returns it if it shall be raised."""
 
 
 _registered: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -38,33 +82,51 @@ def register(caller: Traced) -> str:
     return key
 
 
-def at_trace_time(function: Callable[Concatenate[Any, Arguments], Result]) -> Callable[Concatenate[str, Arguments], Result]:
+def at_trace_time(fallback: Any = None) -> Callable[[Callable[Concatenate[Any, Arguments], Result]], Callable[Concatenate[str, Arguments], Result]]:
     """Marks a function that runs while a graph is traced. Its result is a constant in the graph.
 
     It does what ``torch.compiler.assume_constant_result`` does, without importing the compiler. The caller passes the key of a hook, and
-    the function gets the hook; the other arguments are constants. While tracing, an error reaches the user as the compiler's
-    ``UserError`` with the name of the layer. In eager mode it is an ordinary function.
+    the function gets the hook; the other arguments are constants. After an error the result is ``fallback``, and the forward goes on,
+    unless the recorder wants errors: then it reaches the user, while tracing as the compiler's ``UserError``.
     """
 
-    def traced(key: str, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        hook = _registered[key]
-        try:
-            return function(hook, *args, **kwargs)
-        except (TypeError, ValueError) as error:
-            if not is_tracing():
-                raise
-            from torch._dynamo.exc import UserError, UserErrorType
+    def mark(function: Callable[Concatenate[Any, Arguments], Result]) -> Callable[Concatenate[str, Arguments], Result]:
+        def traced(key: str, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            hook = _registered[key]
+            try:
+                return function(hook, *args, **kwargs)
+            except Exception as error:
+                explained = hook.complain(error)
+                if explained is None:
+                    result: Result = fallback
+                    return result
+                if not is_tracing():
+                    raise explained from error
+                from torch._dynamo.exc import UserError, UserErrorType
 
-            raise UserError(UserErrorType.INVALID_INPUT, f"layer {hook.layer.name!r}: {error}") from error
+                raise UserError(UserErrorType.INVALID_INPUT, str(explained)) from error
 
-    traced.__name__, traced.__doc__ = function.__name__, function.__doc__
-    traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return traced
+        traced.__name__, traced.__doc__ = function.__name__, function.__doc__
+        traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        return traced
+
+    return mark
+
+
+def warn_if_compiled(model: nn.Module, category: type[Warning]) -> None:
+    """Warns if a part of the model is compiled, and this version of PyTorch lacks what recording there needs."""
+    if any("_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None for module in model.modules()):
+        warnings.warn(
+            "torchprobe: this version of PyTorch has changed inside, so layers in compiled graphs may not be recorded. Run the model without "
+            "torch.compile, with torch.compiler.set_stance('force_eager'), or use another version",
+            category,
+            stacklevel=3,
+        )
 
 
 def is_tracing() -> bool:
     """Whether the compiler is running. In traced code call ``torch.compiler.is_compiling()`` instead."""
-    return torch._guards.CompileContext.current_compile_id() is not None
+    return _names is not None and _names.current_compile() is not None
 
 
 def never_compile_alone(function: Callable[..., Any]) -> None:
@@ -73,9 +135,8 @@ def never_compile_alone(function: Callable[..., Any]) -> None:
     Otherwise the compiler would create a separate graph for every hook of an outermost module, one more for every layer, until it
     reached its recompilation limit.
     """
-    dynamo = torch._C._dynamo.eval_frame
-    skip = dynamo._FrameAction.SKIP
-    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+    if _names is not None:
+        _names.set_strategy(function.__code__, _names.strategy(_names.skip, _names.skip))
 
 
 def make_static(state: torch.Tensor) -> None:
@@ -90,7 +151,7 @@ def allow_graphs(graphs: set[str]) -> None:
     Blocks that are compiled one by one share their code, but not their hooks. Each needs its own graph, and these may be more than
     the limits of the compiler allow.
     """
-    graph = str(torch._guards.CompileContext.current_compile_id())
+    graph = str(_names.current_compile()) if _names is not None else ""
     if graph not in graphs:
         graphs.add(graph)
         _shift_limits(1)
@@ -117,12 +178,13 @@ def drop_graphs(classes: Iterable[type]) -> int:
     """
     codes = _codes_of(classes)
     for code in codes:
-        torch._C._dynamo.eval_frame.reset_code(code)
+        if _names is not None:
+            _names.reset_code(code)
     return len(codes)
 
 
 def _codes_of(classes: Iterable[type]) -> list[CodeType]:
-    if "torch._dynamo" not in sys.modules:
+    if "torch._dynamo" not in sys.modules or _names is None:
         return []
     ids = [str(id(cls)) for cls in classes]
     return [code for code in _compiled_codes() if any(_mentions(graph, ids) for graph in _graphs(code))]
@@ -134,7 +196,7 @@ def _compiled_codes() -> list[CodeType]:
 
 
 def _graphs(code: CodeType) -> list[Any]:
-    return list(torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code))
+    return list(_names.entries(code)) if _names is not None else []
 
 
 def _mentions(graph: Any, ids: list[str]) -> bool:
@@ -148,65 +210,97 @@ def has_graphs(classes: Iterable[type]) -> bool:
     return bool(_codes_of(classes))
 
 
-def refuse_recomputation(model: nn.Module, traced: Callable[[set[int]], bool]) -> list[Callable[[], object]]:
-    """Makes compiled modules with recorded layers in their graphs refuse to run under an activation checkpoint.
+def watch_recomputation(model: nn.Module, keep: Callable[[set[int]], Callable[[], None]]) -> list[Callable[[], object]]:
+    """Makes compiled modules with recorded layers count once when they run under an activation checkpoint.
 
-    The checkpoint would run the whole graph again during backward, and count everything twice, since the graph contains no Python.
+    The checkpoint runs the whole graph again during backward. The graph holds no Python that could leave the second run out, so what it
+    adds is undone.
 
     Args:
         model: the model that is recorded.
-        traced: whether a graph holds a hook of one of these modules, given by their ids.
+        keep: remembers what the hooks of these modules, given by their ids, have counted; returns a function that restores it.
 
     Returns:
         Functions that undo it.
     """
     undo: list[Callable[[], object]] = []
-    for name, module in model.named_modules():
-        if "_orig_mod" in module._modules:
-            inner = module._modules["_orig_mod"]
-            undo.append(module.register_forward_pre_hook(_Refusal(name, inner, traced)).remove)
+    for module in model.modules():
+        if "_orig_mod" in module._modules and module._modules["_orig_mod"] is not None:
+            again = Recomputation(module._modules["_orig_mod"], keep)
+            undo.append(module.register_forward_pre_hook(again.begin).remove)
+            undo.append(module.register_forward_hook(again.end, always_call=True).remove)
         compiled = module.__dict__.get("_compiled_call_impl")
         if compiled is not None:
-            guarded = _Guarded(compiled, _Refusal(name, module, traced))
+            guarded = _Guarded(compiled, Recomputation(module, keep))
             module._compiled_call_impl = guarded
             undo.append(functools.partial(_unguard, module, guarded))
     return undo
 
 
-class _Refusal:
-    """Runs before a compiled graph. A copy does nothing."""
+class Recomputation:
+    """Leaves out what a compiled module counts while it runs during backward."""
 
-    def __init__(self, name: str, module: nn.Module, traced: Callable[[set[int]], bool]) -> None:
-        self.name = name
+    def __init__(self, module: nn.Module, keep: Callable[[set[int]], Callable[[], None]]) -> None:
         self.inside = {id(inner) for inner in module.modules()}
-        self.traced = traced
+        self.keep = keep
+        self.restore: list[Callable[[], None]] = []
+        self.begin, self.end = Quiet(self._begin), Quiet(self._end)
 
-    def __call__(self, module: nn.Module | None = None, args: Any = None) -> None:
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            return
-        if self.traced(self.inside):
-            raise RuntimeError(
-                f"torchprobe: the compiled module {self.name!r} holds recorded layers and runs under an activation "
-                f"checkpoint, which runs its graph again during backward: they would be counted twice. Compile around the "
-                f"checkpoint instead, torch.compile(lambda x: checkpoint(block, x)), or record without the compiler"
-            )
+    def _begin(self) -> None:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            self.restore.append(self.keep(self.inside))
 
-    def __deepcopy__(self, memo: Any) -> Inert:
-        return Inert()
+    def _end(self) -> None:
+        if self.restore and not torch.compiler.is_compiling():
+            self.restore.pop()()
 
-    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
-        return Inert, ()
+
+class OwnHook:
+    """Base class of all hooks of this package. A copy or a pickle of a hook does nothing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return copied(memo)
+
+    def __reduce__(self) -> Any:
+        return NOTHING
+
+    @property
+    def __name__(self) -> str:
+        """``torch.jit.script`` asks for it, to compile the hook."""
+        raise AttributeError(
+            "torchprobe records this model, and torch.jit.script cannot compile its hooks: stop the recording first, or call "
+            "torchprobe.detach_all(model). A scripted module runs without Python, so it could not be recorded"
+        )
+
+    def remove_from(self, module: nn.Module) -> None:
+        """Takes this hook off a module that it was moved to."""
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook is self]:
+                del hooks[key]
+
+
+class Quiet(OwnHook):
+    """A hook that calls a function without arguments."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        self.function()
 
 
 class _Guarded:
-    """The call of a module that was compiled in place, after a check by :class:`_Refusal`."""
+    """The call of a module that was compiled in place."""
 
-    def __init__(self, compiled: Callable[..., Any], refusal: _Refusal) -> None:
-        self.compiled, self.refusal = compiled, refusal
+    def __init__(self, compiled: Callable[..., Any], again: Recomputation) -> None:
+        self.compiled, self.again = compiled, again
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.refusal()
-        return self.compiled(*args, **kwargs)
+        self.again.begin()
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            self.again.end()
 
 
 def _unguard(module: nn.Module, guarded: _Guarded) -> None:
@@ -214,12 +308,40 @@ def _unguard(module: nn.Module, guarded: _Guarded) -> None:
         module._compiled_call_impl = guarded.compiled
 
 
-class Inert:
-    """A copied or unpickled hook: it does nothing."""
+def unguard_all(module: nn.Module) -> None:
+    """Gives a module its own compiled call back."""
+    guarded = module.__dict__.get("_compiled_call_impl")
+    while isinstance(guarded, _Guarded):
+        module._compiled_call_impl = guarded = guarded.compiled
 
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        return None
+
+# -- copies of hooks ---------------------------------------------------------------------------------------------------------
 
 
-never_compile_alone(_Refusal.__call__)
-never_compile_alone(Inert.__call__)
+NOTHING = (getattr, (contextlib.nullcontext(), "__exit__"))
+"""What a pickled hook becomes: a function of Python itself that does nothing. So the file of a recorded model does not need this package."""
+
+
+class _Sweep:
+    """Removes the copy of a hook from the dictionary of a copied module. The copying holds it, and drops it at its end."""
+
+    def __init__(self, hooks: dict[int, Any], twin: object) -> None:
+        self.hooks, self.twin = hooks, twin
+
+    def __del__(self) -> None:
+        for key in [key for key, hook in self.hooks.items() if hook is self.twin]:
+            del self.hooks[key]
+
+
+def copied(memo: dict[int, Any]) -> Callable[..., None]:
+    """What ``copy.deepcopy`` makes of a hook: nothing. The copy of the module has no hook once the copying is over."""
+    twin: Callable[..., None] = contextlib.nullcontext().__exit__
+    hooks = next((value for value in reversed(memo.values()) if type(value) is OrderedDict), None)  # the dictionary being copied
+    if hooks is not None:
+        memo.setdefault(id(memo), []).append(_Sweep(hooks, twin))  # where deepcopy keeps what must live until its end
+    return twin
+
+
+never_compile_alone(Recomputation._begin)
+never_compile_alone(Recomputation._end)
+never_compile_alone(Quiet.__call__)

@@ -13,6 +13,7 @@ from enum import IntFlag, auto
 import torch
 from torch import Tensor
 
+from torchprobe.recording.axes import Trail
 from torchprobe.recording.windows import without_grad
 from torchprobe.statistics import Statistic
 from torchprobe.statistics.factory import Factory
@@ -32,10 +33,11 @@ class Skipped(IntFlag):
     NO_GRADIENT = auto()
     WAITING = auto()
     TRACED = auto()
+    NO_PARAMETER = auto()
 
 
-NOTHING_TO_READ = Skipped.NO_TENSOR | Skipped.NO_POSITIONS
-"""The layer was selected by default, and its output holds nothing to read."""
+NOTHING_TO_READ = Skipped.NO_TENSOR | Skipped.NO_POSITIONS | Skipped.NO_PARAMETER
+"""The layer was not named by the user, and its output holds nothing to read."""
 
 
 class Control:
@@ -44,23 +46,34 @@ class Control:
     def __init__(
         self,
         factory: Factory,
+        trail: Trail,
         positions: str = "all",
         every: int = 1,
         when: str = "always",
         select: Callable[..., Tensor] | None = None,
-        lenient: bool = False,
+        strict: bool = False,
     ) -> None:
         self.factory = factory
+        self.trail = trail
         self.positions = positions
         self.every = every
         self.training = {"always": None, "train": True, "eval": False}[when]
         self.select = select
-        self.lenient = lenient  # layers selected by default need not hold anything to read
+        self.strict = strict  # whether whatever cannot be read is an error
         self.live = False
         self.paused = False
-        self.mask: Tensor | None = None
+        self.skipping = False  # whether `every` leaves this step out
+        self.open = False  # live, and neither paused nor skipping: the one flag that hooks look at
+        self.steps: int | None = None  # closed by `step`; None while `every` counts calls
+        self.stride = every  # of steps
+        self.masks: dict[str, Tensor] = {}  # by name or glob
+        self.swapped: dict[int, bool | None] = {}  # id(layer) → whether tokens come before the batch
         self.fired = 0  # layers that have a state, for their order
         self.graphs: set[str] = set()  # compiled graphs that met a layer for the first time
+        self.warned: set[str] = set()  # causes that a warning has told
+
+    def update(self) -> None:
+        self.open = self.live and not self.paused and not self.skipping
 
 
 class Slot:
@@ -126,9 +139,9 @@ def hold(slot: Slot | None, every: int) -> None:
 
 
 @without_grad
-def keep_contents(slots: Sequence[Slot]) -> Callable[[], None]:
-    """Remembers the contents of the captured slots; the result restores them."""
-    states = [tensor for slot in slots if slot.captured for tensor in slot.statistic.tensors().values()]
+def keep_contents(slots: Sequence[Slot], everything: bool = False) -> Callable[[], None]:
+    """Remembers the contents of the captured slots, or of all; the result restores them."""
+    states = [tensor for slot in slots if everything or slot.captured for tensor in slot.statistic.tensors().values()]
     before = [state.clone() for state in states]
 
     @without_grad

@@ -1,4 +1,4 @@
-"""Explains why a layer never fired."""
+"""Explains why a layer was not read."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.recording import compiled
-from torchprobe.recording.compiled import Inert, at_trace_time, never_compile_alone
+from torchprobe.recording.compiled import OwnHook, at_trace_time, never_compile_alone
 from torchprobe.recording.control import Skipped, Slot
 from torchprobe.recording.hook import Hook, takes_hooks
+from torchprobe.recording.stream import RecordingWarning, Stream
 from torchprobe.recording.transfer import to_host
 
 if TYPE_CHECKING:
     from torchprobe.recording.layers import Layer
 
-
-class RecordingWarning(UserWarning):
-    """Something about a recording is unexpected. The numbers that were recorded are correct."""
+_SHOWN = 8  # layers that are named for one cause
 
 
 class Witness:
@@ -33,8 +32,8 @@ class Witness:
         self.traced = False
 
 
-class _Watch:
-    """One of the two hooks of a :class:`Witness`. A copy does nothing."""
+class _Watch(OwnHook):
+    """One of the two hooks of a :class:`Witness`."""
 
     def __init__(self, witness: Witness, counter: str) -> None:
         self.witness, self.counter = witness, counter
@@ -46,11 +45,8 @@ class _Watch:
         else:
             count(self.witness, self.counter)
 
-    def __deepcopy__(self, memo: Any) -> Inert:
-        return Inert()
-
-    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
-        return Inert, ()
+    def complain(self, error: Exception) -> Exception | None:
+        return error
 
 
 never_compile_alone(_Watch.__call__)
@@ -60,7 +56,7 @@ def count(witness: Witness, counter: str) -> None:
     setattr(witness, counter, getattr(witness, counter) + 1)
 
 
-@at_trace_time
+@at_trace_time()
 def _traced(watch: _Watch) -> None:
     watch.witness.traced = True
 
@@ -74,27 +70,54 @@ def watch(model: nn.Module, witness: Witness) -> list[Any]:
 
 
 def report(hooks: Sequence[Hook], named: dict[str, Layer], witness: Witness, stacklevel: int) -> None:
-    """Warns once, with one line for every layer that saw nothing."""
-    calls = _calls(hooks)
-    silent = [hook for hook, (_, seen) in zip(hooks, calls, strict=True) if not seen]
-    if not silent:
-        return
-    explain = _Explanation(hooks, named, witness, anything=len(silent) < len(hooks))
-    if not explain.anything and not explain.called and all(not hook.skipped and not hook.slots for hook in hooks):
-        lines = [f"none of the {len(hooks)} layers fired: {_NOT_CALLED}"]
-    else:
-        lines = [f"{len(silent)} of {len(hooks)} layers never fired:"]
-        by_hook = dict(zip(map(id, hooks), calls, strict=True))
-        lines += [f"  {hook.layer.name!r}: {explain(hook, by_hook[id(hook)][0])}" for hook in silent]
-    warnings.warn("torchprobe: " + "\n".join(lines), RecordingWarning, stacklevel=stacklevel + 1)
+    """Warns once, with every layer that saw nothing, or of which calls were left out. Layers with the same cause are told together."""
+    streams = [stream for hook in hooks for stream in hook.streams.values()]
+    numbers = dict(zip(map(id, streams), _calls(streams), strict=True))
+    silent = [stream for stream in streams if not numbers[id(stream)][1] and not stream.left_out]
+    unread = [stream for stream in streams if not numbers[id(stream)][1] and stream.left_out]
+    partly = [stream for stream in streams if numbers[id(stream)][1] and stream.left_out]
+    paragraphs = []
+    if silent:
+        explain = _Explanation(hooks, named, witness, anything=len(silent) < len(streams))
+        if not explain.anything and not explain.called and all(not stream.skipped and not stream.slots for stream in streams):
+            paragraphs.append(f"none of the {len(streams)} layers fired: {_NOT_CALLED}")
+        else:
+            by_stream = {id(stream): hook for hook in hooks for stream in hook.streams.values()}
+            causes = [(stream, explain(by_stream[id(stream)], stream, numbers[id(stream)][0])) for stream in silent]
+            paragraphs.append("\n".join([f"{len(silent)} of {len(streams)} layers never fired:", *_grouped(causes)]))
+    for left, what in ((unread, "were not read"), (partly, "were not read in every call")):
+        if left:
+            causes = [(stream, _left_out(stream)) for stream in left]
+            paragraphs.append("\n".join([f"{len(left)} of {len(streams)} layers {what}:", *_grouped(causes)]))
+    if paragraphs:
+        warnings.warn("torchprobe: " + "\n".join(paragraphs), RecordingWarning, stacklevel=stacklevel + 1)
 
 
-def _calls(hooks: Sequence[Hook]) -> list[tuple[int, bool]]:
-    """For every hook: how often it was called, and whether it saw anything. It makes one copy from each device."""
-    slots = [(index, slot) for index, hook in enumerate(hooks) for slot in hook.slots.values()]
+def _left_out(stream: Stream) -> str:
+    return f"{stream.left_out} {'call' if stream.left_out == 1 else 'calls'} left out: {stream.failure}"
+
+
+def _grouped(causes: Sequence[tuple[Stream, str]]) -> list[str]:
+    """One line for every cause, with the first layers that have it."""
+    groups: dict[str, list[str]] = {}
+    texts: dict[str, str] = {}
+    for stream, cause in causes:
+        key = cause.replace(repr(stream.layer.name), "")
+        groups.setdefault(key, []).append(repr(stream.name))
+        texts.setdefault(key, cause)
+    lines = []
+    for key, names in groups.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        lines.append(f"  {', '.join(names[:_SHOWN])}{more}: {texts[key]}")
+    return lines
+
+
+def _calls(streams: Sequence[Stream]) -> list[tuple[int, bool]]:
+    """For every stream: how often it was called, and whether it saw anything. It makes one copy from each device."""
+    slots = [(index, slot) for index, stream in enumerate(streams) for slot in stream.slots.values()]
     numbers = to_host([_seen(slot) for _, slot in slots]) if slots else []
-    calls = [0] * len(hooks)
-    seen = [False] * len(hooks)
+    calls = [0] * len(streams)
+    seen = [False] * len(streams)
     for (index, _), (n, anything) in zip(slots, numbers, strict=True):
         calls[index] += int(n)
         seen[index] |= bool(anything)
@@ -110,19 +133,20 @@ def _seen(slot: Slot) -> Tensor:
 
 
 _NOT_CALLED = "the model was not called while it was recorded"
-_SKIPPED: dict[Skipped, Callable[[Hook], str]] = {
-    Skipped.NO_TENSOR: lambda hook: "it holds no floating-point tensor with features; pick one with select=",
-    Skipped.NO_POSITIONS: lambda hook: f'it has one vector per input, but positions="{hook.control.positions}" needs tokens',
-    Skipped.NOT_REAL: lambda hook: "it was only exported or traced, without real numbers to read",
-    Skipped.PAUSED: lambda hook: "it was only called while the recorder was paused",
-    Skipped.OTHER_MODE: lambda hook: (
+_SKIPPED: dict[Skipped, Callable[[Stream], str]] = {
+    Skipped.NO_TENSOR: lambda stream: "it holds no floating-point tensor with features; pick one with select=",
+    Skipped.NO_PARAMETER: lambda stream: "it has no weight of its own; record the layers inside",
+    Skipped.NO_POSITIONS: lambda stream: f'it has one vector per input, but positions="{stream.positions}" needs tokens',
+    Skipped.NOT_REAL: lambda stream: "it was only exported or traced, without real numbers to read",
+    Skipped.PAUSED: lambda stream: "it was only called while the recorder was paused",
+    Skipped.OTHER_MODE: lambda stream: (
         'when="train", but it was only called in eval mode; call model.train(), or record with when="always"'
-        if hook.control.training
+        if stream.control.training
         else 'when="eval", but it was only called in train mode; call model.eval(), or record with when="always"'
     ),
-    Skipped.WAITING: lambda hook: "no gradient reached it: backward was not called, or did not pass through it",
-    Skipped.NO_GRADIENT: lambda hook: "it was called without gradients (under no_grad, or because nothing before it requires gradients)",
-    Skipped.RECOMPUTED: lambda hook: "it was only called during backward, which counts as the recomputation of an activation checkpoint",
+    Skipped.WAITING: lambda stream: "no gradient reached it: backward was not called, or did not pass through it",
+    Skipped.NO_GRADIENT: lambda stream: "it was called without gradients (under no_grad, or because nothing before it requires gradients)",
+    Skipped.RECOMPUTED: lambda stream: "it was only called during backward, which counts as the recomputation of an activation checkpoint",
 }
 
 
@@ -130,33 +154,42 @@ class _Explanation:
     """Finds the cause from the notes of the hooks and from the place of the layer in the model."""
 
     def __init__(self, hooks: Sequence[Hook], named: dict[str, Layer], witness: Witness, anything: bool) -> None:
+        self.hooks = hooks
         self.named = named
         self.witness = witness
         self.anything = anything
         self.called = bool(witness.entered or witness.traced)
-        self.traced = any(Skipped.TRACED in hook.skipped for hook in hooks)
+        self.traced = any(Skipped.TRACED in stream.skipped for hook in hooks for stream in hook.streams.values())
 
-    def __call__(self, hook: Hook, calls: int) -> str:
-        if hook.failure:
-            return f"it could not be read: {hook.failure}"
+    def __call__(self, hook: Hook, stream: Stream, calls: int) -> str:
+        skipped = stream.skipped | hook.main.skipped
         if calls:
-            return self._read_nothing(hook, calls)
+            return self._read_nothing(stream, calls)
+        if stream.slots and not skipped:
+            return "nothing was recorded after its state was loaded or reset"
         for flag, text in _SKIPPED.items():
-            if flag in hook.skipped:
-                return text(hook)
-        if Skipped.TRACED in hook.skipped:
+            if flag in skipped:
+                return text(stream)
+        if Skipped.TRACED in skipped:
             return "it is part of a compiled graph that was created, but did not run to its end"
         return self._never_called(hook)
 
     @staticmethod
-    def _read_nothing(hook: Hook, calls: int) -> str:
+    def _read_nothing(stream: Stream, calls: int) -> str:
         empty = "had empty batches, or batches that the mask leaves out"
-        if hook.every == 1:
+        every = stream.control.every
+        if every == 1:
             return f"its {calls} calls {empty}"
-        return f"every={hook.every} read {math.ceil(calls / hook.every)} of its {calls} calls, which {empty}"
+        return f"every={every} read {math.ceil(calls / every)} of its {calls} calls, which {empty}"
+
+    def _replaced(self, name: str, module: nn.Module) -> bool:
+        now = self.named.get(name)
+        return now is None or now.alive is not module
 
     def _never_called(self, hook: Hook) -> str:
-        name, module = hook.layer.name, hook.layer.module
+        name, module = hook.layer.name, hook.layer.alive
+        if module is None or self._replaced(name, module):
+            return "its module was replaced or deleted while the model was recorded; record again"
         above = [self.named[parent].module for parent in _ancestors(name) if parent in self.named]
         if not takes_hooks(module):
             return "it is scripted, and runs without Python; record the model before torch.jit.script, or a module around it"
@@ -166,11 +199,17 @@ class _Explanation:
             return "it runs inside a compiled graph that was created before the hooks; call torch.compiler.reset() before recording"
         if not name and self.anything:
             return "the model was entered through another method than forward; its layers are recorded nevertheless"
+        if any(Skipped.TRACED not in other.main.skipped and other.main.slots for other in self.hooks if _inside(other.layer.name, name)):
+            return "its forward was called directly; only model(x) runs hooks, and model.forward(x) does not"
         if self.witness.entered > self.witness.left:
             return "the forward raised an error before it was reached"
         if not self.called and not self.anything:
             return _NOT_CALLED
         return "the forward does not call it (its parameters may be used without it)"
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name != outer and (not outer or name.startswith(f"{outer}."))
 
 
 def _ancestors(name: str) -> list[str]:

@@ -30,6 +30,8 @@ class _Layer:
     features: int
     closed: bool  # whether it has closed windows
     size: int  # bytes of its state
+    feature_dim_by: str
+    of: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,10 @@ def all_reduce(
     """
     ranks = _Ranks(group, timeout)
     mine = {entry.name: _to_bytes(entry) for entry in entries}
-    layers = {e.name: _Layer(e.module, e.feature_dim, e.statistic.features, e.closed is not None, len(mine[e.name])) for e in entries}
+    layers = {
+        e.name: _Layer(e.module, e.feature_dim, e.statistic.features, e.closed is not None, len(mine[e.name]), e.feature_dim_by, e.of)
+        for e in entries
+    }
     summary = _Summary(settings, list(selected), layers, dict(aliases))
     summaries = [_Summary.from_json(text.decode()) for text in ranks.gather_bytes(json.dumps(asdict(summary)).encode())]
     agreed = _agreed(summaries, union)
@@ -117,7 +122,7 @@ def _merged(name: str, layer: _Layer, states: Sequence[bytes], make: Callable[[i
                     raise ValueError(f"layer {name!r}: {error}") from error
     window = merged(windows)
     assert window is not None
-    return Entry(name, layer.module, layer.feature_dim, window, merged(closed), calls)
+    return Entry(name, layer.module, layer.feature_dim, window, merged(closed), calls, layer.feature_dim_by, layer.of)
 
 
 def _batches(layers: Mapping[str, _Layer], summaries: Sequence[_Summary]) -> list[list[str]]:

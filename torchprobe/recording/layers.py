@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
+from torchprobe.recording.leaves import leaf_type
+
+Exclusion = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 Selection = str | Iterable[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
 
 OUTPUT = "(output)"
 """What tables call the model itself, whose name is ``""``. It is accepted as a name."""
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _MODULE_WRAPPERS = ("DataParallel", "DistributedDataParallel", "AveragedModel")  # classes that wrap `self.module`
 _KINDS = "names, globs, a compiled regular expression or a predicate(name, module)"
 
@@ -31,12 +32,13 @@ _KINDS = "names, globs, a compiled regular expression or a predicate(name, modul
 class Layer:
     """One module with all its canonical names; the first name is shown. It does not keep the module alive."""
 
-    def __init__(self, module: nn.Module, names: list[str], parent: nn.Module | None = None) -> None:
+    def __init__(self, module: nn.Module, names: list[str], parent: Layer | None = None) -> None:
         self.names = names
         self.kind = leaf_type(module).__name__
-        self.feature_dim: int | None = None  # None: by `default_feature_dim`
+        self.feature_dim: int | None = None  # None: by what the model says, see torchprobe.recording.axes
+        self.explicit = False  # whether the user wrote out its name
         self._module = weakref.ref(module)
-        self._parent = None if parent is None else weakref.ref(parent)
+        self._parent = parent
 
     @property
     def name(self) -> str:
@@ -46,12 +48,26 @@ class Layer:
     def module(self) -> nn.Module:
         module = self._module()
         if module is None:
-            raise ReferenceError(f"the module of layer {self.name!r} no longer exists")
+            raise ReferenceError(f"the module of layer {self.name!r} no longer exists: it was replaced or deleted")
         return module
 
     @property
+    def alive(self) -> nn.Module | None:
+        """The module, or None if it no longer exists."""
+        return self._module()
+
+    @property
     def parent(self) -> nn.Module | None:
-        return self._parent() if self._parent is not None else None
+        return None if self._parent is None else self._parent.alive
+
+    def around(self) -> list[nn.Module]:
+        """The modules that contain it, the nearest first."""
+        found, layer = [], self._parent
+        while layer is not None:
+            if (module := layer.alive) is not None:
+                found.append(module)
+            layer = layer._parent
+        return found
 
 
 # -- names -----------------------------------------------------------------------------------------------------------------
@@ -69,7 +85,7 @@ def named_layers(model: nn.Module) -> dict[str, Layer]:
     named: dict[str, Layer] = {}
     layers: dict[int, Layer] = {}  # by id(module)
 
-    def walk(module: nn.Module, name: str, prefix: str, parent: nn.Module | None, path: frozenset[int]) -> None:
+    def walk(module: nn.Module, name: str, prefix: str, parent: Layer | None, path: frozenset[int]) -> None:
         module = innermost(module)
         if id(module) in path:
             return  # a module that contains itself
@@ -84,7 +100,7 @@ def named_layers(model: nn.Module) -> dict[str, Layer]:
                 # A module whose only child is called "module" is a wrapper of an unknown kind. It may change the output, so both
                 # are layers, but the names of the modules below leave it out.
                 transparent = key == "module" and len(module._modules) == 1
-                walk(child, child_name, prefix if transparent else child_name + ".", module, path | {id(module)})
+                walk(child, child_name, prefix if transparent else child_name + ".", layer, path | {id(module)})
 
     walk(model, "", "", None, frozenset())
     return named
@@ -123,6 +139,7 @@ def select_layers(
     model: nn.Module,
     layers: Selection | None = None,
     feature_dim: int | Mapping[str, int] | None = None,
+    exclude: Exclusion | None = None,
 ) -> list[Layer]:
     """The layers that ``layers`` selects, in the order of the model, each once. The model is not changed.
 
@@ -132,9 +149,10 @@ def select_layers(
         model: any module.
         layers: a name or glob (``*`` stands for one component of a name or a part of it, ``**`` for any number of
             components); several of them; a compiled regular expression, which must match a whole name;
-            ``predicate(name, module) -> bool``. None: the children of every ``ModuleList`` or ``Sequential`` that holds at
-            least two modules of one class (only the outermost ones), and the model itself.
+            ``predicate(name, module) -> bool``. None: the children of every ``ModuleList``, ``ModuleDict`` or ``Sequential`` that
+            holds at least two modules of one class (only the outermost ones), and the model itself.
         feature_dim: the dimension of the features, for all layers or as ``{name or glob: dim}`` for some.
+        exclude: names, globs and classes of modules to leave out.
 
     Raises:
         ValueError: the model does not have a name (the message suggests the nearest), or a pattern matches nothing.
@@ -149,9 +167,35 @@ def select_layers(
     called = {name: layer for name, layer in named.items() if _is_called(layer.module)}
     chosen = _default_layers(model, called) if layers is None else _chosen(named, called, layers)
     selected = [layer for layer in {id(layer): layer for layer in named.values()}.values() if id(layer) in chosen]
+    if exclude is not None:
+        selected = _without(selected, called, exclude)
+    written = {layers} if isinstance(layers, str) else set(layers) if isinstance(layers, (list, tuple, set, frozenset)) else set()
+    for layer in selected:
+        layer.explicit = not written.isdisjoint((*layer.names, *(OUTPUT for name in layer.names if not name)))
     if feature_dim is not None:
         _override(selected, feature_dim)
     return selected
+
+
+def _without(selected: list[Layer], called: Mapping[str, Layer], exclude: Exclusion) -> list[Layer]:
+    """The selected layers without those that ``exclude`` names."""
+    rules: list[Any] = [exclude] if isinstance(exclude, (str, type)) else list(exclude)
+    out: set[int] = set()
+    for rule in rules:
+        if isinstance(rule, type) and issubclass(rule, nn.Module):
+            out |= {id(layer) for layer in selected if isinstance(layer.module, rule)}
+        elif isinstance(rule, str):
+            spellings = {rule, canonical(rule)}
+            hit = {id(layer) for name, layer in called.items() if name in spellings or any(matches_glob(one, name) for one in spellings)}
+            if not hit and not any(character in rule for character in "*?["):
+                raise ValueError(f"exclude: the model has no layer {rule!r}; {_nearest(rule, called)}")
+            out |= hit
+        else:
+            raise TypeError(f"exclude= takes names, globs and classes of modules, not {rule!r}")
+    kept = [layer for layer in selected if id(layer) not in out]
+    if not kept:
+        raise ValueError("exclude= leaves no layer to record")
+    return kept
 
 
 def _is_called(module: nn.Module) -> bool:
@@ -255,7 +299,7 @@ def _default_layers(model: nn.Module, called: Mapping[str, Layer]) -> set[int]:
         module = innermost(module)
         children = [innermost(child) for child in module._modules.values() if child is not None]
         alike = len({type(child) for child in children}) < len(children)
-        if alike and isinstance(module, (nn.ModuleList, nn.Sequential)):
+        if alike and isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             chosen.update(by_module[id(child)] for child in children if id(child) in by_module)
         else:
             for child in children:
@@ -265,64 +309,7 @@ def _default_layers(model: nn.Module, called: Mapping[str, Layer]) -> set[int]:
     return chosen
 
 
-# -- the dimension that holds the features -----------------------------------------------------------------------------------
-
-_MAPS = {  # exact leaf type → spatial dimensions of its output; the channels come before them
-    getattr(nn, f"{kind}{n}d"): n
-    for n in (1, 2, 3)
-    for kind in ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "InstanceNorm")
-}
-_SECOND = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
-_LAST = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.MultiheadAttention,
-    nn.Embedding,
-    nn.EmbeddingBag,
-)
-
-
-def default_feature_dim(layer: Layer, dims: int) -> int:
-    """The dimension of the features in an activation of ``dims`` dimensions.
-
-    The exact type of a leaf decides first: 1 for convolutions, poolings, batch, group and instance norms (0 for a convolution without a
-    batch dimension); the last for linear layers, layer norms, attention and embeddings. For other layers it is the last of two or three
-    dimensions.
-
-    Of four or more dimensions it is 1 if a convolution or batch norm is among the descendants, or if the class is named "…2d" or "…3d";
-    otherwise the last. An ``nn.Sequential`` follows its last child. A leaf without parameters, such as an activation function or
-    dropout, follows its parent.
-    """
-    return _feature_dim(layer.module, layer.parent, dims)
-
-
-def _feature_dim(module: nn.Module, parent: nn.Module | None, dims: int) -> int:
-    kind = leaf_type(module)
-    if kind in _MAPS:
-        return max(dims - 1 - _MAPS[kind], 0)
-    if kind in _SECOND:
-        return 1
-    if kind in _LAST or dims < 4:
-        return -1
-    if kind.__name__.endswith(("2d", "3d")):
-        return 1
-    if kind is nn.Sequential and len(module._modules):
-        return _feature_dim(innermost(list(module.children())[-1]), module, dims)
-    bare = not len(module._modules) and not any(True for _ in module.parameters())
-    family = parent if bare and parent is not None else module
-    return 1 if any(isinstance(m, (_ConvNd, _BatchNorm)) for m in family.modules()) else -1
-
-
-def leaf_type(module: nn.Module) -> type[nn.Module]:
-    """The class in the source code. FSDP2 and parametrizations replace it by a subclass at run time."""
-    kind = type(module)
-    swapped = hasattr(module, "parametrizations") or any(base.__name__ == "FSDPModule" for base in kind.__mro__)
-    if not swapped:
-        return kind
-    return next(base for base in kind.__mro__[1:] if base.__name__ != "FSDPModule")
-
+# -- overrides -----------------------------------------------------------------------------------------------------------
 
 def _override(selected: list[Layer], feature_dim: int | Mapping[str, int]) -> None:
     overrides: Mapping[str, Any] = feature_dim if isinstance(feature_dim, Mapping) else {"**": feature_dim}

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchprobe.recording.layers import Layer, default_feature_dim
-from torchprobe.recording.tensors import first_tensor
+from torchprobe.recording.axes import Axis, Trail, second_shape
+from torchprobe.recording.layers import Layer
+from torchprobe.recording.structure import first_tensor
 
 
 class Layout(NamedTuple):
@@ -69,6 +70,8 @@ class LayerReader:
             raise ValueError(f"layer {scripted[0]!r} is a scripted module, which takes no hooks: give the model before torch.jit.script")
         self.fired: list[str] = []
         self._batch_dim: dict[str, int] = {}
+        self._trail = Trail(model)
+        self._axes: dict[tuple[str, int], tuple[Axis, tuple[int, ...]]] = {}  # layer and number of dimensions → axis and first shape
         self._unclear = False
         self._images = 0  # in the running forward pass
         self._see: Callable[[Layer, Tensor], object] | None = None  # None: the running forward pass is not ours
@@ -77,6 +80,8 @@ class LayerReader:
 
     def __enter__(self) -> LayerReader:
         with ExitStack() as stack:
+            self._trail.open()
+            stack.callback(self._trail.close)
             for layer in self.layers.values():
                 stack.callback(layer.module.register_forward_hook(partial(self._hook, layer)).remove)
             stack.enter_context(eval_mode(self.model))
@@ -157,7 +162,7 @@ class LayerReader:
         if x.is_nested or x.dim() < 2:
             given = "a nested tensor" if x.is_nested else f"shape {tuple(x.shape)}"
             raise ValueError(f"layer {layer.name!r} gives {given}; expected vectors, tokens or maps of each image")
-        feature_dim = _feature_dim(layer, x)
+        feature_dim = self._feature_dim(layer, x)
         if layer.name not in self._batch_dim:
             # Some transformers have (tokens, images, features).
             fitting = [dim for dim in range(2) if x.shape[dim] == self._images and dim != feature_dim]
@@ -171,15 +176,28 @@ class LayerReader:
 
     def _look_again(self, layer: Layer, x: Tensor) -> None:
         """With one image, the dimension of the images is the only one of the first two that has size 1."""
-        if x.dim() > 2 and _feature_dim(layer, x) != 1 and (x.shape[0] == 1) != (x.shape[1] == 1):
+        if x.dim() > 2 and self._feature_dim(layer, x) != 1 and (x.shape[0] == 1) != (x.shape[1] == 1):
             self._batch_dim[layer.name] = 0 if x.shape[0] == 1 else 1
 
-
-def _feature_dim(layer: Layer, x: Tensor) -> int:
-    dim = default_feature_dim(layer, x.dim()) if layer.feature_dim is None else layer.feature_dim
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"layer {layer.name!r} gives shape {tuple(x.shape)}, which has no dimension feature_dim={dim}")
-    return dim % x.dim()
+    def _feature_dim(self, layer: Layer, x: Tensor) -> int:
+        dims, shape = x.dim(), tuple(x.shape)
+        if layer.feature_dim is not None:
+            if not -dims <= layer.feature_dim < dims:
+                raise ValueError(f"layer {layer.name!r} gives shape {shape}, which has no dimension feature_dim={layer.feature_dim}")
+            return layer.feature_dim % dims
+        known = self._axes.get((layer.name, dims))
+        if known is None:
+            axis, first = self._trail.output(layer, x), shape
+            if axis.dim is not None:
+                self._trail.note(layer.module, layer.name, x, axis.dim)
+        else:
+            axis, first = second_shape(*known, shape), known[1]
+        self._axes[layer.name, dims] = axis, first
+        if axis.dim is None:
+            raise ValueError(
+                f"layer {layer.name!r} gives shape {shape}: unsure which of its dimensions holds features ({axis.by}); pass feature_dim={{{layer.name!r}: …}}"
+            )
+        return axis.dim
 
 
 @contextlib.contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.ops.positions import POSITIONS
-from torchprobe.recording import compiled, control, diagnosis, windows
-from torchprobe.recording.control import NOTHING_TO_READ, Control, Skipped, Slot
+from torchprobe.recording import compiled, control, detach, diagnosis, masks, windows
+from torchprobe.recording.axes import Trail
+from torchprobe.recording.bank import Bank, entry_of
+from torchprobe.recording.control import Control, Skipped
+from torchprobe.recording.gradients import GradientHook, WeightGradientHook, WeightHook, parameters_of
 from torchprobe.recording.history import History, Step
-from torchprobe.recording.hook import GradientHook, Hook, InputHook, allocate, takes_hooks
-from torchprobe.recording.layers import Layer, Selection, named_layers, select_layers
+from torchprobe.recording.hook import Hook, InputHook, takes_hooks
+from torchprobe.recording.layers import Exclusion, Layer, Selection, canonical, named_layers, select_layers
 from torchprobe.recording.recording import FORMAT, Recording
-from torchprobe.recording.windows import Entry, Settings, check_mergeable
+from torchprobe.recording.stream import PARAMETERS, RecordingWarning
+from torchprobe.recording.windows import Entry, Settings, Unread, check_mergeable
 from torchprobe.statistics import Moments
 from torchprobe.statistics.factory import Factory, StatisticLike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_HOOKS: dict[str, type[Hook]] = {"output": Hook, "input": InputHook, "gradient": GradientHook}
+_HOOKS: dict[str, type[Hook]] = {kind.of: kind for kind in (Hook, InputHook, GradientHook, WeightHook, WeightGradientHook)}
 _WHEN = ("always", "train", "eval")
+_ON_ERROR = ("warn", "raise")
 
 
 class Recorder(Recording):
@@ -46,20 +52,29 @@ class Recorder(Recording):
             expression, which must match a whole name; ``predicate(name, module) -> bool``. Default: the children of every
             ``ModuleList`` and ``Sequential`` that holds at least two modules of one class (the outermost such), and the
             model itself, whose name is ``""``.
-        of: "output", "input", or "gradient" (of the tensor that ``backward`` is called on, with respect to the output).
+        exclude: layers to leave out: names, globs and classes of modules; one of them or a list.
+        of: "output", "input", "gradient" (of the tensor that ``backward`` is called on, with respect to the output), "weight" (the parameters
+            of the layer itself) or "weight_gradient"; or several of them, ``of=("output", "gradient")``: then ``"fc@gradient"`` is the
+            gradient of layer ``"fc"``, and ``"fc"`` its output.
         statistic: what to keep of each layer. A class such as :class:`~torchprobe.Moments`; a function ``(features, device) -> Statistic``,
             such as ``functools.partial(Quantile, quantile=0.01)``; or a list of these, which one hook updates together. A function is also
             called once for 16 features on the CPU, before the model runs. See :class:`torchprobe.statistics.Statistic`.
         positions: what one vector is: "all" (each token, each position of a map), "class" (the first token), "patch" (the
             other tokens), "mean" (one pooled vector for each input).
-        feature_dim: the dimension of the features, for all layers or as ``{name or glob: dim}``. By default it follows
-            from the class of the layer, see :func:`torchprobe.recording.layers.default_feature_dim`.
-        every: read only every n-th call of a layer; the calls are counted on the device.
+        feature_dim: the dimension of the features, for all layers or as ``{name or glob: dim}``. By default it follows from what the model
+            says, see :mod:`torchprobe.recording.axes`; rows say by what (``feature_dim_by``). "unsure" means that nothing decides.
+        every: read only every n-th call of a layer; the calls are counted on the device. With :meth:`step`, every n-th step.
         when: "always", or only while the layer is in "train" or in "eval" mode.
         select: a function from the output of the module to the tensor to read; with ``of="input"`` it is called with ``(args, kwargs)``.
-            Default: the first floating-point tensor that is more than a single number.
+            Default: the floating-point tensors that are more than a single number. If several of an output have features, each is read
+            under a name of its own: ``"block:0"``, ``"block:1"``. Of the inputs it is the first.
+        on_error: "warn": what cannot be read is left out with a warning, counted, and named at the end; the forward goes on. Only a layer
+            whose name you wrote out is an error if its first call cannot be read. "raise": everything is an error.
         outlier_sigma: see :class:`torchprobe.Moments`; passed to every class in ``statistic`` whose constructor takes it.
         keep: how many windows ``history`` keeps, the newest ones. Default: all. ``total`` always includes all windows.
+
+    Hooks see what a layer gives when they are called, in the order of their registration: a hook of yours that changes the output counts if
+    it was registered before ``start``. A recorder that is deleted while it runs removes its hooks.
 
     Raises:
         ValueError: the model does not have a layer, or an argument is out of range. No hook is placed then.
@@ -79,19 +94,25 @@ class Recorder(Recording):
         model: nn.Module,
         layers: Selection | None = None,
         *,
-        of: str = "output",
+        exclude: Exclusion | None = None,
+        of: str | Sequence[str] = "output",
         statistic: StatisticLike | Sequence[StatisticLike] = Moments,
         positions: str = "all",
         feature_dim: int | Mapping[str, int] | None = None,
         every: int = 1,
         when: str = "always",
         select: Callable[..., Tensor] | None = None,
+        on_error: str = "warn",
         outlier_sigma: float = 6.0,
         keep: int | None = None,
     ) -> None:
-        for name, value, choices in (("of", of, _HOOKS), ("positions", positions, POSITIONS), ("when", when, _WHEN)):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+        kinds = (of,) if isinstance(of, str) else tuple(of)
+        choices = [("positions", positions, POSITIONS), ("when", when, _WHEN), ("on_error", on_error, _ON_ERROR)]
+        for name, value, allowed in [("of", kind, tuple(_HOOKS)) for kind in kinds] + choices:
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+        if not kinds or len(set(kinds)) < len(kinds):
+            raise ValueError(f"of= takes one or several different kinds, got {of!r}")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
         if not outlier_sigma > 0:
@@ -100,23 +121,23 @@ class Recorder(Recording):
             raise TypeError(f"record takes a torch.nn.Module, got {type(model).__name__}")
         factory = Factory(statistic, outlier_sigma)
         history = History(keep, factory.template)
-        selected = select_layers(model, layers, feature_dim)
-        if all(isinstance(layer.module, torch.jit.ScriptModule) for layer in selected):
-            raise ValueError(
-                "every selected layer is a scripted module, which takes no hooks and runs its children without Python: "
-                "record the model before torch.jit.script, or wrap it, nn.Sequential(scripted), and record the wrapper"
-            )
-        aliases = {alias: layer.name for layer in selected for alias in layer.names[1:]}
+        selected = {kind: _selected(model, layers, feature_dim, exclude, kind) for kind in kinds}
+        aliases = {alias: layer.name for chosen in selected.values() for layer in chosen for alias in layer.names[1:]}
         sigma = getattr(factory.template, "outlier_sigma", float(outlier_sigma))
-        super().__init__([], Settings(of, positions, sigma, factory.name), aliases, factory.template)
+        super().__init__([], Settings("+".join(kinds), positions, sigma, factory.name), aliases, factory.template)
         self.history = history
-        self._control = Control(factory, positions, every, when, select, lenient=layers is None)
-        self._hooks = {layer.name: _HOOKS[of](layer, self._control) for layer in selected}
+        self._control = Control(factory, Trail(model), positions, every, when, select, strict=on_error == "raise")
+        self._control.swapped.update(_tokens_first(model, [layer for chosen in selected.values() for layer in chosen]))
+        plain = "output" if "output" in kinds else kinds[0]  # whose rows have the names of the layers
+        hooks = [
+            _HOOKS[kind](layer, self._control, "" if kind == plain else f"@{kind}") for kind, chosen in selected.items() for layer in chosen
+        ]
+        self._bank = Bank(hooks, self._control, model)
         self._model = weakref.ref(model)
         self._witness = diagnosis.Witness()
         self._undo: list[Callable[[], object]] = []
-        if positions != "all":
-            _check_batch_first(selected, positions)
+        self._abandon = weakref.finalize(self, _abandon, self._control, self._undo)  # a recorder that is deleted removes its hooks
+        self._abandon.atexit = False
 
     # -- starting and stopping -----------------------------------------------------------------------------------------
 
@@ -127,32 +148,39 @@ class Recorder(Recording):
         model = self._model()
         if model is None:
             raise RuntimeError("the model of this recorder no longer exists")
-        named = named_layers(model)
-        dropped = compiled.drop_graphs({type(hook.layer.module) for hook in self._hooks.values()})
+        root = named_layers(model)[""].module
+        dropped = compiled.drop_graphs({type(module) for hook in self._bank.hooks.values() if (module := hook.layer.alive) is not None})
         try:
-            if takes_hooks(named[""].module):
-                self._undo.extend(handle.remove for handle in diagnosis.watch(named[""].module, self._witness))
-            if self.settings.of != "gradient":
-                self._undo.extend(compiled.refuse_recomputation(model, self._traced))
-            for hook in self._hooks.values():
-                if takes_hooks(hook.layer.module):
-                    self._undo.append(hook.place(hook.layer.module).remove)
+            if takes_hooks(root):
+                self._undo.extend(handle.remove for handle in diagnosis.watch(root, self._witness))
+            if any(hook.of != "gradient" for hook in self._bank.hooks.values()):
+                self._undo.extend(compiled.watch_recomputation(model, functools.partial(_keep_traced, self._bank)))
+            self._control.trail.open()
+            self._undo.append(self._control.trail.close)
+            for hook in self._bank.hooks.values():
+                module = hook.layer.alive
+                if module is not None and takes_hooks(module):
+                    self._undo.extend(handle.remove for handle in hook.place(module))
         except BaseException:
             self._remove_hooks()
             raise
         self._control.live = True
+        self._control.update()
+        detach.running[id(self)] = self
         if dropped:
             warnings.warn(
                 "torchprobe: this model was compiled and had run before recording started. Its compiled graphs do not contain "
                 "the hooks, so they were dropped, and the next call compiles again. To compile once, start recording before "
                 "the first call and do not stop: paused() and snapshot() separate what should not be mixed.",
-                diagnosis.RecordingWarning,
+                RecordingWarning,
                 stacklevel=2,
             )
+        if not compiled.available():
+            compiled.warn_if_compiled(model, RecordingWarning)
         return self
 
     def stop(self) -> None:
-        """Removes the hooks, the last one first, and reports every layer that never fired (:class:`RecordingWarning`)."""
+        """Removes the hooks, the last one first, and reports every layer that was not read (:class:`RecordingWarning`)."""
         self._stop(report=True, stacklevel=3)
 
     def __enter__(self) -> Recorder:
@@ -164,21 +192,28 @@ class Recorder(Recording):
     def _stop(self, report: bool, stacklevel: int) -> None:
         if not self._control.live:
             return
+        detach.running.pop(id(self), None)
         self._control.live = False
-        self._control.mask = None
+        self._control.update()
+        self._control.masks = {}
         self._remove_hooks()
         model = self._model()
-        hooks = list(self._hooks.values())
-        for hook in hooks:
-            control.leave(hook.slots)
+        hooks = list(self._bank.hooks.values())
+        for stream in self._bank.streams():
+            control.leave(stream.slots)
         if self._control.graphs:  # their operators belong to this recorder; they would only fill the cache of the compiler
             compiled.drop_graphs({type(hook) for hook in hooks})
             compiled.forget_graphs(self._control.graphs)
         if report and model is not None:
             diagnosis.report(hooks, named_layers(model), self._witness, stacklevel)
 
-    def _traced(self, modules: set[int]) -> bool:
-        return any(id(hook.layer.module) in modules for hook in self._hooks.values() if Skipped.TRACED in hook.skipped)
+    def leave(self) -> None:
+        """Stops without a report, for :func:`torchprobe.detach_all`."""
+        self._stop(report=False, stacklevel=3)
+
+    def watches(self, modules: set[int]) -> bool:
+        """Whether it has a hook on one of these modules, given by their ids."""
+        return any(id(hook.layer.alive) in modules for hook in self._bank.hooks.values())
 
     def _remove_hooks(self) -> None:
         while self._undo:
@@ -189,34 +224,66 @@ class Recorder(Recording):
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """``with rec.paused(): validate()``: calls inside do not count. In a compiled model the first pause compiles."""
-        before, self._control.paused = self._control.paused, True
-        restore = control.keep_contents(self._slots())  # replays of a CUDA graph do not see the pause
+        before = self._control.paused
+        self._pause(True)
+        restore = control.keep_contents(self._bank.slots())  # replays of a CUDA graph do not see the pause
         try:
             yield
         finally:
-            self._control.paused = before
+            self._pause(before)
             restore()
 
-    def mask(self, mask: Tensor | None) -> contextlib.AbstractContextManager[None]:
+    def _pause(self, paused: bool) -> None:
+        self._control.paused = paused
+        self._control.update()
+
+    def step(self) -> None:
+        """Ends a step. From the first call on, ``every=n`` means that every n-th step is read, with all calls in it, and the others not.
+
+        Call it after each step of an optimizer, for example when a step has several calls. In a compiled model with ``every`` > 1 the first
+        call compiles again.
+
+        >>> import torch, torchprobe
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with torchprobe.record(model, every=2) as rec:
+        ...     rec.step()  # the steps before the first one count as a step
+        ...     for step in range(4):
+        ...         for micro_batch in range(3):
+        ...             _ = model(torch.randn(8, 4))
+        ...         rec.step()
+        >>> rec[""].vectors
+        48
+        """
+        state = self._control
+        if state.steps is None:
+            state.stride, state.steps, state.every = state.every, 0, 1
+            if state.stride > 1 and state.graphs:
+                compiled.drop_graphs({type(hook) for hook in self._bank.hooks.values()})
+        state.steps += 1
+        state.skipping = state.steps % state.stride != 0
+        state.update()
+
+    def mask(self, mask: Tensor | Mapping[str, Tensor] | None) -> contextlib.AbstractContextManager[None]:
         """Sets the padding mask of the next batches: bool (batch, tokens), True for tokens that count; None clears it.
 
-        It holds until it is changed, or, in ``with rec.mask(m):``, until the end of the block. It applies to activations
-        with one vector per token, not to those with one vector per input. With ``positions="mean"`` the mean is over the tokens
-        that count, and inputs without such tokens are left out.
+        A mask for some layers is given as ``{name or glob: mask}``: the first one that fits a layer counts, and layers without one have
+        none. It holds until it is changed, or, in ``with rec.mask(m):``, until the end of the block. It applies to activations with one
+        vector for each token, in the order (batch, tokens), (tokens, batch) or one after the other. Activations with one vector for each
+        input, such as the next token of a decoder, count whole. A layer where it is not clear which vectors count is left out, with a
+        warning. With ``positions="mean"`` the mean is over the tokens that count, and inputs without such tokens are left out.
 
         Raises:
-            TypeError, ValueError: the mask is not bool, or not (batch, tokens).
+            TypeError, ValueError: a mask is not bool, or not (batch, tokens).
         """
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(f"a mask is a bool tensor, True for the tokens that count; got {what}: try mask.bool()")
-            if mask.dim() != 2:
-                raise ValueError(f"a mask has the shape (batch, tokens), got {tuple(mask.shape)}")
-            update = self._control.factory.template.update
-            if "mask" not in inspect.signature(update).parameters:
-                raise ValueError(f"{self.settings.statistic}.update takes no mask, so it cannot be recorded with one")
-        before, self._control.mask = self._control.mask, mask
+        given = {} if mask is None else dict(mask) if isinstance(mask, Mapping) else {"**": mask}
+        for one in given.values():
+            masks.check(one)
+        if given and "mask" not in inspect.signature(self._control.factory.template.update).parameters:
+            raise ValueError(f"{self.settings.statistic}.update takes no mask, so it cannot be recorded with one")
+        for pattern in given:
+            if pattern != "**" and not any(masks.pattern_for([*s.layer.names, s.name], [pattern]) for s in self._bank.streams()):
+                raise ValueError(f"mask: {pattern!r} is not one of the recorded layers; {self._missing(pattern)}")
+        before, self._control.masks = self._control.masks, given
         return _restored(self._control, before)
 
     def snapshot(self, step: Step) -> None:
@@ -232,7 +299,7 @@ class Recorder(Recording):
         entries = self._entries()
         parts = windows.summaries([entry.statistic for entry in entries], True)
         self.history.append(step, [entry.name for entry in entries], [([entries[i].name for i in group], part) for group, part in parts])
-        slots = self._slots()
+        slots = self._bank.slots()
         closed = windows.close([slot.statistic for slot in slots], [slot.closed for slot in slots])
         for slot, statistic in zip(slots, closed, strict=True):
             slot.closed = statistic
@@ -240,13 +307,13 @@ class Recorder(Recording):
     def reset(self) -> None:
         """Forgets everything: the running window, the closed ones, the history and the counters of ``every``."""
         self._check_no_captured_pause()
-        windows.erase([slot.statistic for slot in self._slots()])
-        for slot in self._slots():
+        windows.erase([slot.statistic for slot in self._bank.slots()])
+        for slot in self._bank.slots():
             slot.closed, slot.calls = None, 0
         self.history = History(self.history.keep, self._control.factory.template)
 
     def _check_no_captured_pause(self) -> None:
-        if self._control.paused and any(slot.captured for slot in self._slots()):
+        if self._control.paused and any(slot.captured for slot in self._bank.slots()):
             raise RuntimeError(
                 "no window can end inside paused() here: the step was captured in a CUDA graph, and the end of the pause removes "
                 "what its replays add; call this outside the pause"
@@ -272,8 +339,9 @@ class Recorder(Recording):
         from torchprobe.recording.distributed import all_reduce  # seldom used, so `import torchprobe` leaves it out
 
         factory = self._control.factory
-        entries, aliases = all_reduce(self._entries(), self.settings, list(self._hooks), self.aliases, factory, group, union, timeout)
-        return Recording(entries, self.settings, aliases, factory.template)
+        layers = list(self._bank.hooks)
+        entries, aliases = all_reduce(self._entries(), self.settings, layers, self.aliases, factory, group, union, timeout)
+        return Recording(entries, self.settings, aliases, factory.template, self._unread())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned, and forgets everything this recorder has seen. ``keep`` does not change.
@@ -285,116 +353,102 @@ class Recorder(Recording):
             raise ValueError(f"expected the state of a recorder, format {FORMAT}; got format {state.get('format')!r}")
         if state["settings"] != asdict(self.settings):
             raise ValueError(f"the state was recorded with {state['settings']}, this recorder has {asdict(self.settings)}")
-        unknown = [name for name in state["layers"] if name not in self._hooks]
+        layers: dict[str, Mapping[str, Any]] = state["layers"]
+        unknown = [name for name in layers if not self._bank.knows(name)]
         if unknown:
             raise ValueError(f"the state holds layers that this recorder does not watch: {', '.join(map(repr, unknown))}")
-        layers: dict[str, Mapping[str, Any]] = state["layers"]
-        check_mergeable(self._entries(), [self._trial(name, saved) for name, saved in layers.items()])
+        check_mergeable(self._entries(), [self._bank.trial(name, saved) for name, saved in layers.items()])
         history = History(self.history.keep, self._control.factory.template)
         history.load_state_dict(state["history"])
         self.reset()
-        for name, saved in layers.items():
-            hook = self._hooks[name]
-            slot = self._slot(hook, saved["features"])
-            slot.statistic.load_state_dict(saved["window"])
-            if saved["closed"] is not None:
-                slot.closed = self._control.factory(saved["features"], slot.statistic.device)
-                slot.closed.load_state_dict(saved["closed"])
-            slot.calls = saved.get("calls", 0)
-            hook.loaded_dim = saved["feature_dim"]
+        self._bank.restore(layers)
         self.history = history
-
-    def _trial(self, name: str, saved: Mapping[str, Any]) -> Entry:
-        """A saved layer, loaded apart from this recorder."""
-        statistic = self._control.factory(saved["features"], torch.device("cpu"))
-        try:
-            for state in (saved["closed"], saved["window"]):
-                if state is not None:
-                    statistic.load_state_dict(state)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
-        return Entry(name, "", saved["feature_dim"], statistic)
 
     # -- what a Recording needs -------------------------------------------------------------------------------------
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """As :meth:`Recording.metrics`. Layers that have never fired are nan, so the keys are always the same, on every rank."""
         numbers = super().metrics(prefix)
-        silent = [hook.layer.name for hook in self._hooks.values() if not hook.slots and not hook.skipped & NOTHING_TO_READ]
-        return {**numbers, **{f"{prefix}{layer}/{field}": math.nan for layer in silent for field in self.fields}}
+        return {**numbers, **{f"{prefix}{layer}/{field}": math.nan for layer in self._bank.silent() for field in self.fields}}
 
     def __getitem__(self, layer: str) -> Any:
         return windows.duplicate(self._entry(layer).statistic)
 
     def _entries(self) -> list[Entry]:
-        fired = sorted((hook for hook in self._hooks.values() if hook.slots), key=lambda hook: hook.order)
-        return [_entry(hook) for hook in fired]
+        return self._bank.entries()
+
+    def _unread(self) -> list[Unread]:
+        return self._bank.unread()
+
+    def _resolve(self, layer: str) -> Entry | None:
+        for name in (layer, canonical(layer)):
+            stream = self._bank.find(name) or self._bank.find(self.aliases.get(name, name))
+            if stream is not None:
+                return entry_of(stream) if stream.slots else None
+        return None
 
     def _knows(self, layer: str) -> bool:
-        return layer in self._hooks
+        return self._bank.knows(layer)
 
     def _missing(self, layer: str) -> str:
         name = self.aliases.get(layer, layer)
-        return f"layer {name!r} is recorded, but has not fired" if name in self._hooks else super()._missing(layer)
+        stream = self._bank.find(name)
+        if stream is None:
+            return super()._missing(layer)
+        why = f": {stream.failure}" if stream.failure else ""
+        return f"layer {name!r} is recorded, but {'could not be read' if why else 'has not fired'}{why}"
 
     def _check_mergeable(self, other: Recording) -> None:
         super()._check_mergeable(other)
-        theirs = other._entries()
-        silent = [entry for entry in theirs if not self._hooks[entry.name].slots]
-        empty = [replace(entry, statistic=self._control.factory(entry.statistic.features, torch.device("cpu"))) for entry in silent]
-        check_mergeable(empty, theirs)
+        self._bank.check_mergeable(other._entries())
 
     def _absorb(self, theirs: Entry) -> None:
-        slot = self._slot(self._hooks[theirs.name], theirs.statistic.features)
-        slot.statistic.merge(theirs.statistic)
-        if theirs.closed is not None:
-            if slot.closed is None:
-                slot.closed = self._control.factory(theirs.closed.features, slot.statistic.device)
-            slot.closed.merge(theirs.closed)
-        slot.calls += theirs.calls
-
-    def _slots(self) -> list[Slot]:
-        return [slot for hook in self._hooks.values() for slot in hook.slots.values()]
-
-    def _slot(self, hook: Hook, features: int) -> Slot:
-        """The slot of a layer that may not have fired yet: then on the device of the parameters around it, its most likely device."""
-        if not hook.slots:
-            model = self._model()
-            around = [hook.layer.module, *([] if model is None else [model])]
-            device = next((p.device for module in around for p in module.parameters()), torch.device("cpu"))
-            allocate(hook.key, features, device)
-        return next(iter(hook.slots.values()))
+        self._bank.absorb(theirs)
 
 
-def _entry(hook: Hook) -> Entry:
-    slots = list(hook.slots.values())
-    statistic, closed = slots[0].statistic, slots[0].closed
-    if len(slots) > 1:
-        together = windows.merged([slot.statistic for slot in slots])
-        assert together is not None
-        statistic, closed = together, windows.merged([slot.closed for slot in slots])
-    feature_dim = next(iter(hook.dims.values()), hook.loaded_dim)
-    return Entry(hook.layer.name, hook.layer.kind, feature_dim, statistic, closed, sum(slot.calls for slot in slots))
+def _selected(
+    model: nn.Module, layers: Selection | None, feature_dim: int | Mapping[str, int] | None, exclude: Exclusion | None, kind: str
+) -> list[Layer]:
+    """The layers of one kind. By default a weight is read of every module that has one."""
+    if kind in PARAMETERS:
+        chosen = select_layers(model, (lambda name, module: bool(parameters_of(module))) if layers is None else layers, None, exclude)
+    else:
+        chosen = select_layers(model, layers, feature_dim, exclude)
+    if all(isinstance(layer.module, torch.jit.ScriptModule) for layer in chosen):
+        raise ValueError(
+            "every selected layer is a scripted module, which takes no hooks and runs its children without Python: "
+            "record the model before torch.jit.script, or wrap it, nn.Sequential(scripted), and record the wrapper"
+        )
+    return chosen
 
 
-def _check_batch_first(selected: list[Layer], positions: str) -> None:
-    """Refuses attention with tokens in the first dimension, since they are expected in the second."""
-    for layer in selected:
-        for family in (layer.module, layer.parent):
-            for module in () if family is None else (family, *family.children()):
-                if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-                    raise ValueError(
-                        f'positions="{positions}" needs (batch, tokens, features), but layer {layer.name!r} works on '
-                        f'(tokens, batch, features): its attention has batch_first=False. Use positions="all" for it'
-                    )
+def _tokens_first(model: nn.Module, layers: Sequence[Layer]) -> dict[int, bool | None]:
+    """For every layer, by its ``id``: whether tokens come before the batch. False in a model without such layers."""
+    if masks.tokens_first(model, []) is False or not masks.any_tokens_first(model):
+        return {}
+    return {id(layer): masks.tokens_first(layer.module, layer.around()) for layer in layers}
+
+
+def _keep_traced(bank: Bank, modules: set[int]) -> Callable[[], None]:
+    """Remembers what the compiled hooks of these modules have counted; the result restores it."""
+    hooks = [hook for hook in bank.hooks.values() if Skipped.TRACED in hook.main.skipped and id(hook.layer.alive) in modules]
+    return control.keep_contents([slot for hook in hooks for stream in hook.streams.values() for slot in stream.slots.values()], True)
+
+
+def _abandon(state: Control, undo: list[Callable[[], object]]) -> None:
+    """What remains to be done when a running recorder is deleted."""
+    state.live = False
+    state.update()
+    while undo:
+        undo.pop()()
 
 
 @contextlib.contextmanager
-def _restored(control: Control, mask: Tensor | None) -> Iterator[None]:
+def _restored(state: Control, masks_before: dict[str, Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        control.mask = mask
+        state.masks = masks_before
 
 
 record = Recorder

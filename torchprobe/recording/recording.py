@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from torchprobe.recording import windows
 from torchprobe.recording.history import History
 from torchprobe.recording.layers import canonical
 from torchprobe.recording.transfer import to_host
-from torchprobe.recording.windows import Entry, Settings, check_mergeable
+from torchprobe.recording.windows import Entry, Settings, Unread, check_mergeable
 from torchprobe.statistics import Statistic
 
 if TYPE_CHECKING:
@@ -35,13 +35,22 @@ class Recording(Mapping[str, Any]):
     """
 
     def __init__(
-        self, entries: list[Entry], settings: Settings, aliases: Mapping[str, str] | None = None, template: Statistic | None = None
+        self,
+        entries: list[Entry],
+        settings: Settings,
+        aliases: Mapping[str, str] | None = None,
+        template: Statistic | None = None,
+        unread: Sequence[Unread] = (),
     ) -> None:
         self._own = {entry.name: entry for entry in entries}
         self.aliases = dict(aliases or {})
         self._template = template if template is not None or not entries else entries[0].statistic
         self.settings = settings
         self.history = History(statistic=self._template)
+        self._unsure = list(unread)
+
+    def _unread(self) -> list[Unread]:
+        return self._unsure
 
     def _entries(self) -> list[Entry]:
         return list(self._own.values())
@@ -88,8 +97,8 @@ class Recording(Mapping[str, Any]):
     @property
     def total(self) -> Recording:
         """All windows together, including the running one: a copy, without a history."""
-        entries = [Entry(e.name, e.module, e.feature_dim, windows.total(e.closed, e.statistic), calls=e.calls) for e in self._entries()]
-        return Recording(entries, self.settings, self.aliases, self._template)
+        entries = [replace(entry, statistic=windows.total(entry.closed, entry.statistic), closed=None) for entry in self._entries()]
+        return Recording(entries, self.settings, self.aliases, self._template, self._unread())
 
     @property
     def fields(self) -> Mapping[str, str]:
@@ -97,20 +106,42 @@ class Recording(Mapping[str, Any]):
         return {} if self._template is None else self._template.fields
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict for each layer, for the running window: ``layer``, ``module`` (its class), ``features``, ``feature_dim``,
-        ``positions`` and the :attr:`fields`."""
+        """One dict for each layer, for the running window: ``layer``, ``module`` (its class), ``of``, ``features``, ``feature_dim``,
+        ``feature_dim_by``, ``positions`` and the :attr:`fields`.
+
+        ``feature_dim_by`` says by what that dimension is known. Where nothing decides it is "unsure". Such layers come last: their
+        ``features`` and ``feature_dim`` are None, and their fields are nan.
+        """
         entries = self._entries()
         numbers = self._numbers(entries)
+        unsure = dict.fromkeys(self.fields, math.nan)
         return [
-            {
-                "layer": entry.name,
-                "module": entry.module,
-                "features": entry.statistic.features,
-                "feature_dim": entry.feature_dim,
-                "positions": self.settings.positions,
-                **numbers[index],
-            }
-            for index, entry in enumerate(entries)
+            *(
+                {
+                    "layer": entry.name,
+                    "module": entry.module,
+                    "of": entry.of or self.settings.of,
+                    "features": entry.statistic.features,
+                    "feature_dim": entry.feature_dim,
+                    "feature_dim_by": entry.feature_dim_by,
+                    "positions": self.settings.positions,
+                    **numbers[index],
+                }
+                for index, entry in enumerate(entries)
+            ),
+            *(
+                {
+                    "layer": layer.name,
+                    "module": layer.module,
+                    "of": layer.name.rpartition("@")[2] if "@" in layer.name else self.settings.of.partition("+")[0],
+                    "features": None,
+                    "feature_dim": None,
+                    "feature_dim_by": "unsure",
+                    "positions": self.settings.positions,
+                    **unsure,
+                }
+                for layer in self._unread()
+            ),
         ]
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
@@ -240,7 +271,7 @@ class Recording(Mapping[str, Any]):
         """
         from torchprobe.recording import storage  # training code may never need it: `import torchprobe` leaves it out
 
-        saved = storage.Saved(self._entries(), self.settings, self.aliases, self._template, self.history.state_dict())
+        saved = storage.Saved(self._entries(), self.settings, self.aliases, self._template, self.history.state_dict(), self._unread())
         storage.save(saved, path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,7 +296,7 @@ def load(path: str | os.PathLike[str], statistic: type[Statistic] | Sequence[typ
     from torchprobe.recording import storage
 
     saved = storage.load(path, statistic)
-    recording = Recording(saved.entries, saved.settings, saved.aliases, saved.template)
+    recording = Recording(saved.entries, saved.settings, saved.aliases, saved.template, saved.unread)
     if saved.history is not None:
         try:
             recording.history.load_state_dict(saved.history)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchprobe.common.files import replacing
-from torchprobe.recording.windows import Entry, Settings
+from torchprobe.recording.windows import Entry, Settings, Unread
 from torchprobe.statistics import Moments, Quantile, Several, Statistic, TopInputs
 from torchprobe.statistics.dynamic import EarlierProtocol
 from torchprobe.statistics.factory import classes_named
@@ -52,6 +52,7 @@ class Saved:
     aliases: dict[str, str]
     template: Statistic | None = None
     history: dict[str, Any] | None = None
+    unread: Sequence[Unread] = ()
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------------
@@ -78,6 +79,8 @@ def save(saved: Saved, path: str | os.PathLike[str]) -> None:
         "layers": json.dumps(layers),
         "aliases": json.dumps(saved.aliases),
     }
+    if saved.unread:
+        metadata["unsure"] = json.dumps([[layer.name, layer.module] for layer in saved.unread])
     if isinstance(saved.template, Several):
         metadata["statistics"] = json.dumps([type(part).__name__ for part in saved.template])
     elif saved.settings.statistic != "Moments":
@@ -101,6 +104,8 @@ def _write_layer(entry: Entry, settings: Settings, tensors: dict[str, Tensor]) -
         "module": entry.module,
         "features": entry.statistic.features,
         "feature_dim": entry.feature_dim,
+        "feature_dim_by": entry.feature_dim_by,
+        "of": entry.of,
         "closed": entry.closed is not None,
     }
     moments = type(entry.statistic) is Moments
@@ -238,7 +243,11 @@ class _Reader:
         history = self._history()
         if file.keys:
             raise file.error(min(file.keys), "belongs to no layer")
-        return Saved(entries, self.settings, aliases, entries[0].statistic if entries else None, history)
+        unsure = file.text("unsure", list) if "unsure" in file.metadata else []
+        if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in unsure):
+            raise file.error("unsure", "expected pairs of the name and the class of a layer")
+        unread = [Unread(name, module) for name, module in unsure]
+        return Saved(entries, self.settings, aliases, entries[0].statistic if entries else None, history, unread)
 
     def _settings(self) -> Settings:
         found = self.file.text("settings", dict)
@@ -280,6 +289,8 @@ class _Reader:
                 expected["closed_state"] = dict
         elif isinstance(layer, dict) and "outlier_sigma" in layer:
             expected["outlier_sigma"] = (int, float)
+        if isinstance(layer, dict):  # missing from files of an earlier version
+            expected |= {key: str for key in ("feature_dim_by", "of") if key in layer}
         if not isinstance(layer, dict) or layer.keys() != expected.keys():
             raise file.error("layers", f"each layer has {', '.join(expected)}; got {str(layer)[:200]}")
         if not all(isinstance(layer[key], kind) for key, kind in expected.items()):
@@ -300,7 +311,8 @@ class _Reader:
         if layer["closed"]:
             closed = self._statistic(f"{prefix}/closed/", layer.get("closed_state", moments), features)
         window = self._statistic(f"{prefix}/", layer.get("window_state", moments), features)
-        return Entry(name, layer["module"], layer["feature_dim"], window, closed, calls)
+        by, of = layer.get("feature_dim_by", ""), layer.get("of", "")
+        return Entry(name, layer["module"], layer["feature_dim"], window, closed, calls, by, of)
 
     def _statistic(self, prefix: str, saved: Mapping[str, Any], features: int) -> Statistic:
         file, values, names = self.file, saved.get("values"), saved.get("tensors")

@@ -42,16 +42,27 @@ class Entry:
     statistic: Statistic  # the running window
     closed: Statistic | None = None  # all windows that a snapshot has closed
     calls: int = 0  # of the layer, if the statistic does not count them itself
+    feature_dim_by: str = ""  # by what that dimension is known
+    of: str = ""  # what was read of the layer; "": what the settings say
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, text and tensors, for ``torch.save``."""
         return {
             "feature_dim": self.feature_dim,
+            "feature_dim_by": self.feature_dim_by,
             "features": self.statistic.features,
             "window": self.statistic.state_dict(),
             "closed": None if self.closed is None else self.closed.state_dict(),
             "calls": self.calls,
         }
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A layer that was called, but where nothing decides which dimension of its activations holds the features."""
+
+    name: str
+    module: str  # the class of the module
 
 
 def check_mergeable(mine: Sequence[Entry], theirs: Sequence[Entry]) -> None:
