@@ -353,9 +353,9 @@ class Trail:
         following = self._leaves[bisect.bisect_left(self._places, place) :][:1]
         for leaf in following:
             size, dim = input_width(leaf.module), typed_dim(leaf.module, len(shape))
-            if size is not None and dim is not None and shape[dim] == size:
-                if len(_fits(shape, size, 0 if dim == 0 else 1)) == 1:
-                    return _square(Axis(dim, f"the input of {leaf.name!r}"), shape)
+            if size is None or dim is None or shape[dim] != size or len(_fits(shape, size, 0 if dim == 0 else 1)) > 1:
+                continue
+            return _square(Axis(dim, f"the input of {leaf.name!r}"), shape)
         return None
 
 

@@ -82,7 +82,9 @@ def register(caller: Traced) -> str:
     return key
 
 
-def at_trace_time(fallback: Any = None) -> Callable[[Callable[Concatenate[Any, Arguments], Result]], Callable[Concatenate[str, Arguments], Result]]:
+def at_trace_time(
+    fallback: Any = None,
+) -> Callable[[Callable[Concatenate[Any, Arguments], Result]], Callable[Concatenate[str, Arguments], Result]]:
     """Marks a function that runs while a graph is traced. Its result is a constant in the graph.
 
     It does what ``torch.compiler.assume_constant_result`` does, without importing the compiler. The caller passes the key of a hook, and
@@ -117,8 +119,8 @@ def warn_if_compiled(model: nn.Module, category: type[Warning]) -> None:
     """Warns if a part of the model is compiled, and this version of PyTorch lacks what recording there needs."""
     if any("_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None for module in model.modules()):
         warnings.warn(
-            "torchprobe: this version of PyTorch has changed inside, so layers in compiled graphs may not be recorded. Run the model without "
-            "torch.compile, with torch.compiler.set_stance('force_eager'), or use another version",
+            "torchprobe: this version of PyTorch has changed inside, so layers in compiled graphs may not be recorded. Run the model "
+            "without torch.compile, with torch.compiler.set_stance('force_eager'), or use another version",
             category,
             stacklevel=3,
         )
@@ -275,7 +277,8 @@ class OwnHook:
     def remove_from(self, module: nn.Module) -> None:
         """Takes this hook off a module that it was moved to."""
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hook is self]:
+            own: Any = self
+            for key in [key for key, hook in hooks.items() if hook is own]:
                 del hooks[key]
 
 
@@ -319,7 +322,7 @@ def unguard_all(module: nn.Module) -> None:
 
 
 NOTHING = (getattr, (contextlib.nullcontext(), "__exit__"))
-"""What a pickled hook becomes: a function of Python itself that does nothing. So the file of a recorded model does not need this package."""
+"""What a pickled hook becomes: a function of Python that does nothing. So the file of a recorded model does not need this package."""
 
 
 class _Sweep:

@@ -26,7 +26,8 @@ class GradientHook(Hook):
 
     of = "gradient"
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        args, kwargs, output = given
         if torch.compiler.is_compiling():
             return self.trace(module, output)
         control = self.control
@@ -96,9 +97,9 @@ class WeightHook(Hook):
 
     of = "weight"
 
-    def __call__(self, module: nn.Module, args: Any) -> Any:
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
         if not torch.compiler.is_compiling():
-            return super().__call__(module, args, module)
+            return super().__call__(module, None, module)
         if traced_open(self.key, self.control.open, module.training):
             for place, x in self.find(module):
                 traced_parameter(self.key, place)

@@ -21,7 +21,6 @@ from torchprobe.recording.stream import Stream
 from torchprobe.recording.structure import first_tensor, has_places, is_symbolic, named_tensors
 
 _current_backward = torch._C._current_graph_task_id
-_jit_tracing = torch._C._get_tracing_state
 
 Found = list[tuple[str, Tensor]]  # tensors of a structure, with their places
 
@@ -46,14 +45,13 @@ class Hook(OwnHook):
         self.places: dict[str, Stream] = {}  # by place in a structure; empty before the first structure
         self.key = register(self)
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        output = given[-1]
         if torch.compiler.is_compiling():
             return self.trace(module, output)
         control = self.control
         if control.open and _current_backward() == -1 and (control.training is None or control.training == module.training):
-            if _jit_tracing() is not None:
-                self.main.skipped |= Skipped.NOT_REAL
-            elif type(output) is Tensor and control.select is None:
+            if type(output) is Tensor and control.select is None:
                 if output.is_floating_point():
                     self.main.read(output)
                 else:
@@ -124,14 +122,12 @@ class Hook(OwnHook):
         """Decides which of several tensors are read: those with features. If they are known by position, each has a name of its own,
         otherwise the first one has the name of the layer."""
         chosen = [(name, x) for (name, x), dim in zip(found, dims, strict=True) if dim is not None and _stands_alone(x, found[0][1], dim)]
-        if self.main.slots or self.main.loaded or not chosen:  # it was read before, or nothing decides
-            self.places[chosen[0][0] if chosen else found[0][0]] = self.main
-            return
-        for index, (name, _) in enumerate(chosen):
-            if len(chosen) == 1 or (index == 0 and not ordered):
-                self.places[name] = self.main
-                self.main.place = name
-            else:
+        names = [name for name, _ in chosen] or [found[0][0]]
+        if self.main.slots or self.main.loaded or len(names) == 1 or not ordered:  # read before, or the first one of a mapping
+            first = self.main.place if self.main.place in names else names[0]
+            self.places[first], self.main.place = self.main, first
+        for name in names:
+            if name not in self.places:
                 self.places[name] = self.stream(name)
         if self.main not in self.places.values():
             del self.streams[""]
@@ -183,8 +179,8 @@ class InputHook(Hook):
 
     of = "input"
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
-        return super().__call__(module, None, (args, kwargs))
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        return super().__call__(module, given)
 
     def place(self, module: nn.Module) -> list[Any]:
         return [module.register_forward_pre_hook(self, with_kwargs=True)]

@@ -311,6 +311,7 @@ def _default_layers(model: nn.Module, called: Mapping[str, Layer]) -> set[int]:
 
 # -- overrides -----------------------------------------------------------------------------------------------------------
 
+
 def _override(selected: list[Layer], feature_dim: int | Mapping[str, int]) -> None:
     overrides: Mapping[str, Any] = feature_dim if isinstance(feature_dim, Mapping) else {"**": feature_dim}
     for pattern, dim in overrides.items():

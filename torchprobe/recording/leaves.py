@@ -65,7 +65,7 @@ def width(module: nn.Module) -> int | None:
     if isinstance(module, nn.RNNBase):
         return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
     if isinstance(module, nn.TransformerEncoderLayer):
-        return module.self_attn.embed_dim
+        return int(module.self_attn.embed_dim)
     return next(_numbers(module, _WIDTHS), None)
 
 
@@ -106,7 +106,8 @@ def typed_dim(module: nn.Module, dims: int) -> int | None:
 
 
 def leaf_dims(module: nn.Module, shape: tuple[int, ...]) -> list[int]:
-    """The dimensions of the output that may hold the features of a leaf, by what it says itself: one if it is sure, none if it says nothing.
+    """The dimensions of the output that may hold the features of a leaf, by what it says itself: one if it is sure, none if it says
+    nothing.
 
     A size of 0 in ``shape`` is unknown.
     """

@@ -12,11 +12,12 @@ def sizes(x: Any) -> tuple[int, ...]:
     """The shape of a nested tensor, with 0 where its parts may differ."""
     if x.layout == torch.jagged:
         return tuple(0 if dim == x._ragged_idx else int(size) for dim, size in enumerate(x.shape))
-    table = x._nested_tensor_size()  # on the CPU: reading it waits for nothing
+    table: Tensor = x._nested_tensor_size()  # on the CPU: reading it waits for nothing
     if not len(table):
         return (0,) * x.dim()
-    same = (table == table[0]).all(0).tolist()
-    return (len(table), *(int(size) if alike else 0 for size, alike in zip(table[0].tolist(), same, strict=True)))
+    same: list[bool] = (table == table[0]).all(0).tolist()
+    rest = tuple(int(size) if alike else 0 for size, alike in zip(table[0].tolist(), same, strict=True))
+    return (len(table), *rest)
 
 
 def vectors(x: Any, feature_dim: int, positions: str) -> tuple[Tensor, Tensor | None]:

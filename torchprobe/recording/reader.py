@@ -195,7 +195,8 @@ class LayerReader:
         self._axes[layer.name, dims] = axis, first
         if axis.dim is None:
             raise ValueError(
-                f"layer {layer.name!r} gives shape {shape}: unsure which of its dimensions holds features ({axis.by}); pass feature_dim={{{layer.name!r}: …}}"
+                f"layer {layer.name!r} gives shape {shape}, and it is unsure which of its dimensions holds features: "
+                f"pass feature_dim={{{layer.name!r}: …}}"
             )
         return axis.dim
 

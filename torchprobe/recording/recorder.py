@@ -53,9 +53,9 @@ class Recorder(Recording):
             ``ModuleList`` and ``Sequential`` that holds at least two modules of one class (the outermost such), and the
             model itself, whose name is ``""``.
         exclude: layers to leave out: names, globs and classes of modules; one of them or a list.
-        of: "output", "input", "gradient" (of the tensor that ``backward`` is called on, with respect to the output), "weight" (the parameters
-            of the layer itself) or "weight_gradient"; or several of them, ``of=("output", "gradient")``: then ``"fc@gradient"`` is the
-            gradient of layer ``"fc"``, and ``"fc"`` its output.
+        of: "output", "input", "gradient" (of the tensor that ``backward`` is called on, with respect to the output), "weight" (the
+            parameters of the layer itself) or "weight_gradient". Several of them, ``of=("output", "gradient")``, name their rows
+            ``"fc"`` for the output and ``"fc@gradient"`` for the gradient of layer ``fc``.
         statistic: what to keep of each layer. A class such as :class:`~torchprobe.Moments`; a function ``(features, device) -> Statistic``,
             such as ``functools.partial(Quantile, quantile=0.01)``; or a list of these, which one hook updates together. A function is also
             called once for 16 features on the CPU, before the model runs. See :class:`torchprobe.statistics.Statistic`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -66,12 +66,13 @@ class Stream:
         self.failure = ""  # why a call could not be read
         self.unsure = False  # whether that is because nothing decides
         self.left_out = 0  # calls that could not be read
+        self.seen = False  # whether a call was read
         self.skipped = Skipped(0)
         self.swapped = control.swapped.get(id(layer))  # whether tokens come before the batch
         self._pattern: tuple[tuple[str, ...], str | None] = (), None
         self.key = register(self)
         self.fused = control.factory.template.fused
-        self.positions = "all" if of in PARAMETERS else control.positions
+        self.positions: str = "all" if of in PARAMETERS else control.positions
         self.direct = self.fused and self.positions == "all"  # then only the operator is needed
 
     @property
@@ -81,7 +82,11 @@ class Stream:
 
     @property
     def feature_dim(self) -> int | None:
-        return next(iter(self.dims.values()), self.loaded[0] if self.loaded else None)
+        """The dimension of the features; -1 for the last."""
+        known = next(((dims, dim) for dims, dim in self.dims.items()), None)
+        if known is not None:
+            return -1 if known[1] == known[0] - 1 else known[1]
+        return self.loaded[0] if self.loaded else None
 
     @property
     def feature_dim_by(self) -> str:
@@ -166,7 +171,7 @@ class Stream:
             self.skipped |= Skipped.NOT_REAL
             return
         if (reason := unreadable(x)) is not None:
-            raise TypeError(reason)
+            raise ValueError(reason)
         if x.is_nested:
             self._observe_nested(x)
             return
@@ -208,6 +213,7 @@ class Stream:
             _observe(slot.state, vectors, dim, slot.sigma, self.control.every, kept)
         elif self._counted(slot):  # the operator counts calls itself
             slot.update(vectors, dim, kept)
+        self.seen = True
 
     def _counted(self, slot: Slot) -> bool:
         """Counts a call, and says whether ``every`` selects it."""
@@ -226,8 +232,8 @@ class Stream:
         if not clear:
             raise ValueError(
                 f"the mask has shape {tuple(mask.shape)} (batch, tokens), but the activation has shape {tuple(shape)} with "
-                f"feature_dim={dim}: set the mask of this batch, give this layer one of its own, rec.mask({{{self.layer.name!r}: mask}}), "
-                f"or clear it with rec.mask(None)"
+                f"feature_dim={dim}: set the mask of this batch, give this layer its own, rec.mask({{{self.layer.name!r}: mask}}), or "
+                f"clear it with rec.mask(None)"
             )
         return found
 
@@ -266,8 +272,8 @@ class Stream:
         self.ended = True
         self.slots.clear()
         raise ValueError(
-            f"its activations were {before} wide and are now {width}, so this is no number of features; what was read is dropped. If it is, "
-            f"pass feature_dim={{{self.layer.name!r}: …}}"
+            f"its activations were {before} wide and are now {width}, so this does not count features, and what was read is dropped. If it "
+            f"does, pass feature_dim={{{self.layer.name!r}: …}}"
         )
 
     # -- the dimension of the features ---------------------------------------------------------------------------------
@@ -285,12 +291,12 @@ class Stream:
         if dims == 0:
             raise ValueError("it holds a single number, which has no features")
         known, shape, trail = self.axes.get(dims), tuple(x.shape), self.control.trail
+        if self.of in PARAMETERS:
+            return self.decided(dims, parameter_axis(self.layer.module, shape), shape)
         if self.layer.feature_dim is not None:
             return self.decided(dims, self.given(dims), shape)
         if known is not None:
             return self.decided(dims, second_shape(known, self.shapes[dims], shape), shape)
-        if self.of in PARAMETERS:
-            return self.decided(dims, parameter_axis(self.layer.module, shape), shape)
         dim = self.decided(dims, trail.input(self.layer, x) if self.of == "input" else trail.output(self.layer, x), shape)
         if self.of == "output":
             trail.note(self.layer.module, self.layer.name, x, dim)
@@ -319,7 +325,8 @@ class Stream:
             raise ValueError(f"its activations ({shown}{',' if dims == 1 else ''}) hold no features: {axis.by}")
         wait = "; a call with another shape may decide it" if axis.open else ""
         raise Unsure(
-            f"unsure which dimension of its activations ({shown}) holds features{wait}. Pass feature_dim={{{self.layer.name!r}: …}} to read it"
+            f"unsure which dimension of its activations ({shown}) holds features{wait}. Pass feature_dim={{{self.layer.name!r}: …}} "
+            f"to read it"
         )
 
     # -- what cannot be read ---------------------------------------------------------------------------------------------
@@ -330,15 +337,17 @@ class Stream:
         Raises:
             Exception: errors are wanted; or the user named this layer, and its first call cannot be read.
         """
-        error = self._reason(error, x)
-        raised = self.complain(error)
+        reason = self._reason(error, x)
+        raised = self.complain(reason)
         if raised is not None:
-            raise raised from error
+            raise raised from reason
 
     def complain(self, error: Exception) -> Exception | None:
         """As :meth:`failed`, but it returns the error that shall be raised."""
         self.left_out += 1
-        first = not self.failure and not self.slots
+        first = not self.failure and not self.seen
+        if first and self.loaded is None:
+            self.slots.clear()  # a state in which nothing was read
         self.failure, self.unsure = str(error), isinstance(error, Unsure)
         if self.control.strict or (first and self.layer.explicit and not self.unsure):
             kind = type(error) if type(error) in (RuntimeError, NotImplementedError, TypeError, ValueError) else RuntimeError

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Proxy
 
+
 def first_tensor(value: Any) -> Tensor | None:
     """The first floating-point tensor in tuples, lists, mappings and dataclasses, depth first; None without one.
 

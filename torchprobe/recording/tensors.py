@@ -17,21 +17,24 @@ def unreadable(x: Tensor) -> str | None:
     """Why the values of a tensor cannot be read; None if they can."""
     if torch._C._functorch.is_batchedtensor(x):
         return (
-            "it is called inside torch.func.vmap, which hides the batched dimension, so the vectors would be mixed up: record outside vmap, "
-            "or call the model on the batch directly"
+            "it is called inside torch.func.vmap, which hides the batched dimension, so the vectors would be mixed up: record outside "
+            "vmap, or call the model on the batch directly"
         )
-    kind = type(x).__name__
-    if kind == "MaskedTensor":
+    if type(x).__name__ == "MaskedTensor":
         return "its output is a MaskedTensor; pick the values with select=lambda out: out.get_data(), and set rec.mask()"
     if x.is_nested:
         return None
     if x.layout is not torch.strided:
         layout = str(x.layout).removeprefix("torch.").replace("_mkldnn", "mkldnn")
-        return f"its output is a {layout} tensor, of which not every value is stored; record a layer with an ordinary output, or make one with select=lambda out: out.to_dense()"
+        return (
+            f"its output is a {layout} tensor, whose values are not stored one by one; record a layer with an ordinary output, or make "
+            f"one with select=lambda out: out.to_dense()"
+        )
     if x.is_quantized:
         return "its output is quantized; record a layer with a floating-point output, or pass select=lambda out: out.dequantize()"
     if x.is_floating_point() and x.element_size() == 1:
-        return f"its output is {str(x.dtype).removeprefix('torch.')}, which has too few bits for moments; pass select=lambda out: out.float()"
+        kind = str(x.dtype).removeprefix("torch.")
+        return f"its output is {kind}, which has too few bits to read; pass select=lambda out: out.float()"
     return None
 
 

@@ -94,7 +94,8 @@ def known_axis(stream: Stream, dims: int) -> int:
         return stream.dims[dims]
     if dims == 0:
         raise ValueError("it holds a single number, which has no features")
-    return stream.decided(dims, stream.given(dims), ()) if stream.layer.feature_dim is not None else _LOOK
+    given = stream.layer.feature_dim is not None and stream.of not in PARAMETERS
+    return stream.decided(dims, stream.given(dims), ()) if given else _LOOK
 
 
 @at_trace_time(fallback=())
@@ -122,6 +123,7 @@ def nested_axis(stream: Stream, dims: int) -> int:
 @at_trace_time(fallback=False)
 def allocated(stream: Stream, width: int, device: torch.device, dims: int) -> bool:
     stream.allocate(width, device, dims)
+    stream.seen = True
     return True
 
 
@@ -135,8 +137,8 @@ def positions_fit(stream: Stream, dims: int, dim: int) -> bool:
 @at_trace_time()
 def mask_unclear(stream: Stream) -> None:
     raise ValueError(
-        f"the mask does not fit its activations, so it is not clear which vectors count: set the mask of this batch, give this layer one of "
-        f"its own, rec.mask({{{stream.layer.name!r}: mask}}), or clear it with rec.mask(None)"
+        f"the mask does not fit its activations, so it is not clear which vectors count: set the mask of this batch, give this layer "
+        f"one of its own, rec.mask({{{stream.layer.name!r}: mask}}), or clear it with rec.mask(None)"
     )
 
 
