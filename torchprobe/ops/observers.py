@@ -3,11 +3,14 @@
 Schemas::
 
     observe_activation_(Tensor(a!) token, Tensor x, int observer, Tensor? mask=None) -> ()
+    observe_output(Tensor x, int observer, Tensor? mask=None) -> Tensor
     observe_gradient(Tensor x, int observer, Tensor? mask=None) -> Tensor
     observe_gradient_backward(Tensor grad, int observer, Tensor? mask=None) -> Tensor
 
 ``observe_activation_`` runs a statistic that has no operator, with any Python code. The operator increments the number ``token``, since the
 compiler removes operators that change nothing.
+
+``observe_output`` is the identity, and shows the activation on the way. It is for regions of a graph where no operator may change anything.
 
 ``observe_gradient`` is the identity, whose backward shows the gradient. In eager mode a tensor hook on the output reads its gradient for
 free. A compiled graph cannot contain such a hook. It can contain an operator with a backward, which costs a copy of the activation and one
@@ -29,6 +32,7 @@ from torch import Tensor
 from torchprobe.ops.library import define
 
 ACTIVATION = "observe_activation_(Tensor(a!) token, Tensor x, int observer, Tensor? mask=None) -> ()"
+OUTPUT = "observe_output(Tensor x, int observer, Tensor? mask=None) -> Tensor"
 SCHEMAS = (
     "observe_gradient(Tensor x, int observer, Tensor? mask=None) -> Tensor",
     "observe_gradient_backward(Tensor grad, int observer, Tensor? mask=None) -> Tensor",
@@ -80,6 +84,12 @@ def _backward(grad: Tensor, observer: int, mask: Tensor | None = None) -> Tensor
     return grad.clone()
 
 
+def _output(x: Tensor, observer: int, mask: Tensor | None = None) -> Tensor:
+    if (target := _observers.get(observer)) is not None:
+        target.activation(x, mask)
+    return x.clone()
+
+
 def _activation(token: Tensor, x: Tensor, observer: int, mask: Tensor | None = None) -> None:
     token += 1
     if (target := _observers.get(observer)) is not None:
@@ -105,16 +115,17 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _autograd_again(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return grad, None, None  # the gradient of a gradient is not shown
+    return grad, None, None  # the gradient itself is not shown
 
 
 def register(library: torch.library.Library) -> None:
     """Defines the operators. All devices share one implementation, since the observer does the work."""
     define(library, ACTIVATION, _activation, _fake_activation)
-    names = ("observe_gradient", "observe_gradient_backward")
-    for schema, name, kernel in zip(SCHEMAS, names, (_forward, _backward), strict=True):
+    names = ("observe_gradient", "observe_gradient_backward", "observe_output")
+    for schema, name, kernel in zip((*SCHEMAS, OUTPUT), names, (_forward, _backward, _output), strict=True):
         library.define(schema)
         library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"torchprobe::{name}", _fake, lib=library)
     torch.library.register_autograd(f"torchprobe::{names[0]}", _autograd, setup_context=_setup_context, lib=library)
-    torch.library.register_autograd(f"torchprobe::{names[1]}", _autograd_again, lib=library)
+    for name in names[1:]:
+        torch.library.register_autograd(f"torchprobe::{name}", _autograd_again, lib=library)

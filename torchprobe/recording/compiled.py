@@ -115,6 +115,18 @@ def at_trace_time(
     return mark
 
 
+def in_region() -> bool:
+    """Whether the compiler traces a part of a graph where operators may not change their arguments, such as a nested region."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tracers = InstructionTranslator.current_tx().output.tracers
+        names = [str(getattr(tracer, "source_target", None)) for tracer in tracers[1:]]
+    except AttributeError:  # another version of PyTorch
+        return False
+    return any("checkpoint" not in name for name in names)
+
+
 def warn_if_compiled(model: nn.Module, category: type[Warning]) -> None:
     """Warns if a part of the model is compiled, and this version of PyTorch lacks what recording there needs."""
     if any("_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None for module in model.modules()):

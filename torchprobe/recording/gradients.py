@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.recording import traced
-from torchprobe.recording.compiled import at_trace_time, never_compile_alone
+from torchprobe.recording.compiled import at_trace_time, in_region, never_compile_alone
 from torchprobe.recording.control import Skipped
 from torchprobe.recording.hook import Found, Hook, note, traced_open
 from torchprobe.recording.stream import Stream
@@ -102,8 +102,8 @@ class WeightHook(Hook):
             return super().__call__(module, None, module)
         if traced_open(self.key, self.control.open, module.training):
             for place, x in self.find(module):
-                traced_parameter(self.key, place)
-                traced.read(self.places[place], x)
+                if traced_parameter(self.key, place):
+                    traced.read(self.places[place], x)
         return None
 
     def place(self, module: nn.Module) -> list[Any]:
@@ -181,6 +181,9 @@ def not_in_output(hook: Hook) -> None:
     )
 
 
-@at_trace_time()
-def traced_parameter(hook: WeightHook, name: str) -> None:
+@at_trace_time(fallback=False)
+def traced_parameter(hook: WeightHook, name: str) -> bool:
     hook.stream_of(name)
+    if in_region():
+        raise ValueError("a weight cannot be read inside of a nested compiled region; run this model without torch.compile")
+    return True

@@ -18,7 +18,7 @@ from torchprobe.recording.compiled import OwnHook, at_trace_time, never_compile_
 from torchprobe.recording.control import Control, Skipped
 from torchprobe.recording.layers import Layer
 from torchprobe.recording.stream import Stream
-from torchprobe.recording.structure import first_tensor, has_places, is_symbolic, named_tensors
+from torchprobe.recording.structure import first_tensor, has_places, is_symbolic, named_tensors, replaced
 
 _current_backward = torch._C._current_graph_task_id
 
@@ -150,16 +150,23 @@ class Hook(OwnHook):
 
     def trace(self, module: nn.Module, value: Any) -> Any:
         """As :meth:`__call__`, for the compiler to trace."""
-        if traced_open(self.key, self.control.open, module.training):
-            found = self.find(value)
-            if len(found) == 0:
-                traced_nothing(self.key)
-            elif len(found) == 1 and traced_only(self.key, found[0][0]):
-                traced.read(self.main, found[0][1])
-            else:
-                for place, x in self.traced_places(found, has_places(value)):
-                    traced.read(self.places[place], x)
-        return None
+        if not traced_open(self.key, self.control.open, module.training):
+            return None
+        found, changed = self.find(value), value
+        if len(found) == 0:
+            traced_nothing(self.key)
+        elif len(found) == 1 and traced_only(self.key, found[0][0]):
+            changed = self.traced_read(self.main, changed, found[0][1])
+        else:
+            for place, x in self.traced_places(found, has_places(value)):
+                changed = self.traced_read(self.places[place], changed, x)
+        return None if changed is value else changed
+
+    @staticmethod
+    def traced_read(stream: Stream, value: Any, x: Tensor) -> Any:
+        """Reads one tensor of ``value``; returns what takes its place."""
+        shown = traced.read(stream, x)
+        return value if shown is x else replaced(value, x, shown)
 
     def traced_places(self, found: Found, ordered: bool) -> Found:
         """The tensors to read among several, with their places."""

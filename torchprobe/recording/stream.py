@@ -71,6 +71,7 @@ class Stream:
         self.swapped = control.swapped.get(id(layer))  # whether tokens come before the batch
         self._pattern: tuple[tuple[str, ...], str | None] = (), None
         self.key = register(self)
+        self.graph_tensor: Tensor | None = None  # what a compiled graph writes to, while there is only one device
         self.fused = control.factory.template.fused
         self.positions: str = "all" if of in PARAMETERS else control.positions
         self.direct = self.fused and self.positions == "all"  # then only the operator is needed
@@ -253,6 +254,7 @@ class Stream:
             elif slot.statistic.features != width:
                 self._changed(slot.statistic.features, width, dims)
         if is_tracing():
+            self.graph_tensor = self.slots[device].static_tensors()[0]
             for tensor in self.slots[device].static_tensors():
                 make_static(tensor)
             allow_graphs(self.control.graphs)

@@ -13,26 +13,33 @@ from torchprobe.ops.observers import register_observer
 from torchprobe.ops.positions import vectors_of
 from torchprobe.recording import masks, nested
 from torchprobe.recording.axes import Axis, parameter_axis
-from torchprobe.recording.compiled import at_trace_time
+from torchprobe.recording.compiled import at_trace_time, in_region
 from torchprobe.recording.stream import PARAMETERS, Stream, Unsure
 from torchprobe.recording.tensors import is_plain, local
 
 _observe = torch.ops.torchprobe.observe_.default
 _observe_activation = torch.ops.torchprobe.observe_activation_.default
+_observe_output = torch.ops.torchprobe.observe_output.default
 _LOOK = -2
 
 
-def read(stream: Stream, x: Tensor) -> None:
-    """As :meth:`Stream.read`."""
-    dim = axis(stream, x)
-    if dim < 0:
-        return
-    positions, fused, every, swapped = settings(stream.key)
+def read(stream: Stream, x: Tensor) -> Tensor:
+    """As :meth:`Stream.read`. It returns what takes the place of ``x`` in the graph: mostly ``x`` itself."""
     pattern = pattern_of(stream.key)
     mask = None if pattern is None else stream.control.masks[pattern]
+    if inside_region(stream.key):
+        return _observe_output(x, observer_number(stream.key), mask)
+    dim = axis(stream, x)
+    if dim >= 0:
+        _read(stream, x, dim, mask)
+    return x
+
+
+def _read(stream: Stream, x: Tensor, dim: int, mask: Tensor | None) -> None:
+    positions, fused, every, swapped = settings(stream.key)
     if not fused:
         if allocated(stream.key, len(range(x.shape[dim])), x.device, x.dim()):
-            _observe_activation(stream.slots[x.device].token, x, observer_number(stream.key), mask)
+            _observe_activation(state_of(stream, x.device), x, observer_number(stream.key), mask)
         return
     vectors, kept = x, None
     if x.is_nested:
@@ -55,7 +62,7 @@ def read(stream: Stream, x: Tensor) -> None:
         vectors = local(x, dim)
     # len(range(n)) is n, made a constant of the graph
     if allocated(stream.key, len(range(vectors.shape[dim])), vectors.device, x.dim()):
-        _observe(stream.slots[vectors.device].state, vectors, dim, sigma_of(stream.key), every, kept)
+        _observe(state_of(stream, vectors.device), vectors, dim, sigma_of(stream.key), every, kept)
 
 
 def axis(stream: Stream, x: Tensor) -> int:
@@ -70,6 +77,15 @@ def axis(stream: Stream, x: Tensor) -> int:
     return dim
 
 
+def state_of(stream: Stream, device: torch.device) -> Tensor:
+    """What the graph writes to. An attribute, where possible: regions that share a graph look for it before it exists."""
+    if one_device(stream.key):
+        assert stream.graph_tensor is not None
+        return stream.graph_tensor
+    slot = stream.slots[device]
+    return slot.state if stream.fused else slot.token
+
+
 def match(size: int, widths: tuple[int, ...]) -> int:
     """The size if it is one of the widths, as a constant; otherwise 0."""
     for width in widths:
@@ -79,6 +95,11 @@ def match(size: int, widths: tuple[int, ...]) -> int:
 
 
 # -- what runs while a graph is traced ---------------------------------------------------------------------------------------
+
+
+@at_trace_time(fallback=False)
+def inside_region(stream: Stream) -> bool:
+    return in_region() and stream.of not in PARAMETERS
 
 
 @at_trace_time()
@@ -125,6 +146,11 @@ def allocated(stream: Stream, width: int, device: torch.device, dims: int) -> bo
     stream.allocate(width, device, dims)
     stream.seen = True
     return True
+
+
+@at_trace_time(fallback=False)
+def one_device(stream: Stream) -> bool:
+    return len(stream.slots) == 1
 
 
 @at_trace_time(fallback=False)
