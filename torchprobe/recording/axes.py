@@ -304,8 +304,13 @@ class Trail:
         """As the last layer but for the width: parts side by side, or a map as one vector."""
         dims = len(shape)
         axis = None
-        if dims == len(last.shape) and all(shape[dim] == last.shape[dim] for dim in range(dims) if dim != last.dim):
-            axis = Axis(last.dim, f"as {last.name!r}, in another width", sure=False)
+        alike = [
+            event
+            for event in events
+            if len(event.shape) == dims and all(shape[dim] == event.shape[dim] for dim in range(dims) if dim != event.dim)
+        ]
+        if alike and len({event.dim for event in alike}) == 1:
+            axis = Axis(alike[-1].dim, f"as {alike[-1].name!r}, in another width", sure=False)
         elif dims == 2 < len(last.shape) and last.width > 1 and shape == (last.shape[0], _product(last.shape[1:])):
             axis = Axis(1, f"{last.name!r} as one vector", sure=False)
         if axis is None or axis.dim is None or shape[axis.dim] == 1:

@@ -119,18 +119,24 @@ def leaf_dims(module: nn.Module, shape: tuple[int, ...]) -> list[int]:
         long = [index for index, size in enumerate(tensor.shape) if size > 1]
         if tensor.dim() == dims > 2 and len(long) == 1 and shape[long[0]] == tensor.shape[long[0]]:
             return long
-    for size in _own_widths(module):
-        if fits := [index for index in range(1, dims) if shape[index] == size]:
+    for sizes in _own_widths(module):
+        fits = [index for index in range(1, dims) if shape[index] in sizes]
+        if fits:
             return fits if len(fits) == 1 else _by_name(module, fits, dims)
     return []
 
 
-def _own_widths(module: nn.Module) -> Iterator[int]:
+def _own_widths(module: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Sizes that may be the width of the output, those that say it best first."""
     if (own := width(module)) is not None:
-        yield own
+        yield (own,)
     for tensor in _tensors(module):
-        yield from (size for size in tensor.shape if size > 1)
-    yield from (size for size in _numbers(module, _VAGUE) if size > 1)
+        long = tuple(size for size in tensor.shape if size > 1)
+        if len(long) == 1:
+            yield long
+    if isinstance(weight := module._parameters.get("weight"), Tensor) and weight.dim() > 1:
+        yield tuple({*weight.shape[:2]} - {1})
+    yield from ((size,) for size in _numbers(module, _VAGUE) if size > 1)
 
 
 def _by_name(module: nn.Module, fits: list[int], dims: int) -> list[int]:
