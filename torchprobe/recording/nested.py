@@ -11,10 +11,12 @@ from torch import Tensor
 def sizes(x: Any) -> tuple[int, ...]:
     """The shape of a nested tensor, with 0 where its parts may differ."""
     if x.layout == torch.jagged:
-        return tuple(0 if dim == x._ragged_idx else int(size) for dim, size in enumerate(x.shape))
+        ragged: int = x._ragged_idx
+        return tuple(0 if dim == ragged else int(size) for dim, size in enumerate(x.shape))
     table: Tensor = x._nested_tensor_size()  # on the CPU: reading it waits for nothing
     if not len(table):
-        return (0,) * x.dim()
+        dims: int = x.dim()
+        return (0,) * dims
     same: list[bool] = (table == table[0]).all(0).tolist()
     rest = tuple(int(size) if alike else 0 for size, alike in zip(table[0].tolist(), same, strict=True))
     return (len(table), *rest)

@@ -13,30 +13,23 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from torchprobe.ops.positions import POSITIONS
-from torchprobe.recording import compiled, control, detach, diagnosis, masks, windows
-from torchprobe.recording.axes import Trail
+from torchprobe.recording import compiled, control, detach, diagnosis, windows
 from torchprobe.recording.bank import Bank, entry_of
 from torchprobe.recording.control import Control, Skipped
-from torchprobe.recording.gradients import GradientHook, WeightGradientHook, WeightHook, parameters_of
 from torchprobe.recording.history import History, Step
-from torchprobe.recording.hook import Hook, InputHook, takes_hooks
-from torchprobe.recording.layers import Exclusion, Layer, Selection, canonical, named_layers, select_layers
+from torchprobe.recording.hook import takes_hooks
+from torchprobe.recording.layers import Exclusion, Selection, canonical, named_layers
 from torchprobe.recording.recording import FORMAT, Recording
-from torchprobe.recording.stream import PARAMETERS, RecordingWarning
+from torchprobe.recording.stream import RecordingWarning
+from torchprobe.recording.trail import Trail
 from torchprobe.recording.windows import Entry, Settings, Unread, check_mergeable
 from torchprobe.statistics import Moments
 from torchprobe.statistics.factory import Factory, StatisticLike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_HOOKS: dict[str, type[Hook]] = {kind.of: kind for kind in (Hook, InputHook, GradientHook, WeightHook, WeightGradientHook)}
-_WHEN = ("always", "train", "eval")
-_ON_ERROR = ("warn", "raise")
 
 
 class Recorder(Recording):
@@ -106,33 +99,18 @@ class Recorder(Recording):
         outlier_sigma: float = 6.0,
         keep: int | None = None,
     ) -> None:
-        kinds = (of,) if isinstance(of, str) else tuple(of)
-        choices = [("positions", positions, POSITIONS), ("when", when, _WHEN), ("on_error", on_error, _ON_ERROR)]
-        for name, value, allowed in [("of", kind, tuple(_HOOKS)) for kind in kinds] + choices:
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-        if not kinds or len(set(kinds)) < len(kinds):
-            raise ValueError(f"of= takes one or several different kinds, got {of!r}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-        if not outlier_sigma > 0:
-            raise ValueError(f"outlier_sigma must be positive, got {outlier_sigma}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"record takes a torch.nn.Module, got {type(model).__name__}")
+        kinds = check_arguments(of, positions, every, when, on_error, outlier_sigma)
         factory = Factory(statistic, outlier_sigma)
         history = History(keep, factory.template)
-        selected = {kind: _selected(model, layers, feature_dim, exclude, kind) for kind in kinds}
+        selected = select_kinds(model, kinds, layers, feature_dim, exclude)
         aliases = {alias: layer.name for chosen in selected.values() for layer in chosen for alias in layer.names[1:]}
         sigma = getattr(factory.template, "outlier_sigma", float(outlier_sigma))
         super().__init__([], Settings("+".join(kinds), positions, sigma, factory.name), aliases, factory.template)
         self.history = history
         self._control = Control(factory, Trail(model), positions, every, when, select, strict=on_error == "raise")
-        self._control.swapped.update(_tokens_first(model, [layer for chosen in selected.values() for layer in chosen]))
-        plain = "output" if "output" in kinds else kinds[0]  # whose rows have the names of the layers
-        hooks = [
-            _HOOKS[kind](layer, self._control, "" if kind == plain else f"@{kind}") for kind, chosen in selected.items() for layer in chosen
-        ]
-        self._bank = Bank(hooks, self._control, model)
+        self._bank = Bank(make_hooks(model, selected, self._control), self._control, model)
         self._model = weakref.ref(model)
         self._witness = diagnosis.Witness()
         self._undo: list[Callable[[], object]] = []
@@ -254,14 +232,8 @@ class Recorder(Recording):
         >>> rec[""].vectors
         48
         """
-        state = self._control
-        if state.steps is None:
-            state.stride, state.steps, state.every = state.every, 0, 1
-            if state.stride > 1 and state.graphs:
-                compiled.drop_graphs({type(hook) for hook in self._bank.hooks.values()})
-        state.steps += 1
-        state.skipping = state.steps % state.stride != 0
-        state.update()
+        if self._control.end_step() and self._control.graphs:  # they count calls
+            compiled.drop_graphs({type(hook) for hook in self._bank.hooks.values()})
 
     def mask(self, mask: Tensor | Mapping[str, Tensor] | None) -> contextlib.AbstractContextManager[None]:
         """Sets the padding mask of the next batches: bool (batch, tokens), True for tokens that count; None clears it.
@@ -275,14 +247,9 @@ class Recorder(Recording):
         Raises:
             TypeError, ValueError: a mask is not bool, or not (batch, tokens).
         """
-        given = {} if mask is None else dict(mask) if isinstance(mask, Mapping) else {"**": mask}
-        for one in given.values():
-            masks.check(one)
+        given = self._bank.masks(mask)
         if given and "mask" not in inspect.signature(self._control.factory.template.update).parameters:
             raise ValueError(f"{self.settings.statistic}.update takes no mask, so it cannot be recorded with one")
-        for pattern in given:
-            if pattern != "**" and not any(masks.pattern_for([*s.layer.names, s.name], [pattern]) for s in self._bank.streams()):
-                raise ValueError(f"mask: {pattern!r} is not one of the recorded layers; {self._missing(pattern)}")
         before, self._control.masks = self._control.masks, given
         return _restored(self._control, before)
 
@@ -404,29 +371,6 @@ class Recorder(Recording):
 
     def _absorb(self, theirs: Entry) -> None:
         self._bank.absorb(theirs)
-
-
-def _selected(
-    model: nn.Module, layers: Selection | None, feature_dim: int | Mapping[str, int] | None, exclude: Exclusion | None, kind: str
-) -> list[Layer]:
-    """The layers of one kind. By default a weight is read of every module that has one."""
-    if kind in PARAMETERS:
-        chosen = select_layers(model, (lambda name, module: bool(parameters_of(module))) if layers is None else layers, None, exclude)
-    else:
-        chosen = select_layers(model, layers, feature_dim, exclude)
-    if all(isinstance(layer.module, torch.jit.ScriptModule) for layer in chosen):
-        raise ValueError(
-            "every selected layer is a scripted module, which takes no hooks and runs its children without Python: "
-            "record the model before torch.jit.script, or wrap it, nn.Sequential(scripted), and record the wrapper"
-        )
-    return chosen
-
-
-def _tokens_first(model: nn.Module, layers: Sequence[Layer]) -> dict[int, bool | None]:
-    """For every layer, by its ``id``: whether tokens come before the batch. False in a model without such layers."""
-    if masks.tokens_first(model, []) is False or not masks.any_tokens_first(model):
-        return {}
-    return {id(layer): masks.tokens_first(layer.module, layer.around()) for layer in layers}
 
 
 def _keep_traced(bank: Bank, modules: set[int]) -> Callable[[], None]:
