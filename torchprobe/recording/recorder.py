@@ -22,6 +22,7 @@ from torchprobe.recording.history import History, Step
 from torchprobe.recording.hook import takes_hooks
 from torchprobe.recording.layers import Exclusion, Selection, canonical, named_layers
 from torchprobe.recording.recording import FORMAT, Recording
+from torchprobe.recording.setup import check_arguments, make_hooks, select_kinds
 from torchprobe.recording.stream import RecordingWarning
 from torchprobe.recording.trail import Trail
 from torchprobe.recording.windows import Entry, Settings, Unread, check_mergeable
