@@ -18,7 +18,8 @@ Where what is:
 ``tensors``      states and their merging, checks of what is read
 ``dynamic``      states without a fixed shape; classes with the verbs of the earlier protocol
 ``factory``      from the argument ``statistic`` of ``record`` to the statistics; several as one
-``moments``      moments, vector kurtosis and its reference values (the formulas that merge: ``ops.observe``)
+``moments``      moments, vector kurtosis and its reference values (the formulas that merge: ``ops.observe``);
+                 ``moment_fields``: from states to fields
 ``quantile``     upper quantiles, exact or sketched; ``tail``: the largest values of a stream
 ``top_inputs``   the top inputs of each feature
 ===============  ==============================================================================================
