@@ -300,7 +300,7 @@ ONE = Total(16)
         ([Moments, Range], "Range must be derived from torchprobe.statistics.Statistic to be in a list"),
         ([Moments, [Total]], "takes a class, a function"),
         (variant(DynamicStatistic), "must define"),
-        (lambda features, device: variant(Norms, setup=lambda self: {"features": {}})(features), "Bad was tried .* unhashable type"),
+        (lambda features, device: variant(Lengths, setup=lambda self: {"features": {}})(features), "Bad was tried .* unhashable type"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:torchprobe. Range is not a subclass:DeprecationWarning")
@@ -363,7 +363,7 @@ def test_a_dynamic_statistic_loses_nothing_silently() -> None:
             call()
 
 
-class Norms(DynamicStatistic):
+class Lengths(DynamicStatistic):
     """The norm of every vector."""
 
     fields = {"longest": "the largest norm", "seen": "vectors seen"}
@@ -392,7 +392,7 @@ class Norms(DynamicStatistic):
         self.norms = state["norms"].to(self.place)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], device: Any = "cpu") -> Norms:
+    def from_state(cls, state: Mapping[str, Any], device: Any = "cpu") -> Lengths:
         new = cls(state["features"], device)
         new.load_state_dict(state)
         return new
@@ -408,7 +408,7 @@ class Norms(DynamicStatistic):
 def test_a_dynamic_statistic_does_everything(tmp_path: Path) -> None:
     model, data = net(), batches(3)
     mask = torch.tensor([[True, True, False]] * 5)
-    with torchprobe.record(model, "**", statistic=Norms) as rec:
+    with torchprobe.record(model, "**", statistic=Lengths) as rec:
         model(data[0])
         rec.snapshot(0)
         with rec.mask(mask):
@@ -422,11 +422,11 @@ def test_a_dynamic_statistic_does_everything(tmp_path: Path) -> None:
         assert total.rows()[3]["longest"] == pytest.approx(max(expected))
         assert (total.rows()[3]["seen"], recording.rows()[3]["seen"]) == (25, 10)
         assert recording.history["longest"][0, 3] == pytest.approx(max(expected[:15]))
-        assert recording.merge(recorded(Norms))["head"].norms.tolist()[10:] == pytest.approx(expected[:15])
+        assert recording.merge(recorded(Lengths))["head"].norms.tolist()[10:] == pytest.approx(expected[:15])
 
 
 def test_a_dynamic_statistic_that_no_file_can_hold(tmp_path: Path) -> None:
-    class Sizes(Norms):
+    class Sizes(Lengths):
         def state_dict(self) -> dict[str, Any]:
             return {**super().state_dict(), "sizes": {} if len(self.norms) else None}
 

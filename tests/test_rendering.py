@@ -110,9 +110,7 @@ def test_the_layer_table_says_what_was_measured():
 
 def test_trouble_shows_up_as_a_column():
     assert "invalid" in printed(layer_table([row("a", invalid_vectors=3.0)], width=200))
-    assert "50.0 %" in printed(layer_table([row("a", dead_features=0.5), row("b", dead_features=0.0)], width=200))
-    assert {c.key for c in LAYER_COLUMNS} - {c.key for c in shown_columns([row("a", dead_features=0.0)])} == {
-        "dead_features",
+    assert {c.key for c in LAYER_COLUMNS} - {c.key for c in shown_columns([row("a")])} == {
         "nonfinite",
         "constant_vectors",
         "invalid_vectors",

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from torchprobe.common.files import replacing
 from torchprobe.recording.windows import Entry, Settings
-from torchprobe.statistics import Moments, Quantile, Several, Statistic, TopInputs
+from torchprobe.statistics import Moments, Norms, Quantile, Saturation, Several, Sparsity, Statistic, TopInputs
 from torchprobe.statistics.dynamic import EarlierProtocol
 from torchprobe.statistics.factory import classes_named
 from torchprobe.statistics.tensors import is_plain
@@ -38,7 +38,7 @@ _MAX_FEATURES = 1 << 26
 _MAX_HISTORY = 1 << 31  # numbers
 _MAX_COUNT = 1 << 53
 _LARGEST = 1e308  # larger whole numbers do not fit a float
-_BUILT_IN = (Moments, Quantile, TopInputs)  # imported here, so that `classes_named` finds them
+_BUILT_IN = (Moments, Quantile, TopInputs, Norms, Sparsity, Saturation)  # imported here, so that `classes_named` finds them
 _WIDTH = 3
 _PARTS = {name: tuple(part.shape) for name, part in Moments(_WIDTH, "cpu").parts().items()}  # 3 stands for the features
 

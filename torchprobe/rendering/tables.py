@@ -60,7 +60,6 @@ LAYER_COLUMNS = (
     Column("kurtosis_max", "max", "the largest kurtosis of a feature over all its values"),
     Column("std", "std", "square root of the mean variance of the features"),
     Column("mean_abs_max", "max mean|x|", "the largest mean |x| of a feature"),
-    Column("dead_features", "dead", "share of the features whose every value is 0", "share", optional=True),
     Column("nonfinite", "nonfinite", "number of nan and inf values; excluded from all other columns", "count", optional=True),
     Column("constant_vectors", "constant", "vectors excluded because their variance is 0", "count", optional=True),
     Column("invalid_vectors", "invalid", "vectors excluded because an element is nonfinite", "count", optional=True),
@@ -140,7 +139,7 @@ def shown(row: Row, column: Column) -> str:
 
 def shown_columns(rows: Sequence[Row], columns: Iterable[Column] = LAYER_COLUMNS) -> list[Column]:
     """``columns`` without the optional ones that are empty in all rows."""
-    return [c for c in columns if not c.optional or any(shown(row, c) not in ("–", "0", "0 %") for row in rows)]
+    return [c for c in columns if not c.optional or any(shown(row, c) not in ("–", "0") for row in rows)]
 
 
 def statistic_columns(fields: Mapping[str, str]) -> tuple[Column, ...]:

@@ -84,7 +84,7 @@ class Moments(Statistic):
     fields = MappingProxyType(HELP)
     arguments = ("outlier_sigma",)
     headline = "vector_kurtosis"
-    table_fields = tuple(name for name in FIELDS if name not in ("skewness_median", "min", "max", "abs_max", "rms"))
+    table_fields = tuple(name for name in FIELDS if name not in ("skewness_median", "min", "max", "abs_max", "rms", "dead_features"))
     fused = True
     histogram_bins = BINS
 
