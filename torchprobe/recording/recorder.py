@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -317,11 +316,11 @@ class Recorder(Recording):
 
     # -- what a Recording needs -------------------------------------------------------------------------------------
 
-    def metrics(self, prefix: str = "") -> dict[str, float]:
-        """As :meth:`Recording.metrics`. Layers that have never fired are nan, so the keys are always the same, on every rank."""
-        numbers = super().metrics(prefix)
-        silent = [hook.layer.name for hook in self._hooks.values() if not hook.slots and not hook.skipped & NOTHING_TO_READ]
-        return {**numbers, **{f"{prefix}{layer}/{field}": math.nan for layer in silent for field in self.fields}}
+    def _watched(self) -> list[str]:
+        return list(self._hooks)
+
+    def _silent(self) -> list[str]:
+        return [hook.layer.name for hook in self._hooks.values() if not hook.slots and not hook.skipped & NOTHING_TO_READ]
 
     def __getitem__(self, layer: str) -> Any:
         return windows.duplicate(self._entry(layer).statistic)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from torchprobe.statistics.dynamic import DynamicStatistic, EarlierProtocol, adopted
 from torchprobe.statistics.statistic import Statistic
-from torchprobe.statistics.tensors import is_plain, number_dtype
+from torchprobe.statistics.tensors import MOST_METRICS, is_plain, metric_names, number_dtype
 
 StatisticLike = type[Statistic] | Callable[..., Statistic]
 """A class, or a function ``(features, device) -> Statistic``."""
@@ -53,12 +54,13 @@ class Several(Statistic):
         self.statistics = tuple(statistics)
         self.labels = _labels([type(statistic).__name__ for statistic in statistics])
         self.capturable = all(statistic.capturable for statistic in statistics)
-        fields, shown = dict[str, str](), list[str]()
+        fields, shown, metrics = dict[str, str](), list[str](), list[list[str]]()
         for label, statistic in self._labeled():
             names = {field: f"{label}.{field}" if field in fields else field for field in statistic.fields}
             fields.update({names[field]: text for field, text in statistic.fields.items()})
             shown += [names[field] for field in (statistic.fields if statistic.table_fields is None else statistic.table_fields)]
-        self.fields, self.table_fields = fields, tuple(shown)
+            metrics.append([names[field] for field in metric_names(statistic)])
+        self.fields, self.table_fields, self.metric_fields = fields, tuple(shown), _shared(metrics)
         self.headline = statistics[0].headline
         self._with_histogram = next((index for index, statistic in enumerate(statistics) if statistic.histogram_bins), 0)
         self.histogram_bins = statistics[self._with_histogram].histogram_bins
@@ -315,7 +317,9 @@ def check_contract(statistic: Statistic) -> None:
         return
     if taken := [field for field in statistic.fields if field in _ROW]:
         raise TypeError(f"statistic=: {name} has a field {taken[0]!r}, which is a column of every table; choose another name")
-    shown = [field for field in (statistic.headline, *(statistic.table_fields or ())) if field is not None]
+    shown = [
+        field for field in (statistic.headline, *(statistic.table_fields or ()), *(statistic.metric_fields or ())) if field is not None
+    ]
     if unknown := [field for field in shown if field not in statistic.fields]:
         raise TypeError(f"statistic=: {name} shows {unknown[0]!r}, which is not among its fields: {', '.join(statistic.fields)}")
     if not isinstance(statistic, DynamicStatistic) and not statistic.tensors().keys() - {"vectors"}:
@@ -349,6 +353,12 @@ def _labels(names: Sequence[str]) -> tuple[str, ...]:
             label = f"{name}_{number}"
         labels.append(label)
     return tuple(labels)
+
+
+def _shared(metrics: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """At most :data:`MOST_METRICS` names in all, from each list about as many: first those at the head of each."""
+    turns = [name for turn in itertools.zip_longest(*metrics) for name in turn if name is not None]
+    return tuple(name for names in metrics for name in names if name in turns[:MOST_METRICS])
 
 
 def _split(state: Mapping[str, Any], labels: Sequence[str]) -> dict[str, dict[str, Any]]:

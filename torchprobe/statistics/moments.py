@@ -85,6 +85,7 @@ class Moments(Statistic):
     arguments = ("outlier_sigma",)
     headline = "vector_kurtosis"
     table_fields = tuple(name for name in FIELDS if name not in ("skewness_median", "min", "max", "abs_max", "rms", "dead_features"))
+    metric_fields = ("vector_kurtosis", "nonfinite", "abs_max", "std", "kurtosis_max")  # what shows that a training run breaks
     fused = True
     histogram_bins = BINS
 

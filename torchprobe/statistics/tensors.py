@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -125,6 +126,23 @@ def field_of(statistic: Any, name: str) -> float:
         hint = f"; use [{owner!r}].{name}" if owner else ""
         raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}{hint}")
     return float(statistic.summary()[name])
+
+
+MOST_METRICS = 5
+"""``metrics`` returns at most so many fields of a layer by default. We chose the value."""
+
+
+def metric_names(statistic: Any) -> tuple[str, ...]:
+    """The fields that ``metrics`` returns by default."""
+    names = statistic.fields if statistic.metric_fields is None else statistic.metric_fields
+    return tuple(names)[:MOST_METRICS]
+
+
+def html_table(statistic: Any) -> str:
+    """The fields of a statistic, for a notebook."""
+    row = "<tr><th style='text-align:left'>{}</th><td style='text-align:right'>{:.6g}</td></tr>"
+    cells = "".join(row.format(html.escape(name), value) for name, value in statistic.summary().items())
+    return f"<table><caption>{html.escape(type(statistic).__name__)} of {statistic.features} features</caption>{cells}</table>"
 
 
 def describe(value: Any) -> str:
