@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,18 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert file.metadata()["format"] == "1"
         assert torch.equal(file.get_tensor("blocks.1/mean"), rec["blocks.1"].mean)
         assert torch.equal(file.get_tensor("/max"), rec[""].max)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o000])
+def test_the_mode_of_a_file_is_that_of_any_file(tmp_path: Path, umask: int) -> None:
+    rec, path = record(Net(), batches(1)), tmp_path / "run.safetensors"
+    before = os.umask(umask)
+    try:
+        for _ in range(2):
+            rec.save(path)
+            assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    finally:
+        os.umask(before)
 
 
 def test_aliases_are_saved(tmp_path: Path) -> None:

@@ -117,7 +117,11 @@ def _write_layer(entry: Entry, settings: Settings, tensors: dict[str, Tensor]) -
                 what = f"{unknown[0]} is {type(values[unknown[0]]).__name__}; a file holds tensors, numbers and text"
                 raise TypeError(f"layer {entry.name!r} cannot be saved: in the state_dict of {type(statistic).__name__}, {what}")
             layer[f"{which}_state"] = {"values": values, "tensors": list(on_disk)}
-        tensors.update({f"{_key(entry.name)}/{prefix}{name}": part for name, part in on_disk.items()})
+        for name, part in on_disk.items():
+            if (key := f"{_key(entry.name)}/{prefix}{name}") in tensors:
+                what = f"two tensors would be called {key!r}; rename {name!r} in its state_dict"
+                raise TypeError(f"layer {entry.name!r} cannot be saved: of {type(statistic).__name__}, {what}")
+            tensors[key] = part
     if not moments:
         layer["calls"] = entry.calls
     elif entry.statistic.setup()["outlier_sigma"] != settings.outlier_sigma:  # a function may choose it for each width

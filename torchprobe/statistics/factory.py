@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -252,9 +252,14 @@ class _Maker:
     """Makes one of the statistics of a layer."""
 
     def __init__(self, kind: Any, outlier_sigma: float, in_list: bool) -> None:
+        if isinstance(kind, Statistic):
+            name = type(kind).__name__
+            ways = f"the class {name}, or functools.partial({name}, …) with its arguments"
+            raise TypeError(f"statistic=: each layer needs a statistic of its own; pass {ways}, not {kind!r}")
         if not callable(kind):
             raise TypeError(f"statistic= takes a class, a function (features, device) -> Statistic, or a list of them; got {kind!r}")
-        self.name = getattr(getattr(kind, "func", kind), "__name__", repr(kind))
+        made = getattr(kind, "func", kind)
+        self.name = getattr(made, "__name__", repr(kind))
         if isinstance(kind, type) and not issubclass(kind, Statistic):
             if in_list and callable(getattr(kind, "update", None)):
                 raise TypeError(f"statistic=: {self.name} must be derived from torchprobe.statistics.Statistic to be in a list")
@@ -267,6 +272,8 @@ class _Maker:
         self.arguments = {"outlier_sigma": outlier_sigma} if self.takes_sigma else {}
         open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
         self.by_keyword = "device" in parameters or open_ended
+        if isinstance(made, type):
+            _check_arguments(self.name, kind, parameters, self.arguments)
         if parameters and not self.by_keyword and not self._takes_two(parameters.values()):
             raise TypeError(f"statistic=: {self.name} must take (features, device)")
 
@@ -289,6 +296,21 @@ class _Maker:
         if new.features != features:
             raise ValueError(f"statistic=: {self.name}(features={features}, device) returned a statistic of {new.features} features")
         return new
+
+
+def _check_arguments(name: str, kind: Any, parameters: Mapping[str, inspect.Parameter], known: Container[str]) -> None:
+    """Raises TypeError if a class, or a ``functools.partial`` of one, does not say what all arguments but (features, device) are."""
+    if positional := getattr(kind, "args", ()):
+        names = [p for p in list(inspect.signature(kind.func).parameters)[1:] if p != "device"]
+        named = ", ".join(f"{argument}={value!r}" for argument, value in zip(names, positional, strict=False))
+        raise TypeError(
+            f"statistic=: the first argument of {name} is the width of the layer, so functools.partial must name the arguments: "
+            f"functools.partial({name}, {named})"
+        )
+    needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if missing := [argument for argument in needed[1:] if argument != "device" and argument not in known]:
+        values = ", ".join(f"{argument}=…" for argument in missing)
+        raise TypeError(f"statistic=: {name} needs {', '.join(missing)}: pass functools.partial({name}, {values})")
 
 
 def classes_named(name: str) -> list[type[Statistic]]:
