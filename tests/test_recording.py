@@ -13,7 +13,7 @@ from models import Net, activations, assert_equal, batches, record
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.recording import RecordingWarning
+from torchprobe.recording import RecordingWarning, recorder
 from torchprobe.statistics import Moments, Norms, Quantile, Saturation, Sparsity, TopInputs
 from torchprobe.statistics.moments import FIELDS
 
@@ -106,6 +106,68 @@ def test_rows_table_and_plot() -> None:
     assert "blocks.0" in repr(rec)
     pytest.importorskip("matplotlib").use("Agg")
     assert rec.plot().axes
+
+
+@pytest.mark.parametrize("statistic", [Moments, [Moments, Sparsity], Quantile])
+def test_reading_all_layers_takes_one_step_for_each(statistic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    entry = recorder._entry
+    monkeypatch.setattr(recorder, "_entry", lambda hook: made.append(hook.layer.name) or entry(hook))
+    for depth in (5, 40):
+        model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(depth)])
+        model.add_module("again", model[0])
+        rec = record(model, [torch.randn(4, 3)], "*", statistic=statistic)
+        for read in (
+            lambda rec: dict(rec.items()),
+            lambda rec: dict(zip(rec, rec.values(), strict=True)),
+            lambda rec: {layer: rec[layer] for layer in rec.layers},
+        ):
+            made.clear()
+            found = read(rec)
+            assert list(found) == rec.layers == [str(i) for i in range(depth)]
+            assert len(made) <= 4 * depth  # the layers themselves are listed two or three times
+            assert [one.state_dict().keys() for one in found.values()] == [rec[name].state_dict().keys() for name in found]
+            found["0"].reset()  # it is a copy
+            assert rec["0"].saw_anything()
+            assert ("again" in rec, "none" in rec, 3 in rec) == (True, False, False)
+    total = rec.total
+    monkeypatch.setattr(total, "_entries", lambda: pytest.fail("a lookup lists all layers"))
+    assert total["again"] is total["0"]
+    assert "none" not in total
+
+
+def test_the_text_of_a_recording_is_short_and_takes_one_copy() -> None:
+    calls = []
+    for depth in (21, 60):
+        model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(depth)])
+        rec = record(model, [torch.randn(4, 3)], "*")
+        with Counting() as counted:
+            lines = repr(rec).splitlines()
+        calls.append(counted.calls)
+        assert lines[0] == f"Recorder({depth} layers, 0 windows closed)"
+        numbers = rec.metrics(layers="0")
+        shown = ", ".join(f"{name}={numbers[f'0/{name}']:.4g}" for name in MAIN)
+        assert lines[1] == f"  '0': Moments(3 features, {shown})"
+        assert len(lines) == 22
+        assert lines[-1] == f"  … and {depth - 20} more"
+    assert calls[0] == calls[1] > 0
+    rec.snapshot(0)
+    assert repr(rec).splitlines()[20] == "  '19': Moments(3 features, empty)"
+    assert repr(rec.total).startswith("Recording(60 layers, 0 windows closed)\n  '0': Moments(3 features, vector_kurtosis=1.5")
+    few = record(Net(), batches(1), "head", statistic=[Sparsity, Norms])
+    assert repr(few).splitlines()[1].startswith("  'head': Sparsity+Norms(4 features, zero_share=0, dead_features=0, norm_mean=")
+    assert len(repr(few).splitlines()) == 2
+    assert repr(torchprobe.record(Net())) == "Recorder(0 layers, 0 windows closed)"
+
+
+class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_metrics_are_stable_floats_under_a_prefix() -> None:

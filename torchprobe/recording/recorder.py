@@ -322,15 +322,16 @@ class Recorder(Recording):
     def _silent(self) -> list[str]:
         return [hook.layer.name for hook in self._hooks.values() if not hook.slots and not hook.skipped & NOTHING_TO_READ]
 
+    def _find(self, name: str) -> Entry | None:
+        hook = self._hooks.get(name)
+        return _entry(hook) if hook is not None and hook.slots else None
+
     def __getitem__(self, layer: str) -> Any:
         return windows.duplicate(self._entry(layer).statistic)
 
     def _entries(self) -> list[Entry]:
         fired = sorted((hook for hook in self._hooks.values() if hook.slots), key=lambda hook: hook.order)
         return [_entry(hook) for hook in fired]
-
-    def _knows(self, layer: str) -> bool:
-        return layer in self._hooks
 
     def _missing(self, layer: str) -> str:
         name = self.aliases.get(layer, layer)

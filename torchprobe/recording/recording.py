@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
+_SHOWN = 20  # layers in the text of a recording
 
 
 class Recording(Mapping[str, Any]):
@@ -48,6 +49,10 @@ class Recording(Mapping[str, Any]):
     def _entries(self) -> list[Entry]:
         return list(self._own.values())
 
+    def _find(self, name: str) -> Entry | None:
+        """The entry of a canonical name: one step, however many layers there are."""
+        return self._own.get(name)
+
     # -- a mapping -----------------------------------------------------------------------------------------------------
 
     @property
@@ -68,10 +73,8 @@ class Recording(Mapping[str, Any]):
         return isinstance(layer, str) and self._resolve(layer) is not None
 
     def _resolve(self, layer: str) -> Entry | None:
-        entries = {entry.name: entry for entry in self._entries()}
         for name in (layer, canonical(layer)):
-            entry = entries.get(name) or entries.get(self.aliases.get(name, name))
-            if entry is not None:
+            if (entry := self._find(name) or self._find(self.aliases.get(name, name))) is not None:
                 return entry
         return None
 
@@ -236,8 +239,13 @@ class Recording(Mapping[str, Any]):
         return depth_profile(rows, field=field, label=label, band=band, band_label="closed windows", width=width)
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__}({len(self)} layers, {len(self.history)} windows closed)"]
-        lines += [f"  {name!r}: {statistic!r}" for name, statistic in self.items()]
+        entries = self._entries()
+        lines = [f"{type(self).__name__}({len(entries)} layers, {len(self.history)} windows closed)"]
+        for entry, numbers in zip(entries, self._numbers(entries[:_SHOWN]), strict=False):
+            empty = bool(numbers) and all(map(math.isnan, numbers.values()))
+            values = ["empty"] if empty else [f"{name}={numbers[name]:.4g}" for name in self._chosen_fields(None)]
+            lines.append(f"  {entry.name!r}: {self.settings.statistic}({', '.join([f'{entry.statistic.features} features', *values])})")
+        lines += [f"  … and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
         return "\n".join(lines)
 
     # -- merging and saving -------------------------------------------------------------------------------------------
@@ -266,13 +274,11 @@ class Recording(Mapping[str, Any]):
             raise TypeError(f"cannot merge a recording with {type(other).__name__}")
         if self.settings != other.settings:
             raise ValueError(f"the recordings were made with different settings: {self.settings} and {other.settings}")
-        unknown = [entry.name for entry in other._entries() if not self._knows(entry.name)]
+        known = {*self._watched()}
+        unknown = [entry.name for entry in other._entries() if entry.name not in known]
         if unknown:
             raise ValueError(f"the other recording has layers that this one does not have: {', '.join(map(repr, unknown))}")
         check_mergeable(self._entries(), other._entries())
-
-    def _knows(self, layer: str) -> bool:
-        return layer in self._own
 
     def _absorb(self, theirs: Entry) -> None:
         mine = self._own[theirs.name]
