@@ -100,6 +100,20 @@ def test_zeros_are_exact(x: Tensor) -> None:
     assert observed(Sparsity(WIDTH), x) == {"zero_share": (rows == 0).mean(), "dead_features": (rows == 0).all(0).mean()}
 
 
+@pytest.mark.parametrize("vectors", [1, 254, 255, 256, 509, 510, 511, 1300])
+def test_counts_of_many_vectors_are_exact(vectors: int) -> None:
+    x = (normal(vectors, 3) > 0.3).float() * torch.tensor([1.0, 1.0, 0.0])
+    mask = torch.arange(vectors) % 5 != 3
+    for kept in (None, mask):
+        sparsity, saturation = Sparsity(3), Saturation(3, low=0.0)
+        for one in (sparsity, saturation):
+            one.update(x, mask=kept)
+            one.update(x.T, 0, mask=kept)
+        zeros = (x if kept is None else x[kept]).double().eq(0).sum(0)
+        assert sparsity.zeros.tolist() == saturation.below.tolist() == (2 * zeros).tolist()
+        assert (saturation.above + saturation.below).tolist() == 3 * [float(sparsity.vectors)]
+
+
 def test_a_feature_with_a_nan_or_the_smallest_number_is_not_dead() -> None:
     x = torch.zeros(10, 4)
     x[3, 0], x[4, 1], x[5, 2] = math.nan, 1e-45, -math.inf

@@ -20,10 +20,9 @@ class Norms(Statistic):
         features: the width of the layer.
         device: the device of the state, which must be that of the activations. Default: PyTorch's default device.
 
-    The root mean square of a vector is its norm / √features, so layers of different widths can be compared. Each vector is measured in
-    units of its largest element, so that no square under- or overflows. Vectors with a nonfinite element are left out and counted:
-    ``invalid_vectors``. The states are float64 (): ``norm_sum``, ``largest`` and the two counts, ``vectors`` (all that were seen) and
-    ``invalid_vectors``.
+    The root mean square of a vector is its norm / √features, so layers of different widths can be compared. No square under- or overflows,
+    at any scale. Vectors with a nonfinite element are left out and counted: ``invalid_vectors``. The states are float64 (): ``norm_sum``,
+    ``largest`` and the two counts, ``vectors`` (all that were seen) and ``invalid_vectors``.
 
     Raises:
         ValueError: ``features`` is not positive.
@@ -52,12 +51,9 @@ class Norms(Statistic):
     )
 
     def accumulate(self, x: Tensor, kept: Tensor) -> None:
-        kept, dtype = kept[:, 0], self.norm_sum.dtype
-        largest = torch.linalg.vector_norm(x, math.inf, dim=1)  # of each vector; nan if an element is
-        finite = largest.isfinite()
+        kept = kept[:, 0]
+        norms, finite = _norms(x, self.norm_sum.dtype)
         valid = finite & kept
-        unit = largest.where(finite & (largest > 0), 1)
-        norms = unit.to(dtype) * torch.linalg.vector_norm(x / unit[:, None], dim=1, dtype=dtype)
         self.norm_sum = self.norm_sum + norms.where(valid, 0).sum()
         self.largest = torch.maximum(self.largest, norms.where(valid, -math.inf).amax())
         self.invalid_vectors = self.invalid_vectors + (kept & ~finite).sum()
@@ -73,3 +69,14 @@ class Norms(Statistic):
             "rms_max": largest / root,
             "invalid_vectors": states["invalid_vectors"],
         }
+
+
+def _norms(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The norm of each vector, and whether all its elements are finite: (vectors, features) → (vectors,), (vectors,)."""
+    if x.dtype == torch.float32 and dtype == torch.float64:  # no square under- or overflows
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+        return norms, norms.isfinite()
+    largest = torch.linalg.vector_norm(x, math.inf, dim=1)  # nan if an element is
+    finite = largest.isfinite()
+    unit = largest.where(finite & (largest > 0), 1)
+    return unit.to(dtype) * torch.linalg.vector_norm(x / unit[:, None], dim=1, dtype=dtype), finite

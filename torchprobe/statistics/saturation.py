@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.statistics.statistic import Statistic
-from torchprobe.statistics.tensors import FEATURES, State
+from torchprobe.statistics.tensors import FEATURES, State, column_counts
 
 STUCK_SHARE = 0.95
 """``saturated_features`` counts the features that are saturated in at least this share of the vectors. We chose the value."""
@@ -74,8 +74,8 @@ class Saturation(Statistic):
 
     def accumulate(self, x: Tensor, kept: Tensor) -> None:
         margin = self.tolerance * (self.high - self.low)
-        self.below = self.below + ((x <= self.low + margin) & kept).sum(0)
-        self.above = self.above + ((x >= self.high - margin) & kept).sum(0)
+        self.below = self.below + column_counts(x <= self.low + margin, kept)
+        self.above = self.above + column_counts(x >= self.high - margin, kept)
 
     def summarize(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values, both = states["vectors"] * self.features, states["below"] + states["above"]

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from torchprobe.statistics.statistic import Statistic
-from torchprobe.statistics.tensors import FEATURES, State
+from torchprobe.statistics.tensors import FEATURES, State, column_counts
 
 
 class Sparsity(Statistic):
@@ -43,7 +43,7 @@ class Sparsity(Statistic):
     )
 
     def accumulate(self, x: Tensor, kept: Tensor) -> None:
-        self.zeros = self.zeros + ((x == 0) & kept).sum(0)
+        self.zeros = self.zeros + column_counts(x == 0, kept)
 
     def summarize(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         vectors = states["vectors"][:, None]
