@@ -52,6 +52,10 @@ class Bank:
         waiting = (s for s in self.streams() if not s.slots and not s.skipped & NOTHING_TO_READ and not s.failure)
         return [stream.name for stream in waiting]
 
+    def names(self) -> list[str]:
+        """The names of all streams, of those that have not fired, too."""
+        return [stream.name for stream in self.streams()]
+
     def find(self, name: str) -> Stream | None:
         """The stream of a name. The name of a layer leads to its first stream; its only tensor is also found by its place."""
         if (hook := self.hooks.get(name)) is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from torchprobe.recording.bank import Bank, entry_of
 from torchprobe.recording.control import Control, Skipped
 from torchprobe.recording.history import History, Step
 from torchprobe.recording.hook import takes_hooks
-from torchprobe.recording.layers import Exclusion, Selection, canonical, named_layers
+from torchprobe.recording.layers import Exclusion, Selection, named_layers
 from torchprobe.recording.recording import FORMAT, Recording
 from torchprobe.recording.setup import check_arguments, make_hooks, select_kinds
 from torchprobe.recording.stream import RecordingWarning
@@ -334,10 +333,15 @@ class Recorder(Recording):
 
     # -- what a Recording needs -------------------------------------------------------------------------------------
 
-    def metrics(self, prefix: str = "") -> dict[str, float]:
-        """As :meth:`Recording.metrics`. Layers that have never fired are nan, so the keys are always the same, on every rank."""
-        numbers = super().metrics(prefix)
-        return {**numbers, **{f"{prefix}{layer}/{field}": math.nan for layer in self._bank.silent() for field in self.fields}}
+    def _watched(self) -> list[str]:
+        return self._bank.names()
+
+    def _silent(self) -> list[str]:
+        return self._bank.silent()
+
+    def _find(self, name: str) -> Entry | None:
+        stream = self._bank.find(name)
+        return entry_of(stream) if stream is not None and stream.slots else None
 
     def __getitem__(self, layer: str) -> Any:
         return windows.duplicate(self._entry(layer).statistic)
@@ -347,13 +351,6 @@ class Recorder(Recording):
 
     def _unread(self) -> list[Unread]:
         return self._bank.unread()
-
-    def _resolve(self, layer: str) -> Entry | None:
-        for name in (layer, canonical(layer)):
-            stream = self._bank.find(name) or self._bank.find(self.aliases.get(name, name))
-            if stream is not None:
-                return entry_of(stream) if stream.slots else None
-        return None
 
     def _knows(self, layer: str) -> bool:
         return self._bank.knows(layer)
