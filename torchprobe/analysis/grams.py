@@ -86,10 +86,10 @@ class Grams:
     def __init__(self, model: nn.Module, layers: Sequence[Layer], pooling: Pooling = "flatten", drop: Features | None = None) -> None:
         if pooling not in ("flatten", "mean"):
             raise ValueError(f'pooling is "flatten" or "mean", got {pooling!r}')
-        self.reader = LayerReader(model, layers)
+        self._dropped = _dropped(layers, drop)
+        self.reader = LayerReader(model, layers, features=pooling == "mean" or bool(self._dropped))
         self.pooling = pooling
         self.names = list(self.reader.layers)
-        self._dropped = _dropped(layers, drop)
         self._number = {name: i for i, name in enumerate(self.names)}
         self._rows = torch.empty(0, 0)
         self._indices: dict[tuple[str, torch.device], Tensor] = {}

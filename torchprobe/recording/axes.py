@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from torchprobe.recording.compiled import OwnHook, never_compile_alone
 from torchprobe.recording.layers import Layer, named_layers
-from torchprobe.recording.leaves import hides_children, input_width, is_bare, is_leaf, leaf_dims, typed_dim, width
+from torchprobe.recording.leaves import hides_children, input_width, is_bare, is_leaf, leaf_dims, own_widths, typed_dim, width
 from torchprobe.recording.structure import first_tensor
 
 UNSURE = "unsure"
@@ -177,7 +177,7 @@ class Trail:
         found = [size for leaf in leaves for size in (width(leaf.module), *(n for p in leaf.module.parameters(False) for n in p.shape))]
         following = self._leaves[bisect.bisect_right(self._places, self._place.get(id(layer.module), 0)) :][:1]
         found += [input_width(leaf.module) for leaf in following]
-        found += [size for parameter in layer.module.parameters(False) for size in parameter.shape]
+        found += [size for sizes in own_widths(layer.module) for size in sizes]
         return list(dict.fromkeys(size for size in found if size))
 
     def _decide(self, layer: Layer, x: Tensor | None, shape: tuple[int, ...]) -> Axis:
@@ -196,10 +196,9 @@ class Trail:
             found = self._static(layer, shape)
         if found is not None:
             return self._checked(layer, found, shape, x)
-        own = [size for parameter in module.parameters(False) for size in parameter.shape if size > 1]
-        own_fits = next((fit for size in own if (fit := _fits(shape, size))), [])
-        if len(own_fits) == 1:
-            return Axis(own_fits[0], f"the parameters of {layer.kind}")
+        own = [dim for sizes in own_widths(module) for size in sizes for dim in _fits(shape, size)]
+        if len(set(own)) == 1:
+            return Axis(own[0], f"the parameters of {layer.kind}")
         if not self._leaves:
             return Axis(dims - 1, "convention: no layer of the model says it", sure=False) if dims < 4 else Axis(None, UNSURE)
         return Axis(None, UNSURE)
@@ -268,7 +267,7 @@ class Trail:
         if last.shape == shape:
             axis = Axis(last.dim, f"as {last.name!r}")
             return axis if keeps_shape else _square(axis, shape)
-        if last.width > 1 and len(shape) <= len(last.shape):
+        if last.width > 1 and (len(shape) < len(last.shape) or (len(shape) == len(last.shape) and shape[0] == last.shape[0])):
             fits = [dim for dim in _fits(shape, last.width) if not allowed or dim in allowed]
             if len(fits) == 1:
                 return _square(Axis(fits[0], f"width {last.width} of {last.name!r}"), shape)

@@ -119,14 +119,14 @@ def leaf_dims(module: nn.Module, shape: tuple[int, ...]) -> list[int]:
         long = [index for index, size in enumerate(tensor.shape) if size > 1]
         if tensor.dim() == dims > 2 and len(long) == 1 and shape[long[0]] == tensor.shape[long[0]]:
             return long
-    for sizes in _own_widths(module):
+    for sizes in own_widths(module):
         fits = [index for index in range(1, dims) if shape[index] in sizes]
         if fits:
             return fits if len(fits) == 1 else _by_name(module, fits, dims)
     return []
 
 
-def _own_widths(module: nn.Module) -> Iterator[tuple[int, ...]]:
+def own_widths(module: nn.Module) -> Iterator[tuple[int, ...]]:
     """Sizes that may be the width of the output, those that say it best first."""
     if (own := width(module)) is not None:
         yield (own,)

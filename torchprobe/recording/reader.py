@@ -47,6 +47,7 @@ class LayerReader:
     Args:
         model: any module.
         layers: layers of it, from :func:`torchprobe.recording.select_layers`.
+        features: whether the dimension of the features matters. If not, it is the last one where nothing decides.
 
     Attributes:
         layers: name → layer, in the order given.
@@ -63,8 +64,9 @@ class LayerReader:
     {'0': (2, 4, 8, 8), '1': (2, 4, 8, 8)}
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[Layer], features: bool = True) -> None:
         self.model = model
+        self._features = features
         self.layers = {layer.name: layer for layer in layers}
         if scripted := [name for name, layer in self.layers.items() if isinstance(layer.module, torch.jit.ScriptModule)]:
             raise ValueError(f"layer {scripted[0]!r} is a scripted module, which takes no hooks: give the model before torch.jit.script")
@@ -193,6 +195,8 @@ class LayerReader:
         else:
             axis, first = second_shape(*known, shape), known[1]
         self._axes[layer.name, dims] = axis, first
+        if axis.dim is None and not self._features:
+            return dims - 1
         if axis.dim is None:
             raise ValueError(
                 f"layer {layer.name!r} gives shape {shape}, and it is unsure which of its dimensions holds features: "

@@ -49,7 +49,8 @@ LAYER_COLUMNS = (
     Column("layer", "layer", "name within the model; “(output)” is the output of the model itself", "text"),
     Column("module", "module", "class of the layer", "text"),
     Column("features", "d", "number of features: the length of one vector", "count"),
-    Column("feature_dim", "dim", "the dimension of the layer's output that holds the features", "count"),
+    Column("feature_dim", "dim", "the dimension of the layer's output that holds the features; “unsure” where nothing decides", "count"),
+    Column("feature_dim_by", "dim by", "by what that dimension is known", "text", optional=True),
     Column("vectors", "vectors", "number of activation vectors that were counted", "count"),
     Column("vector_kurtosis", "vector κ", "kurtosis across the features of one vector, mean over vectors"),
     Column("vector_kurtosis_std", "± std", "its standard deviation over vectors"),
@@ -65,8 +66,11 @@ LAYER_COLUMNS = (
     Column("invalid_vectors", "invalid", "vectors excluded because an element is nonfinite", "count", optional=True),
 )
 
+UNSURE = "unsure"
+"""What ``feature_dim_by`` says of a layer where nothing decides; it has no numbers."""
+
 _DISPENSABLE = (
-    *("mean_abs_max", "module", "std", "kurtosis_max", "kurtosis_median", "vector_kurtosis_std"),
+    *("feature_dim_by", "mean_abs_max", "module", "std", "kurtosis_max", "kurtosis_median", "vector_kurtosis_std"),
     *("outlier_features", "feature_dim", "vectors", "vectors_per_image", "features", "vector_kurtosis_median"),
 )
 """The columns that a narrow terminal leaves out, the first one first."""
@@ -119,6 +123,8 @@ def cell(row: Row, column: Column) -> Any:
         return gaussian_kurtosis(int(features)) if features else None
     if column.key == "layer":
         return row.get("layer") or "(output)"
+    if column.key == "feature_dim" and row.get("feature_dim_by") == UNSURE:
+        return UNSURE
     value = row.get(column.key)
     if column.kind in ("index", "count") and isinstance(value, float) and math.isfinite(value):
         return int(value)
@@ -139,16 +145,24 @@ def shown(row: Row, column: Column) -> str:
 
 def shown_columns(rows: Sequence[Row], columns: Iterable[Column] = LAYER_COLUMNS) -> list[Column]:
     """``columns`` without the optional ones that are empty in all rows."""
-    return [c for c in columns if not c.optional or any(shown(row, c) not in ("–", "0") for row in rows)]
+    return [c for c in columns if not c.optional or any(shown(row, c) not in ("–", "0", "") for row in rows)]
 
 
 def statistic_columns(fields: Mapping[str, str]) -> tuple[Column, ...]:
     """The columns of a table of layers whose rows hold these fields (name → help).
 
     >>> [column.key for column in statistic_columns({"zero_share": "share of values that are exactly 0"})]
-    ['layer', 'module', 'features', 'feature_dim', 'zero_share']
+    ['layer', 'module', 'features', 'feature_dim', 'feature_dim_by', 'zero_share']
     """
-    given = {"layer", "module", "features", "feature_dim", *fields, *(["gaussian"] if "vector_kurtosis" in fields else [])}
+    given = {
+        "layer",
+        "module",
+        "features",
+        "feature_dim",
+        "feature_dim_by",
+        *fields,
+        *(["gaussian"] if "vector_kurtosis" in fields else []),
+    }
     known = {column.key for column in LAYER_COLUMNS}
     others = (Column(name, name.replace("_", " "), text) for name, text in fields.items() if name not in known)
     return (*(column for column in LAYER_COLUMNS if column.key in given), *others)
@@ -183,6 +197,8 @@ def layer_table(
     columns = _fitting(shown_columns(rows, columns), rows, width or rich.get_console().width)
     positions = sorted({str(row["positions"]) for row in rows if row.get("positions")})
     caption = f"One vector = the features (along dim) of one position; positions: {', '.join(positions) or 'all'}."
+    if any(row.get("feature_dim_by") == UNSURE for row in rows):
+        note = f"Unsure: nothing says which dimension holds the features; feature_dim= does. {note}"
     caption = f"{caption} {note}".rstrip()
     table = Table(
         title=text(title) if title else None,

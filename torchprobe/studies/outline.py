@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,14 +59,16 @@ def outline(encoder: Encoder, layers: Iterable[str] | None = None) -> list[Layer
     image = encoder.preprocess(Image.new("RGB", (256, 256), (120, 120, 120)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about layers that do not fire; the rows show them
-        with record(encoder, list(modules)) as rec, torch.inference_mode():
+        with record(encoder, lambda name, module: name in modules) as rec, torch.inference_mode():
             encoder(image[None])
-    fired = {row["layer"]: row for row in rec.rows()}
+    fired: dict[str, dict[str, Any]] = {}
+    for row in rec.rows():  # of several tensors the first one; the dimension of the features may be unknown
+        fired.setdefault(row["layer"].partition(":")[0] if row["layer"] not in modules else row["layer"], row)
     rows = []
     for name, module in modules.items():
-        row = LayerOutline(name, module, default=name in default)
-        if seen := fired.get(name):
+        line = LayerOutline(name, module, default=name in default)
+        if (seen := fired.get(name)) and seen["features"] is not None:
             vectors = int(seen["vectors"] + seen["constant_vectors"] + seen["invalid_vectors"])
-            row = LayerOutline(name, module, name in default, seen["features"], seen["feature_dim"], vectors)
-        rows.append(row)
+            line = LayerOutline(name, module, name in default, seen["features"], seen["feature_dim"], vectors)
+        rows.append(line)
     return rows

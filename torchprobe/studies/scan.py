@@ -147,7 +147,7 @@ class Scan:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per layer: the rows of the recording, with ``vectors_per_image``."""
-        counts = [column for column in LAYER_COLUMNS if column.kind == "count"]
+        counts = [column for column in LAYER_COLUMNS if column.kind == "count" and column.key != "feature_dim"]
         rows = []
         for row in self.recording.rows():
             whole = {column.key: cell(row, column) for column in counts}
