@@ -11,7 +11,7 @@ from models import COMPILER_WARNINGS, X, mlp
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.recording import control, hook
+from torchprobe.recording import RecordingWarning, control, stream
 
 
 class Graph:
@@ -19,10 +19,10 @@ class Graph:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: nn.Module, recorder: torchprobe.Recorder, x: Tensor) -> None:
         with monkeypatch.context() as during:
-            during.setattr(hook, "capturing", lambda x: True)
+            during.setattr(stream, "capturing", lambda x: True)
             model(x)
         self.model, self.x = model, x
-        self.states = {name: slot.state for name, hook in recorder._hooks.items() for slot in hook.slots.values()}
+        self.states = {found.name: slot.state for found in recorder._bank.streams() for slot in found.slots.values()}
 
     def replay(self) -> None:
         x = self.x
@@ -56,14 +56,21 @@ def test_replays_count(monkeypatch: pytest.MonkeyPatch, running: tuple[nn.Sequen
 
 
 def test_a_state_is_not_created_in_the_memory_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = mlp()
-    with (
-        pytest.raises(
-            RuntimeError, match="layer '0': it is called for the first time while a CUDA graph is captured: start recording before"
-        ),
-        torchprobe.record(model, "*") as rec,
-    ):
-        Graph(monkeypatch, model, rec, X)
+    model, why = mlp(), "it is called for the first time while a CUDA graph is captured: start recording before"
+    for layers, on_error in (("0", "warn"), ("*", "raise")):
+        with (
+            pytest.raises(RuntimeError, match=f"layer '0': {why}"),
+            torchprobe.record(model, layers, on_error=on_error) as rec,
+        ):
+            Graph(monkeypatch, model, rec, X)
+        assert rec.layers == []
+    with pytest.warns(RecordingWarning) as caught, torchprobe.record(model, "*") as rec:
+        assert not Graph(monkeypatch, model, rec, X).states
+        model(X)
+    first, last = (str(warning.message) for warning in caught)
+    assert f"layer '0' was not read: {why}" in first
+    assert f"'0', '1', '2', '3', '4', '5': 1 call left out: {why}" in last
+    assert {rec[layer].vectors for layer in rec} == {5}
 
 
 def test_replays_during_a_pause_do_not_count(monkeypatch: pytest.MonkeyPatch, running: tuple[nn.Sequential, torchprobe.Recorder]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -378,10 +379,16 @@ def test_errors_in_a_graph_name_the_layer() -> None:
     model = Two()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with (
-        pytest.raises(Exception, match=r"layer 'layer': its activations were 8 features wide and are now 1"),
-        torchprobe.record(model, "layer"),
+        pytest.raises(Exception, match=r"layer 'layer': its activations were 8 wide and are now 1"),
+        torchprobe.record(model, "layer", on_error="raise"),
     ):
         compiled(BATCHES[0])
+    torch.compiler.reset()
+    with pytest.warns(RecordingWarning) as caught, torchprobe.record(model, "layer") as rec:
+        out = compiled(BATCHES[0])
+    assert [bool(re.search("'layer'.*: its activations were 8 wide and are now 1", str(w.message))) for w in caught] == [True, True]
+    assert rec.layers == []
+    torch.testing.assert_close(out, model(BATCHES[0]))
 
 
 def test_export_of_a_recorded_model_leaves_the_operator_out() -> None:
@@ -398,7 +405,7 @@ def test_a_state_is_freed_with_its_recorder() -> None:
     model = Net(depth=1)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     rec = run(compiled, torchprobe.record(model, "**"))
-    state = weakref.ref(next(iter(rec._hooks["blocks.0"].slots.values())).state)
+    state = weakref.ref(next(iter(rec._bank.hooks["blocks.0"].main.slots.values())).state)
     del rec
     gc.collect()
     assert state() is None

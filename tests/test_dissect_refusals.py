@@ -58,9 +58,14 @@ def test_layers_that_cannot_be_read():
             self.volume(x[None])
             return x
 
-    for layer, message in (("unused", "'unused' is not called"), ("text", "gives no tensor"), ("volume", "neither maps, nor tokens")):
+    for layer, feature_dim, message in (
+        ("unused", None, "'unused' is not called"),
+        ("text", None, "gives no tensor"),
+        ("volume", None, "unsure which of its dimensions holds features"),
+        ("volume", 1, "neither maps, nor tokens"),
+    ):
         model = Odd()
-        with LayerReader(model, select_layers(model, layer)) as reader, pytest.raises(ValueError, match=message):
+        with LayerReader(model, select_layers(model, layer, feature_dim)) as reader, pytest.raises(ValueError, match=message):
             find_sites(reader, torch.zeros(1, 3, 8, 8))
 
 

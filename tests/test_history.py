@@ -185,9 +185,9 @@ def on_a_fake_device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReq
     model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(layers)])
     with FakeTensorMode():
         recorder = torchprobe.record(model, "*", keep=keep)
-        for hook in recorder._hooks.values():
-            hook.slots[torch.device("cuda", 0)] = Slot(torchprobe.Moments(6, "cuda:0"))
-            hook.take_place()
+        for stream in recorder._bank.streams():
+            stream.slots[torch.device("cuda", 0)] = Slot(torchprobe.Moments(6, "cuda:0"))
+            stream.take_place()
         yield recorder
 
 

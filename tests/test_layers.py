@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.recording.layers import Layer, canonical, default_feature_dim, named_layers, select_layers
+from torchprobe.recording import RecordingWarning
+from torchprobe.recording.layers import canonical, named_layers, select_layers
+from torchprobe.recording.leaves import leaf_dims, typed_dim
 
 
 class Attention(nn.Module):
@@ -108,7 +110,8 @@ def test_default_layers_of_a_transformer_are_its_blocks_and_itself() -> None:
 def test_default_layers_outermost_only() -> None:
     stage = lambda: nn.Sequential(nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Sequential(nn.ReLU()))  # noqa: E731
     model = nn.ModuleDict({"a": stage(), "b": nn.Sequential(nn.Linear(1, 1), nn.ReLU()), "c": nn.Linear(1, 1)})
-    assert names(nn.Sequential(model)) == ["", "0.a.0", "0.a.1"]
+    assert names(nn.Sequential(model)) == ["", "0.a", "0.b", "0.c"]
+    assert names(nn.Sequential(stage(), nn.Linear(1, 1))) == ["", "0.0", "0.1"]
 
 
 def test_default_layers_of_torchvision_resnet() -> None:
@@ -169,7 +172,7 @@ def test_wrapper_of_an_unknown_kind_keeps_its_own_output() -> None:
     assert layers["module"].module is model.module
     assert layers["blocks.0"].module is model.module.blocks[0]
     with torchprobe.record(model, ["", "module"]) as rec:
-        model(torch.randn(2, 4))
+        model(torch.randn(3, 4))
     assert torch.equal(rec[""].max, 128 * rec["module"].max)
 
 
@@ -178,19 +181,18 @@ def test_a_child_called_module_among_others_is_a_child() -> None:
     assert list(named_layers(model)) == ["", "module", "other"]
 
 
-def layer(module: nn.Module, parent: nn.Module | None = None) -> Layer:
-    return Layer(module, ["x"], parent)
-
-
 def convolutional() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
 
 
 class Norm2d(nn.LayerNorm):
-    pass
+    """A layer norm over the channels of a map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-class LayerNorm2d(nn.LayerNorm):
+class LayerNorm2d(Norm2d):
     pass
 
 
@@ -200,6 +202,7 @@ class LayerNorm2d(nn.LayerNorm):
         (nn.Conv1d(1, 1, 1), 3, 1),
         (nn.Conv2d(1, 1, 1), 4, 1),
         (nn.Conv2d(1, 1, 1), 3, 0),  # without a batch dimension
+        (nn.Conv2d(1, 1, 1), 2, None),
         (nn.Conv3d(1, 1, 1), 5, 1),
         (nn.ConvTranspose2d(1, 1, 1), 4, 1),
         (nn.BatchNorm1d(1), 2, 1),
@@ -208,34 +211,68 @@ class LayerNorm2d(nn.LayerNorm):
         (nn.GroupNorm(1, 1), 4, 1),
         (nn.MaxPool2d(1), 4, 1),
         (nn.AdaptiveAvgPool2d(1), 4, 1),
-        (nn.Linear(1, 1), 4, -1),
-        (nn.LayerNorm(1), 4, -1),
-        (nn.RMSNorm(1), 4, -1),
-        (nn.Embedding(1, 1), 4, -1),
-        (nn.MultiheadAttention(1, 1), 3, -1),
-        (convolutional(), 4, 1),
-        (convolutional(), 2, -1),
-        (convolutional(), 3, -1),
-        (Attention(), 4, -1),
-        (nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(2), nn.LayerNorm(1)), 4, -1),  # the last child decides
-        (nn.Sequential(convolutional(), nn.Dropout()), 4, 1),
-        (Attention(), 2, -1),
-        (LayerNorm2d(1), 4, 1),  # its name says maps, although it is a LayerNorm
-        (Norm2d(1), 4, 1),
+        (nn.Linear(1, 1), 4, 3),
+        (nn.Linear(1, 1), 2, 1),
+        (nn.Linear(1, 1), 1, 0),  # without a batch dimension
+        (nn.LayerNorm(1), 4, 3),
+        (nn.LayerNorm((1, 1)), 4, None),
+        (nn.RMSNorm(1), 4, 3),
+        (nn.Embedding(1, 1), 4, 3),
+        (nn.MultiheadAttention(1, 1), 3, 2),
+        (nn.LSTM(1, 1), 3, 2),
+        (nn.Flatten(), 2, 1),
+        (nn.ReLU(), 4, None),
+        (Attention(), 4, None),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 1, 1)), 4, 1),  # its class is replaced by a subclass
-        (nn.utils.parametrizations.weight_norm(nn.Linear(1, 1)), 4, -1),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(1, 1)), 4, 3),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
-def test_default_feature_dim(module: nn.Module, dims: int, expected: int) -> None:
-    assert default_feature_dim(layer(module), dims) == expected
+def test_the_dimension_by_type(module: nn.Module, dims: int, expected: int | None) -> None:
+    assert typed_dim(module, dims) == expected
 
 
-def test_an_activation_function_follows_its_parent() -> None:
-    relu, maps, tokens = nn.ReLU(), convolutional(), Attention()
-    assert default_feature_dim(layer(relu, maps), 4) == 1
-    assert default_feature_dim(layer(relu, tokens), 4) == -1
-    assert default_feature_dim(layer(relu), 4) == -1
+@pytest.mark.parametrize("norm", [LayerNorm2d, Norm2d])
+def test_a_name_that_says_maps(norm: type[nn.Module]) -> None:
+    """Although it is a LayerNorm, and other dimensions are as wide."""
+    assert leaf_dims(norm(6), (2, 6, 5, 7)) == leaf_dims(norm(6), (2, 6, 6, 6)) == [1]
+    assert leaf_dims(nn.LayerNorm(6), (2, 6, 6, 6)) == [3]
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "expected"),
+    [
+        (convolutional(), (2, 3, 6, 8), 1),
+        (convolutional(), (3, 6, 8), 0),  # without a batch dimension
+        (nn.Sequential(convolutional(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), (2, 3, 6, 8), -1),
+        (nn.Sequential(convolutional(), nn.Flatten(2)), (2, 3, 6, 8), 1),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.LayerNorm(48)), (2, 3, 6, 8), -1),  # the last child decides
+        (nn.Sequential(convolutional(), nn.Dropout()), (2, 3, 6, 8), 1),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), Norm2d(4)), (2, 3, 4, 4), 1),
+        (Attention(), (2, 3, 5, 4), -1),
+        (Attention(), (2, 3, 4), -1),
+        (Attention(), (2, 4), -1),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 5, 1))), (2, 3, 6, 8), 1),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), (2, 5, 6, 3), -1),
+    ],
+)
+def test_the_dimension_of_a_block(module: nn.Module, shape: tuple[int, ...], expected: int) -> None:
+    with torchprobe.record(module, "") as rec:
+        out = module(torch.randn(shape))
+    (row,) = rec.rows()
+    assert (row["feature_dim"], row["features"]) == (expected, out.shape[expected])
+
+
+def test_an_activation_function_follows_what_ran_before_it() -> None:
+    x = torch.randn(2, 3, 6, 8)
+    with torchprobe.record(maps := convolutional(), "1") as rec:
+        maps(x)
+    with torchprobe.record(tokens := nn.Sequential(Attention(), nn.ReLU()), "1") as other:
+        tokens(torch.randn(2, 6, 8, 4))
+    assert (rec.rows()[0]["feature_dim"], other.rows()[0]["feature_dim"]) == (1, -1)
+    with pytest.warns(RecordingWarning, match="unsure"), torchprobe.record(alone := nn.Sequential(nn.ReLU()), "0") as rec:
+        alone(x)
+    assert rec.rows()[0]["feature_dim_by"] == "unsure"
 
 
 def test_feature_dim_is_overridden_and_stated() -> None:
@@ -244,10 +281,11 @@ def test_feature_dim_is_overridden_and_stated() -> None:
     with torchprobe.record(model, "*", feature_dim={"1": -1, "?": 3, "2": 2}) as rec:
         model(x)
     assert [(row["layer"], row["feature_dim"], row["features"]) for row in rec.rows()] == [
-        ("0", 3, 6),
-        ("1", 3, 6),
+        ("0", -1, 6),
+        ("1", -1, 6),
         ("2", 2, 4),
     ]
+    assert {row["feature_dim_by"] for row in rec.rows()} == {"feature_dim="}
     with torchprobe.record(model, "*", feature_dim=1) as rec:
         model(x)
     assert [row["features"] for row in rec.rows()] == [5, 7, 7]

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import pickle
+import re
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Net, activations, batches
+from models import Net, activations, batches, record
 from statistic_kinds import DOCS, Covariance, Extremes, kinds
 from test_recording import Range
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ def saved_and_loaded(rec: torchprobe.Recording, folder: Path, **options: Any) ->
 def test_states_that_are_assigned_keep_their_tensor_and_type() -> None:
     model, data = Net(), batches(3)
     with torchprobe.record(model, "head", statistic=Extremes) as rec:
-        slots = rec._hooks["head"].slots
+        slots = rec._bank.hooks["head"].main.slots
         with torch.inference_mode():
             model(data[0])
             before = slots[torch.device("cpu")].statistic.low
@@ -370,9 +371,15 @@ def test_a_function_that_does_not_make_one_statistic_per_layer(statistic: Any, m
     model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 4))
     with (
         pytest.raises(TypeError, match=rf"layer '\d': statistic=: <lambda> .*{message}"),
-        torchprobe.record(model, "*", statistic=statistic),
+        torchprobe.record(model, "*", statistic=statistic, on_error="raise"),
     ):
         model(batches(1)[0])
+    with pytest.warns(RecordingWarning) as caught:
+        rec = record(model, batches(2), "*", statistic=statistic)  # the run goes on
+    first, last = (str(warning.message) for warning in caught)
+    assert re.search(rf"layer '\d' was not read: statistic=: <lambda> .*{message}", first)
+    assert re.search(rf"1 of 2 layers were not read:\n  '\d': 2 calls left out: statistic=: <lambda> .*{message}", last)
+    assert len(rec) == 1
 
 
 def test_outlier_sigma_reaches_every_class_that_takes_it_or_is_refused() -> None:
@@ -689,7 +696,12 @@ def test_closed_windows_of_another_recording_move_to_the_device_of_the_layer() -
         model = Net()
     rec = torchprobe.record(model, "**", statistic=Total)
     rec.merge(other)
-    assert {slot.closed.device.type for hook in rec._hooks.values() for slot in hook.slots.values()} == {"meta"}
+    assert {slot.closed.device.type for slot in rec._bank.slots()} == {"cpu"}  # nothing can be kept on meta
+    rec = torchprobe.record(Net(), "**", statistic=Total)
+    for name in other:
+        rec._bank.hooks[name].main.allocate(other[name].features, torch.device("meta"), 3)
+    rec.merge(other)
+    assert {slot.closed.device.type for slot in rec._bank.slots()} == {"meta"}
 
 
 @pytest.mark.parametrize("damage", ["width", "part", "history"])
@@ -732,10 +744,10 @@ def test_a_quantile_with_more_memory_than_the_default(tmp_path: Path) -> None:
 
 def test_a_statistic_that_needs_python_is_not_captured() -> None:
     rec = recorded([Moments, Quantile])
-    (slot,) = rec._hooks["head"].slots.values()
+    (slot,) = rec._bank.hooks["head"].main.slots.values()
     with pytest.raises(RuntimeError, match="Several cannot be captured in a CUDA graph, since it needs Python in every call"):
         control.hold(slot, 1)
-    (slot,) = recorded([Moments, Total])._hooks["head"].slots.values()
+    (slot,) = recorded([Moments, Total])._bank.hooks["head"].main.slots.values()
     control.hold(slot, 1)
     assert slot.captured
 
@@ -779,8 +791,9 @@ def test_an_error_of_ones_own_code_names_the_layer_and_is_the_cause_in_the_repor
     rec = torchprobe.record(model, "1", statistic=Typo).start()
     with pytest.raises(RuntimeError, match="layer '1': Typo raised AttributeError: 'Typo' object has no attribute 'totl'"):
         model(torch.ones(2, 3))
-    with pytest.warns(RecordingWarning, match="'1': it could not be read: Typo raised AttributeError"):
+    with pytest.warns(RecordingWarning, match="'1': 1 call left out: Typo raised AttributeError"):
         rec.stop()
+    assert rec.layers == []
 
 
 def test_fields_read_as_attributes() -> None:
@@ -809,6 +822,7 @@ def test_an_empty_window_says_where_the_numbers_are(tmp_path: Path) -> None:
         rec.plot("zero_share")
     rec.save(tmp_path / "run.safetensors")
     zeros.__name__ = "Elsewhere"
+    gc.collect()  # earlier tests have defined this class, too
     try:
         gc.collect()  # the class of the same name that another test has made
         with pytest.raises(ValueError, match=r"load\(path, statistic=\[Moments, Zeros\]\)"):

@@ -13,7 +13,7 @@ from models import Net, activations, assert_equal, batches, record
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.recording import RecordingWarning, recorder
+from torchprobe.recording import RecordingWarning, bank, recorder
 from torchprobe.statistics import Moments, Norms, Quantile, Saturation, Sparsity, TopInputs
 from torchprobe.statistics.moments import FIELDS
 
@@ -97,9 +97,10 @@ def test_what_is_read_is_a_copy() -> None:
 def test_rows_table_and_plot() -> None:
     rec = record(Net(), batches(2))
     (row, *_, last) = rec.rows()
-    assert list(row) == ["layer", "module", "features", "feature_dim", "positions", *FIELDS]
+    assert list(row) == ["layer", "module", "of", "features", "feature_dim", "feature_dim_by", "positions", *FIELDS]
     assert (row["layer"], row["module"], row["features"], row["feature_dim"]) == ("blocks.0", "Linear", 6, -1)
-    assert last["layer"] == ""
+    assert (row["of"], row["feature_dim_by"]) == ("output", "Linear")
+    assert (last["layer"], last["feature_dim_by"]) == ("", "the output of 'head'")
     assert row["vector_kurtosis"] == rec["blocks.0"].vector_kurtosis
     assert row["kurtosis_max"] == float(rec["blocks.0"].kurtosis.max())
     assert rec.table().row_count == 4
@@ -111,8 +112,9 @@ def test_rows_table_and_plot() -> None:
 @pytest.mark.parametrize("statistic", [Moments, [Moments, Sparsity], Quantile])
 def test_reading_all_layers_takes_one_step_for_each(statistic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    entry = recorder._entry
-    monkeypatch.setattr(recorder, "_entry", lambda hook: made.append(hook.layer.name) or entry(hook))
+    entry = bank.entry_of
+    for place in (bank, recorder):
+        monkeypatch.setattr(place, "entry_of", lambda stream: made.append(stream.name) or entry(stream))
     for depth in (5, 40):
         model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(depth)])
         model.add_module("again", model[0])
@@ -304,7 +306,7 @@ def test_paused_and_modes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"of": "outputs"}, ValueError, "of must be one of 'output', 'input', 'gradient'; got 'outputs'"),
+        ({"of": "outputs"}, ValueError, "of must be one of 'output', 'input', 'gradient', 'weight', 'weight_gradient'; got 'outputs'"),
         ({"positions": "cls"}, ValueError, "positions must be one of 'all', 'class', 'patch', 'mean'"),
         ({"when": "test"}, ValueError, "when must be one of"),
         ({"every": 0}, ValueError, "every must be a whole number of at least 1"),
@@ -320,11 +322,16 @@ def test_arguments_out_of_range(arguments: dict[str, Any], error: type[Exception
         torchprobe.record(lambda x: x)  # type: ignore[arg-type]
 
 
-def test_positions_of_sequence_first_attention_are_refused() -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16)
-    with pytest.raises(ValueError, match="its attention has batch_first=False"):
-        torchprobe.record(layer, "", positions="class")
-    torchprobe.record(layer, "", positions="all")
+@pytest.mark.parametrize("tokens", [5, 3])  # as many as inputs, too
+@pytest.mark.parametrize("positions", ["all", "class", "patch", "mean"])
+def test_positions_of_sequence_first_attention(positions: str, tokens: int) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16).eval()
+    x = torch.randn(tokens, 3, 8)
+    with torchprobe.record(layer, ["", "linear1"], positions=positions) as rec:
+        out = layer(x).detach().double()
+    chosen = {"all": out, "class": out[:1], "patch": out[1:], "mean": out.mean(0)}[positions].flatten(0, -2)
+    assert rec[""].vectors == rec["linear1"].vectors == len(chosen)
+    np.testing.assert_allclose(rec[""].mean, chosen.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_start_and_stop_without_with() -> None:
@@ -408,7 +415,16 @@ def test_a_class_of_the_earlier_protocol() -> None:
     other.load_state_dict(rec.state_dict())
     assert torch.equal(other["head"].state, rec["head"].state)
     assert rec.metrics() == {}
-    assert rec.rows() == [{"layer": "head", "module": "Linear", "features": 4, "feature_dim": -1, "positions": "all"}]
+    (row,) = rec.rows()
+    assert row == {
+        "layer": "head",
+        "module": "Linear",
+        "of": "output",
+        "features": 4,
+        "feature_dim": -1,
+        "feature_dim_by": "Linear",
+        "positions": "all",
+    }
     rec.snapshot(0)
     assert torch.equal(rec.total["head"].state, other["head"].state)
     with pytest.raises(ValueError, match="Range.update takes no mask"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from models import Calls, X, hooks_on, mlp, report
 from torch import Tensor, nn
 
 import torchprobe
+from torchprobe.recording import RecordingWarning
+from torchprobe.recording.structure import first_tensor, named_tensors
 
 
 def test_a_layer_called_several_times_counts_every_call() -> None:
@@ -55,8 +58,11 @@ class Output:
 def test_the_first_floating_point_tensor_of_structured_outputs(wrap: Callable[[Tensor], Any]) -> None:
     model = Calls(lambda self, x: wrap(x * 1))
     with torchprobe.record(model, "") as outputs, torchprobe.record(model, "", of="gradient") as gradients:
-        first = torchprobe.recording.tensors.first_tensor(model(X.clone().requires_grad_()))
-        (first * 3).sum().backward()
+        found = model(X.clone().requires_grad_())
+        loss = (first_tensor(found) * 3).sum()
+        for _, x in named_tensors(found)[1:]:
+            loss = loss + 5 * x.sum()
+        loss.backward()
     assert torch.equal(outputs[""].max, X.double().amax(0))
     assert torch.equal(gradients[""].max, torch.full((6,), 3.0, dtype=torch.float64))
 
@@ -132,12 +138,28 @@ def test_integers_of_a_default_layer_are_skipped_and_reported() -> None:
 
 
 def test_a_width_that_changes() -> None:
-    model = Calls(lambda self, x: self.layer(x), layer=nn.Identity())
-    with torchprobe.record(model, "layer") as rec:
-        model(X)
-        with pytest.raises(ValueError, match=r"layer 'layer': its activations were 6 features wide and are now 5: .*feature_dim"):
-            model(X[:, :5])
-    assert rec["layer"].vectors == 5
+    """If a layer declares its width, calls of another one are left out. If not, it may count no features at all, and nothing is kept."""
+
+    class Half(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[:, : 6 if len(x) == 5 else 3]
+
+    for layer, reason, vectors in (
+        (Half(6, 6), "its activations were 6 features wide and are now 3: .*feature_dim", 10),
+        (nn.Identity(), "its activations were 6 wide and are now 3, so this does not count features, and what was read is dropped", 0),
+    ):
+        model = Calls(lambda self, x: self.layer(x if len(x) == 5 or type(self.layer) is Half else x[:, :3]), layer=layer)
+        with pytest.raises(ValueError, match=f"layer 'layer': {reason}"), torchprobe.record(model, "layer", on_error="raise"):
+            model(X)
+            model(X[:4])
+        with pytest.warns(RecordingWarning) as caught, torchprobe.record(model, "layer") as rec:
+            for x in (X, X[:4], X):
+                model(x)
+        first, last = (str(warning.message) for warning in caught)
+        assert re.search(f"layer 'layer' was not read: {reason}", first)
+        left_out = "1 call" if vectors else "2 calls"
+        assert re.search(f"'layer': {left_out} left out: {reason}", last)
+        assert [rec[name].vectors for name in rec] == ([vectors] if vectors else [])
 
 
 def test_a_loss_before_the_logits_is_skipped() -> None:
@@ -237,12 +259,15 @@ def test_nested_tensors_are_read_value_by_value() -> None:
 
 def test_vmap_is_refused() -> None:
     model = nn.Linear(6, 6)
-    with torchprobe.record(model, "") as rec:
-        for _ in range(2):  # before the state exists, and after
-            with pytest.raises((ValueError, RuntimeError), match="layer '': .*vmap"):
-                torch.func.vmap(model)(X)
-            model(X)
+    with pytest.warns(RecordingWarning) as caught, torchprobe.record(model, "") as rec:
+        with pytest.raises((ValueError, RuntimeError), match="layer '': .*vmap"):
+            torch.func.vmap(model)(X)  # before the state exists
+        model(X)
+        out = torch.func.vmap(model)(X)  # and after
+        model(X)
     assert rec[""].vectors == 10
+    torch.testing.assert_close(out, model(X))
+    assert ["vmap" in str(warning.message) for warning in caught] == [True, True]
 
 
 def test_functional_call_and_functional_gradients() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -26,6 +27,8 @@ _INPUT_WIDTHS = ("in_features", "in_channels", "num_features", "nx", "normalized
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module says something of its output: it has a known type, or parameters and no children."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     if isinstance(module, _FAST) or leaf_type(module) in _MAPS:
         return True
     return not _children(module) and any(True for _ in own_widths(module))

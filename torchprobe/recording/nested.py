@@ -56,7 +56,7 @@ def vectors(x: Any, feature_dim: int, positions: str) -> tuple[Tensor, Tensor | 
 def _jagged(x: Any, feature_dim: int, positions: str) -> tuple[Tensor, Tensor | None]:
     """One buffer holds all parts; offsets say where each begins, and lengths how much of it counts."""
     ragged = x._ragged_idx
-    buffer = x._values.movedim((ragged - 1, feature_dim - 1), (0, -1))  # (rows, …, features)
+    buffer = x.values().movedim((ragged - 1, feature_dim - 1), (0, -1))  # (rows, …, features)
     lengths = x.lengths()
     if positions == "all" and lengths is None:
         return buffer.flatten(0, -2), None

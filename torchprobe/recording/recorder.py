@@ -133,8 +133,8 @@ class Recorder(Recording):
                 self._undo.extend(handle.remove for handle in diagnosis.watch(root, self._witness))
             if any(hook.of != "gradient" for hook in self._bank.hooks.values()):
                 self._undo.extend(compiled.watch_recomputation(model, functools.partial(_keep_traced, self._bank)))
-            self._control.trail.open()
             self._undo.append(self._control.trail.close)
+            self._control.trail.open()
             for hook in self._bank.hooks.values():
                 module = hook.layer.alive
                 if module is not None and takes_hooks(module):
@@ -344,7 +344,7 @@ class Recorder(Recording):
         return entry_of(stream) if stream is not None and stream.slots else None
 
     def __getitem__(self, layer: str) -> Any:
-        return windows.duplicate(self._entry(layer).statistic)
+        return windows.duplicate(super().__getitem__(layer))
 
     def _entries(self) -> list[Entry]:
         return self._bank.entries()

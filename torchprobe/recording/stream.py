@@ -111,7 +111,7 @@ class Stream:
             if self.direct and not control.masks:
                 slot, dim = self.slots.get(x.device), self.dims.get(x.dim())
                 if slot is not None and dim is not None and is_ordinary(x):
-                    if x.is_cuda and capturing(x):
+                    if capturing(x):
                         hold(slot, control.every)
                     _observe_now(slot.state, x, dim, slot.sigma, control.every)
                     return
@@ -157,9 +157,10 @@ class Stream:
         return self._pattern[1]
 
     def readable(self, dims: int) -> bool:
-        """Whether there are the requested positions. If not, a layer that the user did not name is left out, and reported at the end."""
+        """Whether there are features and the requested positions. If not, a layer that the user did not name is reported at the end."""
         positions = self.positions
-        if self.layer.explicit or self.control.strict or positions == "all" or dims > 2 or (positions != "patch" and dims == 2):
+        there = dims > 2 or (positions == "all" and dims > 0) or (positions != "patch" and dims == 2)
+        if there or self.layer.explicit or self.control.strict:
             return True
         self.skipped |= Skipped.NO_POSITIONS if dims else Skipped.NO_TENSOR
         return False
