@@ -114,7 +114,8 @@ class Recorder(Recording):
         self._model = weakref.ref(model)
         self._witness = diagnosis.Witness()
         self._undo: list[Callable[[], object]] = []
-        self._abandon = weakref.finalize(self, _abandon, self._control, self._undo)  # a recorder that is deleted removes its hooks
+        # A recorder that is deleted removes its hooks. Nothing here may lead to the recorder, not even through the module of a statistic.
+        self._abandon = weakref.finalize(self, _abandon, weakref.ref(self._control), self._undo)
         self._abandon.atexit = False
 
     # -- starting and stopping -----------------------------------------------------------------------------------------
@@ -377,10 +378,11 @@ def _keep_traced(bank: Bank, modules: set[int]) -> Callable[[], None]:
     return control.keep_contents([slot for hook in hooks for stream in hook.streams.values() for slot in stream.slots.values()], True)
 
 
-def _abandon(state: Control, undo: list[Callable[[], object]]) -> None:
+def _abandon(reference: weakref.ref[Control], undo: list[Callable[[], object]]) -> None:
     """What remains to be done when a running recorder is deleted."""
-    state.live = False
-    state.update()
+    if (state := reference()) is not None:
+        state.live = False
+        state.update()
     while undo:
         undo.pop()()
 
