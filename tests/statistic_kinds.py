@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.statistics import FEATURES, Moments, Quantile, State, Statistic, TopInputs
+from torchprobe.statistics import FEATURES, Moments, Norms, Quantile, Saturation, Sparsity, State, Statistic, TopInputs
 
+RANGE = {"low": -0.4, "high": 0.7, "tolerance": 0.05}
+"""Some activations of the tests lie on either side of its ends."""
 DOCS = Path(__file__).parents[1] / "docs" / "statistics.md"
 
 
@@ -101,11 +103,14 @@ def kinds() -> dict[str, Kind]:
         "covariance": Kind("Covariance", Covariance, [Covariance], _covariance, ["vectors", "largest variance"]),
         "quantile": Kind("Quantile", lambda features, device: Quantile(features, 0.1, device), [Quantile], _quantile, ["quantile max"]),
         "top inputs": Kind("TopInputs", functools.partial(TopInputs, k=3), [TopInputs], _top, ["score max"]),
+        "norms": Kind("Norms", Norms, [Norms], _norms, ["norm mean", "rms max"]),
+        "sparsity": Kind("Sparsity", Sparsity, [Sparsity], _sparsity, ["zero share", "dead features"]),
+        "saturation": Kind("Saturation", functools.partial(Saturation, **RANGE), [Saturation], _saturation, ["saturated", "saturated low"]),
         "several": Kind(
             "Moments+Zeros+Quantile",
             [Moments, zeros, functools.partial(Quantile, quantile=0.1)],
             [Moments, zeros, Quantile],
-            lambda x: {**_moments(x), **_zeros(x), **_quantile(x)},
+            lambda x: {**_zeros(x), **_moments(x), **_quantile(x)},  # the second dead_features is called Zeros.dead_features
             ["vector κ", "zero share", "quantile max"],
         ),
     }
@@ -114,7 +119,15 @@ def kinds() -> dict[str, Kind]:
 def _moments(x: np.ndarray) -> dict[str, float]:
     d = x - x.mean(1, keepdims=True)
     kurtosis = (d**4).mean(1) / (d**2).mean(1) ** 2
-    return {"vectors": len(x), "vector_kurtosis": kurtosis.mean(), "std": np.sqrt(x.var(0).mean()), "max": x.max()}
+    return {
+        "vectors": len(x),
+        "vector_kurtosis": kurtosis.mean(),
+        "std": np.sqrt(x.var(0).mean()),
+        "max": x.max(),
+        "abs_max": abs(x).max(),
+        "rms": np.sqrt((x**2).mean()),
+        "dead_features": (x == 0).all(0).mean(),
+    }
 
 
 def _zeros(x: np.ndarray) -> dict[str, float]:
@@ -127,6 +140,27 @@ def _extremes(x: np.ndarray) -> dict[str, float]:
 
 def _covariance(x: np.ndarray) -> dict[str, float]:
     return {"vectors": len(x), "largest_variance": np.linalg.eigvalsh(np.cov(x.T, bias=True))[-1]}
+
+
+def _norms(x: np.ndarray) -> dict[str, float]:
+    norms = np.linalg.norm(x, axis=1)
+    rms = np.sqrt((x**2).mean(1))
+    return {"norm_mean": norms.mean(), "norm_max": norms.max(), "rms_mean": rms.mean(), "rms_max": rms.max(), "invalid_vectors": 0}
+
+
+def _sparsity(x: np.ndarray) -> dict[str, float]:
+    return {"zero_share": (x == 0).mean(), "dead_features": (x == 0).all(0).mean()}
+
+
+def _saturation(x: np.ndarray) -> dict[str, float]:
+    margin = RANGE["tolerance"] * (RANGE["high"] - RANGE["low"])
+    low, high = x <= RANGE["low"] + margin, x >= RANGE["high"] - margin
+    return {
+        "saturated": (low | high).mean(),
+        "saturated_low": low.mean(),
+        "saturated_high": high.mean(),
+        "saturated_features": ((low | high).mean(0) >= 0.95).mean(),
+    }
 
 
 def _quantile(x: np.ndarray) -> dict[str, float]:

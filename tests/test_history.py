@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import torchprobe
 from torchprobe.recording import transfer
 from torchprobe.recording.control import Slot
-from torchprobe.statistics.moments import FIELDS
 
 
 class Copies(torch.utils._python_dispatch.TorchDispatchMode):
@@ -195,7 +196,7 @@ def test_one_copy_for_metrics_and_none_that_waits_for_windows(on_a_fake_device: 
     rec = on_a_fake_device
     with Copies() as seen:
         numbers = rec.metrics()
-    assert len(numbers) == len(rec) * len(FIELDS)
+    assert len(numbers) == len(rec) * 5
     assert seen.to_host == [True]  # one, which waits
     with Copies() as seen:
         for step in range(transfer.BLOCK - 1):
@@ -312,16 +313,35 @@ def test_a_bounded_history_is_saved_and_resumed(tmp_path: Any) -> None:
 def test_steps_are_finite_numbers(tmp_path: Any) -> None:
     model = Net()
     with torchprobe.record(model, "head") as rec:
-        for step in (np.int64(3), np.float32(4.5), 5):
+        steps = [np.int64(3), np.float32(4.5), 5, np.uint8(6), np.float16(7.5), np.array(8), np.array(9.5), torch.tensor(10)]
+        steps += [torch.tensor(11.5, requires_grad=True), torch.tensor(12, dtype=torch.uint8), torch.tensor(13.5, dtype=torch.bfloat16)]
+        steps += [Fraction(29, 2), 10**300]
+        for step in steps:
             model(batches(1)[0])
             rec.snapshot(step)
-        for wrong in (True, "6", math.inf, None):
+        wrong = [
+            True,
+            "6",
+            math.inf,
+            None,
+            np.bool_(True),
+            1j,
+            np.array([3]),
+            torch.tensor([3]),
+            torch.tensor(True),
+            torch.tensor(math.nan),
+        ]
+        wrong += [10**400, -(10**309), 1.5e308, Decimal(3), torch.nn.Linear(1, 1), torch.tensor(1j), np.datetime64("2026")]
+        for step in wrong:
             with pytest.raises(TypeError, match="a step is a finite number, got"):
-                rec.snapshot(wrong)
-    assert rec.history.steps == [3, 4.5, 5]
-    assert [type(step) for step in rec.history.steps] == [int, float, int]
+                rec.snapshot(step)
+        with pytest.raises(TypeError, match=r"got a tensor on meta, and reading it would wait: pass step.item\(\)"):
+            rec.snapshot(torch.tensor(3, device="meta"))
+    plain = [3, 4.5, 5, 6, 7.5, 8, 9.5, 10, 11.5, 12, 13.5, 14.5, 10**300]
+    assert rec.history.steps == plain
+    assert [type(step) for step in rec.history.steps] == [type(step) for step in plain]
     rec.save(tmp_path / "run.safetensors")
-    assert torchprobe.load(tmp_path / "run.safetensors").history.steps == [3, 4.5, 5]
+    assert torchprobe.load(tmp_path / "run.safetensors").history.steps == plain
 
 
 @pytest.mark.parametrize("keep", [0, -1, 2.0, True, "all"])

@@ -159,7 +159,7 @@ def test_attention_weights_by_a_hook_of_the_user() -> None:
     handle = model.attn.register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "need_weights": True, "average_attn_weights": False}), with_kwargs=True
     )
-    with torchprobe.record(model, "attn", select=lambda out: out[1]) as rec:
+    with torchprobe.record(model, "attn", select=lambda out: out[1], feature_dim=-1) as rec:
         out = model(X[None])
     handle.remove()
     torch.testing.assert_close(out, plain)

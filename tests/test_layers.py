@@ -110,7 +110,8 @@ def test_default_layers_of_a_transformer_are_its_blocks_and_itself() -> None:
 def test_default_layers_outermost_only() -> None:
     stage = lambda: nn.Sequential(nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Sequential(nn.ReLU()))  # noqa: E731
     model = nn.ModuleDict({"a": stage(), "b": nn.Sequential(nn.Linear(1, 1), nn.ReLU()), "c": nn.Linear(1, 1)})
-    assert names(nn.Sequential(model)) == ["", "0.a.0", "0.a.1"]
+    assert names(nn.Sequential(model)) == ["", "0.a", "0.b", "0.c"]
+    assert names(nn.Sequential(stage(), nn.Linear(1, 1))) == ["", "0.0", "0.1"]
 
 
 def test_default_layers_of_torchvision_resnet() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.statistics.moments import FIELDS
+from torchprobe.statistics import Moments
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "logging"
 X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
 
 
 def keys(layers: list[str]) -> set[str]:
-    return {f"act/{layer}/{field}" for layer in layers for field in FIELDS}
+    return {f"act/{layer}/{field}" for layer in layers for field in Moments.metric_fields}
 
 
 def test_jsonl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -40,9 +40,10 @@ def test_jsonl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:
         assert set(line) == {"step"} | keys(["0", "1", "2", "3", "4"])
-        assert line["act/2/vectors"] == 64
-        assert line["act/4/outlier_features"] is None  # too narrow to have any, so nan, which JSON does not have
+        assert line["act/2/nonfinite"] == 0
         assert line["act/2/vector_kurtosis"] > 1
+    example("to_jsonl.py").write(tmp_path / "run.jsonl", 7, {"a": math.nan, "b": math.inf, "c": 1.5})
+    assert (tmp_path / "run.jsonl").read_text().endswith('\n{"step": 7, "a": null, "b": null, "c": 1.5}\n')  # JSON has no nan
 
 
 def test_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -53,8 +54,8 @@ def test_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert set(events.Tags()["scalars"]) == keys(["0", "1", "2", "3", "4"])
-    assert [(e.step, e.value) for e in events.Scalars("act/2/vectors")] == [(3, 96.0), (6, 96.0)]
-    assert all(math.isnan(e.value) for e in events.Scalars("act/4/outlier_features"))
+    assert [(e.step, e.value) for e in events.Scalars("act/2/nonfinite")] == [(3, 0.0), (6, 0.0)]
+    assert all(e.value > 1 for e in events.Scalars("act/4/vector_kurtosis"))
 
 
 # -- Lightning -----------------------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def test_keys_are_the_same_before_and_after_a_layer_fires_for_the_first_time() -
             rec.snapshot(step)
     assert {frozenset(numbers) for numbers in seen} == {frozenset(key[4:] for key in keys(["blocks.0", "blocks.1", "blocks.2"]))}
     assert all(type(value) is float for numbers in seen for value in numbers.values())
-    assert [numbers["blocks.1/vectors"] for numbers in seen[1:]] == pytest.approx([math.nan, 24.0, math.nan], nan_ok=True)
+    assert [numbers["blocks.1/nonfinite"] for numbers in seen[1:]] == pytest.approx([math.nan, 0.0, math.nan], nan_ok=True)
 
 
 def test_a_layer_without_recorded_values_has_no_keys() -> None:

@@ -14,7 +14,9 @@ from oracle import assert_close, moments
 
 from torchprobe import Moments
 from torchprobe.ops import layout
+from torchprobe.ops.observe import new_state
 from torchprobe.statistics import Statistic
+from torchprobe.statistics.moment_fields import sorted_median
 from torchprobe.statistics.moments import FIELDS, summarize
 
 
@@ -174,6 +176,72 @@ def test_summary_of_several_layers_is_the_summary_of_each():
         np.testing.assert_equal(f["mean_abs_max"], float(m.mean_abs.max()))
         np.testing.assert_equal(f["min"], float(m.min.min()))
     assert together[1, FIELDS.index("outlier_features")] == 1
+
+
+HARD = {
+    "ordinary": torch.randn(300, 9),
+    "far from zero": torch.randn(300, 9) * 0.1 + 1e4,
+    "negative": -torch.rand(300, 9),
+    "large": torch.randn(300, 9) * 1e30,
+    "small": torch.randn(300, 9) * 1e-30,
+    "denormal": torch.full((300, 9), 1e-44),
+    "one value": torch.tensor([[-3.0] + 8 * [0.0]]),
+    "scales that differ": torch.randn(300, 9) * torch.logspace(-30, 30, 9),
+    "nan and inf": torch.randn(300, 9).masked_fill(torch.rand(300, 9) < 0.2, math.nan).masked_fill(torch.rand(300, 9) < 0.2, -math.inf),
+    "half precision": (torch.randn(300, 9) * 1e4).half(),
+    "dead features": torch.randn(300, 9).clamp(min=0) * torch.tensor([1, 0, 1, 0, 0, 1, 1, 1, -0.0]),
+    "all dead": torch.zeros(300, 9),
+    "large float64": torch.randn(300, 9, dtype=torch.float64) * 1e70,
+    "small float64": torch.randn(300, 9, dtype=torch.float64) * 1e-70,
+}
+
+
+@pytest.mark.parametrize("x", HARD.values(), ids=HARD.keys())
+def test_fields_over_everything_against_all_values(x):
+    parts = [observed(part) for part in x.split(70)]
+    m = parts[0]
+    for part in parts[1:]:
+        m.merge(part)
+    rows = x.double().numpy()
+    finite = rows[np.isfinite(rows)]
+    unit = abs(finite).max() or 1.0
+    assert m.abs_max == abs(finite).max()
+    assert m.rms == pytest.approx(unit * np.sqrt(((finite / unit) ** 2).mean()), rel=1e-6, abs=0)
+    assert m.dead_features == np.mean([(column[np.isfinite(column)] == 0).all() for column in rows.T])
+
+
+def test_fields_over_everything_are_nan_where_nothing_finite_was_seen():
+    for m in (Moments(3), observed(torch.full((2, 3), math.nan))):
+        assert all(math.isnan(m.summary()[name]) for name in ("abs_max", "rms", "dead_features"))
+    one = observed(torch.tensor([[math.nan, 0.0, 0.0, 1.0], [math.inf, 0.0, 2.0, 1.0]]))
+    assert (one.abs_max, one.rms, one.dead_features) == (2.0, math.sqrt(6 / 6), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "mean", "m2", "rms"),
+    [
+        (1e300, 1e300, 1e300, 0.0, 1e300),  # the square does not fit
+        (-1e-300, -1e-300, -1e-300, 0.0, 1e-300),
+        (-1e150, 1e150, 0.0, 4e300, 1e150),
+        (-1e-150, 1e-150, 0.0, 4e-300, 1e-150),
+        (-1e-170, 1e-170, 0.0, 0.0, math.nan),  # the state itself has lost the squares: not 0
+        (-1e170, 1e170, 0.0, math.inf, math.nan),
+    ],
+)
+def test_rms_at_the_ends_of_float64(low, high, mean, m2, rms):
+    state = new_state(2)
+    rows = dict(zip(layout.ROWS, layout.rows(state), strict=True))
+    for name, value in {"count": 4, "min": low, "max": high, "mean": mean, "m2": m2}.items():
+        rows[name].fill_(value)
+    assert summarize(state[None], 2)[0, FIELDS.index("rms")].item() == pytest.approx(rms, rel=1e-14, abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (4, 7), (2, 8), (24, 768)])
+def test_the_median_for_a_gpu_is_that_of_pytorch(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    x = x.masked_fill(torch.rand(shape) < 0.3, math.nan).masked_fill(torch.rand(shape) < 0.1, math.inf)
+    x[0] = math.nan
+    assert torch.equal(sorted_median(x).nan_to_num(7.0), x.nanmedian(-1).values.nan_to_num(7.0))
 
 
 def test_repr_is_one_complete_line():

@@ -22,7 +22,19 @@ from torch import Tensor, nn
 
 import torchprobe
 from torchprobe.recording import RecordingWarning, control
-from torchprobe.statistics import FEATURES, DynamicStatistic, Moments, Quantile, Several, State, Statistic, TopInputs
+from torchprobe.statistics import (
+    FEATURES,
+    DynamicStatistic,
+    Moments,
+    Norms,
+    Quantile,
+    Saturation,
+    Several,
+    Sparsity,
+    State,
+    Statistic,
+    TopInputs,
+)
 
 
 class Total(Statistic):
@@ -151,7 +163,8 @@ def test_a_class_may_have_its_own_vectors() -> None:
 
 
 def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
-    statistic = [Moments, Total, functools.partial(Quantile, quantile=0.3, memory=1 << 14), TopInputs]
+    quantile = functools.partial(Quantile, quantile=0.3, memory=1 << 14)
+    statistic = [Moments, Total, quantile, TopInputs, Norms, Sparsity, Saturation]
     model, x = net(), torch.randn(400, 3, 6, generator=torch.Generator().manual_seed(0))
     x[0, 0, 0] = torch.nan
     results = []
@@ -165,8 +178,30 @@ def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
             loaded = saved_and_loaded(rec, tmp_path)
             loaded.merge(rec.total)
             arrays = rec.history.values, rec.history.histograms, rec.history.bin_edges
-            results.append(repr((rec.total.rows(), loaded.rows(), [array.tolist() for array in arrays])))
+            metrics = rec.metrics(fields="all"), repr(rec), repr(rec.total)
+            results.append(repr((rec.total.rows(), loaded.rows(), metrics, [array.tolist() for array in arrays])))
     assert results[0] == results[1]
+
+
+def test_plots_and_summaries_do_not_use_the_default_device() -> None:
+    pytest.importorskip("matplotlib")
+    rec = recorded(Moments, 2)
+    rec.snapshot(0)
+    model = net()
+    for device in ("cpu", "meta"):
+        torch.set_default_device(device)
+        try:
+            assert rec.history.bin_edges[[0, 8, -1]].tolist() == [1, 2, 2**18]
+            for figure in (rec.history.plot_layer("head"), rec.history.plot(), rec.plot(), rec.plot("history")):
+                assert figure.axes
+            assert repr(rec.table())
+            rec.total["head"].vector_kurtosis_quantile(0.5)
+            state = rec.state_dict()
+            copy = torchprobe.record(model, "**")
+            copy.load_state_dict(state)
+        finally:
+            torch.set_default_device(None)
+        assert repr(copy.total.rows()) == repr(rec.total.rows())  # nan included
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -264,6 +299,11 @@ def _no_device(self: Any, features: int, scale: float = 2.0) -> None:
     Statistic.__init__(self, features)
 
 
+def _needs_a_limit(self: Any, features: int, limit: float, device: Any = None, *, outlier_sigma: float) -> None:
+    Total.__init__(self, features, device)
+    self.limit, self.outlier_sigma = limit, outlier_sigma
+
+
 def _keeps_nothing(self: Any, features: int, device: Any = None, limit: float = 2.0) -> None:
     Statistic.__init__(self, features, device)
 
@@ -285,6 +325,7 @@ ONE = Total(16)
         (variant(fields={"features": "width"}), "a field 'features', which is a column of every table"),
         (variant(headline="nope"), "shows 'nope', which is not among its fields: total_sum"),
         (variant(table_fields=("nope",)), "shows 'nope'"),
+        (variant(metric_fields=("nope",)), "shows 'nope'"),
         (variant(summarize=lambda self, states: {"total_sum": states["total"].mean()}), r"shape \(3,\) for 3 layers; 'total_sum' is"),
         (variant(summarize=lambda self, states: {"total_sum": 1.0}), "'total_sum' is float"),
         (variant(summarize=lambda self, states: {}), "'total_sum' is NoneType"),
@@ -294,6 +335,14 @@ ONE = Total(16)
         (variant(Covariance, merge_states=lambda self, a, b: {k: a[k].sum(0) for k in a}), "Bad.merge_states made n torch.float64"),
         (variant(__init__=_no_device), r"Bad must take \(features, device\)"),
         (functools.partial(variant(__init__=_no_device), scale=1.0), r"Bad must take \(features, device\)"),
+        (variant(__init__=_needs_a_limit), r"Bad needs limit: pass functools.partial\(Bad, limit=…\)"),
+        (
+            functools.partial(Quantile, 0.01),
+            r"must name the arguments: functools.partial\(Quantile, quantile=0.01\)",
+        ),
+        (functools.partial(TopInputs, 5, "mean"), r"functools.partial\(TopInputs, k=5, score='mean'\)"),
+        (Quantile(16), r"pass the class Quantile, or functools.partial\(Quantile, …\) with its arguments, not Quantile\(16 features"),
+        ([Moments, TopInputs(16)], "pass the class TopInputs, or"),
         (variant(__init__=_keeps_nothing), "Bad takes 'limit' but does not keep it: set self.limit"),
         (variant(__init__=_keeps_a_function), "limit of Bad is builtin_function_or_method, but a state_dict holds"),
         (variant(__init__=lambda self, features, device=None: None), "must call super"),
@@ -302,7 +351,7 @@ ONE = Total(16)
         ([Moments, Range], "Range must be derived from torchprobe.statistics.Statistic to be in a list"),
         ([Moments, [Total]], "takes a class, a function"),
         (variant(DynamicStatistic), "must define"),
-        (lambda features, device: variant(Norms, setup=lambda self: {"features": {}})(features), "Bad was tried .* unhashable type"),
+        (lambda features, device: variant(Lengths, setup=lambda self: {"features": {}})(features), "Bad was tried .* unhashable type"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:torchprobe. Range is not a subclass:DeprecationWarning")
@@ -345,6 +394,24 @@ def test_outlier_sigma_reaches_every_class_that_takes_it_or_is_refused() -> None
             torchprobe.record(Net(), statistic=statistic, outlier_sigma=1.5)
 
 
+@pytest.mark.parametrize("statistic", [Quantile, TopInputs, Norms, Sparsity, Saturation, [Quantile, TopInputs]])
+def test_a_class_whose_other_arguments_have_defaults_is_enough(statistic: Any, tmp_path: Path) -> None:
+    rec = recorded(statistic)
+    x = activations(net(), batches(1))["head"]
+    quantile = rec["head"]["Quantile"] if isinstance(statistic, list) else rec["head"]
+    if isinstance(quantile, Quantile):
+        assert quantile.value().tolist() == x.max(0).tolist()  # 0.5 % of 15 values is none of them
+    assert saved_and_loaded(rec, tmp_path).rows() == rec.rows()
+
+
+def test_arguments_without_a_default_are_named() -> None:
+    kind = variant(__init__=_needs_a_limit)
+    rec = recorded(functools.partial(kind, limit=0.5, outlier_sigma=2.0))
+    assert (rec["head"].limit, rec["head"].outlier_sigma) == (0.5, 2.0)
+    with pytest.raises(TypeError, match=r"needs outlier_sigma: pass functools.partial\(Bad, outlier_sigma=…\)"):
+        recorded(functools.partial(kind, limit=0.5))
+
+
 def test_a_statistic_without_fields_is_recorded() -> None:
     rec = recorded(variant(Total, fields={}), 2)
     rec.snapshot(0)
@@ -371,7 +438,7 @@ def test_a_dynamic_statistic_loses_nothing_silently() -> None:
             call()
 
 
-class Norms(DynamicStatistic):
+class Lengths(DynamicStatistic):
     """The norm of every vector."""
 
     fields = {"longest": "the largest norm", "seen": "vectors seen"}
@@ -400,7 +467,7 @@ class Norms(DynamicStatistic):
         self.norms = state["norms"].to(self.place)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], device: Any = "cpu") -> Norms:
+    def from_state(cls, state: Mapping[str, Any], device: Any = "cpu") -> Lengths:
         new = cls(state["features"], device)
         new.load_state_dict(state)
         return new
@@ -416,7 +483,7 @@ class Norms(DynamicStatistic):
 def test_a_dynamic_statistic_does_everything(tmp_path: Path) -> None:
     model, data = net(), batches(3)
     mask = torch.tensor([[True, True, False]] * 5)
-    with torchprobe.record(model, "**", statistic=Norms) as rec:
+    with torchprobe.record(model, "**", statistic=Lengths) as rec:
         model(data[0])
         rec.snapshot(0)
         with rec.mask(mask):
@@ -430,11 +497,11 @@ def test_a_dynamic_statistic_does_everything(tmp_path: Path) -> None:
         assert total.rows()[3]["longest"] == pytest.approx(max(expected))
         assert (total.rows()[3]["seen"], recording.rows()[3]["seen"]) == (25, 10)
         assert recording.history["longest"][0, 3] == pytest.approx(max(expected[:15]))
-        assert recording.merge(recorded(Norms))["head"].norms.tolist()[10:] == pytest.approx(expected[:15])
+        assert recording.merge(recorded(Lengths))["head"].norms.tolist()[10:] == pytest.approx(expected[:15])
 
 
 def test_a_dynamic_statistic_that_no_file_can_hold(tmp_path: Path) -> None:
-    class Sizes(Norms):
+    class Sizes(Lengths):
         def state_dict(self) -> dict[str, Any]:
             return {**super().state_dict(), "sizes": {} if len(self.norms) else None}
 
@@ -582,6 +649,14 @@ def test_layers_with_a_slash_in_their_names(tmp_path: Path) -> None:
         for name in names:
             for mine, theirs in ((rec[name], loaded[name]), (rec.total[name], loaded.total[name])):
                 assert all(torch.equal(value, theirs.tensors()[key]) for key, value in mine.tensors().items())
+
+
+def test_tensors_that_would_have_one_name_in_a_file_are_refused(tmp_path: Path) -> None:
+    rec = recorded(variant(Total, states={"total": State((FEATURES,)), "closed/total": State((FEATURES,))}))
+    assert saved_and_loaded(rec, tmp_path, statistic=type(rec["head"])).rows() == rec.rows()  # no window is closed
+    rec.snapshot(0)
+    with pytest.raises(TypeError, match="layer 'blocks.0' cannot be saved: of Bad, two tensors would be called 'blocks.0/closed/total'"):
+        rec.save(tmp_path / "run.safetensors")
 
 
 def test_the_class_that_a_file_names(tmp_path: Path) -> None:
@@ -749,6 +824,7 @@ def test_an_empty_window_says_where_the_numbers_are(tmp_path: Path) -> None:
     zeros.__name__ = "Elsewhere"
     gc.collect()  # earlier tests have defined this class, too
     try:
+        gc.collect()  # the class of the same name that another test has made
         with pytest.raises(ValueError, match=r"load\(path, statistic=\[Moments, Zeros\]\)"):
             torchprobe.load(tmp_path / "run.safetensors")
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from models import Net, activations, assert_equal, batches, record
 from torch import Tensor, nn
 
 import torchprobe
-from torchprobe.recording import RecordingWarning
+from torchprobe.recording import RecordingWarning, bank, recorder
+from torchprobe.statistics import Moments, Norms, Quantile, Saturation, Sparsity, TopInputs
 from torchprobe.statistics.moments import FIELDS
 
 stats = pytest.importorskip("scipy.stats")
@@ -107,6 +109,69 @@ def test_rows_table_and_plot() -> None:
     assert rec.plot().axes
 
 
+@pytest.mark.parametrize("statistic", [Moments, [Moments, Sparsity], Quantile])
+def test_reading_all_layers_takes_one_step_for_each(statistic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    entry = bank.entry_of
+    for place in (bank, recorder):
+        monkeypatch.setattr(place, "entry_of", lambda stream: made.append(stream.name) or entry(stream))
+    for depth in (5, 40):
+        model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(depth)])
+        model.add_module("again", model[0])
+        rec = record(model, [torch.randn(4, 3)], "*", statistic=statistic)
+        for read in (
+            lambda rec: dict(rec.items()),
+            lambda rec: dict(zip(rec, rec.values(), strict=True)),
+            lambda rec: {layer: rec[layer] for layer in rec.layers},
+        ):
+            made.clear()
+            found = read(rec)
+            assert list(found) == rec.layers == [str(i) for i in range(depth)]
+            assert len(made) <= 4 * depth  # the layers themselves are listed two or three times
+            assert [one.state_dict().keys() for one in found.values()] == [rec[name].state_dict().keys() for name in found]
+            found["0"].reset()  # it is a copy
+            assert rec["0"].saw_anything()
+            assert ("again" in rec, "none" in rec, 3 in rec) == (True, False, False)
+    total = rec.total
+    monkeypatch.setattr(total, "_entries", lambda: pytest.fail("a lookup lists all layers"))
+    assert total["again"] is total["0"]
+    assert "none" not in total
+
+
+def test_the_text_of_a_recording_is_short_and_takes_one_copy() -> None:
+    calls = []
+    for depth in (21, 60):
+        model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(depth)])
+        rec = record(model, [torch.randn(4, 3)], "*")
+        with Counting() as counted:
+            lines = repr(rec).splitlines()
+        calls.append(counted.calls)
+        assert lines[0] == f"Recorder({depth} layers, 0 windows closed)"
+        numbers = rec.metrics(layers="0")
+        shown = ", ".join(f"{name}={numbers[f'0/{name}']:.4g}" for name in MAIN)
+        assert lines[1] == f"  '0': Moments(3 features, {shown})"
+        assert len(lines) == 22
+        assert lines[-1] == f"  … and {depth - 20} more"
+    assert calls[0] == calls[1] > 0
+    rec.snapshot(0)
+    assert repr(rec).splitlines()[20] == "  '19': Moments(3 features, empty)"
+    assert repr(rec.total).startswith("Recording(60 layers, 0 windows closed)\n  '0': Moments(3 features, vector_kurtosis=1.5")
+    few = record(Net(), batches(1), "head", statistic=[Sparsity, Norms])
+    assert repr(few).splitlines()[1].startswith("  'head': Sparsity+Norms(4 features, zero_share=0, dead_features=0, norm_mean=")
+    assert len(repr(few).splitlines()) == 2
+    assert repr(torchprobe.record(Net())) == "Recorder(0 layers, 0 windows closed)"
+
+
+class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_metrics_are_stable_floats_under_a_prefix() -> None:
     model = Net()
     with torchprobe.record(model) as rec:
@@ -115,11 +180,109 @@ def test_metrics_are_stable_floats_under_a_prefix() -> None:
         rec.snapshot(0)
         empty = rec.metrics(prefix="act/")
         model(batches(1)[0])
-    assert list(first) == [f"act/{layer}/{field}" for layer in rec for field in FIELDS]
+    assert list(first) == [f"act/{layer}/{field}" for layer in rec for field in MAIN]
     assert all(type(value) is float for value in first.values())
     assert first["act/blocks.1/vector_kurtosis"] == rec["blocks.1"].vector_kurtosis
     assert list(empty) == list(first)
     assert math.isnan(empty["act/blocks.1/std"])
+
+
+MAIN = ("vector_kurtosis", "nonfinite", "abs_max", "std", "kurtosis_max")
+
+
+def test_metrics_of_chosen_fields_and_layers() -> None:
+    model = Net()
+    rec = record(model, batches(1), "**")
+    everything = rec.metrics(fields="all")
+    assert list(everything) == [f"{layer}/{field}" for layer in rec for field in FIELDS]
+    rows = {row["layer"]: row for row in rec.rows()}
+    assert everything == pytest.approx({f"{layer}/{field}": rows[layer][field] for layer in rec for field in FIELDS}, nan_ok=True)
+    for fields, names in (("rms", ["rms"]), (["min", "max", "min"], ["min", "max"]), ((), []), (iter(["std"]), ["std"])):
+        assert list(rec.metrics("a/", fields=fields)) == [f"a/{layer}/{name}" for layer in rec for name in names]
+    for layers, names in (
+        ("head", ["head"]),
+        ("", [""]),
+        ("(output)", [""]),
+        ("blocks.*", ["blocks.0", "blocks.1", "blocks.2"]),
+        ("**", ["blocks.0", "blocks.1", "blocks.2", "head", ""]),
+        (["head", "blocks.[02]", "head"], ["blocks.0", "blocks.2", "head"]),
+        ("module._orig_mod.head", ["head"]),
+        ([], []),
+    ):
+        for recording in (rec, rec.total):
+            assert list(recording.metrics(fields="std", layers=layers)) == [f"{name}/std" for name in names], layers
+    assert rec.metrics(layers="head") == {key: everything[key] for key in everything if key in {f"head/{name}" for name in MAIN}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "error", "message"),
+    [
+        ({"fields": "vector_kurtosi"}, ValueError, "'vector_kurtosi' is not a field of this recording; did you mean vector_kurtosis"),
+        ({"fields": ["std", "zzz"]}, ValueError, "'zzz' is not a field of this recording; it has vectors, constant_vectors, "),
+        ({"fields": [3]}, ValueError, "3 is not a field"),
+        ({"fields": 3}, ValueError, "3 is not a field"),
+        ({"layers": "haed"}, ValueError, "layers=: 'haed' is not one of the recorded layers; did you mean head?"),
+        ({"layers": ["head", "x.*"]}, ValueError, "'x.*' is not one of the recorded layers; the layers are '"),
+        ({"layers": 0}, TypeError, "layers= takes a name or glob, or several of them; got 0"),
+        ({"layers": [None]}, TypeError, "got None"),
+    ],
+)
+def test_metrics_of_unknown_fields_and_layers_are_refused(choice: dict[str, Any], error: type[Exception], message: str) -> None:
+    rec = record(Net(), batches(1), "**")
+    for recording in (rec, rec.total):
+        with pytest.raises(error, match=re.escape(message)):
+            recording.metrics(**choice)
+
+
+def test_metrics_of_layers_with_several_names_and_of_silent_ones() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model.add_module("again", model[0])
+    rec = torchprobe.record(model, "*")
+    before = rec.metrics(fields="std")
+    assert list(before) == ["0/std", "1/std", "2/std"]  # nothing has run yet
+    assert all(math.isnan(value) for value in before.values())
+    assert list(rec.metrics(fields="std", layers=["2", "aga*"])) == ["0/std", "2/std"]
+    with rec:
+        model(batches(1)[0])
+    assert list(rec.metrics(fields="std", layers=["2", "aga*"])) == ["0/std", "2/std"]
+    assert not any(math.isnan(value) for value in rec.metrics().values())
+
+
+def test_layers_that_cannot_be_read_are_known() -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum(0).long()
+
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), Counts())
+    rec = torchprobe.record(model).start()
+    for keys in ({"/std"}, set()):  # in the first step the recorder does not know yet that there is nothing to read
+        assert rec.metrics(layers="0.0", fields="std").keys() == {"0.0/std"}
+        assert rec.metrics(layers="", fields="std").keys() == keys  # no error, which would end the run
+        model(batches(1)[0])
+    with pytest.warns(RecordingWarning):
+        rec.stop()
+    assert rec.metrics(layers=["", "*.1"], fields="std").keys() == {"0.1/std"}
+
+
+@pytest.mark.parametrize(
+    ("statistics", "names"),
+    [
+        ([Moments], MAIN),
+        ([Sparsity], ("zero_share", "dead_features")),
+        ([Moments, Sparsity], (*MAIN[:3], "zero_share", "Sparsity.dead_features")),
+        ([Sparsity, Moments], ("zero_share", "dead_features", *MAIN[:3])),
+        ([Norms, Saturation], ("norm_mean", "norm_max", "rms_mean", "saturated", "saturated_low")),
+        ([Moments, Norms, Sparsity], (*MAIN[:2], "norm_mean", "norm_max", "zero_share")),
+        (
+            [Moments, Norms, Sparsity, Saturation, Quantile, TopInputs],
+            (MAIN[0], "norm_mean", "zero_share", "saturated", "quantile_max"),
+        ),
+    ],
+)
+def test_several_statistics_share_the_five_default_metrics(statistics: list[Any], names: tuple[str, ...]) -> None:
+    for recording in (rec := record(Net(), batches(1), "head", statistic=statistics), rec.total):
+        assert list(recording.metrics()) == [f"head/{name}" for name in names]
+        assert list(recording.metrics(fields="all")) == [f"head/{name}" for name in recording.fields]
 
 
 def test_paused_and_modes() -> None:

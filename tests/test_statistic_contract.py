@@ -102,7 +102,7 @@ def test_windows_history_and_total(kind: Kind) -> None:
         rec.history["nonsense"]
     rec.reset()
     assert not rec.history.steps
-    assert all(math.isnan(value) for value in rec.metrics().values())
+    assert all(math.isnan(value) for value in rec.metrics(fields="all").values())
 
 
 @everyone
@@ -117,7 +117,11 @@ def test_what_is_shown(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rec.rows()
     assert [row["layer"] for row in rows] == rec.layers
     assert {"layer", "module", "of", "features", "feature_dim", "feature_dim_by", "positions", *rec.fields} == rows[0].keys()
-    metrics = rec.metrics(prefix="act/")
+    metrics = rec.metrics(prefix="act/", fields="all")
+    few = rec.metrics(prefix="act/")
+    assert few == pytest.approx({key: metrics[key] for key in few}, nan_ok=True)
+    assert {key.rpartition("/")[0] for key in few} == {f"act/{layer}" for layer in rec}
+    assert len(few) == len(rec) * min(5, len(rec.fields))
     monkeypatch.setenv("COLUMNS", "400")
     assert metrics == pytest.approx({f"act/{row['layer']}/{field}": row[field] for row in rows for field in rec.fields}, nan_ok=True)
     headings = [str(column.header) for column in rec.table().columns]

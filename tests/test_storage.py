@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,18 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert torch.equal(file.get_tensor("/max"), rec[""].max)
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o000])
+def test_the_mode_of_a_file_is_that_of_any_file(tmp_path: Path, umask: int) -> None:
+    rec, path = record(Net(), batches(1)), tmp_path / "run.safetensors"
+    before = os.umask(umask)
+    try:
+        for _ in range(2):
+            rec.save(path)
+            assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    finally:
+        os.umask(before)
+
+
 def test_aliases_are_saved(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
     model.add_module("again", model[0])
@@ -202,7 +216,7 @@ def layers(**values: Any) -> Callable[[str], str]:
         ("history", lambda text: text.replace("[1, 3]", f"[1, 1{400 * '0'}]"), "'history': steps are finite numbers"),
         ("history", lambda text: text.replace('"dropped": 0', '"dropped": -1'), "'history': dropped counts windows, got -1"),
         ("history", '{"steps": 1}', "'history': expected the lists"),
-        ("history", lambda text: text.replace("[1, 3]", "[1, 3, 5]"), "'history': expected F64 of shape \\(3, 4, 15\\)"),
+        ("history", lambda text: text.replace("[1, 3]", "[1, 3, 5]"), "'history': expected F64 of shape \\(3, 4, 18\\)"),
         ("history", lambda text: text.replace("[1, 3]", '["x"]'), "'history': steps are finite numbers"),
         ("blocks.0/m2", None, "'blocks.0/m2': missing"),
         ("blocks.0/m2", torch.ones(5, dtype=torch.float64), r"'blocks.0/m2': expected F64 of shape \(6,\), got F64 of \(5,\)"),
@@ -288,6 +302,8 @@ def test_files_of_the_previous_version_load() -> None:
         assert {name: rec.total[name].calls for name in rec} == expected["calls"]
         assert rec.history.steps == expected["steps"]
         assert rec.history["vector_kurtosis"].tolist() == expected["kurtosis"]
+        assert all(np.isnan(rec.history[field]).all() for field in ("abs_max", "rms", "dead_features"))  # those of later versions
+        assert all(row["abs_max"] == max(-row["min"], row["max"]) >= row["rms"] > 0 for row in rec.total.rows())  # the states have them
         assert rec.history.histograms.sum((0, 1)).tolist()[:30] == expected["histogram"]
     with resumed:
         model(torch.zeros(2, 3))

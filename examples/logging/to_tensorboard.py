@@ -1,4 +1,4 @@
-"""Every number of every layer as a curve in TensorBoard (``pip install tensorboard``).
+"""The main numbers of every layer as curves in TensorBoard (``pip install tensorboard``).
 
 python examples/logging/to_tensorboard.py --output runs/kurtosis
 tensorboard --logdir runs

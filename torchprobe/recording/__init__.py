@@ -15,6 +15,7 @@ Where what is:
 ``layers``         names and selection
 ``leaves``         what single modules say of the width of their output
 ``axes``           which dimension of an activation holds the features, and by what that is known
+``trail``          the evidence for it: which layers ran, and what they gave
 ``reader``         the activations of some layers for one batch; batch and feature dimensions
 ``structure``      the tensors in tuples, mappings and dataclasses
 ``tensors``        distributed tensors, and those that cannot be read
@@ -28,6 +29,7 @@ Where what is:
 ``detach``         removes everything of ours from a model
 ``bank``           all streams of a recorder: by name, as entries, from saved states
 ``control``        what the hooks of one recorder share; CUDA graphs that are captured while recording
+``setup``          from the arguments of a recorder to its hooks
 ``recorder``       starting, stopping, windows, pausing, masks, resuming
 ``windows``        one layer of a recording; many layers at once
 ``history``        the numbers of closed windows

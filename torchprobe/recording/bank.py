@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torchprobe.recording import windows
+from torchprobe.recording import masks, windows
 from torchprobe.recording.control import NOTHING_TO_READ, Control, Slot
 from torchprobe.recording.hook import Hook
 from torchprobe.recording.stream import Stream
@@ -51,6 +52,10 @@ class Bank:
         waiting = (s for s in self.streams() if not s.slots and not s.skipped & NOTHING_TO_READ and not s.failure)
         return [stream.name for stream in waiting]
 
+    def names(self) -> list[str]:
+        """The names of all streams, of those that have not fired, too."""
+        return [stream.name for stream in self.streams()]
+
     def find(self, name: str) -> Stream | None:
         """The stream of a name. The name of a layer leads to its first stream; its only tensor is also found by its place."""
         if (hook := self.hooks.get(name)) is not None:
@@ -83,6 +88,21 @@ class Bank:
             if colon and label and (hook := self.hooks.get(layer + suffix)) is not None:
                 return hook, label
         return None
+
+    def masks(self, mask: Tensor | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The masks by name or glob.
+
+        Raises:
+            TypeError, ValueError: it is not a mask, or a name is unknown.
+        """
+        given = {} if mask is None else dict(mask) if isinstance(mask, Mapping) else {"**": mask}
+        for pattern, one in given.items():
+            masks.check(one)
+            names = [[*stream.layer.names, stream.name] for stream in self.streams()]
+            if pattern != "**" and not any(masks.pattern_for(own, [pattern]) for own in names):
+                near = difflib.get_close_matches(pattern, [name for own in names for name in own], n=1)
+                raise ValueError(f"mask: {pattern!r} is none of the recorded layers" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return given
 
     # -- saved states ------------------------------------------------------------------------------------------------------
 

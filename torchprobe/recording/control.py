@@ -13,7 +13,7 @@ from enum import IntFlag, auto
 import torch
 from torch import Tensor
 
-from torchprobe.recording.axes import Trail
+from torchprobe.recording.trail import Trail
 from torchprobe.recording.windows import without_grad
 from torchprobe.statistics import Statistic
 from torchprobe.statistics.factory import Factory
@@ -74,6 +74,16 @@ class Control:
 
     def update(self) -> None:
         self.open = self.live and not self.paused and not self.skipping
+
+    def end_step(self) -> bool:
+        """Ends a step. In the first call ``every`` begins to count steps; the result says whether that changes what is read."""
+        first = self.steps is None
+        if first:
+            self.every = 1
+        self.steps = (self.steps or 0) + 1
+        self.skipping = self.steps % self.stride != 0
+        self.update()
+        return first and self.stride > 1
 
 
 class Slot:

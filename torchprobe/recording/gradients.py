@@ -26,9 +26,8 @@ class GradientHook(Hook):
 
     of = "gradient"
 
-    def __call__(self, module: nn.Module, *given: Any) -> Any:
-        args, kwargs, output = given
-        if torch.compiler.is_compiling():
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:  # type: ignore[override]
+        if torch.compiler.is_dynamo_compiling():
             return self.trace(module, output)
         control = self.control
         if not control.open or (control.training is not None and control.training != module.training):
@@ -97,8 +96,8 @@ class WeightHook(Hook):
 
     of = "weight"
 
-    def __call__(self, module: nn.Module, *given: Any) -> Any:
-        if not torch.compiler.is_compiling():
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
             return super().__call__(module, None, module)
         if traced_open(self.key, self.control.open, module.training):
             for place, x in self.find(module):

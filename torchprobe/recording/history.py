@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Step = int | float
+_LARGEST = 1e308  # a file holds no larger step
 _LINES = {"mean": "vector_kurtosis", "median": "vector_kurtosis_median"}
 
 
@@ -67,13 +68,11 @@ class History:
         Numbers have the shape (layers, fields + bins), as :func:`torchprobe.recording.windows.summaries` returns them with histograms.
 
         Raises:
-            TypeError: ``step`` is not a finite number.
+            TypeError: ``step`` is not a finite number. Numbers of NumPy, and tensors of one number on the CPU, are fine.
         """
-        number: Any = step  # numbers of NumPy are fine
-        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(float(number)):
-            raise TypeError(f"a step is a finite number, got {step!r}")
+        number = _number(step)
         self._transfer.put(parts)
-        self.steps.append(int(number) if isinstance(number, Integral) else float(number))
+        self.steps.append(number)
         self._name(layers)
         self._land(self._transfer.arrived())
         self._drop()
@@ -273,3 +272,15 @@ class History:
         self.dropped += surplus
         while self._blocks and self._landed - len(self._blocks[0][1]) >= self.keep:
             self._landed -= len(self._blocks.popleft()[1])
+
+
+def _number(step: Any) -> Step:
+    """A step as a plain number."""
+    if isinstance(step, torch.Tensor) and step.device.type != "cpu":
+        raise TypeError(f"a step is a finite number, got a tensor on {step.device}, and reading it would wait: pass step.item()")
+    number = step.item() if getattr(step, "shape", None) == () and hasattr(step, "item") else step
+    if not isinstance(number, bool) and isinstance(number, Real):
+        plain = int(number) if isinstance(number, Integral) else float(number)
+        if -_LARGEST < plain < _LARGEST:
+            return plain
+    raise TypeError(f"a step is a finite number, got {repr(step)[:80]}")

@@ -45,9 +45,8 @@ class Hook(OwnHook):
         self.places: dict[str, Stream] = {}  # by place in a structure; empty before the first structure
         self.key = register(self)
 
-    def __call__(self, module: nn.Module, *given: Any) -> Any:
-        output = given[-1]
-        if torch.compiler.is_compiling():
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        if torch.compiler.is_dynamo_compiling():
             return self.trace(module, output)
         control = self.control
         if control.open and _current_backward() == -1 and (control.training is None or control.training == module.training):
@@ -186,8 +185,8 @@ class InputHook(Hook):
 
     of = "input"
 
-    def __call__(self, module: nn.Module, *given: Any) -> Any:
-        return super().__call__(module, given)
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        return super().__call__(module, None, (args, kwargs))
 
     def place(self, module: nn.Module) -> list[Any]:
         return [module.register_forward_pre_hook(self, with_kwargs=True)]

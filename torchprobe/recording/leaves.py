@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -20,15 +21,17 @@ _LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention
 _FAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they do not call their children when no hook is on them
 
 _WIDTHS = ("out_features", "out_channels", "num_features", "nf", "normalized_shape", "embedding_dim", "embed_dim", "num_channels")
-_VAGUE = ("hidden_size", "d_model", "dim", "channels", "width")  # names that are also used for other things
+_VAGUE = ("hidden_size", "d_model", "dim", "channels", "width", "features")  # names that are also used for other things
 _INPUT_WIDTHS = ("in_features", "in_channels", "num_features", "nx", "normalized_shape", "embed_dim", "num_channels", "input_size")
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module says something of its output: it has a known type, or parameters and no children."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     if isinstance(module, _FAST) or leaf_type(module) in _MAPS:
         return True
-    return not _children(module) and any(True for _ in _tensors(module))
+    return not _children(module) and any(True for _ in own_widths(module))
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -136,7 +139,14 @@ def own_widths(module: nn.Module) -> Iterator[tuple[int, ...]]:
             yield long
     if isinstance(weight := module._parameters.get("weight"), Tensor) and weight.dim() > 1:
         yield tuple({*weight.shape[:2]} - {1})
-    yield from ((size,) for size in _numbers(module, _VAGUE) if size > 1)
+    if any(True for _ in _tensors(module)):
+        yield from ((size,) for size in _numbers(module, _VAGUE) if size > 1)
+
+
+def declared_features(module: nn.Module) -> int | None:
+    """The length of the vectors that a whole model gives, if it says so, as :class:`torchprobe.encoders.Encoder` does."""
+    features = module.__dict__.get("features")
+    return features if isinstance(features, int) and not isinstance(features, bool) else None
 
 
 def _by_name(module: nn.Module, fits: list[int], dims: int) -> list[int]:

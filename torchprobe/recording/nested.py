@@ -11,10 +11,12 @@ from torch import Tensor
 def sizes(x: Any) -> tuple[int, ...]:
     """The shape of a nested tensor, with 0 where its parts may differ."""
     if x.layout == torch.jagged:
-        return tuple(0 if dim == x._ragged_idx else int(size) for dim, size in enumerate(x.shape))
+        ragged: int = x._ragged_idx
+        return tuple(0 if dim == ragged else int(size) for dim, size in enumerate(x.shape))
     table: Tensor = x._nested_tensor_size()  # on the CPU: reading it waits for nothing
     if not len(table):
-        return (0,) * x.dim()
+        dims: int = x.dim()
+        return (0,) * dims
     same: list[bool] = (table == table[0]).all(0).tolist()
     rest = tuple(int(size) if alike else 0 for size, alike in zip(table[0].tolist(), same, strict=True))
     return (len(table), *rest)
@@ -54,7 +56,7 @@ def vectors(x: Any, feature_dim: int, positions: str) -> tuple[Tensor, Tensor | 
 def _jagged(x: Any, feature_dim: int, positions: str) -> tuple[Tensor, Tensor | None]:
     """One buffer holds all parts; offsets say where each begins, and lengths how much of it counts."""
     ragged = x._ragged_idx
-    buffer = x._values.movedim((ragged - 1, feature_dim - 1), (0, -1))  # (rows, …, features)
+    buffer = x.values().movedim((ragged - 1, feature_dim - 1), (0, -1))  # (rows, …, features)
     lengths = x.lengths()
     if positions == "all" and lengths is None:
         return buffer.flatten(0, -2), None

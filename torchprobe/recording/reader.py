@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchprobe.recording.axes import Axis, Trail, second_shape
+from torchprobe.recording.axes import Axis, second_shape
 from torchprobe.recording.layers import Layer
 from torchprobe.recording.structure import first_tensor
+from torchprobe.recording.trail import Trail
 
 
 class Layout(NamedTuple):

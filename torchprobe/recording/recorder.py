@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,30 +12,24 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from torchprobe.ops.positions import POSITIONS
-from torchprobe.recording import compiled, control, detach, diagnosis, masks, windows
-from torchprobe.recording.axes import Trail
+from torchprobe.recording import compiled, control, detach, diagnosis, windows
 from torchprobe.recording.bank import Bank, entry_of
 from torchprobe.recording.control import Control, Skipped
-from torchprobe.recording.gradients import GradientHook, WeightGradientHook, WeightHook, parameters_of
 from torchprobe.recording.history import History, Step
-from torchprobe.recording.hook import Hook, InputHook, takes_hooks
-from torchprobe.recording.layers import Exclusion, Layer, Selection, canonical, named_layers, select_layers
+from torchprobe.recording.hook import takes_hooks
+from torchprobe.recording.layers import Exclusion, Selection, named_layers
 from torchprobe.recording.recording import FORMAT, Recording
-from torchprobe.recording.stream import PARAMETERS, RecordingWarning
+from torchprobe.recording.setup import check_arguments, make_hooks, select_kinds
+from torchprobe.recording.stream import RecordingWarning
+from torchprobe.recording.trail import Trail
 from torchprobe.recording.windows import Entry, Settings, Unread, check_mergeable
 from torchprobe.statistics import Moments
 from torchprobe.statistics.factory import Factory, StatisticLike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_HOOKS: dict[str, type[Hook]] = {kind.of: kind for kind in (Hook, InputHook, GradientHook, WeightHook, WeightGradientHook)}
-_WHEN = ("always", "train", "eval")
-_ON_ERROR = ("warn", "raise")
 
 
 class Recorder(Recording):
@@ -106,37 +99,23 @@ class Recorder(Recording):
         outlier_sigma: float = 6.0,
         keep: int | None = None,
     ) -> None:
-        kinds = (of,) if isinstance(of, str) else tuple(of)
-        choices = [("positions", positions, POSITIONS), ("when", when, _WHEN), ("on_error", on_error, _ON_ERROR)]
-        for name, value, allowed in [("of", kind, tuple(_HOOKS)) for kind in kinds] + choices:
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-        if not kinds or len(set(kinds)) < len(kinds):
-            raise ValueError(f"of= takes one or several different kinds, got {of!r}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-        if not outlier_sigma > 0:
-            raise ValueError(f"outlier_sigma must be positive, got {outlier_sigma}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"record takes a torch.nn.Module, got {type(model).__name__}")
+        kinds = check_arguments(of, positions, every, when, on_error, outlier_sigma)
         factory = Factory(statistic, outlier_sigma)
         history = History(keep, factory.template)
-        selected = {kind: _selected(model, layers, feature_dim, exclude, kind) for kind in kinds}
+        selected = select_kinds(model, kinds, layers, feature_dim, exclude)
         aliases = {alias: layer.name for chosen in selected.values() for layer in chosen for alias in layer.names[1:]}
         sigma = getattr(factory.template, "outlier_sigma", float(outlier_sigma))
         super().__init__([], Settings("+".join(kinds), positions, sigma, factory.name), aliases, factory.template)
         self.history = history
         self._control = Control(factory, Trail(model), positions, every, when, select, strict=on_error == "raise")
-        self._control.swapped.update(_tokens_first(model, [layer for chosen in selected.values() for layer in chosen]))
-        plain = "output" if "output" in kinds else kinds[0]  # whose rows have the names of the layers
-        hooks = [
-            _HOOKS[kind](layer, self._control, "" if kind == plain else f"@{kind}") for kind, chosen in selected.items() for layer in chosen
-        ]
-        self._bank = Bank(hooks, self._control, model)
+        self._bank = Bank(make_hooks(model, selected, self._control), self._control, model)
         self._model = weakref.ref(model)
         self._witness = diagnosis.Witness()
         self._undo: list[Callable[[], object]] = []
-        self._abandon = weakref.finalize(self, _abandon, self._control, self._undo)  # a recorder that is deleted removes its hooks
+        # A recorder that is deleted removes its hooks. Nothing here may lead to the recorder, not even through the module of a statistic.
+        self._abandon = weakref.finalize(self, _abandon, weakref.ref(self._control), self._undo)
         self._abandon.atexit = False
 
     # -- starting and stopping -----------------------------------------------------------------------------------------
@@ -155,8 +134,8 @@ class Recorder(Recording):
                 self._undo.extend(handle.remove for handle in diagnosis.watch(root, self._witness))
             if any(hook.of != "gradient" for hook in self._bank.hooks.values()):
                 self._undo.extend(compiled.watch_recomputation(model, functools.partial(_keep_traced, self._bank)))
-            self._control.trail.open()
             self._undo.append(self._control.trail.close)
+            self._control.trail.open()
             for hook in self._bank.hooks.values():
                 module = hook.layer.alive
                 if module is not None and takes_hooks(module):
@@ -254,14 +233,8 @@ class Recorder(Recording):
         >>> rec[""].vectors
         48
         """
-        state = self._control
-        if state.steps is None:
-            state.stride, state.steps, state.every = state.every, 0, 1
-            if state.stride > 1 and state.graphs:
-                compiled.drop_graphs({type(hook) for hook in self._bank.hooks.values()})
-        state.steps += 1
-        state.skipping = state.steps % state.stride != 0
-        state.update()
+        if self._control.end_step() and self._control.graphs:  # they count calls
+            compiled.drop_graphs({type(hook) for hook in self._bank.hooks.values()})
 
     def mask(self, mask: Tensor | Mapping[str, Tensor] | None) -> contextlib.AbstractContextManager[None]:
         """Sets the padding mask of the next batches: bool (batch, tokens), True for tokens that count; None clears it.
@@ -275,14 +248,9 @@ class Recorder(Recording):
         Raises:
             TypeError, ValueError: a mask is not bool, or not (batch, tokens).
         """
-        given = {} if mask is None else dict(mask) if isinstance(mask, Mapping) else {"**": mask}
-        for one in given.values():
-            masks.check(one)
+        given = self._bank.masks(mask)
         if given and "mask" not in inspect.signature(self._control.factory.template.update).parameters:
             raise ValueError(f"{self.settings.statistic}.update takes no mask, so it cannot be recorded with one")
-        for pattern in given:
-            if pattern != "**" and not any(masks.pattern_for([*s.layer.names, s.name], [pattern]) for s in self._bank.streams()):
-                raise ValueError(f"mask: {pattern!r} is not one of the recorded layers; {self._missing(pattern)}")
         before, self._control.masks = self._control.masks, given
         return _restored(self._control, before)
 
@@ -366,26 +334,24 @@ class Recorder(Recording):
 
     # -- what a Recording needs -------------------------------------------------------------------------------------
 
-    def metrics(self, prefix: str = "") -> dict[str, float]:
-        """As :meth:`Recording.metrics`. Layers that have never fired are nan, so the keys are always the same, on every rank."""
-        numbers = super().metrics(prefix)
-        return {**numbers, **{f"{prefix}{layer}/{field}": math.nan for layer in self._bank.silent() for field in self.fields}}
+    def _watched(self) -> list[str]:
+        return self._bank.names()
+
+    def _silent(self) -> list[str]:
+        return self._bank.silent()
+
+    def _find(self, name: str) -> Entry | None:
+        stream = self._bank.find(name)
+        return entry_of(stream) if stream is not None and stream.slots else None
 
     def __getitem__(self, layer: str) -> Any:
-        return windows.duplicate(self._entry(layer).statistic)
+        return windows.duplicate(super().__getitem__(layer))
 
     def _entries(self) -> list[Entry]:
         return self._bank.entries()
 
     def _unread(self) -> list[Unread]:
         return self._bank.unread()
-
-    def _resolve(self, layer: str) -> Entry | None:
-        for name in (layer, canonical(layer)):
-            stream = self._bank.find(name) or self._bank.find(self.aliases.get(name, name))
-            if stream is not None:
-                return entry_of(stream) if stream.slots else None
-        return None
 
     def _knows(self, layer: str) -> bool:
         return self._bank.knows(layer)
@@ -406,39 +372,17 @@ class Recorder(Recording):
         self._bank.absorb(theirs)
 
 
-def _selected(
-    model: nn.Module, layers: Selection | None, feature_dim: int | Mapping[str, int] | None, exclude: Exclusion | None, kind: str
-) -> list[Layer]:
-    """The layers of one kind. By default a weight is read of every module that has one."""
-    if kind in PARAMETERS:
-        chosen = select_layers(model, (lambda name, module: bool(parameters_of(module))) if layers is None else layers, None, exclude)
-    else:
-        chosen = select_layers(model, layers, feature_dim, exclude)
-    if all(isinstance(layer.module, torch.jit.ScriptModule) for layer in chosen):
-        raise ValueError(
-            "every selected layer is a scripted module, which takes no hooks and runs its children without Python: "
-            "record the model before torch.jit.script, or wrap it, nn.Sequential(scripted), and record the wrapper"
-        )
-    return chosen
-
-
-def _tokens_first(model: nn.Module, layers: Sequence[Layer]) -> dict[int, bool | None]:
-    """For every layer, by its ``id``: whether tokens come before the batch. False in a model without such layers."""
-    if masks.tokens_first(model, []) is False or not masks.any_tokens_first(model):
-        return {}
-    return {id(layer): masks.tokens_first(layer.module, layer.around()) for layer in layers}
-
-
 def _keep_traced(bank: Bank, modules: set[int]) -> Callable[[], None]:
     """Remembers what the compiled hooks of these modules have counted; the result restores it."""
     hooks = [hook for hook in bank.hooks.values() if Skipped.TRACED in hook.main.skipped and id(hook.layer.alive) in modules]
     return control.keep_contents([slot for hook in hooks for stream in hook.streams.values() for slot in stream.slots.values()], True)
 
 
-def _abandon(state: Control, undo: list[Callable[[], object]]) -> None:
+def _abandon(reference: weakref.ref[Control], undo: list[Callable[[], object]]) -> None:
     """What remains to be done when a running recorder is deleted."""
-    state.live = False
-    state.update()
+    if (state := reference()) is not None:
+        state.live = False
+        state.update()
     while undo:
         undo.pop()()
 

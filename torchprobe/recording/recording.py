@@ -5,18 +5,20 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchprobe.common.messages import did_you_mean, listing
 from torchprobe.recording import windows
 from torchprobe.recording.history import History
-from torchprobe.recording.layers import canonical
+from torchprobe.recording.layers import canonical, matches_glob
 from torchprobe.recording.transfer import to_host
 from torchprobe.recording.windows import Entry, Settings, Unread, check_mergeable
 from torchprobe.statistics import Statistic
+from torchprobe.statistics.tensors import metric_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
+_SHOWN = 20  # layers in the text of a recording
 
 
 class Recording(Mapping[str, Any]):
@@ -55,6 +58,10 @@ class Recording(Mapping[str, Any]):
     def _entries(self) -> list[Entry]:
         return list(self._own.values())
 
+    def _find(self, name: str) -> Entry | None:
+        """The entry of a canonical name: one step, however many layers there are."""
+        return self._own.get(name)
+
     # -- a mapping -----------------------------------------------------------------------------------------------------
 
     @property
@@ -75,10 +82,8 @@ class Recording(Mapping[str, Any]):
         return isinstance(layer, str) and self._resolve(layer) is not None
 
     def _resolve(self, layer: str) -> Entry | None:
-        entries = {entry.name: entry for entry in self._entries()}
         for name in (layer, canonical(layer)):
-            entry = entries.get(name) or entries.get(self.aliases.get(name, name))
-            if entry is not None:
+            if (entry := self._find(name) or self._find(self.aliases.get(name, name))) is not None:
                 return entry
         return None
 
@@ -144,21 +149,71 @@ class Recording(Mapping[str, Any]):
             ),
         ]
 
-    def metrics(self, prefix: str = "") -> dict[str, float]:
+    def metrics(
+        self, prefix: str = "", fields: str | Iterable[str] | None = None, layers: str | Iterable[str] | None = None
+    ) -> dict[str, float]:
         """``{f"{prefix}{layer}/{field}": number}`` of the running window, for a logger.
 
-        It makes one copy from each device, for any number of layers. Numbers are nan for a layer that has not fired in this window.
+        It makes one copy from each device, for any number of layers. Numbers are nan for a layer that has not fired in this window. The
+        keys are the same in every window, and on every rank.
+
+        Args:
+            prefix: of every key.
+            fields: the name of a field, several, or "all". Default: at most five, the ``metric_fields`` of the statistic. Those of Moments
+                are vector_kurtosis, nonfinite, abs_max, std and kurtosis_max. Several statistics share the five.
+            layers: a name or glob, or several. ``*`` is one component of a name, ``**`` any number. Default: all layers.
+
+        Raises:
+            ValueError: a field or a layer is unknown; the message suggests the nearest.
 
         >>> import torch, torchprobe
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 3))
         >>> with torchprobe.record(model, "*") as rec:
         ...     _ = model(torch.randn(8, 4))
-        >>> rec.metrics(prefix="act/")["act/1/vectors"]
-        8.0
+        >>> rec.metrics(prefix="act/", fields=["vectors", "nonfinite"], layers="1")
+        {'act/1/vectors': 8.0, 'act/1/nonfinite': 0.0}
         """
-        entries = self._entries()
-        numbers = self._numbers(entries)
-        return {f"{prefix}{entry.name}/{field}": value for index, entry in enumerate(entries) for field, value in numbers[index].items()}
+        chosen, entries = self._chosen_fields(fields), self._entries()
+        wanted = {*self._watched()} if layers is None else self._chosen_layers(layers)
+        entries = [entry for entry in entries if entry.name in wanted]
+        found = {entry.name: numbers for entry, numbers in zip(entries, self._numbers(entries), strict=True)}
+        found.update({name: dict.fromkeys(chosen, math.nan) for name in self._silent() if name in wanted})
+        return {f"{prefix}{name}/{field}": numbers[field] for name, numbers in found.items() for field in chosen}
+
+    def _chosen_fields(self, fields: str | Iterable[str] | None) -> list[str]:
+        if self._template is None:  # nothing was ever recorded
+            return []
+        if fields is None:
+            return list(metric_names(self._template))
+        chosen = list(self.fields) if fields == "all" else _listed(fields)
+        for name in chosen:
+            if name not in self.fields:
+                hint = did_you_mean(str(name), self.fields)
+                raise ValueError(f"{name!r} is not a field of this recording{hint or '; it has ' + ', '.join(self.fields)}")
+        return chosen
+
+    def _chosen_layers(self, layers: str | Iterable[str]) -> set[str]:
+        """The layers that a name, a glob, or one of several matches."""
+        named = {**{name: name for name in self._watched()}, **self.aliases}
+        chosen = set[str]()
+        for pattern in _listed(layers):
+            if not isinstance(pattern, str):
+                raise TypeError(f"layers= takes a name or glob, or several of them; got {pattern!r}")
+            exact = {named[name] for name in (pattern, canonical(pattern)) if name in named}
+            matched = exact or {named[name] for name in named if matches_glob(pattern, name) or name.startswith(f"{pattern}:")}
+            if not matched:
+                hint = did_you_mean(pattern, named) or f"; the layers are {listing([*map(repr, named)])}"
+                raise ValueError(f"layers=: {pattern!r} is not one of the recorded layers{hint}")
+            chosen |= matched
+        return chosen
+
+    def _watched(self) -> list[str]:
+        """The canonical names of all layers that could fire."""
+        return self.layers
+
+    def _silent(self) -> list[str]:
+        """Those that have never fired, but may."""
+        return []
 
     def _numbers(self, entries: list[Entry]) -> list[dict[str, float]]:
         parts = windows.summaries([entry.statistic for entry in entries])
@@ -215,8 +270,13 @@ class Recording(Mapping[str, Any]):
         return depth_profile(rows, field=field, label=label, band=band, band_label="closed windows", width=width)
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__}({len(self)} layers, {len(self.history)} windows closed)"]
-        lines += [f"  {name!r}: {statistic!r}" for name, statistic in self.items()]
+        entries = self._entries()
+        lines = [f"{type(self).__name__}({len(entries)} layers, {len(self.history)} windows closed)"]
+        for entry, numbers in zip(entries, self._numbers(entries[:_SHOWN]), strict=False):
+            empty = bool(numbers) and all(map(math.isnan, numbers.values()))
+            values = ["empty"] if empty else [f"{name}={numbers[name]:.4g}" for name in self._chosen_fields(None)]
+            lines.append(f"  {entry.name!r}: {self.settings.statistic}({', '.join([f'{entry.statistic.features} features', *values])})")
+        lines += [f"  … and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
         return "\n".join(lines)
 
     # -- merging and saving -------------------------------------------------------------------------------------------
@@ -278,6 +338,10 @@ class Recording(Mapping[str, Any]):
         """Everything as plain numbers, text and tensors, for ``torch.save`` and :meth:`Recorder.load_state_dict`."""
         layers = {entry.name: entry.state_dict() for entry in self._entries()}
         return {"format": FORMAT, "settings": asdict(self.settings), "layers": layers, "history": self.history.state_dict()}
+
+
+def _listed(names: Any) -> list[Any]:
+    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
 
 
 def load(path: str | os.PathLike[str], statistic: type[Statistic] | Sequence[type[Statistic]] | None = None) -> Recording:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from torchprobe.common.files import replacing
 from torchprobe.recording.windows import Entry, Settings, Unread
-from torchprobe.statistics import Moments, Quantile, Several, Statistic, TopInputs
+from torchprobe.statistics import Moments, Norms, Quantile, Saturation, Several, Sparsity, Statistic, TopInputs
 from torchprobe.statistics.dynamic import EarlierProtocol
 from torchprobe.statistics.factory import classes_named
 from torchprobe.statistics.tensors import is_plain
@@ -38,7 +38,7 @@ _MAX_FEATURES = 1 << 26
 _MAX_HISTORY = 1 << 31  # numbers
 _MAX_COUNT = 1 << 53
 _LARGEST = 1e308  # larger whole numbers do not fit a float
-_BUILT_IN = (Moments, Quantile, TopInputs)  # imported here, so that `classes_named` finds them
+_BUILT_IN = (Moments, Quantile, TopInputs, Norms, Sparsity, Saturation)  # imported here, so that `classes_named` finds them
 _WIDTH = 3
 _PARTS = {name: tuple(part.shape) for name, part in Moments(_WIDTH, "cpu").parts().items()}  # 3 stands for the features
 
@@ -122,7 +122,11 @@ def _write_layer(entry: Entry, settings: Settings, tensors: dict[str, Tensor]) -
                 what = f"{unknown[0]} is {type(values[unknown[0]]).__name__}; a file holds tensors, numbers and text"
                 raise TypeError(f"layer {entry.name!r} cannot be saved: in the state_dict of {type(statistic).__name__}, {what}")
             layer[f"{which}_state"] = {"values": values, "tensors": list(on_disk)}
-        tensors.update({f"{_key(entry.name)}/{prefix}{name}": part for name, part in on_disk.items()})
+        for name, part in on_disk.items():
+            if (key := f"{_key(entry.name)}/{prefix}{name}") in tensors:
+                what = f"two tensors would be called {key!r}; rename {name!r} in its state_dict"
+                raise TypeError(f"layer {entry.name!r} cannot be saved: of {type(statistic).__name__}, {what}")
+            tensors[key] = part
     if not moments:
         layer["calls"] = entry.calls
     elif entry.statistic.setup()["outlier_sigma"] != settings.outlier_sigma:  # a function may choose it for each width

@@ -19,12 +19,13 @@ from torchprobe.recording import masks, nested
 from torchprobe.recording.axes import UNSURE, Axis, parameter_axis, second_shape
 from torchprobe.recording.compiled import allow_graphs, is_tracing, make_static, register
 from torchprobe.recording.control import Control, Skipped, Slot, capturing, hold
-from torchprobe.recording.tensors import is_plain, local, unreadable
+from torchprobe.recording.tensors import is_ordinary, is_plain, local, unreadable
 
 if TYPE_CHECKING:
     from torchprobe.recording.layers import Layer
 
 _observe = torch.ops.torchprobe.observe_.default
+_observe_now = getattr(_observe, "_op", _observe)  # without a wrapper in Python
 PARAMETERS = ("weight", "weight_gradient")
 _NUMBERS = re.compile(r"[\d(),? ]+")
 _allocating, _counting = threading.Lock(), threading.Lock()
@@ -105,14 +106,18 @@ class Stream:
 
     def read(self, x: Tensor) -> None:
         """Reads one tensor. If it cannot be read, the call is left out."""
+        control = self.control
         try:
-            slot, dim = self.slots.get(x.device), self.dims.get(x.dim())
+            if self.direct and not control.masks:
+                slot, dim = self.slots.get(x.device), self.dims.get(x.dim())
+                if slot is not None and dim is not None and is_ordinary(x):
+                    if capturing(x):
+                        hold(slot, control.every)
+                    _observe_now(slot.state, x, dim, slot.sigma, control.every)
+                    return
             if capturing(x):
-                hold(slot, self.control.every)
-            if self.direct and slot is not None and dim is not None and not self.control.masks and is_plain(x):
-                _observe(slot.state, x, dim, slot.sigma, self.control.every)
-            else:
-                self.observe(x, self.mask())
+                hold(self.slots.get(x.device), control.every)
+            self.observe(x, self.mask())
         except Exception as error:
             self.failed(error, x)
 
@@ -152,9 +157,10 @@ class Stream:
         return self._pattern[1]
 
     def readable(self, dims: int) -> bool:
-        """Whether there are the requested positions. If not, a layer that the user did not name is left out, and reported at the end."""
+        """Whether there are features and the requested positions. If not, a layer that the user did not name is reported at the end."""
         positions = self.positions
-        if self.layer.explicit or self.control.strict or positions == "all" or dims > 2 or (positions != "patch" and dims == 2):
+        there = dims > 2 or (positions == "all" and dims > 0) or (positions != "patch" and dims == 2)
+        if there or self.layer.explicit or self.control.strict:
             return True
         self.skipped |= Skipped.NO_POSITIONS if dims else Skipped.NO_TENSOR
         return False

@@ -13,6 +13,10 @@ def is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and not x.is_nested and x.layout is torch.strided
 
 
+def is_ordinary(x: Tensor) -> bool:
+    return type(x) is Tensor and not x.is_nested
+
+
 def unreadable(x: Tensor) -> str | None:
     """Why the values of a tensor cannot be read; None if they can."""
     if torch._C._functorch.is_batchedtensor(x):

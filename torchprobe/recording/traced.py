@@ -28,7 +28,8 @@ def read(stream: Stream, x: Tensor) -> Tensor:
     pattern = pattern_of(stream.key)
     mask = None if pattern is None else stream.control.masks[pattern]
     if inside_region(stream.key):
-        return _observe_output(x, observer_number(stream.key), mask)
+        shown: Tensor = _observe_output(x, observer_number(stream.key), mask)
+        return shown
     dim = axis(stream, x)
     if dim >= 0:
         _read(stream, x, dim, mask)

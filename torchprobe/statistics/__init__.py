@@ -8,6 +8,9 @@
 :class:`Moments`           four moments and extremes of each feature, and the kurtosis of each vector
 :class:`Quantile`          the value that a small share of each feature's values exceeds
 :class:`TopInputs`         the inputs with the largest score of each feature
+:class:`Norms`             the L2 norm and the root mean square of each vector
+:class:`Sparsity`          exact zeros, and features that are always zero
+:class:`Saturation`        values at the ends of the range of an activation function
 :class:`Several`           several statistics of one layer, updated by one hook
 =========================  ====================================================================================
 
@@ -18,9 +21,13 @@ Where what is:
 ``tensors``      states and their merging, checks of what is read
 ``dynamic``      states without a fixed shape; classes with the verbs of the earlier protocol
 ``factory``      from the argument ``statistic`` of ``record`` to the statistics; several as one
-``moments``      moments, vector kurtosis and its reference values (the formulas that merge: ``ops.observe``)
+``moments``      moments, vector kurtosis and its reference values (the formulas that merge: ``ops.observe``);
+                 ``moment_fields``: from states to fields
 ``quantile``     upper quantiles, exact or sketched; ``tail``: the largest values of a stream
 ``top_inputs``   the top inputs of each feature
+``norms``        the length of each vector
+``sparsity``     zeros
+``saturation``   values at the ends of a range
 ===============  ==============================================================================================
 """
 
@@ -36,12 +43,33 @@ from torchprobe.statistics.statistic import Statistic
 from torchprobe.statistics.tensors import FEATURES, State
 
 if TYPE_CHECKING:
+    from torchprobe.statistics.norms import Norms
     from torchprobe.statistics.quantile import Quantile
+    from torchprobe.statistics.saturation import Saturation
+    from torchprobe.statistics.sparsity import Sparsity
     from torchprobe.statistics.top_inputs import TopInputs
 
-__all__ = ["FEATURES", "DynamicStatistic", "Moments", "Quantile", "Several", "State", "Statistic", "TopInputs"]
+__all__ = [
+    "Statistic",
+    "State",
+    "FEATURES",
+    "DynamicStatistic",
+    "Moments",
+    "Quantile",
+    "TopInputs",
+    "Norms",
+    "Sparsity",
+    "Saturation",
+    "Several",
+]
 
-_LAZY = {"Quantile": "torchprobe.statistics.quantile", "TopInputs": "torchprobe.statistics.top_inputs"}
+_LAZY = {
+    "Quantile": "torchprobe.statistics.quantile",
+    "TopInputs": "torchprobe.statistics.top_inputs",
+    "Norms": "torchprobe.statistics.norms",
+    "Sparsity": "torchprobe.statistics.sparsity",
+    "Saturation": "torchprobe.statistics.saturation",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from torchprobe.statistics.dynamic import DynamicStatistic, EarlierProtocol, adopted
 from torchprobe.statistics.statistic import Statistic
-from torchprobe.statistics.tensors import is_plain, number_dtype
+from torchprobe.statistics.tensors import MOST_METRICS, is_plain, metric_names, number_dtype
 
 StatisticLike = type[Statistic] | Callable[..., Statistic]
 """A class, or a function ``(features, device) -> Statistic``."""
@@ -53,12 +54,13 @@ class Several(Statistic):
         self.statistics = tuple(statistics)
         self.labels = _labels([type(statistic).__name__ for statistic in statistics])
         self.capturable = all(statistic.capturable for statistic in statistics)
-        fields, shown = dict[str, str](), list[str]()
+        fields, shown, metrics = dict[str, str](), list[str](), list[list[str]]()
         for label, statistic in self._labeled():
             names = {field: f"{label}.{field}" if field in fields else field for field in statistic.fields}
             fields.update({names[field]: text for field, text in statistic.fields.items()})
             shown += [names[field] for field in (statistic.fields if statistic.table_fields is None else statistic.table_fields)]
-        self.fields, self.table_fields = fields, tuple(shown)
+            metrics.append([names[field] for field in metric_names(statistic)])
+        self.fields, self.table_fields, self.metric_fields = fields, tuple(shown), _shared(metrics)
         self.headline = statistics[0].headline
         self._with_histogram = next((index for index, statistic in enumerate(statistics) if statistic.histogram_bins), 0)
         self.histogram_bins = statistics[self._with_histogram].histogram_bins
@@ -250,9 +252,14 @@ class _Maker:
     """Makes one of the statistics of a layer."""
 
     def __init__(self, kind: Any, outlier_sigma: float, in_list: bool) -> None:
+        if isinstance(kind, Statistic):
+            name = type(kind).__name__
+            ways = f"the class {name}, or functools.partial({name}, …) with its arguments"
+            raise TypeError(f"statistic=: each layer needs a statistic of its own; pass {ways}, not {kind!r}")
         if not callable(kind):
             raise TypeError(f"statistic= takes a class, a function (features, device) -> Statistic, or a list of them; got {kind!r}")
-        self.name = getattr(getattr(kind, "func", kind), "__name__", repr(kind))
+        made = getattr(kind, "func", kind)
+        self.name = getattr(made, "__name__", repr(kind))
         if isinstance(kind, type) and not issubclass(kind, Statistic):
             if in_list and callable(getattr(kind, "update", None)):
                 raise TypeError(f"statistic=: {self.name} must be derived from torchprobe.statistics.Statistic to be in a list")
@@ -265,6 +272,8 @@ class _Maker:
         self.arguments = {"outlier_sigma": outlier_sigma} if self.takes_sigma else {}
         open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
         self.by_keyword = "device" in parameters or open_ended
+        if isinstance(made, type):
+            _check_arguments(self.name, kind, parameters, self.arguments)
         if parameters and not self.by_keyword and not self._takes_two(parameters.values()):
             raise TypeError(f"statistic=: {self.name} must take (features, device)")
 
@@ -287,6 +296,21 @@ class _Maker:
         if new.features != features:
             raise ValueError(f"statistic=: {self.name}(features={features}, device) returned a statistic of {new.features} features")
         return new
+
+
+def _check_arguments(name: str, kind: Any, parameters: Mapping[str, inspect.Parameter], known: Container[str]) -> None:
+    """Raises TypeError if a class, or a ``functools.partial`` of one, does not say what all arguments but (features, device) are."""
+    if positional := getattr(kind, "args", ()):
+        names = [p for p in list(inspect.signature(kind.func).parameters)[1:] if p != "device"]
+        named = ", ".join(f"{argument}={value!r}" for argument, value in zip(names, positional, strict=False))
+        raise TypeError(
+            f"statistic=: the first argument of {name} is the width of the layer, so functools.partial must name the arguments: "
+            f"functools.partial({name}, {named})"
+        )
+    needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if missing := [argument for argument in needed[1:] if argument != "device" and argument not in known]:
+        values = ", ".join(f"{argument}=…" for argument in missing)
+        raise TypeError(f"statistic=: {name} needs {', '.join(missing)}: pass functools.partial({name}, {values})")
 
 
 def classes_named(name: str) -> list[type[Statistic]]:
@@ -315,7 +339,9 @@ def check_contract(statistic: Statistic) -> None:
         return
     if taken := [field for field in statistic.fields if field in _ROW]:
         raise TypeError(f"statistic=: {name} has a field {taken[0]!r}, which is a column of every table; choose another name")
-    shown = [field for field in (statistic.headline, *(statistic.table_fields or ())) if field is not None]
+    shown = [
+        field for field in (statistic.headline, *(statistic.table_fields or ()), *(statistic.metric_fields or ())) if field is not None
+    ]
     if unknown := [field for field in shown if field not in statistic.fields]:
         raise TypeError(f"statistic=: {name} shows {unknown[0]!r}, which is not among its fields: {', '.join(statistic.fields)}")
     if not isinstance(statistic, DynamicStatistic) and not statistic.tensors().keys() - {"vectors"}:
@@ -349,6 +375,12 @@ def _labels(names: Sequence[str]) -> tuple[str, ...]:
             label = f"{name}_{number}"
         labels.append(label)
     return tuple(labels)
+
+
+def _shared(metrics: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """At most :data:`MOST_METRICS` names in all, from each list about as many: first those at the head of each."""
+    turns = [name for turn in itertools.zip_longest(*metrics) for name in turn if name is not None]
+    return tuple(name for names in metrics for name in names if name in turns[:MOST_METRICS])
 
 
 def _split(state: Mapping[str, Any], labels: Sequence[str]) -> dict[str, dict[str, Any]]:

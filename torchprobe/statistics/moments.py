@@ -12,39 +12,40 @@ from torch import Tensor
 from torchprobe.common.deprecation import renamed
 from torchprobe.ops import layout
 from torchprobe.ops.observe import merge_states, new_state, observe_
+from torchprobe.statistics.moment_fields import (
+    BINS,
+    BINS_PER_OCTAVE,
+    FIELDS,
+    HELP,
+    OUTLIER_SHARE,
+    bin_edges,
+    fields_of,
+    histogram,
+    kurtosis,
+    outlier_frequency,
+    skewness,
+    summarize,
+    vector_kurtosis_quantile,
+)
 from torchprobe.statistics.statistic import Statistic
 from torchprobe.statistics.tensors import State
 
-HELP = {
-    "vectors": "activation vectors that were counted",
-    "constant_vectors": "vectors left out because their variance is 0",
-    "invalid_vectors": "vectors left out because an element is nonfinite",
-    "vector_kurtosis": "kurtosis across the features of one vector, mean over vectors",
-    "vector_kurtosis_std": "its standard deviation over vectors",
-    "vector_kurtosis_median": "its median over vectors",
-    "kurtosis_median": "kurtosis of one feature over all its values, median over features",
-    "kurtosis_max": "the largest kurtosis of a feature over all its values",
-    "skewness_median": "skewness of one feature over all its values, median over features",
-    "std": "square root of the mean variance of the features",
-    "mean_abs_max": "the largest mean |x| of a feature",
-    "min": "smallest value",
-    "max": "largest value",
-    "nonfinite": "nan and inf values seen; left out of everything else",
-    "outlier_features": "features that are outliers in at least half of the vectors",
-}
-"""The fields of one layer, each with one line of help."""
-
-FIELDS = tuple(HELP)
-"""Their names, in the order of :func:`summarize`."""
-
-OUTLIER_SHARE = 0.5
-"""``outlier_features`` counts the features that are outliers in at least this share of the vectors. We chose the value."""
+__all__ = [
+    "Moments",
+    "HELP",
+    "FIELDS",
+    "OUTLIER_SHARE",
+    "BINS_PER_OCTAVE",
+    "BINS",
+    "summarize",
+    "histogram",
+    "bin_edges",
+    "gaussian_kurtosis",
+    "gaussian_kurtosis_std",
+    "kurtosis_ceiling",
+]
 
 _SIGNED = ("min", "max", "mean", "m3")  # the parts of a state that may be negative
-
-BINS_PER_OCTAVE = 8
-BINS = layout.BINS // layout.BINS_PER_OCTAVE * BINS_PER_OCTAVE
-"""Bins of :func:`histogram`. We chose an eighth of those in the state, so that a history can keep them for every window."""
 
 
 class Moments(Statistic):
@@ -63,6 +64,9 @@ class Moments(Statistic):
     CLIP" (TMLR 2024). ``vector_kurtosis_std`` is its population standard deviation, and ``vector_kurtosis_quantile(q)`` a quantile.
     ``vectors`` counts these vectors. ``constant_vectors`` (variance 0) and ``invalid_vectors`` (a nonfinite element) are left out.
 
+    Over everything, also plain numbers: ``abs_max`` is the largest abs(x), ``rms`` the root of the mean square, ``dead_features`` the share
+    of the features whose every value is 0. For the other fields of a layer see :data:`FIELDS`.
+
     ``update``, ``merge`` and ``reset`` never synchronize with the device; reading a plain number does. Merging follows Chan et al.
     (1982) and Pébay (SAND2008-6212). For the numerics and their limits see :func:`torchprobe.ops.observe_`.
 
@@ -80,7 +84,8 @@ class Moments(Statistic):
     fields = MappingProxyType(HELP)
     arguments = ("outlier_sigma",)
     headline = "vector_kurtosis"
-    table_fields = tuple(name for name in FIELDS if name not in ("skewness_median", "min", "max"))
+    table_fields = tuple(name for name in FIELDS if name not in ("skewness_median", "min", "max", "abs_max", "rms", "dead_features"))
+    metric_fields = ("vector_kurtosis", "nonfinite", "abs_max", "std", "kurtosis_max")  # what shows that a training run breaks
     fused = True
     histogram_bins = BINS
 
@@ -102,7 +107,7 @@ class Moments(Statistic):
         observe_(self.state, x, feature_dim, self.outlier_sigma, every, mask)
 
     def summarize(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return _fields(states["state"], self.features, self.outlier_sigma)
+        return fields_of(states["state"], self.features, self.outlier_sigma)
 
     def merge_states(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"state": merge_states(a["state"], b["state"])}
@@ -204,17 +209,17 @@ class Moments(Statistic):
     @property
     def skewness(self) -> Tensor:
         """m3 / m2^1.5 with population moments, as ``scipy.stats.skew(bias=True)``."""
-        return _skewness(self._rows())
+        return skewness(self._rows())
 
     @property
     def kurtosis(self) -> Tensor:
         """m4 / m2² with population moments (Pearson: Gaussian = 3)."""
-        return _kurtosis(self._rows())
+        return kurtosis(self._rows())
 
     @property
     def outlier_frequency(self) -> Tensor:
         """Share of ``vectors`` in which the feature is an outlier; nan if no feature can be one: (d − 1)/√d ≤ outlier_sigma."""
-        return _outlier_frequency(self.state, self.features, self.outlier_sigma)
+        return outlier_frequency(self.state, self.features, self.outlier_sigma)
 
     # -- over vectors ----------------------------------------------------------------------------------------------
 
@@ -254,7 +259,7 @@ class Moments(Statistic):
         """
         if not 0 <= q <= 1:
             raise ValueError(f"q must be in [0, 1], got {q}")
-        return float(_quantile(self.state, q))
+        return float(vector_kurtosis_quantile(self.state, q))
 
     # -- display ---------------------------------------------------------------------------------------------------
 
@@ -274,94 +279,11 @@ class Moments(Statistic):
         )
 
 
-def summarize(states: Tensor, features: int, outlier_sigma: float = 6.0) -> Tensor:
-    """:data:`FIELDS` of several layers of the same width at once: states (layers, slots) → (layers, len(FIELDS)).
-
-    It does not synchronize. ``kurtosis_median``, ``skewness_median`` and ``kurtosis_max`` are over features. ``std`` is
-    the root of the mean variance. ``mean_abs_max`` is the largest mean abs(x) of a feature. ``outlier_features`` counts features with
-    ``outlier_frequency`` ≥ :data:`OUTLIER_SHARE`; it is nan for a layer too narrow to have any. Fields are nan if nothing was seen.
-    """
-    fields = _fields(states, features, outlier_sigma)
-    return torch.stack([fields[name] for name in FIELDS], -1)
-
-
-def _fields(states: Tensor, features: int, outlier_sigma: float) -> dict[str, Tensor]:
-    rows = dict(zip(layout.ROWS, layout.rows(states).unbind(-2), strict=True))
-    seen = rows["count"] > 0
-    nan = states.new_full((), math.nan)
-    kurtosis = _kurtosis(rows)
-    any_kurtosis = ~kurtosis.isnan().all(-1)
-    mean_variance = (rows["m2"] / rows["count"]).where(seen, 0).sum(-1) / seen.sum(-1)
-    frequency = _outlier_frequency(states, features, outlier_sigma)
-    any_seen = seen.any(-1)
-    vectors = states[..., layout.VECTORS]
-    return {
-        "vectors": vectors,
-        "constant_vectors": states[..., layout.CONSTANT],
-        "invalid_vectors": states[..., layout.INVALID],
-        "vector_kurtosis": states[..., layout.KURTOSIS_MEAN].where(vectors > 0, nan),
-        "vector_kurtosis_std": (states[..., layout.KURTOSIS_M2] / vectors).sqrt(),
-        "vector_kurtosis_median": _quantile(states, 0.5),
-        "kurtosis_median": kurtosis.nanmedian(-1).values,
-        "kurtosis_max": kurtosis.nan_to_num(nan=-math.inf).amax(-1).where(any_kurtosis, nan),
-        "skewness_median": _skewness(rows).nanmedian(-1).values,
-        "std": mean_variance.sqrt(),
-        "mean_abs_max": (rows["abs_sum"] / rows["count"]).where(seen, -math.inf).amax(-1).where(any_seen, nan),
-        "min": rows["min"].where(seen, math.inf).amin(-1).where(any_seen, nan),
-        "max": rows["max"].where(seen, -math.inf).amax(-1).where(any_seen, nan),
-        "nonfinite": rows["nonfinite"].sum(-1),
-        "outlier_features": (frequency >= OUTLIER_SHARE).sum(-1).to(states.dtype).where(~frequency.isnan().any(-1), nan),
-    }
-
-
-__getattr__ = renamed(__name__, {"summarise": "summarize"})
-
-
-def histogram(states: Tensor) -> Tensor:
-    """How many vectors have a kurtosis between the :func:`bin_edges`: states (layers, slots) → (layers, BINS). It does not synchronize."""
-    counts: Tensor = layout.histogram(states).unflatten(-1, (BINS, -1)).sum(-1)
-    return counts
-
-
-def bin_edges() -> Tensor:
-    """The edges of :func:`histogram`, float64 (BINS + 1,): every octave is divided into equal steps. The last bin is open."""
-    bins = torch.arange(BINS + 1, dtype=torch.float64, device="cpu")
-    return torch.exp2(bins.div(BINS_PER_OCTAVE).floor()) * (1 + bins % BINS_PER_OCTAVE / BINS_PER_OCTAVE)
-
-
 def _seen(rows: Mapping[str, Tensor], name: str) -> Tensor:
     return rows[name].where(rows["count"] > 0, math.nan)
 
 
-def _skewness(rows: Mapping[str, Tensor]) -> Tensor:
-    # Divide step by step: m2 cubed would under- or overflow long before the ratio does. A constant feature gives 0/0 = nan, as intended.
-    return rows["m3"] / rows["m2"] / (rows["m2"] / rows["count"]).sqrt()
-
-
-def _kurtosis(rows: Mapping[str, Tensor]) -> Tensor:
-    return rows["m4"] / rows["m2"] / rows["m2"] * rows["count"]
-
-
-def _outlier_frequency(states: Tensor, features: int, outlier_sigma: float) -> Tensor:
-    frequency = layout.rows(states)[..., layout.ROWS.index("outliers"), :] / states[..., layout.VECTORS, None]
-    possible = (features - 1) / math.sqrt(features) > outlier_sigma  # the largest deviation that one of d values can have
-    return frequency if possible else torch.full_like(frequency, math.nan)
-
-
-def _quantile(states: Tensor, q: float) -> Tensor:
-    """Quantile of the vector kurtosis, linear within a bin; nan without a vector."""
-    counts = layout.histogram(states).cumsum(-1)
-    total = counts[..., -1:]
-    rank = q * total
-    bin_ = (counts < rank).sum(-1, keepdim=True).clamp(max=layout.BINS - 1)
-    if q == 0:  # the first bin that holds anything
-        bin_ = (counts == 0).sum(-1, keepdim=True).clamp(max=layout.BINS - 1)
-    inside = layout.histogram(states).gather(-1, bin_)
-    part = (rank - (counts.gather(-1, bin_) - inside)) / inside
-    octave = bin_ // layout.BINS_PER_OCTAVE
-    step = bin_ % layout.BINS_PER_OCTAVE
-    value = torch.exp2(octave.to(states.dtype)) * (1 + (step + part) / layout.BINS_PER_OCTAVE)
-    return value.where(total > 0, math.nan).squeeze(-1)
+__getattr__ = renamed(__name__, {"summarise": "summarize"})
 
 
 # -- what a vector kurtosis is compared with ------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import html
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from torchprobe.statistics.tensors import (
     describe,
     field_of,
     hashable,
+    html_table,
     no_autocast,
     number_dtype,
     reduced,
@@ -80,6 +80,9 @@ class Statistic:
 
     table_fields: Sequence[str] | None = None
     """The fields that a table shows; None: all."""
+
+    metric_fields: Sequence[str] | None = None
+    """The fields that ``metrics`` returns by default, at most five; None: the first five."""
 
     fused: bool = False
     """Whether :meth:`update` is the operator ``torchprobe::observe_`` on ``self.state``. Hooks then call the operator directly."""
@@ -283,9 +286,7 @@ class Statistic:
         return field_of(self, name)
 
     def _repr_html_(self) -> str:
-        row = "<tr><th style='text-align:left'>{}</th><td style='text-align:right'>{:.6g}</td></tr>"
-        cells = "".join(row.format(html.escape(name), value) for name, value in self.summary().items())
-        return f"<table><caption>{html.escape(type(self).__name__)} of {self.features} features</caption>{cells}</table>"
+        return html_table(self)
 
     def __repr__(self) -> str:
         numbers = [f"{name}={value:.4g}" for name, value in self.summary().items()]

@@ -83,7 +83,7 @@ class Tail:
         for r in rank[rank < self.counts[0]].unique().tolist():
             rows = ((rank == r) & (rank < self.counts[0])).nonzero().flatten()
             for part in rows.split(256):  # each part is copied
-                value[part] = self.values[part].kthvalue(self.values.shape[1] - r, 1).values
+                value[part] = self.values[part].topk(r + 1, sorted=False).values.amin(1)  # kthvalue is not deterministic on a GPU
         return value, known
 
     def _reserve(self, positions: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,6 +86,24 @@ def clear(states: Mapping[str, State], tensors: Mapping[str, Sequence[Tensor]]) 
             torch._foreach_add_(list(tensors[name]), state.empty)
 
 
+_BLOCK = 255  # the most that a uint8 counts
+
+
+def column_counts(hits: Tensor, kept: Tensor) -> Tensor:
+    """How many of the kept rows are True in each column: bool (rows, columns) and (rows, 1) → int64 (columns,). It overwrites ``hits``.
+
+    Blocks of rows are counted in uint8, which takes a tenth of the time of bool and int64.
+
+    >>> column_counts(torch.tensor([[True, False], [True, True]]), torch.tensor([[True], [False]])).tolist()
+    [1, 0]
+    """
+    ones = hits.view(torch.uint8)
+    ones &= kept.view(torch.uint8)
+    blocks = len(ones) // _BLOCK
+    whole = ones[: blocks * _BLOCK].reshape(blocks, _BLOCK, ones.shape[1]).sum(1, dtype=torch.uint8)
+    return whole.sum(0) + ones[blocks * _BLOCK :].sum(0)
+
+
 def check_input(name: str, features: int, x: Tensor, feature_dim: int, mask: Tensor | None) -> None:
     """Raises ValueError unless the statistic ``name`` can read ``x`` with this mask: types, width, shapes, devices."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -125,6 +144,23 @@ def field_of(statistic: Any, name: str) -> float:
         hint = f"; use [{owner!r}].{name}" if owner else ""
         raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}{hint}")
     return float(statistic.summary()[name])
+
+
+MOST_METRICS = 5
+"""``metrics`` returns at most so many fields of a layer by default. We chose the value."""
+
+
+def metric_names(statistic: Any) -> tuple[str, ...]:
+    """The fields that ``metrics`` returns by default."""
+    names = statistic.fields if statistic.metric_fields is None else statistic.metric_fields
+    return tuple(names)[:MOST_METRICS]
+
+
+def html_table(statistic: Any) -> str:
+    """The fields of a statistic, for a notebook."""
+    row = "<tr><th style='text-align:left'>{}</th><td style='text-align:right'>{:.6g}</td></tr>"
+    cells = "".join(row.format(html.escape(name), value) for name, value in statistic.summary().items())
+    return f"<table><caption>{html.escape(type(statistic).__name__)} of {statistic.features} features</caption>{cells}</table>"
 
 
 def describe(value: Any) -> str:

@@ -1,0 +1,387 @@
+"""The evidence for :mod:`torchprobe.recording.axes`: which layers ran, in which order, and what they gave."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchprobe.recording.axes import UNSURE, Axis, fits, square
+from torchprobe.recording.compiled import OwnHook, never_compile_alone
+from torchprobe.recording.layers import Layer, named_layers
+from torchprobe.recording.leaves import (
+    declared_features,
+    hides_children,
+    input_width,
+    is_bare,
+    is_leaf,
+    leaf_dims,
+    own_widths,
+    typed_dim,
+    width,
+)
+from torchprobe.recording.structure import first_tensor
+
+_FORWARDS = 2  # of the model, in which the trail is kept
+_MOST_EVENTS = 64  # for each leaf
+
+
+class Event(NamedTuple):
+    """A layer gave a tensor whose dimension of the features is known."""
+
+    module: int
+    name: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dim: int
+    tensor: Callable[[], Tensor | None]
+
+    @property
+    def width(self) -> int:
+        return self.shape[self.dim]
+
+
+class Trail:
+    """The layers of a model that know their features, in the order in which they ran.
+
+    Hooks on them are kept for the first two forwards. They change nothing, and are removed by :meth:`close`, or by themselves.
+
+    >>> model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.ReLU())
+    >>> trail = Trail(model)
+    >>> trail.open()
+    >>> x = model(torch.zeros(3, 2, 8))
+    >>> trail.output(named_layers(model)["1"], x)[:2]
+    (1, "as '0'")
+    >>> trail.close()
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = named_layers(model)
+        layers = list({id(layer): layer for layer in named.values()}.values())
+        self._place = {id(layer.module): index for index, layer in enumerate(layers)}
+        hidden: set[int] = set()
+        for layer in layers:
+            if hides_children(layer.module):
+                hidden |= {id(child) for child in layer.module.modules()} - {id(layer.module)}
+        self._leaves = [layer for layer in layers if id(layer.module) not in hidden and is_leaf(layer.module)]
+        self._places = [self._place[id(leaf.module)] for leaf in self._leaves]
+        self._root = weakref.ref(named[""].module)
+        self.events: list[Event] = []
+        self._clear: dict[tuple[type, int], int] = {}  # class and number of dimensions → what was clear for a block
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._forwards = 0
+
+    # -- hooks -----------------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Places the hooks."""
+        self.close()
+        scripted = torch.jit.ScriptModule
+        for leaf in self._leaves:
+            module = leaf.alive
+            if module is not None and not isinstance(module, scripted):
+                self._handles.append(module.register_forward_hook(_Step(self, leaf)))
+        root = self._root()
+        if root is not None and not isinstance(root, scripted) and self._handles:
+            self._handles.append(root.register_forward_hook(_End(self)))
+
+    def close(self) -> None:
+        """Removes the hooks. What they saw stays."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the last event is the last layer that ran."""
+        return bool(self._handles) and bool(self.events)
+
+    def forward_ended(self) -> None:
+        self._forwards += 1
+        if self._forwards >= _FORWARDS:
+            self.close()
+
+    def note(self, module: nn.Module, name: str, x: Tensor, dim: int) -> None:
+        """Adds an event. Nothing happens after the first forwards."""
+        if not self._handles or x.is_nested:
+            return
+        if len(self.events) >= _MOST_EVENTS * len(self._leaves):  # the model is not called as a whole
+            self.close()
+            return
+        strides = x.stride() if x.layout is torch.strided else ()
+        self.events.append(Event(id(module), name, tuple(x.shape), strides, dim, weakref.ref(x)))
+
+    def step(self, leaf: Layer, module: nn.Module, output: object) -> None:
+        """A leaf gave its output."""
+        x = first_tensor(output)
+        if x is None or x.is_nested:
+            return
+        shape = tuple(x.shape)
+        dims_found = leaf_dims(module, shape)
+        if len(dims_found) > 1 and self.events and self.events[-1].shape == shape and self.events[-1].dim in dims_found:
+            dims_found = [self.events[-1].dim]  # a norm keeps the layout
+        if len(dims_found) == 1:
+            self.note(module, leaf.name, x, dims_found[0])
+
+    # -- the dimension of the features -------------------------------------------------------------------------------------
+
+    def output(self, layer: Layer, x: Tensor) -> Axis:
+        """The dimension of the features in an output of a layer."""
+        if x.layout is not torch.strided and not x.is_nested:
+            return self._decide(layer, None, tuple(x.shape))
+        return self._decide(layer, x, tuple(x.shape))
+
+    def input(self, layer: Layer, x: Tensor) -> Axis:
+        """The dimension of the features in the first input of a layer, which has not run yet."""
+        if self.fresh:
+            found = self._same_tensor(self.events, x) or self._same_shape(self.events, x)
+            if found is not None and not is_leaf(layer.module):
+                return found
+        return self.static_input(layer, tuple(x.shape))
+
+    def static_input(self, layer: Layer, shape: tuple[int, ...]) -> Axis:
+        """As :meth:`input`, without the order in which layers run."""
+        module, dims = layer.module, len(shape)
+        dim, wide = typed_dim(module, dims), input_width(module)
+        if is_leaf(module) and dim is not None and (wide is None or shape[dim] == wide):
+            return Axis(dim, layer.kind)
+        if not self._leaves and 0 < dims < 4:
+            return Axis(dims - 1, "convention: no layer of the model says it", sure=False)
+        return self._before(layer, shape, 0) or Axis(None, UNSURE)
+
+    def static(self, layer: Layer, shape: tuple[int, ...]) -> Axis:
+        """As :meth:`output`, without the order in which layers run. A size of 0 in ``shape`` is unknown."""
+        return self._decide(layer, None, shape)
+
+    def widths(self, layer: Layer) -> list[int]:
+        """The sizes that matter in :meth:`static`."""
+        leaves = self._inside(layer) or self._around(layer)
+        found = [size for leaf in leaves for size in (width(leaf.module), *(n for p in leaf.module.parameters(False) for n in p.shape))]
+        following = self._leaves[bisect.bisect_right(self._places, self._place.get(id(layer.module), 0)) :][:1]
+        found += [input_width(leaf.module) for leaf in following]
+        found += [size for sizes in own_widths(layer.module) for size in sizes]
+        return list(dict.fromkeys(size for size in found if size))
+
+    def _decide(self, layer: Layer, x: Tensor | None, shape: tuple[int, ...]) -> Axis:
+        module, dims = layer.module, len(shape)
+        if dims == 0:
+            return Axis(None, "a single number")
+        dims_found = leaf_dims(module, shape) if is_leaf(module) or typed_dim(module, dims) is not None else []
+        if len(dims_found) == 1:
+            return Axis(dims_found[0], layer.kind)
+        if dims == 1:
+            return self._one_dimension(layer, shape, x)
+        if dims == 2 and shape[1] and shape[1] == declared_features(module):
+            return Axis(1, f"features of {layer.kind}")
+        found = None
+        if x is not None:
+            found = self._followed(layer, x, dims_found) if is_bare(module) or dims_found or is_leaf(module) else self._contained(layer, x)
+        if found is None:
+            found = self._static(layer, shape)
+        if found is not None:
+            return self._checked(layer, found, shape, x)
+        own = [dim for sizes in own_widths(module) for size in sizes for dim in fits(shape, size)]
+        if len(set(own)) == 1:
+            return Axis(own[0], f"the parameters of {layer.kind}")
+        if not self._leaves:
+            return Axis(dims - 1, "convention: no layer of the model says it", sure=False) if dims < 4 else Axis(None, UNSURE)
+        return Axis(None, UNSURE)
+
+    def _checked(self, layer: Layer, axis: Axis, shape: tuple[int, ...], x: Tensor | None) -> Axis:
+        """Remembers what was clear for a class. A tie takes it from there."""
+        key = type(layer.module), len(shape)
+        if axis.dim is not None:
+            if not is_bare(layer.module):
+                self._clear.setdefault(key, axis.dim)
+            return axis
+        if len(axis.open) > 1 and self._clear.get(key) in axis.open:
+            return Axis(self._clear[key], f"as other {layer.kind} layers", sure=axis.sure)
+        return axis
+
+    def _one_dimension(self, layer: Layer, shape: tuple[int, ...], x: Tensor | None) -> Axis:
+        """One dimension counts the inputs, unless the layers around it work on inputs without a batch."""
+        inside = self._events_of(layer) if x is not None else []
+        before = inside or (self.events if self.fresh and is_bare(layer.module) else [])
+        if before and before[-1].shape == shape:
+            return Axis(0, f"as {before[-1].name!r}")
+        if not self._leaves:
+            return Axis(0, "convention: no layer of the model says it", sure=False)
+        return Axis(None, "one number for each input")
+
+    # -- evidence ----------------------------------------------------------------------------------------------------------
+
+    def _events_of(self, layer: Layer) -> list[Event]:
+        if not self.events:
+            return []
+        inside = {id(module) for module in layer.module.modules()}
+        return [event for event in self.events if event.module in inside]
+
+    def _contained(self, layer: Layer, x: Tensor) -> Axis | None:
+        """By what ran inside of a block."""
+        inside = self._events_of(layer)
+        if not inside:
+            return self._followed(layer, x, [])
+        if (found := self._same_tensor(inside, x)) is not None:
+            return found
+        shape, last = tuple(x.shape), inside[-1]
+        seen: set[tuple[int, tuple[int, ...]]] = set()
+        for event in reversed(inside):
+            if (event.dim, event.shape) in seen:
+                continue
+            seen.add((event.dim, event.shape))
+            same = event.shape == shape
+            if not same and (event.width == 1 or (event is not last and len(event.shape) != len(shape))):
+                continue
+            dims_found = fits(shape, event.width, 0 if last.dim == 0 else 1)
+            if len(dims_found) == 1:
+                by = f"as {event.name!r}" if same else f"width {event.width} of {event.name!r}"
+                return square(Axis(dims_found[0], by), shape)
+            if dims_found:
+                return self._tie(event, inside, x, dims_found)
+        return self._multiplied(layer.module, last, shape) or self._resized(last, shape, inside) or self._same_shape(self.events, x)
+
+    @staticmethod
+    def _multiplied(module: nn.Module, last: Event, shape: tuple[int, ...]) -> Axis | None:
+        """A product with a parameter, such as the projection of CLIP: (width of the last layer, width of the output)."""
+        if last.dim != len(last.shape) - 1 or last.width == 1:
+            return None
+        for name, parameter in module.named_parameters():
+            if tuple(parameter.shape) == (last.width, shape[-1]) and shape[-1] > 1 and "weight" not in name:
+                return Axis(len(shape) - 1, f"width {shape[-1]} of {name!r}")
+        return None
+
+    def _followed(self, layer: Layer, x: Tensor, allowed: Sequence[int]) -> Axis | None:
+        """By what ran before a layer that keeps the layout of its input, such as an activation function."""
+        if not self.fresh:
+            return None
+        if (found := self._same_tensor(self.events, x)) is not None:
+            return found
+        shape, last = tuple(x.shape), self.events[-1]
+        keeps_shape = type(layer.module).__module__.startswith("torch.nn.")
+        if last.shape == shape:
+            axis = Axis(last.dim, f"as {last.name!r}")
+            return axis if keeps_shape else square(axis, shape)
+        if last.width > 1 and (len(shape) < len(last.shape) or (len(shape) == len(last.shape) and shape[0] == last.shape[0])):
+            dims_found = [dim for dim in fits(shape, last.width) if not allowed or dim in allowed]
+            if len(dims_found) == 1:
+                return square(Axis(dims_found[0], f"width {last.width} of {last.name!r}"), shape)
+            if dims_found:
+                return Axis(None, UNSURE, tuple(dims_found), last.width)
+        return self._same_shape(self.events, x) or self._resized(last, shape, self.events)
+
+    @staticmethod
+    def _same_tensor(events: Sequence[Event], x: Tensor) -> Axis | None:
+        event = next((event for event in reversed(events) if event.tensor() is x and event.shape == tuple(x.shape)), None)
+        return None if event is None else Axis(event.dim, f"the output of {event.name!r}")
+
+    @staticmethod
+    def _same_shape(events: Sequence[Event], x: Tensor) -> Axis | None:
+        shape = tuple(x.shape)
+        alike = [event for event in events if event.shape == shape]
+        if not alike or len({event.dim for event in alike}) > 1:
+            return None
+        return square(Axis(alike[-1].dim, f"as {alike[-1].name!r}"), shape)
+
+    def _tie(self, event: Event, inside: Sequence[Event], x: Tensor, dims_found: list[int]) -> Axis:
+        """Several dimensions are as wide: the order of the numbers in memory tells, if the layers inside agree."""
+        dims = x.dim()
+        agree = len({other.dim for other in inside if len(other.shape) == dims}) == 1
+        if agree and event.shape == tuple(x.shape) and event.strides:
+            there = [dim for dim in dims_found if x.stride(dim) == event.strides[event.dim]]
+            if len(there) == 1:
+                return square(Axis(there[0], f"width {event.width} of {event.name!r}, and its order in memory"), tuple(x.shape))
+        return Axis(None, UNSURE, tuple(dims_found), event.width)
+
+    @staticmethod
+    def _resized(last: Event, shape: tuple[int, ...], events: Sequence[Event]) -> Axis | None:
+        """As the last layer but for the width: parts side by side, or a map as one vector."""
+        dims = len(shape)
+        axis = None
+        alike = [
+            event
+            for event in events
+            if len(event.shape) == dims and all(shape[dim] == event.shape[dim] for dim in range(dims) if dim != event.dim)
+        ]
+        if alike and len({event.dim for event in alike}) == 1:
+            axis = Axis(alike[-1].dim, f"as {alike[-1].name!r}, in another width", sure=False)
+        elif dims == 2 < len(last.shape) and last.width > 1 and shape == (last.shape[0], math.prod(last.shape[1:])):
+            axis = Axis(1, f"{last.name!r} as one vector", sure=False)
+        if axis is None or axis.dim is None or shape[axis.dim] == 1:
+            return None
+        size = shape[axis.dim]
+        others = {shape[dim] for dim in range(dims) if dim != axis.dim} if dims < 4 else set()
+        batches = {event.shape[0] for event in events if event.shape} if dims < 4 else set()
+        if size in others | batches or (dims == 2 and shape[0] > 1 and size % shape[0] == 0):  # may depend on the number of inputs
+            return Axis(None, UNSURE, (axis.dim,), size, sure=False)
+        return axis
+
+    # -- evidence without an order of running ------------------------------------------------------------------------------
+
+    def _inside(self, layer: Layer) -> list[Layer]:
+        inside = {id(module) for module in layer.module.modules()}
+        return [leaf for leaf in self._leaves if id(leaf.module) in inside]
+
+    def _around(self, layer: Layer) -> list[Layer]:
+        """The leaf before a layer, and then those of its parent."""
+        place = bisect.bisect_left(self._places, self._place.get(id(layer.module), 0))
+        parent = {id(module) for module in layer.parent.modules()} if layer.parent is not None else set()
+        family = [leaf for leaf in self._leaves if id(leaf.module) in parent]
+        return [*family, *self._leaves[max(place - 1, 0) : place]]
+
+    def _static(self, layer: Layer, shape: tuple[int, ...]) -> Axis | None:
+        leaves = self._inside(layer)
+        for leaf in reversed(leaves or self._around(layer)):
+            size = width(leaf.module)
+            if size is None or size == 1:
+                continue
+            dims_found = fits(shape, size)
+            if len(dims_found) == 1:
+                return square(Axis(dims_found[0], f"width {size} of {leaf.name!r}"), shape)
+            if dims_found:
+                dims = {typed_dim(other.module, len(shape)) for other in (leaves or self._around(layer))}
+                dim = typed_dim(leaf.module, len(shape))
+                if len(dims) == 1 and dim in dims_found and len(shape) < 4:
+                    return square(Axis(dim, f"width {size} of {leaf.name!r}"), shape)
+                return Axis(None, UNSURE, tuple(dims_found), size)
+        return None if leaves else self._before(layer, shape, 1)
+
+    def _before(self, layer: Layer, shape: tuple[int, ...], skip: int) -> Axis | None:
+        """By what the next layer takes: the first one inside, or after."""
+        place = self._place.get(id(layer.module), 0) + skip
+        following = self._leaves[bisect.bisect_left(self._places, place) :][:1]
+        for leaf in following:
+            size, dim = input_width(leaf.module), typed_dim(leaf.module, len(shape))
+            if size is None or dim is None or shape[dim] != size or len(fits(shape, size, 0 if dim == 0 else 1)) > 1:
+                continue
+            return square(Axis(dim, f"the input of {leaf.name!r}"), shape)
+        return None
+
+
+class _Step(OwnHook):
+    """The hook of a leaf."""
+
+    def __init__(self, trail: Trail, leaf: Layer) -> None:
+        self.trail, self.leaf = trail, leaf
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            self.trail.step(self.leaf, module, output)
+
+
+class _End(OwnHook):
+    """The hook of the model, for the end of a forward."""
+
+    def __init__(self, trail: Trail) -> None:
+        self.trail = trail
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        if not torch.compiler.is_compiling():
+            self.trail.forward_ended()
+
+
+never_compile_alone(_Step.__call__)
+never_compile_alone(_End.__call__)
