@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -170,3 +172,65 @@ def test_a_compiled_graph_that_was_not_run_to_its_end() -> None:
             fast(X)
 
     assert "it is part of a compiled graph that was created, but did not run to its end" in report(torchprobe.record(fast, "inner.0"), run)
+
+
+# -- causes that were told wrongly ---------------------------------------------------------------------------------------------
+
+
+def test_a_forward_that_is_called_directly() -> None:
+    model = mlp()
+    text = report(torchprobe.record(model, ["", "0"]), lambda: model.forward(X))
+    assert "'': the model was entered through another method than forward" in text
+    block = Calls(lambda self, x: self.inner.forward(x), inner=mlp())
+    text = report(torchprobe.record(block, ["inner", "inner.0"]), lambda: block(X))
+    assert "'inner': its forward was called directly; only model(x) runs hooks, and model.forward(x) does not" in text
+
+
+def test_a_recorder_that_was_reset() -> None:
+    model = mlp()
+    recorder = torchprobe.record(model, "0")
+
+    def run() -> None:
+        model(X)
+        recorder.reset()
+
+    assert "'0': nothing was recorded after its state was loaded or reset" in report(recorder, run)
+
+
+def test_names_of_fabric() -> None:
+    class Fabric(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self._forward_module = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self._forward_module(x)  # type: ignore[no-any-return]
+
+    model = Fabric(mlp())
+    with torchprobe.record(model, "**") as rec:
+        model(X)
+    assert rec._bank.names() == ["", *(str(i) for i in range(6))]
+
+
+@pytest.mark.parametrize("gone", ["_FrameAction", "_FrameExecStrategy", "set_code_exec_strategy", "reset_code"])
+def test_a_pytorch_without_the_private_names_of_dynamo(gone: str) -> None:
+    """``import torchprobe`` works, and so does eager recording; a compiled model is warned about."""
+    program = f"""
+import warnings, torch
+name = torch._C._dynamo.eval_frame.{gone}
+del torch._C._dynamo.eval_frame.{gone}
+import torchprobe
+torch._C._dynamo.eval_frame.{gone} = name  # the compiler itself needs it
+model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh())
+with torchprobe.record(model, "**", on_error="raise") as rec:
+    model(torch.randn(5, 3))
+assert rec["0"].vectors == 5 and rec[""].vectors == 5
+compiled = torch.compile(model, backend="eager")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    torchprobe.record(compiled, "**").start().stop()
+assert any("has changed inside" in str(w.message) for w in caught), caught
+"""
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=quiet, check=False)
+    assert done.returncode == 0, done.stderr

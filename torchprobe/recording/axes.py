@@ -60,7 +60,7 @@ def second_shape(axis: Axis, first: tuple[int, ...], shape: tuple[int, ...]) -> 
         return axis
     left = tuple(dim for dim in axis.open if shape[dim] == axis.width)
     moved = any(shape[dim] != first[dim] for dim in range(len(shape)) if dim not in left)
-    if not left:
+    if not left or left == (0,):
         return Axis(None, "its size changes with the batch, so it does not count features")
     if len(left) == 1 and moved:
         return Axis(left[0], f"width {axis.width} in two shapes", sure=axis.sure)
@@ -75,5 +75,5 @@ def fits(shape: tuple[int, ...], size: int, start: int = 1) -> list[int]:
 def square(axis: Axis, shape: tuple[int, ...]) -> Axis:
     """A square matrix may compare each input with each: only a second shape tells."""
     if len(shape) == 2 and shape[0] == shape[1] and shape[0] > 1:
-        return Axis(None, UNSURE, (1,), shape[1], sure=False)
+        return Axis(None, UNSURE, (0, 1), shape[1], sure=False)
     return axis

@@ -280,8 +280,8 @@ class Stream:
         self.ended = True
         self.slots.clear()
         raise ValueError(
-            f"its activations were {before} wide and are now {width}, so this does not count features, and what was read is dropped. If it "
-            f"does, pass feature_dim={{{self.layer.name!r}: …}}"
+            f"its activations were {before} wide and are now {width}: this size depends on the batch, or the layer comes after "
+            f"several others. What was read is dropped. Record the layers before it, or pass feature_dim={{{self.layer.name!r}: …}}"
         )
 
     # -- the dimension of the features ---------------------------------------------------------------------------------

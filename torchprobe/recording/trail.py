@@ -259,18 +259,18 @@ class Trail:
         if not self.fresh:
             return None
         if (found := self._same_tensor(self.events, x)) is not None:
-            return found
+            return found._replace(sure=False)  # another width may come from another place in the model
         shape, last = tuple(x.shape), self.events[-1]
         keeps_shape = type(layer.module).__module__.startswith("torch.nn.")
         if last.shape == shape:
-            axis = Axis(last.dim, f"as {last.name!r}")
+            axis = Axis(last.dim, f"as {last.name!r}", sure=False)
             return axis if keeps_shape else square(axis, shape)
         if last.width > 1 and (len(shape) < len(last.shape) or (len(shape) == len(last.shape) and shape[0] == last.shape[0])):
             dims_found = [dim for dim in fits(shape, last.width) if not allowed or dim in allowed]
             if len(dims_found) == 1:
-                return square(Axis(dims_found[0], f"width {last.width} of {last.name!r}"), shape)
+                return square(Axis(dims_found[0], f"width {last.width} of {last.name!r}", sure=False), shape)
             if dims_found:
-                return Axis(None, UNSURE, tuple(dims_found), last.width)
+                return Axis(None, UNSURE, tuple(dims_found), last.width, sure=False)
         return self._same_shape(self.events, x) or self._resized(last, shape, self.events)
 
     @staticmethod
@@ -284,7 +284,7 @@ class Trail:
         alike = [event for event in events if event.shape == shape]
         if not alike or len({event.dim for event in alike}) > 1:
             return None
-        return square(Axis(alike[-1].dim, f"as {alike[-1].name!r}"), shape)
+        return square(Axis(alike[-1].dim, f"as {alike[-1].name!r}", sure=False), shape)
 
     def _tie(self, event: Event, inside: Sequence[Event], x: Tensor, dims_found: list[int]) -> Axis:
         """Several dimensions are as wide: the order of the numbers in memory tells, if the layers inside agree."""
@@ -316,7 +316,7 @@ class Trail:
         others = {shape[dim] for dim in range(dims) if dim != axis.dim} if dims < 4 else set()
         batches = {event.shape[0] for event in events if event.shape} if dims < 4 else set()
         if size in others | batches or (dims == 2 and shape[0] > 1 and size % shape[0] == 0):  # may depend on the number of inputs
-            return Axis(None, UNSURE, (axis.dim,), size, sure=False)
+            return Axis(None, UNSURE, tuple(fits(shape, size, 0)), size, sure=False)
         return axis
 
     # -- evidence without an order of running ------------------------------------------------------------------------------
