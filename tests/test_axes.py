@@ -80,7 +80,12 @@ def test_convolutions_without_a_batch() -> None:
 
 @pytest.mark.parametrize(
     ("activation", "pooling"),
-    [(nn.GELU(), nn.MaxPool1d(2)), (nn.LeakyReLU(), nn.AvgPool1d(2)), (nn.Dropout(0.5), nn.AdaptiveAvgPool1d(8)), (nn.Identity(), nn.Identity())],
+    [
+        (nn.GELU(), nn.MaxPool1d(2)),
+        (nn.LeakyReLU(), nn.AvgPool1d(2)),
+        (nn.Dropout(0.5), nn.AdaptiveAvgPool1d(8)),
+        (nn.Identity(), nn.Identity()),
+    ],
 )
 def test_what_follows_a_convolution(activation: nn.Module, pooling: nn.Module) -> None:
     model = nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), activation, pooling, nn.Conv1d(8, 3, 1), nn.Tanh())
@@ -150,7 +155,10 @@ class ChannelsFirst(nn.Module):
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(channels), nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, out))
+        self.norm, self.mlp = (
+            nn.LayerNorm(channels),
+            nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, out)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
@@ -180,7 +188,9 @@ def test_stages_channels_first_without_convolutions(size: tuple[int, int], of: s
     model = Stages(ChannelsFirst)
     found = axes(run(model, torch.randn(2, 3, *size), layers=None, of=of))
     widths = {"stages.0": 12, "stages.1": 12, "stages.2": 16, "": 16}
-    assert {name: value for name, value in found.items() if value[0]}.items() <= {name: (width, 1) for name, width in widths.items()}.items()
+    assert {name: value for name, value in found.items() if value[0]}.items() <= {
+        name: (width, 1) for name, width in widths.items()
+    }.items()
     for name, width in widths.items():
         assert width in size or found[name] == (width, 1)
 
@@ -683,7 +693,9 @@ def test_a_block_that_transposes(tokens: int, kind: str) -> None:
 
 @pytest.mark.parametrize("tokens", [5, 6])
 def test_a_layer_without_parameters_that_transposes(tokens: int) -> None:
-    model = nn.Sequential(nn.Linear(8, 6), Calls(lambda self, x: x.transpose(1, 2) + 0), Calls(lambda self, x: x.transpose(1, 2).contiguous()))
+    model = nn.Sequential(
+        nn.Linear(8, 6), Calls(lambda self, x: x.transpose(1, 2) + 0), Calls(lambda self, x: x.transpose(1, 2).contiguous())
+    )
     found = axes(run(model, torch.randn(5, tokens, 8)))
     assert found["0"] == (6, -1)
     assert found["1"] in ([(6, 1)] if tokens == 5 else [(6, 1), (None, None)])
