@@ -10,7 +10,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from models import COMPILER_WARNINGS, Calls, told, together, witnessed
+from models import COMPILER_WARNINGS, Calls, together, told, witnessed
 from torch import Tensor, nn
 
 import torchprobe
