@@ -106,10 +106,8 @@ class Speech(nn.Module):
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.conv(x)
-            if isinstance(self.norm, nn.LayerNorm):
-                x = self.norm(x.transpose(-2, -1)).transpose(-2, -1)
-            else:
-                x = self.norm(x)
+            last = isinstance(self.norm, nn.LayerNorm)
+            x = self.norm(x.transpose(-2, -1)).transpose(-2, -1) if last else self.norm(x)
             return self.act(x)
 
     def __init__(self, norm: str) -> None:

@@ -284,7 +284,7 @@ def test_token_ids_as_inputs() -> None:
 
 
 def test_a_single_number_is_no_news_by_default() -> None:
-    """The loss is the output of many models. It is named at the end, with what else holds nothing to read, and not in a warning of its own."""
+    """The loss is the output of many models. It is named at the end, and not in a warning of its own."""
     model = Calls(lambda self, x: self.blocks(x).square().mean(), blocks=mlp(width=8))
     texts = assert_unchanged(model, batches(5, 3), model, torchprobe.record(model))
     assert len(texts) == 1
