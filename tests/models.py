@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -92,3 +94,39 @@ def assert_equal(a: torchprobe.Recording, b: torchprobe.Recording, rtol: float =
     assert a.layers == b.layers
     for layer in a:
         torch.testing.assert_close(a[layer].state, b[layer].state, rtol=rtol, atol=1e-12 if rtol else 0)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[list[str]]:
+    """The texts of the recorder's own warnings; other warnings are errors, as everywhere."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("error")
+        warnings.simplefilter("always", RecordingWarning)
+        try:
+            yield texts
+        finally:
+            texts.extend(str(warning.message) for warning in caught)
+
+
+@contextlib.contextmanager
+def witnessed(model: nn.Module, of: str = "output") -> Iterator[dict[str, list[Any]]]:
+    """What plain hooks see in every call: the output of every module, its positional inputs, or the gradients of its outputs."""
+    seen: dict[str, list[Any]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            seen.setdefault(name, []).append(args if of == "input" else output)
+
+        return hook
+
+    place = "register_full_backward_hook" if of == "gradient" else "register_forward_hook"
+    handles = [getattr(module, place)(keep(name)) for name, module in model.named_modules()]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def together(tensors: list[Tensor], feature_dim: int = -1) -> Tensor:
+    """All vectors of some activations, (vectors, features)."""
+    return torch.cat([x.detach().double().movedim(feature_dim, -1).flatten(0, -2) for x in tensors])

@@ -8,18 +8,16 @@ import io
 import pickle
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from models import COMPILER_WARNINGS, Calls, X, hooks_on, mlp, report
+from models import COMPILER_WARNINGS, Calls, X, hooks_on, mlp, report, told
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchprobe
-from torchprobe.recording import RecordingWarning
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +33,8 @@ def _fresh_compiler() -> Iterator[None]:
 def test_no_hook_is_left_after_an_exception_in_the_forward() -> None:
     model = Calls(lambda self, x: self.second(self.first(x)), first=nn.Linear(6, 6), second=nn.Linear(7, 7))
     for of in ("output", "input", "gradient"):
-        with warnings.catch_warnings(), pytest.raises(RuntimeError, match="mat1 and mat2"), torchprobe.record(model, "**", of=of):
-            warnings.simplefilter("ignore", RecordingWarning)  # the input of the second layer is no input of it
-            model(X)
+        with told(), pytest.raises(RuntimeError, match="mat1 and mat2"), torchprobe.record(model, "**", of=of):
+            model(X)  # what the second layer is given is no input of it, which is told
         assert hooks_on(model) == 0
 
 
