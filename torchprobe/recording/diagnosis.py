@@ -30,6 +30,7 @@ class Witness:
         self.entered = 0
         self.left = 0
         self.traced = False
+        self.over = False
 
 
 class _Watch(OwnHook):
@@ -42,6 +43,8 @@ class _Watch(OwnHook):
     def __call__(self, module: nn.Module, *args: Any) -> None:
         if torch.compiler.is_compiling():
             _traced(self.key)
+        elif self.witness.over:
+            self.remove_from(module)  # it was moved there
         else:
             count(self.witness, self.counter)
 
@@ -163,6 +166,9 @@ class _Explanation:
 
     def __call__(self, hook: Hook, stream: Stream, calls: int) -> str:
         skipped = stream.skipped | hook.main.skipped
+        module = hook.layer.alive
+        if not calls and not stream.slots and (module is None or self._replaced(hook.layer.name, module)):
+            return "its module was replaced or deleted while the model was recorded; record again"
         if calls:
             return self._read_nothing(stream, calls)
         if stream.slots and not skipped:
@@ -188,8 +194,7 @@ class _Explanation:
 
     def _never_called(self, hook: Hook) -> str:
         name, module = hook.layer.name, hook.layer.alive
-        if module is None or self._replaced(name, module):
-            return "its module was replaced or deleted while the model was recorded; record again"
+        assert module is not None
         above = [self.named[parent].module for parent in _ancestors(name) if parent in self.named]
         if not takes_hooks(module):
             return "it is scripted, and runs without Python; record the model before torch.jit.script, or a module around it"

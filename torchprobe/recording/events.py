@@ -62,6 +62,12 @@ def resized(last: Event, shape: tuple[int, ...], events: Sequence[Event]) -> Axi
     return axis
 
 
+def moved_or_resized(event: Event, shape: tuple[int, ...], dim: int) -> bool:
+    """Whether a dimension that is as wide is another one than before, and another width along the same one explains the shape as well."""
+    dims = len(shape)
+    return dims == len(event.shape) and dim != event.dim and all(shape[i] == event.shape[i] for i in range(dims) if i != event.dim)
+
+
 def multiplied(module: nn.Module, last: Event, shape: tuple[int, ...]) -> Axis | None:
     """A product with a parameter, such as the projection of CLIP: (width of the last layer, width of the output)."""
     if last.dim != len(last.shape) - 1 or last.width == 1:

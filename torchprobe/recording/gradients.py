@@ -34,6 +34,7 @@ class GradientHook(Hook):
             self.skip(module)
             return None
         changed = output
+        control.trail.given = args
         for stream, x in self.streams_in(output):
             if not x.requires_grad:
                 stream.skipped |= Skipped.NO_GRADIENT
@@ -47,6 +48,7 @@ class GradientHook(Hook):
                 _watch(stream, watched)
             except Exception as error:
                 stream.failed(error, x)
+        control.trail.given = None
         return None if changed is output else changed
 
     def skip(self, module: nn.Module) -> None:

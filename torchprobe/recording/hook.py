@@ -17,6 +17,7 @@ from torchprobe.recording.axes import Axis
 from torchprobe.recording.compiled import OwnHook, at_trace_time, never_compile_alone, register
 from torchprobe.recording.control import Control, Skipped
 from torchprobe.recording.layers import Layer
+from torchprobe.recording.leaves import typed_dim
 from torchprobe.recording.stream import Stream
 from torchprobe.recording.structure import first_tensor, has_places, is_symbolic, named_tensors, replaced
 
@@ -50,6 +51,8 @@ class Hook(OwnHook):
             return self.trace(module, output)
         control = self.control
         if control.open and _current_backward() == -1 and (control.training is None or control.training == module.training):
+            if not self.main.dims:  # its first calls: what goes in may tell what comes out
+                control.trail.given = args
             if type(output) is Tensor and control.select is None:
                 if output.is_floating_point():
                     self.main.read(output)
@@ -58,6 +61,7 @@ class Hook(OwnHook):
             else:
                 for stream, x in self.streams_in(output):
                     stream.read(x)
+            control.trail.given = None
         else:
             self.skip(module)
         return None
@@ -120,6 +124,8 @@ class Hook(OwnHook):
     def settle(self, found: Found, dims: list[int | None], ordered: bool) -> None:
         """Decides which of several tensors are read: those with features. If they are known by position, each has a name of its own,
         otherwise the first one has the name of the layer."""
+        if typed_dim(self.layer.module, found[0][1].dim()) is not None:
+            found, dims = found[:1], dims[:1]  # attention and recurrent layers: the rest are weights and states
         chosen = [(name, x) for (name, x), dim in zip(found, dims, strict=True) if dim is not None and _stands_alone(x, found[0][1], dim)]
         names = [name for name, _ in chosen] or [found[0][0]]
         if self.main.slots or self.main.loaded or len(names) == 1 or not ordered:  # read before, or the first one of a mapping

@@ -129,6 +129,7 @@ class Recorder(Recording):
             raise RuntimeError("the model of this recorder no longer exists")
         root = named_layers(model)[""].module
         dropped = compiled.drop_graphs({type(module) for hook in self._bank.hooks.values() if (module := hook.layer.alive) is not None})
+        self._witness.over = False
         try:
             if takes_hooks(root):
                 self._undo.extend(handle.remove for handle in diagnosis.watch(root, self._witness))
@@ -195,6 +196,7 @@ class Recorder(Recording):
         return any(id(hook.layer.alive) in modules for hook in self._bank.hooks.values())
 
     def _remove_hooks(self) -> None:
+        self._witness.over = True
         while self._undo:
             self._undo.pop()()
 

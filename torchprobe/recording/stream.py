@@ -306,7 +306,7 @@ class Stream:
         if known is not None:
             return self.decided(dims, second_shape(known, self.shapes[dims], shape), shape)
         dim = self.decided(dims, trail.input(self.layer, x) if self.of == "input" else trail.output(self.layer, x), shape)
-        if self.of == "output":
+        if self.of != "input":
             trail.note(self.layer.module, self.layer.name, x, dim)
         return dim
 
@@ -358,7 +358,7 @@ class Stream:
             self.slots.clear()  # a state in which nothing was read
         self.failure, self.unsure = str(error), isinstance(error, Unsure)
         if self.control.strict or (first and self.layer.explicit and not self.unsure):
-            kind = type(error) if type(error) in (RuntimeError, NotImplementedError, TypeError, ValueError) else RuntimeError
+            kind = next((kind for kind in (NotImplementedError, TypeError, ValueError) if isinstance(error, kind)), RuntimeError)
             return kind(f"layer {self.name!r}: {error}")
         cause = _NUMBERS.sub("", self.failure.replace(repr(self.layer.name), ""))[:60]
         if cause not in self.control.warned:

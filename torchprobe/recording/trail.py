@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprobe.recording.axes import UNSURE, Axis, fits, square
 from torchprobe.recording.compiled import OwnHook, at_trace_time, never_compile_alone, register
-from torchprobe.recording.events import Event, multiplied, resized, same_shape, same_tensor
+from torchprobe.recording.events import Event, moved_or_resized, multiplied, resized, same_shape, same_tensor
 from torchprobe.recording.layers import Layer, named_layers
 from torchprobe.recording.leaves import (
     declared_features,
@@ -56,6 +56,7 @@ class Trail:
         self._places = [self._place[id(leaf.module)] for leaf in self._leaves]
         self._root = weakref.ref(named[""].module)
         self.events: list[Event] = []
+        self.given: object = None  # the arguments of the layer that is being read
         self._clear: dict[tuple[type, int], int] = {}  # class and number of dimensions → what was clear for a block
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._forwards = 0
@@ -83,6 +84,11 @@ class Trail:
         self._running = False
         while self._handles:
             self._handles.pop().remove()
+
+    @property
+    def watching(self) -> bool:
+        """Whether there are hooks."""
+        return bool(self._handles)
 
     @property
     def fresh(self) -> bool:
@@ -155,7 +161,7 @@ class Trail:
             return Axis(dim, layer.kind)
         if not self._leaves and 0 < dims < 4:
             return Axis(dims - 1, "convention: no layer of the model says it", sure=False)
-        return self._before(layer, shape, 0) or Axis(None, UNSURE)
+        return self._before(layer, shape, 0) or (self._static(layer, shape) if is_bare(module) else None) or Axis(None, UNSURE)
 
     def static(self, layer: Layer, shape: tuple[int, ...]) -> Axis:
         """As :meth:`output`, without the order in which layers run. A size of 0 in ``shape`` is unknown."""
@@ -166,7 +172,7 @@ class Trail:
         leaves = self._inside(layer) or self._around(layer)
         found = [size for leaf in leaves for size in (width(leaf.module), *(n for p in leaf.module.parameters(False) for n in p.shape))]
         following = self._leaves[bisect.bisect_right(self._places, self._place.get(id(layer.module), 0)) :][:1]
-        found += [input_width(leaf.module) for leaf in following]
+        found += [input_width(leaf.module) for leaf in following if leaf.alive is not None]
         found += [size for sizes in own_widths(layer.module) for size in sizes]
         return list(dict.fromkeys(size for size in found if size))
 
@@ -241,9 +247,11 @@ class Trail:
             if not same and (event.width == 1 or (event is not last and len(event.shape) != len(shape))):
                 continue
             dims_found = fits(shape, event.width, 0 if last.dim == 0 else 1)
+            if len(dims_found) == 1 and moved_or_resized(event, shape, dims_found[0]):
+                return Axis(None, UNSURE)
             if len(dims_found) == 1:
                 by = f"as {event.name!r}" if same else f"width {event.width} of {event.name!r}"
-                return square(Axis(dims_found[0], by), shape)
+                return square(Axis(dims_found[0], by, sure=len(shape) > 2), shape)  # a batch may be as large
             if dims_found:
                 return self._tie(event, inside, x, dims_found)
         return multiplied(layer.module, last, shape) or resized(last, shape, inside) or same_shape(self.events, x)
@@ -257,10 +265,15 @@ class Trail:
         shape, last = tuple(x.shape), self.events[-1]
         keeps_shape = type(layer.module).__module__.startswith("torch.nn.")
         if last.shape == shape:
+            dims_found = fits(shape, last.width)
+            if len(dims_found) > 1 and not keeps_shape:
+                return Axis(None, UNSURE, tuple(dims_found), last.width, sure=False)
             axis = Axis(last.dim, f"as {last.name!r}", sure=False)
             return axis if keeps_shape else square(axis, shape)
         if last.width > 1 and (len(shape) < len(last.shape) or (len(shape) == len(last.shape) and shape[0] == last.shape[0])):
             dims_found = [dim for dim in fits(shape, last.width) if not allowed or dim in allowed]
+            if len(dims_found) == 1 and moved_or_resized(last, shape, dims_found[0]):
+                return Axis(None, UNSURE)
             if len(dims_found) == 1:
                 return square(Axis(dims_found[0], f"width {last.width} of {last.name!r}", sure=False), shape)
             if dims_found:
@@ -268,27 +281,39 @@ class Trail:
         return same_shape(self.events, x) or resized(last, shape, self.events)
 
     def _tie(self, event: Event, inside: Sequence[Event], x: Tensor, dims_found: list[int]) -> Axis:
-        """Several dimensions are as wide: the order of the numbers in memory tells, if the layers inside agree."""
+        """Several dimensions are as wide: the order of the numbers in memory tells, if the layers inside agree. A copy has an order of its
+        own, which says nothing; then an input of the same shape does."""
         dims = x.dim()
         agree = len({other.dim for other in inside if len(other.shape) == dims}) == 1
-        if agree and event.shape == tuple(x.shape) and event.strides:
+        if agree and event.shape == tuple(x.shape) and event.strides and not x.is_contiguous():
             there = [dim for dim in dims_found if x.stride(dim) == event.strides[event.dim]]
             if len(there) == 1:
                 return square(Axis(there[0], f"width {event.width} of {event.name!r}, and its order in memory"), tuple(x.shape))
+        if agree and event.dim in dims_found and event.shape == tuple(x.shape) and self._given_dim(tuple(x.shape)) == event.dim:
+            return square(Axis(event.dim, f"as {event.name!r}, and as its input"), tuple(x.shape))
         return Axis(None, UNSURE, tuple(dims_found), event.width)
+
+    def _given_dim(self, shape: tuple[int, ...]) -> int | None:
+        """The dimension of the features in the input of the layer, if it has the same shape as the output."""
+        given = first_tensor(self.given)
+        if given is None or tuple(given.shape) != shape:
+            return None
+        found = same_tensor(self.events, given) or same_shape(self.events, given)
+        return None if found is None else found.dim
 
     # -- evidence without an order of running ------------------------------------------------------------------------------
 
     def _inside(self, layer: Layer) -> list[Layer]:
         inside = {id(module) for module in layer.module.modules()}
-        return [leaf for leaf in self._leaves if id(leaf.module) in inside]
+        return [leaf for leaf in self._leaves if id(leaf.alive) in inside]
 
     def _around(self, layer: Layer) -> list[Layer]:
         """The leaf before a layer, and then those of its parent."""
         place = bisect.bisect_left(self._places, self._place.get(id(layer.module), 0))
         parent = {id(module) for module in layer.parent.modules()} if layer.parent is not None else set()
-        family = [leaf for leaf in self._leaves if id(leaf.module) in parent]
-        return [*family, *self._leaves[max(place - 1, 0) : place]]
+        family = [leaf for leaf in self._leaves if id(leaf.alive) in parent]
+        before = [leaf for leaf in self._leaves[max(place - 1, 0) : place] if leaf.alive is not None]
+        return [*family, *before]
 
     def _static(self, layer: Layer, shape: tuple[int, ...]) -> Axis | None:
         leaves = self._inside(layer)
@@ -297,14 +322,10 @@ class Trail:
             if size is None or size == 1:
                 continue
             dims_found = fits(shape, size)
-            if len(dims_found) == 1:
-                return square(Axis(dims_found[0], f"width {size} of {leaf.name!r}"), shape)
+            if len(dims_found) == 1 and (len(shape) > 3 or dims_found[0] == typed_dim(leaf.module, len(shape))):
+                return square(Axis(dims_found[0], f"width {size} of {leaf.name!r}", sure=len(shape) > 2 and bool(leaves)), shape)
             if dims_found:
-                dims = {typed_dim(other.module, len(shape)) for other in (leaves or self._around(layer))}
-                dim = typed_dim(leaf.module, len(shape))
-                if len(dims) == 1 and dim in dims_found and len(shape) < 4:
-                    return square(Axis(dim, f"width {size} of {leaf.name!r}"), shape)
-                return Axis(None, UNSURE, tuple(dims_found), size)
+                return Axis(None, UNSURE, tuple(dims_found), size, sure=False)
         return None if leaves else self._before(layer, shape, 1)
 
     def _before(self, layer: Layer, shape: tuple[int, ...], skip: int) -> Axis | None:
@@ -312,6 +333,8 @@ class Trail:
         place = self._place.get(id(layer.module), 0) + skip
         following = self._leaves[bisect.bisect_left(self._places, place) :][:1]
         for leaf in following:
+            if leaf.alive is None:
+                continue
             size, dim = input_width(leaf.module), typed_dim(leaf.module, len(shape))
             if size is None or dim is None or shape[dim] != size or len(fits(shape, size, 0 if dim == 0 else 1)) > 1:
                 continue
@@ -328,6 +351,8 @@ class _Step(OwnHook):
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if torch.compiler.is_dynamo_compiling():
             _traced(self.trail.key)
+        elif not self.trail.watching:
+            self.remove_from(module)  # it was moved there
         elif torch._C._current_graph_task_id() == -1:
             self.trail.step(self.leaf, module, output)
 
@@ -341,8 +366,10 @@ class _End(OwnHook):
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if torch.compiler.is_dynamo_compiling():
             _traced(self.trail.key)
-        else:
+        elif self.trail.watching:
             self.trail.forward_ended()
+        else:
+            self.remove_from(module)
 
 
 @at_trace_time()
