@@ -2,9 +2,9 @@
 
     python -m benchmarks.soak --steps 100000
 
-A small transformer trains in three processes, one after the other; each resumes from the checkpoint of the one before. Outputs and gradients of
-every block are recorded in every step. Every 100 steps a window is closed and its numbers are written to a log. At the end the history must have
-every window, the log every line, and the total every vector.
+A small transformer trains in three processes, one after the other; each resumes from the checkpoint of the one before. Outputs and
+gradients of every block are recorded in every step. Every 100 steps a window is closed, and its numbers are written to a log. At the end
+the history must have every window, the log every line, and the total every vector.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,15 @@ def soak(steps: int, folder: Path) -> list[dict[str, Any]]:
     """
     edges = [steps * part // PARTS // WINDOW * WINDOW for part in range(PARTS)] + [steps]
     results = []
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         program = [sys.executable, "-m", "benchmarks.soak", "--folder", str(folder), "--part", str(first), str(last)]
         done = subprocess.run(program, capture_output=True, text=True, check=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
     end = results[-1]
     expected = list(range(WINDOW - 1, steps, WINDOW))
     assert end["steps"] == expected, "windows are missing from the history"
-    assert [json.loads(line)["step"] for line in open(folder / "log.jsonl", encoding="utf-8")] == expected, "lines are missing from the log"
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == expected, "lines are missing from the log"
     assert end["nan"] == 0, "a layer is missing from a window"
     vectors = steps * BATCH * TOKENS
     assert set(end["seen"].values()) == {vectors}, f"expected {vectors} vectors of each layer, got {end['seen']}"
@@ -123,12 +125,10 @@ def main() -> None:
     for number, result in enumerate(results):
         shown = ", ".join(f"{step:,}: {mb:.0f}" for step, mb in result["memory"])
         each = result["seconds"] / max(len(result["steps"]) * WINDOW // (number + 1), 1) * 1e3
-        print(
-            f"process {number + 1}: {result['seconds']:.0f} s, {each:.2f} ms a step; MB after step {shown}; history {result['history_mb']:.1f} MB"
-        )
-    print(
-        f"whole: {len(results[-1]['steps']):,} windows, {next(iter(results[-1]['seen'].values())):,} vectors of each of {len(results[-1]['seen'])} rows"
-    )
+        print(f"process {number + 1}: {result['seconds']:.0f} s, {each:.2f} ms a step; history {result['history_mb']:.1f} MB")
+        print(f"  MB after step {shown}")
+    seen = results[-1]["seen"]
+    print(f"whole: {len(results[-1]['steps']):,} windows, {next(iter(seen.values())):,} vectors of each of {len(seen)} rows")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Where what is:
 ``leaves``         what single modules say of the width of their output
 ``axes``           which dimension of an activation holds the features, and by what that is known
 ``trail``          the evidence for it: which layers ran, and what they gave
+``events``         what one layer gave, and what that says of another tensor
 ``reader``         the activations of some layers for one batch; batch and feature dimensions
 ``structure``      the tensors in tuples, mappings and dataclasses
 ``tensors``        distributed tensors, and those that cannot be read

@@ -75,33 +75,47 @@ _registered: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary
 _numbers = itertools.count()
 
 
-def register(caller: Traced) -> str:
+def register(caller: Any) -> str:
     """The key of a caller. It is text, because text is a constant to the compiler; objects are not, and numbers may change."""
     key = str(next(_numbers))
+    caller.answers = "", {}
     _registered[key] = caller
     return key
 
 
 def at_trace_time(
-    fallback: Any = None,
+    fallback: Any = None, fresh: bool = False
 ) -> Callable[[Callable[Concatenate[Any, Arguments], Result]], Callable[Concatenate[str, Arguments], Result]]:
     """Marks a function that runs while a graph is traced. Its result is a constant in the graph.
 
     It does what ``torch.compiler.assume_constant_result`` does, without importing the compiler. The caller passes the key of a hook, and
-    the function gets the hook; the other arguments are constants. After an error the result is ``fallback``, and the forward goes on,
-    unless the recorder wants errors: then it reaches the user, while tracing as the compiler's ``UserError``.
+    the function gets the hook, a :class:`Traced`; the other arguments are constants. The compiler may trace a graph several times until it
+    succeeds, and must take the same way again; so an answer is kept for the whole compilation, unless it must be ``fresh``.
+
+    After an error the result is ``fallback``, and the forward goes on, unless the recorder wants errors: then it reaches the user, while
+    tracing as the compiler's ``UserError``.
     """
 
     def mark(function: Callable[Concatenate[Any, Arguments], Result]) -> Callable[Concatenate[str, Arguments], Result]:
         def traced(key: str, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             hook = _registered[key]
+            kept = None if fresh else _answers(hook)
+            question = function.__name__, args
+            if kept is not None and question in kept:
+                answer: Result = kept[question]
+                return answer
             try:
-                return function(hook, *args, **kwargs)
+                answer = function(hook, *args, **kwargs)
+                if kept is not None:
+                    kept[question] = answer
+                return answer
             except Exception as error:
                 explained = hook.complain(error)
                 if explained is None:
-                    result: Result = fallback
-                    return result
+                    answer = fallback
+                    if kept is not None:
+                        kept[question] = answer
+                    return answer
                 if not is_tracing():
                     raise explained from error
                 from torch._dynamo.exc import UserError, UserErrorType
@@ -113,6 +127,21 @@ def at_trace_time(
         return traced
 
     return mark
+
+
+def _answers(hook: Any) -> dict[Any, Any] | None:
+    """What was answered in the running compilation."""
+    if not is_tracing():
+        return None
+    compilation = _compilation()
+    if hook.answers[0] != compilation:
+        hook.answers = compilation, {}
+    answers: dict[Any, Any] = hook.answers[1]
+    return answers
+
+
+def _compilation() -> str:
+    return str(_names.current_compile()) if _names is not None else ""
 
 
 def in_region() -> bool:
@@ -165,7 +194,7 @@ def allow_graphs(graphs: set[str]) -> None:
     Blocks that are compiled one by one share their code, but not their hooks. Each needs its own graph, and these may be more than
     the limits of the compiler allow.
     """
-    graph = str(_names.current_compile()) if _names is not None else ""
+    graph = _compilation()
     if graph not in graphs:
         graphs.add(graph)
         _shift_limits(1)

@@ -64,7 +64,7 @@ class GradientHook(Hook):
         found = self.find(value)
         if len(found) > 1 or len(self.places) > 0:
             found = self.traced_places(found, isinstance(value, (tuple, list)))
-        changed = value
+        changed, any_changed = value, False
         for place, x in found:
             stream = self.places[place] if len(self.places) > 0 else self.main
             if not x.requires_grad:
@@ -77,7 +77,8 @@ class GradientHook(Hook):
                     pattern = traced.pattern_of(stream.key)
                     mask = None if pattern is None else self.control.masks[pattern]
                     changed = replaced(changed, x, _observe_gradient(x, traced.observer_number(stream.key), mask))
-        return None if changed is value else changed
+                    any_changed = True
+        return changed if any_changed else None
 
 
 def _watch(stream: Stream, x: Tensor) -> None:

@@ -151,21 +151,19 @@ class Hook(OwnHook):
         """As :meth:`__call__`, for the compiler to trace."""
         if not traced_open(self.key, self.control.open, module.training):
             return None
-        found, changed = self.find(value), value
+        found, changed, any_changed = self.find(value), value, False
         if len(found) == 0:
             traced_nothing(self.key)
         elif len(found) == 1 and traced_only(self.key, found[0][0]):
-            changed = self.traced_read(self.main, changed, found[0][1])
+            shown = traced.read(self.main, found[0][1])
+            if shown is not found[0][1]:
+                changed, any_changed = replaced(changed, found[0][1], shown), True
         else:
             for place, x in self.traced_places(found, has_places(value)):
-                changed = self.traced_read(self.places[place], changed, x)
-        return None if changed is value else changed
-
-    @staticmethod
-    def traced_read(stream: Stream, value: Any, x: Tensor) -> Any:
-        """Reads one tensor of ``value``; returns what takes its place."""
-        shown = traced.read(stream, x)
-        return value if shown is x else replaced(value, x, shown)
+                shown = traced.read(self.places[place], x)
+                if shown is not x:
+                    changed, any_changed = replaced(changed, x, shown), True
+        return changed if any_changed else None
 
     def traced_places(self, found: Found, ordered: bool) -> Found:
         """The tensors to read among several, with their places."""
@@ -174,7 +172,7 @@ class Hook(OwnHook):
             shapes = []
             for _, x in found:
                 widths = traced.widths_of(self.main.key)
-                shapes.append((0,) * x.dim() if x.is_nested else tuple([traced.match(size, widths) for size in x.shape]))
+                shapes.append((0,) * x.dim() if x.is_nested else traced.matched(x, widths))
             traced_settle(self.key, names, tuple(shapes), ordered)
         chosen = traced_chosen(self.key, names)
         return [(name, x) for name, x in found if name in chosen]

@@ -116,7 +116,7 @@ def leaf_dims(module: nn.Module, shape: tuple[int, ...]) -> list[int]:
     """
     dims = len(shape)
     dim, own = typed_dim(module, dims), width(module)
-    if dim is not None and (own is None or shape[dim] == own):
+    if dim is not None and (own is None or shape[dim] in (0, own)):
         return [dim]
     for tensor in _tensors(module):  # such as a scale (1, C, 1, 1)
         long = [index for index, size in enumerate(tensor.shape) if size > 1]

@@ -74,7 +74,7 @@ def axis(stream: Stream, x: Tensor) -> int:
     dim = known_axis(stream.key, dims)
     if dim == _LOOK:
         widths = widths_of(stream.key)
-        dim = found_axis(stream.key, tuple([match(size, widths) for size in x.shape]))
+        dim = found_axis(stream.key, matched(x, widths))
     return dim
 
 
@@ -85,6 +85,11 @@ def state_of(stream: Stream, device: torch.device) -> Tensor:
         return stream.graph_tensor
     slot = stream.slots[device]
     return slot.state if stream.fused else slot.token
+
+
+def matched(x: Tensor, widths: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape as constants, with 0 for sizes that are none of the widths. Comparing them adds guards; the batch stays free."""
+    return tuple([0 if dim == 0 else match(size, widths) for dim, size in enumerate(x.shape)])
 
 
 def match(size: int, widths: tuple[int, ...]) -> int:
@@ -180,7 +185,7 @@ def sigma_of(stream: Stream) -> float:
     return next(iter(stream.slots.values())).sigma
 
 
-@at_trace_time(fallback=-1)
+@at_trace_time(fallback=-1, fresh=True)
 def observer_number(stream: Stream) -> int:
     """A new number for every call. The compiler would merge two calls with equal arguments, such as those of a shared layer."""
     return register_observer(stream)

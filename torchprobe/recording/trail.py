@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import bisect
-import math
 import weakref
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from torchprobe.recording.axes import UNSURE, Axis, fits, square
-from torchprobe.recording.compiled import OwnHook, never_compile_alone
+from torchprobe.recording.compiled import OwnHook, at_trace_time, never_compile_alone, register
+from torchprobe.recording.events import Event, multiplied, resized, same_shape, same_tensor
 from torchprobe.recording.layers import Layer, named_layers
 from torchprobe.recording.leaves import (
     declared_features,
@@ -29,21 +28,6 @@ from torchprobe.recording.structure import first_tensor
 
 _FORWARDS = 2  # of the model, in which the trail is kept
 _MOST_EVENTS = 64  # for each leaf
-
-
-class Event(NamedTuple):
-    """A layer gave a tensor whose dimension of the features is known."""
-
-    module: int
-    name: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dim: int
-    tensor: Callable[[], Tensor | None]
-
-    @property
-    def width(self) -> int:
-        return self.shape[self.dim]
 
 
 class Trail:
@@ -75,12 +59,16 @@ class Trail:
         self._clear: dict[tuple[type, int], int] = {}  # class and number of dimensions → what was clear for a block
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._forwards = 0
+        self._running = False  # whether events are noted
+        self._compiled = False  # then hooks stay: a graph that holds them would be compiled again without them
+        self.key = register(self)
 
     # -- hooks -----------------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Places the hooks."""
         self.close()
+        self._running, self._forwards = True, 0
         scripted = torch.jit.ScriptModule
         for leaf in self._leaves:
             module = leaf.alive
@@ -92,31 +80,47 @@ class Trail:
 
     def close(self) -> None:
         """Removes the hooks. What they saw stays."""
+        self._running = False
         while self._handles:
             self._handles.pop().remove()
 
     @property
     def fresh(self) -> bool:
         """Whether the last event is the last layer that ran."""
-        return bool(self._handles) and bool(self.events)
+        return self._running and bool(self.events)
 
     def forward_ended(self) -> None:
         self._forwards += 1
         if self._forwards >= _FORWARDS:
+            self._end()
+
+    def _end(self) -> None:
+        if self._compiled:
+            self._running = False
+        else:
             self.close()
+
+    def complain(self, error: Exception) -> Exception | None:
+        return error
+
+    def keep_hooks(self) -> None:
+        """A compiled graph holds hooks of the trail; they do nothing there."""
+        self._compiled, self._running = True, False
 
     def note(self, module: nn.Module, name: str, x: Tensor, dim: int) -> None:
         """Adds an event. Nothing happens after the first forwards."""
-        if not self._handles or x.is_nested:
+        if not self._running or x.is_nested:
             return
         if len(self.events) >= _MOST_EVENTS * len(self._leaves):  # the model is not called as a whole
-            self.close()
+            self._end()
             return
         strides = x.stride() if x.layout is torch.strided else ()
         self.events.append(Event(id(module), name, tuple(x.shape), strides, dim, weakref.ref(x)))
 
     def step(self, leaf: Layer, module: nn.Module, output: object) -> None:
         """A leaf gave its output."""
+        if not self._running:
+            return
         x = first_tensor(output)
         if x is None or x.is_nested:
             return
@@ -138,7 +142,7 @@ class Trail:
     def input(self, layer: Layer, x: Tensor) -> Axis:
         """The dimension of the features in the first input of a layer, which has not run yet."""
         if self.fresh:
-            found = self._same_tensor(self.events, x) or self._same_shape(self.events, x)
+            found = same_tensor(self.events, x) or same_shape(self.events, x)
             if found is not None and not is_leaf(layer.module):
                 return found
         return self.static_input(layer, tuple(x.shape))
@@ -225,7 +229,7 @@ class Trail:
         inside = self._events_of(layer)
         if not inside:
             return self._followed(layer, x, [])
-        if (found := self._same_tensor(inside, x)) is not None:
+        if (found := same_tensor(inside, x)) is not None:
             return found
         shape, last = tuple(x.shape), inside[-1]
         seen: set[tuple[int, tuple[int, ...]]] = set()
@@ -242,23 +246,13 @@ class Trail:
                 return square(Axis(dims_found[0], by), shape)
             if dims_found:
                 return self._tie(event, inside, x, dims_found)
-        return self._multiplied(layer.module, last, shape) or self._resized(last, shape, inside) or self._same_shape(self.events, x)
-
-    @staticmethod
-    def _multiplied(module: nn.Module, last: Event, shape: tuple[int, ...]) -> Axis | None:
-        """A product with a parameter, such as the projection of CLIP: (width of the last layer, width of the output)."""
-        if last.dim != len(last.shape) - 1 or last.width == 1:
-            return None
-        for name, parameter in module.named_parameters():
-            if tuple(parameter.shape) == (last.width, shape[-1]) and shape[-1] > 1 and "weight" not in name:
-                return Axis(len(shape) - 1, f"width {shape[-1]} of {name!r}")
-        return None
+        return multiplied(layer.module, last, shape) or resized(last, shape, inside) or same_shape(self.events, x)
 
     def _followed(self, layer: Layer, x: Tensor, allowed: Sequence[int]) -> Axis | None:
         """By what ran before a layer that keeps the layout of its input, such as an activation function."""
         if not self.fresh:
             return None
-        if (found := self._same_tensor(self.events, x)) is not None:
+        if (found := same_tensor(self.events, x)) is not None:
             return found._replace(sure=False)  # another width may come from another place in the model
         shape, last = tuple(x.shape), self.events[-1]
         keeps_shape = type(layer.module).__module__.startswith("torch.nn.")
@@ -271,20 +265,7 @@ class Trail:
                 return square(Axis(dims_found[0], f"width {last.width} of {last.name!r}", sure=False), shape)
             if dims_found:
                 return Axis(None, UNSURE, tuple(dims_found), last.width, sure=False)
-        return self._same_shape(self.events, x) or self._resized(last, shape, self.events)
-
-    @staticmethod
-    def _same_tensor(events: Sequence[Event], x: Tensor) -> Axis | None:
-        event = next((event for event in reversed(events) if event.tensor() is x and event.shape == tuple(x.shape)), None)
-        return None if event is None else Axis(event.dim, f"the output of {event.name!r}")
-
-    @staticmethod
-    def _same_shape(events: Sequence[Event], x: Tensor) -> Axis | None:
-        shape = tuple(x.shape)
-        alike = [event for event in events if event.shape == shape]
-        if not alike or len({event.dim for event in alike}) > 1:
-            return None
-        return square(Axis(alike[-1].dim, f"as {alike[-1].name!r}", sure=False), shape)
+        return same_shape(self.events, x) or resized(last, shape, self.events)
 
     def _tie(self, event: Event, inside: Sequence[Event], x: Tensor, dims_found: list[int]) -> Axis:
         """Several dimensions are as wide: the order of the numbers in memory tells, if the layers inside agree."""
@@ -295,29 +276,6 @@ class Trail:
             if len(there) == 1:
                 return square(Axis(there[0], f"width {event.width} of {event.name!r}, and its order in memory"), tuple(x.shape))
         return Axis(None, UNSURE, tuple(dims_found), event.width)
-
-    @staticmethod
-    def _resized(last: Event, shape: tuple[int, ...], events: Sequence[Event]) -> Axis | None:
-        """As the last layer but for the width: parts side by side, or a map as one vector."""
-        dims = len(shape)
-        axis = None
-        alike = [
-            event
-            for event in events
-            if len(event.shape) == dims and all(shape[dim] == event.shape[dim] for dim in range(dims) if dim != event.dim)
-        ]
-        if alike and len({event.dim for event in alike}) == 1:
-            axis = Axis(alike[-1].dim, f"as {alike[-1].name!r}, in another width", sure=False)
-        elif dims == 2 < len(last.shape) and last.width > 1 and shape == (last.shape[0], math.prod(last.shape[1:])):
-            axis = Axis(1, f"{last.name!r} as one vector", sure=False)
-        if axis is None or axis.dim is None or shape[axis.dim] == 1:
-            return None
-        size = shape[axis.dim]
-        others = {shape[dim] for dim in range(dims) if dim != axis.dim} if dims < 4 else set()
-        batches = {event.shape[0] for event in events if event.shape} if dims < 4 else set()
-        if size in others | batches or (dims == 2 and shape[0] > 1 and size % shape[0] == 0):  # may depend on the number of inputs
-            return Axis(None, UNSURE, tuple(fits(shape, size, 0)), size, sure=False)
-        return axis
 
     # -- evidence without an order of running ------------------------------------------------------------------------------
 
@@ -368,7 +326,9 @@ class _Step(OwnHook):
         self.trail, self.leaf = trail, leaf
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_dynamo_compiling():
+            _traced(self.trail.key)
+        elif torch._C._current_graph_task_id() == -1:
             self.trail.step(self.leaf, module, output)
 
 
@@ -379,8 +339,15 @@ class _End(OwnHook):
         self.trail = trail
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
+            _traced(self.trail.key)
+        else:
             self.trail.forward_ended()
+
+
+@at_trace_time()
+def _traced(trail: Trail) -> None:
+    trail.keep_hooks()
 
 
 never_compile_alone(_Step.__call__)

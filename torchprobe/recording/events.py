@@ -1,0 +1,72 @@
+"""What layers gave, one after the other, and what that says of another tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from torchprobe.recording.axes import UNSURE, Axis, fits, square
+
+
+class Event(NamedTuple):
+    """A layer gave a tensor whose dimension of the features is known."""
+
+    module: int
+    name: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dim: int
+    tensor: Callable[[], Tensor | None]
+
+    @property
+    def width(self) -> int:
+        return self.shape[self.dim]
+
+
+def same_tensor(events: Sequence[Event], x: Tensor) -> Axis | None:
+    event = next((event for event in reversed(events) if event.tensor() is x and event.shape == tuple(x.shape)), None)
+    return None if event is None else Axis(event.dim, f"the output of {event.name!r}")
+
+
+def same_shape(events: Sequence[Event], x: Tensor) -> Axis | None:
+    shape = tuple(x.shape)
+    alike = [event for event in events if event.shape == shape]
+    if not alike or len({event.dim for event in alike}) > 1:
+        return None
+    return square(Axis(alike[-1].dim, f"as {alike[-1].name!r}", sure=False), shape)
+
+
+def resized(last: Event, shape: tuple[int, ...], events: Sequence[Event]) -> Axis | None:
+    """As the last layer but for the width: parts side by side, or a map as one vector."""
+    dims = len(shape)
+    axis = None
+    alike = [
+        event
+        for event in events
+        if len(event.shape) == dims and all(shape[dim] == event.shape[dim] for dim in range(dims) if dim != event.dim)
+    ]
+    if alike and len({event.dim for event in alike}) == 1:
+        axis = Axis(alike[-1].dim, f"as {alike[-1].name!r}, in another width", sure=False)
+    elif dims == 2 < len(last.shape) and last.width > 1 and shape == (last.shape[0], math.prod(last.shape[1:])):
+        axis = Axis(1, f"{last.name!r} as one vector", sure=False)
+    if axis is None or axis.dim is None or shape[axis.dim] == 1:
+        return None
+    size = shape[axis.dim]
+    others = {shape[dim] for dim in range(dims) if dim != axis.dim} if dims < 4 else set()
+    batches = {event.shape[0] for event in events if event.shape} if dims < 4 else set()
+    if size in others | batches or (dims == 2 and shape[0] > 1 and size % shape[0] == 0):  # may depend on the number of inputs
+        return Axis(None, UNSURE, tuple(fits(shape, size, 0)), size, sure=False)
+    return axis
+
+
+def multiplied(module: nn.Module, last: Event, shape: tuple[int, ...]) -> Axis | None:
+    """A product with a parameter, such as the projection of CLIP: (width of the last layer, width of the output)."""
+    if last.dim != len(last.shape) - 1 or last.width == 1:
+        return None
+    for name, parameter in module.named_parameters():
+        if tuple(parameter.shape) == (last.width, shape[-1]) and shape[-1] > 1 and "weight" not in name:
+            return Axis(len(shape) - 1, f"width {shape[-1]} of {name!r}")
+    return None
