@@ -506,10 +506,10 @@ def test_generation_with_the_mask_of_all_tokens_so_far() -> None:
 def test_a_mask_of_another_batch(shape: tuple[int, ...]) -> None:
     """Shapes that do not fit are never guessed at: a written name is an error, another is told and left out, and nothing is kept."""
     model, mask = nn.Sequential(nn.Linear(8, 6)), torch.rand(4, 7) > 0.4
-    with told(), pytest.raises(ValueError, match=r"layer '0': the mask has shape \(4, 7\).*activation has shape"):
-        with torchprobe.record(model, "0") as rec:
-            rec.mask(mask)
-            model(torch.randn(shape))
+    rec = torchprobe.record(model, "0")
+    why = r"layer '0': the mask has shape \(4, 7\).*activation has shape"
+    with told(), pytest.raises(ValueError, match=why), rec, rec.mask(mask):
+        model(torch.randn(shape))
     with told() as texts, torchprobe.record(model, "*") as rec, rec.mask(mask):
         model(torch.randn(shape))
         assert rec.layers == []

@@ -19,7 +19,7 @@ SIZES = (5, 3, 4)
 DATA = [torch.randn(size, 8, generator=torch.Generator().manual_seed(size)) for size in SIZES]
 
 
-class Total(Statistic):
+class TotalOffloaded(Statistic):
     states = {"total": State((FEATURES,))}
     fields = {"sum": "sum of all values"}
 
@@ -147,7 +147,9 @@ def test_another_recording_is_merged_first(make: Callable[[], nn.Sequential]) ->
 
 
 @pytest.mark.parametrize(
-    "statistic", [Total, Quantile, TopInputs, [Moments, Total, Quantile]], ids=["own", "quantile", "top inputs", "several"]
+    "statistic",
+    [TotalOffloaded, Quantile, TopInputs, [Moments, TotalOffloaded, Quantile]],
+    ids=["own", "quantile", "top inputs", "several"],
 )
 def test_other_statistics(statistic: Any) -> None:
     model, first = on_meta(), saved(statistic)

@@ -103,7 +103,7 @@ def test_a_recorder_that_is_deleted_removes_its_hooks(of: Any) -> None:
     model(X)
 
 
-class Total(Statistic):
+class TotalWhileStopped(Statistic):
     states = {"total": State((FEATURES,))}
     fields = {"sum": "sum of all values"}
 
@@ -126,7 +126,7 @@ def test_a_recorder_that_its_own_functions_refer_to_is_freed(ran: bool) -> None:
             assert names
             return out
 
-        class Mine(Total):
+        class Mine(TotalWhileStopped):
             around = names
 
         names["rec"] = torchprobe.record(model, "*", select=select, statistic=Mine)
