@@ -36,7 +36,7 @@ class Axis(NamedTuple):
     sure: bool = True  # the width is declared: another one later is an exception, and not a sign that it was no width of features
 
 
-def parameter_axis(module: nn.Module, shape: tuple[int, ...]) -> Axis:
+def parameter_axis(module: nn.Module, shape: tuple[int, ...], name: str = "weight") -> Axis:
     """The dimension of a parameter that counts the features of the output, as those of an activation: rows of a linear layer's weight,
     columns of an embedding. Without a declared width it is the first.
 
@@ -47,7 +47,7 @@ def parameter_axis(module: nn.Module, shape: tuple[int, ...]) -> Axis:
         return Axis(1, type(module).__name__)
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) and len(shape) > 2 and module.groups == 1:
         return Axis(1, type(module).__name__)
-    size = width(module)
+    size = width(module) if name == "weight" else None
     if size is None or not shape or shape[0] == size:
         return Axis(0, "the first of a parameter" if size is None else type(module).__name__)
     found = fits(shape, size, 0)

@@ -83,7 +83,7 @@ class Bank:
     def _split(self, name: str) -> tuple[Hook, str] | None:
         """The hook and the label in "layer:label@kind"."""
         stem, at, kind = name.rpartition("@")
-        for base, suffix in ((name, ""), (stem, at + kind)):
+        for base, suffix in ((stem, at + kind), (name, "")):
             layer, colon, label = base.rpartition(":")
             if colon and label and (hook := self.hooks.get(layer + suffix)) is not None:
                 return hook, label

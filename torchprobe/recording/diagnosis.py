@@ -147,7 +147,9 @@ _SKIPPED: dict[Skipped, Callable[[Stream], str]] = {
         if stream.control.training
         else 'when="eval", but it was only called in train mode; call model.eval(), or record with when="always"'
     ),
-    Skipped.WAITING: lambda stream: "no gradient reached it: backward was not called, or did not pass through it",
+    Skipped.WAITING: lambda stream: (
+        "no gradient reached it: backward was not called, or did not pass through it (an operation in place may have replaced it)"
+    ),
     Skipped.NO_GRADIENT: lambda stream: "it was called without gradients (under no_grad, or because nothing before it requires gradients)",
     Skipped.RECOMPUTED: lambda stream: "it was only called during backward, which counts as the recomputation of an activation checkpoint",
 }

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from torchprobe.recording.axes import UNSURE, Axis, fits, square
@@ -26,8 +27,19 @@ class Event(NamedTuple):
         return self.shape[self.dim]
 
 
+def is_same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are the same numbers in memory: one object, or a view that another hook has put around it."""
+    if a is None or b is None or a is b:
+        return a is b and a is not None
+    if a.shape != b.shape or type(a) is not Tensor or type(b) is not Tensor or a.is_meta or b.is_meta or a.is_nested or b.is_nested:
+        return False
+    if a.layout is not torch.strided or b.layout is not torch.strided or a.device != b.device:
+        return False
+    return a.stride() == b.stride() and a.data_ptr() == b.data_ptr() and a.numel() > 0
+
+
 def same_tensor(events: Sequence[Event], x: Tensor) -> Axis | None:
-    event = next((event for event in reversed(events) if event.tensor() is x and event.shape == tuple(x.shape)), None)
+    event = next((event for event in reversed(events) if event.shape == tuple(x.shape) and is_same(event.tensor(), x)), None)
     return None if event is None else Axis(event.dim, f"the output of {event.name!r}")
 
 

@@ -40,7 +40,8 @@ class GradientHook(Hook):
                 stream.skipped |= Skipped.NO_GRADIENT
                 continue
             try:
-                stream.axis(x)
+                if not x.is_nested:
+                    stream.axis(x)
                 watched = x
                 if holds((args, kwargs), x) or (x is not output and holds(output, x)):
                     watched = x.view_as(x)  # other users of the same tensor must not count
@@ -109,7 +110,16 @@ class WeightHook(Hook):
         return None
 
     def place(self, module: nn.Module) -> list[Any]:
+        self.settle_parameters(module)
         return [module.register_forward_pre_hook(self)]
+
+    def settle_parameters(self, module: nn.Module) -> None:
+        """Makes the streams. Without a ``weight`` there is none that has the name of the layer."""
+        names = [name for name, _ in self.find(module)]
+        for name in names:
+            self.stream_of(name)
+        if names and "weight" not in names and not self.main.slots:
+            self.streams.pop("", None)
 
     def find(self, value: Any) -> Found:
         return parameters_of(value)
@@ -139,6 +149,7 @@ class WeightGradientHook(WeightHook):
     of = "weight_gradient"
 
     def place(self, module: nn.Module) -> list[Any]:
+        self.settle_parameters(module)
         found = self.find(module)
         if not found:
             self.nothing(module)

@@ -210,7 +210,7 @@ class Stream:
             self.decided(len(sizes), known, sizes)
         assert known.dim is not None
         vectors, kept = nested.vectors(x.detach(), known.dim, self.positions)
-        if len(vectors):
+        if sizes[0]:
             self._update(vectors, 1, kept)
 
     def _update(self, vectors: Tensor, dim: int, kept: Tensor | None) -> None:
@@ -300,7 +300,7 @@ class Stream:
             raise ValueError("it holds a single number, which has no features")
         known, shape, trail = self.axes.get(dims), tuple(x.shape), self.control.trail
         if self.of in PARAMETERS:
-            return self.decided(dims, parameter_axis(self.layer.module, shape), shape)
+            return self.decided(dims, parameter_axis(self.layer.module, shape, self.label or "weight"), shape)
         if self.layer.feature_dim is not None:
             return self.decided(dims, self.given(dims), shape)
         if known is not None:

@@ -121,8 +121,11 @@ def known_axis(stream: Stream, dims: int) -> int:
         return stream.dims[dims]
     if dims == 0:
         raise ValueError("it holds a single number, which has no features")
-    given = stream.layer.feature_dim is not None and stream.of not in PARAMETERS
-    return stream.decided(dims, stream.given(dims), ()) if given else _LOOK
+    if stream.of in PARAMETERS:
+        name = stream.label or "weight"
+        shape = tuple(getattr(stream.layer.module, name).shape)
+        return stream.decided(dims, parameter_axis(stream.layer.module, shape, name), shape)
+    return stream.decided(dims, stream.given(dims), ()) if stream.layer.feature_dim is not None else _LOOK
 
 
 @at_trace_time(fallback=())
@@ -134,8 +137,6 @@ def widths_of(stream: Stream) -> tuple[int, ...]:
 @at_trace_time(fallback=-1)
 def found_axis(stream: Stream, shape: tuple[int, ...]) -> int:
     trail, layer = stream.control.trail, stream.layer
-    if stream.of in PARAMETERS:
-        return stream.decided(len(shape), parameter_axis(layer.module, shape), shape)
     return stream.decided(len(shape), trail.static_input(layer, shape) if stream.of == "input" else trail.static(layer, shape), shape)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprobe.recording.axes import UNSURE, Axis, fits, square
 from torchprobe.recording.compiled import OwnHook, at_trace_time, never_compile_alone, register
-from torchprobe.recording.events import Event, moved_or_resized, multiplied, resized, same_shape, same_tensor
+from torchprobe.recording.events import Event, is_same, moved_or_resized, multiplied, resized, same_shape, same_tensor
 from torchprobe.recording.layers import Layer, named_layers
 from torchprobe.recording.leaves import (
     declared_features,
@@ -266,7 +266,7 @@ class Trail:
         keeps_shape = type(layer.module).__module__.startswith("torch.nn.")
         if last.shape == shape:
             dims_found = fits(shape, last.width)
-            if len(dims_found) > 1 and not keeps_shape:
+            if len(dims_found) > 1 and not (keeps_shape and is_same(first_tensor(self.given), last.tensor())):
                 return Axis(None, UNSURE, tuple(dims_found), last.width, sure=False)
             axis = Axis(last.dim, f"as {last.name!r}", sure=False)
             return axis if keeps_shape else square(axis, shape)
