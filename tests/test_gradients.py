@@ -267,7 +267,7 @@ def test_an_operation_in_place_on_what_several_layers_gave() -> None:
     h = model.layer.fc(data[0])
     outer = 2 * (3 * h + data[0])  # of both: 2 (2 h + h + x)
     assert "'layer:0': no gradient reached it" in texts[-1]  # the operation in place took its place in the graph
-    oracle.assert_close(rec["layer:1"], outer)
+    torch.testing.assert_close(rec["layer:1"].min, outer.double().amin(0), rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_that_are_changed_in_place() -> None:
