@@ -131,11 +131,13 @@ def _adversarial(case: Case, family: Family, layers: Sequence[Layer]) -> None:
     """Sizes coincide, the truth stays: the same dimension, the same width."""
     try:
         built = case.build(ADVERSARIAL)
-    except CannotBuild:
+        now = watch(built, BATCH[ADVERSARIAL])
+    except TimeoutError:
+        raise
+    except Exception:  # the model has no such geometry
         return
-    now = watch(built, BATCH[0])
     kept = [layer for layer in layers if layer.truths and not layer.left_out and _same_width(layer, now.get(layer.name))]
-    rows, _ = rows_of(built, BATCH[0], "**")
+    rows, _ = rows_of(built, BATCH[ADVERSARIAL], "**")
     judge(family, kept, rows, "adversarial")
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import random
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,16 +37,15 @@ class CannotBuild(Exception):
 class Built:
     """A model and its inputs.
 
-    ``inputs(batch)`` makes the same inputs each time, so models may change them in place. ``widths`` are feature counts that the library
-    publishes for this model: its hidden sizes, or its channels by layer.
+    ``inputs(batch)`` makes the same inputs each time, so models may change them in place.
     """
 
     model: nn.Module
     inputs: Callable[[int], Inputs]
     note: str = ""
-    widths: Any = None
     trains: bool = True  # whether it also runs in train mode with these inputs
     batched: bool = True  # whether `inputs` takes any batch size
+    axes: dict[str, int] | None = None  # the feature dimension of each layer, if it is known by construction
     featureless: tuple[str, ...] = ()  # layers whose outputs are no features: as wide as the batch, or of changing widths
 
 
@@ -101,13 +101,14 @@ def limit(seconds: float) -> Iterator[None]:
     def over(*_: object) -> None:
         raise TimeoutError(f"took longer than {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    start = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, over)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # of a limit around this one
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 0.01) if left else 0)
 
 
 def installed(package: str) -> bool:

@@ -160,7 +160,8 @@ def traces(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         found[f"class of {name!r}"] = type(module)
         for key, value in vars(module).items():
-            hooks = tuple(map(repr, value)) if isinstance(value, Mapping) and "hook" in key else None
+            kept = isinstance(value, Mapping) and ("hook" in key or key in ("_buffers", "_parameters", "_modules"))
+            hooks = tuple(map(repr, value)) if kept else None
             found[f"{key} of {name!r}"] = hooks
     for name, p in model.named_parameters():
         found[f"hooks of parameter {name}"] = (_keys(p._backward_hooks), _keys(getattr(p, "_post_accumulate_grad_hooks", None)))
@@ -192,6 +193,8 @@ class Checker:
         with quiet():
             try:
                 self.step(built.model)
+            except TimeoutError:
+                raise
             except Exception:
                 self.step.backward = False  # a model for inference: an error in its forward comes again
                 self.step(built.model)

@@ -10,6 +10,7 @@ from .case import Case, installed
 
 LIBRARIES = {
     "odd": ("torch", "odd_models"),
+    "own": ("torch", "own_models"),
     "timm": ("timm", "timm_models"),
     "torchvision": ("torchvision", "torchvision_models"),
     "transformers": ("transformers", "transformers_models"),

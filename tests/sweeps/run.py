@@ -29,6 +29,7 @@ SUBSET = {
     "transformers": "[abcw]*",
     "diffusers": "*",
     "odd": "*",
+    "own": "*, plain",
     "open_clip": "*",
 }
 """What compiled mode takes unless told otherwise, since compiling is slow."""

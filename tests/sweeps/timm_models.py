@@ -41,7 +41,7 @@ FIXED_SIZE = set(
     """
     beit cait coat convit deit efficientformer_v2 gcvit hiera levit maxxvit mlp_mixer nest pit swin_transformer swin_transformer_v2
     swin_transformer_v2_cr tnt visformer vision_transformer_hybrid vision_transformer_relpos vitamin volo test_vit3
-    """.split()
+    """.split()  # noqa: SIM905 - shorter
 )
 """Modules and models that are built for one size of images."""
 
@@ -96,10 +96,8 @@ def build(module: str, name: str, geometry: int) -> Built:
     import timm
 
     arguments = dict(ARGUMENTS.get(module, {}))
-    if geometry == ADVERSARIAL:
-        size = coinciding(module, name, arguments)
-    else:
-        size = SIZES.get(name, SIZES.get(module, USUAL_SIZES))[geometry]
+    sizes = SIZES.get(name, SIZES.get(module, USUAL_SIZES))
+    size = coinciding(module, name, arguments) if geometry == ADVERSARIAL else sizes[geometry]
     if FIXED_SIZE & {module, name}:
         arguments["img_size"] = size
     model = timm.create_model(name, pretrained=False, **arguments)

@@ -14,7 +14,7 @@ SIZES = ((64, 64), (96, 128), (256, 256))
 CLASSIFICATION = """
 alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf
 regnet_y_400mf resnet18 resnet50 shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vgg11_bn
-""".split()
+""".split()  # noqa: SIM905 - shorter
 SEGMENTATION = ["deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large"]
 DETECTION = ["fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn", "keypointrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"]
 DETECTION += ["retinanet_resnet50_fpn", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large"]

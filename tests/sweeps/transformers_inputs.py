@@ -48,6 +48,10 @@ def candidates(model: nn.Module, config: Any, geometry: int, extra: Any) -> Iter
     if extra is not None:
         yield "by hand", lambda batch: extra(config, batch, geometry)
     rest = _others(parameters, config, geometry)
+    if "grid_thw" in parameters:
+        yield "patches of images", lambda batch: {k: v for k, v in rest(batch).items() if k in parameters}
+    if (tokens := _image_tokens(model, config, geometry)) is not None:
+        yield "text with image tokens", tokens
     groups = {
         "text": _text(config, geometry, parameters),
         "image": _images(config, geometry),
@@ -76,6 +80,47 @@ def candidates(model: nn.Module, config: Any, geometry: int, extra: Any) -> Iter
         yield ", ".join(given), lambda batch: {k: v for k, v in rest(batch).items() if k in parameters}
 
 
+def _image_tokens(model: nn.Module, config: Any, geometry: int) -> Make | None:
+    """Text in which an image takes the place of some tokens."""
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    if token is None or not hasattr(model, "get_image_features"):
+        return None
+    side = GRID[geometry]
+    merge = _value(config, "spatial_merge_size", default=1)
+    flat = "image_grid_thw" in inspect.signature(model.forward).parameters
+
+    def images(batch: int) -> dict[str, Any]:
+        if flat:
+            patch, temporal = _value(config, "patch_size", default=16), _value(config, "temporal_patch_size", default=1)
+            channels = _channels(config)
+            grid = torch.tensor([[1, side, side]] * batch)
+            return {"pixel_values": randn(batch * side * side, channels * temporal * patch * patch), "image_grid_thw": grid}
+        return _images(config, geometry)[0][1](batch)
+
+    try:
+        found = model.get_image_features(**{k: v for k, v in images(1).items() if k != "pixel_values_videos"})  # type: ignore[operator]
+        found = getattr(found, "pooler_output", found)
+        while isinstance(found, (list, tuple)):
+            found = found[0]
+        count = found.shape[:-1].numel()
+    except Exception:
+        if not flat:
+            return None
+        count = (side // merge) ** 2
+
+    def make(batch: int) -> dict[str, Any]:
+        ids = randint(*WORDS, (batch, count + LENGTH[geometry]))
+        ids[:, 2 : 2 + count] = token
+        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images(batch)}
+        types = torch.zeros_like(ids)
+        types[:, 2 : 2 + count] = 1
+        found["mm_token_type_ids"] = found["token_type_ids"] = types
+        parameters = inspect.signature(model.forward).parameters
+        return {k: v for k, v in found.items() if k in parameters}
+
+    return make
+
+
 def required_of(parameters: Any) -> set[str]:
     return {k for k, p in parameters.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
@@ -97,9 +142,14 @@ def _value(config: Any, *names: str, default: Any = None) -> Any:
             *[getattr(config, k, None) for k in ("vision_config", "audio_config", "text_config", "encoder_config", "backbone_config")],
         ):
             value = inner.get(name) if isinstance(inner, dict) else getattr(inner, name, None)
-            if value is not None:
+            if value is not None and not (isinstance(value, (list, tuple)) and "channels" in name):
                 return value
     return default
+
+
+def _channels(config: Any) -> int:
+    found = _value(config, "num_channels", "in_channels", "in_chans", default=3)
+    return found if isinstance(found, int) else 3
 
 
 def _text(config: Any, geometry: int, parameters: Any) -> list[tuple[str, Make]]:
@@ -119,8 +169,7 @@ def _text(config: Any, geometry: int, parameters: Any) -> list[tuple[str, Make]]
 
 
 def _images(config: Any, geometry: int) -> list[tuple[str, Make]]:
-    channels = _value(config, "num_channels", "in_channels", "in_chans", default=3)
-    channels = channels if isinstance(channels, int) else 3
+    channels = _channels(config)
     size = _value(config, "image_size", "img_size", default=(96, 128, 64)[geometry])
     height, width = (size, size) if isinstance(size, int) else (tuple(size) * 2)[:2]
     if not isinstance(height, int) or not isinstance(width, int) or height > 512:
@@ -203,6 +252,6 @@ def _others(parameters: Any, config: Any, geometry: int) -> Make:
             "context": randn(batch, length, width),
         }
         needed = required_of(parameters)
-        return {k: v for k, v in found.items() if k in needed or k == "decoder_input_ids" and "decoder_input_ids" in parameters}
+        return {k: v for k, v in found.items() if k in needed or (k == "decoder_input_ids" and "decoder_input_ids" in parameters)}
 
     return make

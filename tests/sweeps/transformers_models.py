@@ -11,18 +11,12 @@ import torch
 from torch import nn
 
 from .case import Built, CannotBuild, Case
+from .transformers_by_hand import CLASSES, EXTRA, OVERRIDES
 from .transformers_inputs import inputs_of
 from .transformers_shrink import shrink
 
 MOST_PARAMETERS = 30_000_000
 """A larger model means that a size was not found."""
-
-CLASSES: dict[str, str] = {}
-"""The class of a type, where the search would find another one."""
-
-OVERRIDES: dict[str, dict[str, Any]] = {}
-
-EXTRA: dict[str, Any] = {}
 
 
 def cases() -> Iterator[Case]:

@@ -1,7 +1,8 @@
 """Tiny configurations of transformers: every size of a configuration made small, relations between sizes kept.
 
-A configuration becomes a dict, and each entry goes through rules by its key. Widths become 64 with 4 heads of 16, lists of widths are divided
-by one number, layers become 2, special tokens move into a small vocabulary. What the rules get wrong stands in ``OVERRIDES``.
+A configuration becomes a dict, and each entry goes through rules by its key. Widths become 64 with 4 heads of 16, lists of widths are
+divided by one number, layers become 2, special tokens move into a small vocabulary. ``transformers_by_hand`` corrects what the rules
+get wrong.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ INTEGERS: list[Rule] = [
     ),
     (r"(num_mel_bins|n_mel_bins|mel_dim|model_in_dim|input_feat_size|feature_size|input_size|num_bins|spec_size|max_bins|n_mels)", int),
     (r"(patch_size|temporal_patch_size|spatial_merge_size|merge_size|patch_length|stride|.*_stride|tubelet_size|output_stride)", int),
-    (r"(num_feat_extract_layers|num_nextn_predict_layers|first_k_dense_replace)", int),
+    (r"(num_feat_extract_layers|num_encoder_blocks|num_stages|num_nextn_predict_layers|first_k_dense_replace)", int),
     (r"(relative_attention_.*|.*_factor|.*_ratio|.*_expand|expand|.*_bins|block_size|num_buckets|.*_temperature|.*theta.*)", int),
     (r"(crop_size|image_size|img_size|pretrain_image_size|resolution|max_image_size|max_img_size|min_image_size)", int),
     # counts
@@ -68,6 +69,9 @@ DEPTHS = r".*(depths?|num_blocks|stage_num_blocks|blocks_per_stage|num_block_rep
 WIDTHS = r".*(hidden_sizes|embed_dims?|_channels|channels|conv_dim|tdnn_dim|embed_dim_per_stage|channel_list|hidden_channels|_hidden_size)"
 LAYER_NUMBERS = r".*(_indexes|_indices|layer_ids|subsample_layers|_layers|_blocks|index|visual_indexes|_idxs)"
 TOKEN = r".*(token_id|token_index|_idx|token_ids|_token)"
+MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm_ocr", "glm_image", "paddleocr")
+"""Types whose sections of rotary embeddings have a default outside of the configuration."""
+
 DROPPED = (
     "out_features",
     "out_indices",
@@ -84,7 +88,7 @@ DROPPED = (
 def shrink(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, geometry: int = 0) -> dict[str, Any]:
     """A tiny configuration for images of the size of a geometry.
 
-    ``overrides`` maps dotted paths to values; a value ``...`` removes the entry.
+    ``overrides`` maps dotted paths to values, or to functions of the geometry.
     """
     tiny = _shrink(dict(config), {}, geometry)
     for path, value in (overrides or {}).items():
@@ -92,10 +96,7 @@ def shrink(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
         inner = tiny
         for parent in parents:
             inner = inner.setdefault(parent, {})
-        if value is ...:
-            inner.pop(key, None)
-        else:
-            inner[key] = value
+        inner[key] = value(geometry) if callable(value) else value
     return tiny
 
 
@@ -144,12 +145,12 @@ def _list(key: str, value: Any, scale: int, tokens: dict[int, int]) -> Any:
         return list(value)
     if re.fullmatch(TOKEN, key):
         return [_token(item, tokens) for item in value]
-    if re.fullmatch(LAYER_NUMBERS, key):
-        return [item for item in value if item < LAYERS] or list(range(LAYERS))[: len(value)]
     if re.fullmatch(DEPTHS, key):
         return [min(item, LAYERS) for item in value]
-    if re.fullmatch(WIDTHS, key) and max(value) >= WIDTH:
-        return [max(item // scale, 1) if item >= scale else item for item in value]
+    if re.fullmatch(LAYER_NUMBERS, key):
+        return [item for item in value if item < LAYERS] or list(range(LAYERS))[: len(value)]
+    if re.fullmatch(WIDTHS, key):
+        return [max(item // scale, 1) if item >= 16 else item for item in value]
     return list(value)
 
 
@@ -191,12 +192,23 @@ def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _keep_relations(config: Mapping[str, Any], tiny: dict[str, Any]) -> None:
-    """Equal numbers of heads stay equal; settings of layers that are gone go too."""
-    for kv in ("num_key_value_heads", "decoder_num_key_value_heads", "cross_num_key_value_heads", "swa_num_key_value_heads"):
+    """Equal numbers of heads stay equal; outputs of a backbone stay as many; settings of layers that are gone go too."""
+    for kv in [key for key in config if key.endswith("num_key_value_heads")]:
         heads = kv.replace("key_value", "attention")
-        if isinstance(config.get(kv), int) and config.get(kv) == config.get(heads):
+        if isinstance(config[kv], int) and config[kv] == config.get(heads):
             tiny[kv] = tiny[heads]
     tiny.pop("per_layer_config", None)
+    outputs = config.get("_out_indices") or config.get("out_indices")
+    if isinstance(outputs, (list, tuple)):
+        if any(
+            isinstance(config.get(key), (list, tuple)) for key in ("depths", "hidden_sizes", "embed_dims", "stage_in_channels", "embed_dim")
+        ):
+            tiny["out_indices"] = list(outputs)
+        elif len(outputs) > 1 and isinstance(config.get("num_hidden_layers"), int):
+            tiny["num_hidden_layers"] = len(outputs)
+            tiny["out_indices"] = list(range(1, len(outputs) + 1))
+    if any(word in str(config.get("model_type")) for word in MROPE) and isinstance(tiny.get("rope_parameters"), dict):
+        tiny["rope_parameters"] = {**tiny["rope_parameters"], "mrope_section": [2, 3, 3]}
 
 
 def _kinds(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Three witnesses, each from the library alone:
 
-* *declared*: the output of an nn.Conv2d has ``out_channels`` features in dimension 1, of an nn.Linear ``out_features`` in the last one, and so
-  on for the layers of ``torch.nn`` (exact classes; a subclass may do something else);
+* *declared*: the output of an nn.Conv2d has ``out_channels`` features in dimension 1, of an nn.Linear ``out_features`` in the last one,
+  and so on for the layers of ``torch.nn`` (exact classes; a subclass may do something else);
 * *published*: the library says how wide a layer is (timm's ``feature_info``, hidden sizes in configurations), and one dimension of the
   output is as wide, in both geometries;
 * *geometry*: the model runs for two sizes of inputs that differ in everything but the features, and one dimension stays.
@@ -14,7 +14,8 @@ dimensions, or none, or attention weights (whose heads stay), are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,9 @@ def stays(a: Shape, b: Shape) -> list[int]:
 
 def is_attention(module: nn.Module, parents: list[nn.Module], a: Shape, b: Shape, dim: int) -> bool:
     """Whether a tensor looks like attention weights: (…, heads, queries, keys)."""
-    if len(a) < 3 or dim >= len(a) - 2:
+    if isinstance(module, nn.Softmax):
+        return True
+    if len(a) < 3 or dim >= len(a) - 1:
         return False
     if a[-1] == a[-2] and b[-1] == b[-2]:
         return True
@@ -126,6 +129,10 @@ def derive(
         others = None if second is None else second.get(name)
         if not calls[0]:
             layer.left_out = "no tensor"
+        elif re.search("rotary|rope", layer.module, re.IGNORECASE):
+            layer.left_out = "a table of positions"
+        elif _is_bare(module) and _named_after_attention(name):
+            layer.left_out = "attention weights"
         elif any([len(s) for s in call] != [len(s) for s in calls[0]] for call in [*calls, *(others or [])]):
             layer.left_out = "calls differ"
         else:
@@ -134,7 +141,32 @@ def derive(
             layer.truths = [truth for truth in found if isinstance(truth, Truth)]
             if reasons:
                 layer.left_out = reasons[0]
+            elif _is_bare(module) and _contested(modules, name, first, layer.truths):
+                layer.left_out = "its neighbors are declared otherwise"
     return layers
+
+
+def _is_bare(module: nn.Module) -> bool:
+    return not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+
+
+def _contested(modules: Mapping[str, nn.Module], name: str, calls: Mapping[str, Calls], truths: Sequence[Truth]) -> bool:
+    """Whether a layer of torch.nn beside an activation function works along another dimension of the same shape, as token mixers do."""
+    parent, _, own = name.rpartition(".")
+    for key in modules[parent]._modules:
+        beside = f"{parent}.{key}" if parent else key
+        if key == own or beside not in modules or beside not in calls:
+            continue
+        for call in calls[beside]:
+            said = [(declared(modules[beside], shape), shape) for shape in call]
+            shapes = [[tuple(s) for s in c] for c in calls[name]]
+            if any(d is not None and [s] in shapes and d[0] != truths[0].dim for d, s in said):
+                return True
+    return False
+
+
+def _named_after_attention(name: str) -> bool:
+    return name.rpartition(".")[2] in ("attn_drop", "attn_dropout", "attention_dropout", "attend", "softmax", "att_drop")
 
 
 def _parents(modules: Mapping[str, nn.Module], name: str) -> list[nn.Module]:
@@ -171,6 +203,8 @@ def truths_of(case_build: Any, published: Any) -> tuple[Built, list[Layer]]:
     """A model in the first geometry, and the truth about its layers."""
     built = case_build(0)
     first = watch(built, BATCH[0])
+    if built.axes is not None:
+        return built, [_constructed(built, name, dim, first[name]) for name, dim in built.axes.items() if name in first]
     second = None
     try:
         other = case_build(1)
@@ -179,3 +213,10 @@ def truths_of(case_build: Any, published: Any) -> tuple[Built, list[Layer]]:
     except Exception:  # a model of one size
         second = None
     return built, derive(built.model, first, second, published(built))
+
+
+def _constructed(built: Built, name: str, dim: int, calls: Calls) -> Layer:
+    """The truth about a layer whose feature dimension is known by construction."""
+    shapes = dict.fromkeys(shape for call in calls for shape in call if len(shape) > dim)
+    truths = [Truth(dim, shape[dim], len(shape), "published") for shape in shapes]
+    return Layer(name, type(built.model.get_submodule(name)).__name__, truths, len(calls[0]) > 1)
