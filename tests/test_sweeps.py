@@ -260,6 +260,13 @@ def test_axes_known_by_construction() -> None:
     assert axes.totals(families)["published, default"]["right"] > 100
 
 
+def test_streams_have_names_of_their_own() -> None:
+    for case in cases("own", "two streams, *"):
+        built = case.build()
+        rows, _ = axes.rows_of(built, 2, "blocks.*")
+        assert {"blocks.0:0", "blocks.0:1", "blocks.1:0", "blocks.1:1"} <= {row["layer"] for row in rows}
+
+
 def test_axes_of_a_sample_of_timm() -> None:
     families = [axes.try_case(case) for case in named("timm", QUICK_TIMM)]
     assert not [line for family in families for line in family.wrong]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -151,6 +152,17 @@ def same(a: Tensor, b: Tensor) -> bool:
     return bool(torch.equal(a, b))
 
 
+def relative(a: Run, b: Run, name: str) -> float:
+    """The largest difference, relative to the largest number; infinite if they cannot be compared."""
+    if name not in a.tensors or name not in b.tensors or a.tensors[name].shape != b.tensors[name].shape:
+        return math.inf
+    x, y = a.tensors[name].detach(), b.tensors[name].detach()
+    if x.is_complex() or not x.numel():
+        return math.inf
+    x, y = x.double(), y.double()
+    return float((x - y).abs().max() / x.abs().max().clamp(min=1e-300))
+
+
 # -- what is left behind ---------------------------------------------------------------------------------------------------
 
 
@@ -246,8 +258,12 @@ class Checker:
             again = self._step_plain(scenario)
             if differences(plain, again):
                 outcome.reason = "not compared: two plain runs differ"
+            elif scenario.compiled and not differences(recorded, self._step_hooked(scenario)):
+                outcome.reason = "not compared: the compiler gives these bits with any hooks"
             else:
-                outcome.status, outcome.reason = "failed", f"changed: {', '.join(changed[:5])} ({len(changed)} in all)"
+                worst = max(relative(plain, recorded, name) for name in changed)
+                outcome.status = "failed"
+                outcome.reason = f"changed: {', '.join(changed[:5])} ({len(changed)} in all, by up to {worst:.0e})"
         return outcome
 
     def _callable(self, scenario: Scenario) -> Callable[..., Any]:
@@ -262,6 +278,15 @@ class Checker:
             self.plain[key] = self._step_plain(scenario)
         return self.plain[key]
 
+    def _step_hooked(self, scenario: Scenario) -> Run:
+        """With hooks that do nothing on every module."""
+        handles = [module.register_forward_hook(_nothing) for module in self.built.model.modules()]
+        try:
+            return self._step_plain(scenario)
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _step_plain(self, scenario: Scenario) -> Run:
         with quiet():
             try:
@@ -270,6 +295,10 @@ class Checker:
                 raise
             except Exception as error:
                 raise Unfit(f"the plain model does not run so: {brief(error)}") from error
+
+
+def _nothing(module: nn.Module, args: Any, output: Any) -> None:
+    return None
 
 
 class Unfit(Exception):
