@@ -27,7 +27,17 @@ def of_timm(built: Built) -> Widths:
     return found
 
 
-_SINGLE = ("hidden_size", "d_model", "n_embd", "dim", "hidden_dim", "embed_dim", "encoder_hidden_size", "decoder_hidden_size")
+_SINGLE = (
+    "hidden_size",
+    "d_model",
+    "n_embd",
+    "dim",
+    "hidden_dim",
+    "embed_dim",
+    "encoder_hidden_size",
+    "decoder_hidden_size",
+    "patch_embeds_hidden_size",
+)
 _LISTS = ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "embed_dim", "embed_dim_per_stage")
 
 
@@ -42,9 +52,9 @@ def widths_of_configuration(config: Any) -> set[int]:
         value = getattr(config, name, None)
         if isinstance(value, (list, tuple)):
             found.update(item for item in value if isinstance(item, int))
-    depths, embed_dim = getattr(config, "depths", None), getattr(config, "embed_dim", None)
-    if isinstance(depths, (list, tuple)) and isinstance(embed_dim, int):
-        found.update(embed_dim * 2**i for i in range(len(depths)))
+    depths = getattr(config, "depths", None)
+    if isinstance(depths, (list, tuple)):  # stages that double
+        found.update([width * 2**i for width in found for i in range(len(depths))])
     return found
 
 

@@ -68,6 +68,7 @@ def counts(results: dict[str, Result]) -> dict[str, Any]:
     for result in results.values():
         for name, outcome in result["outcomes"].items():
             by_scenario[name][outcome["status"]] += 1
+            by_scenario[name].update({key: outcome[key] for key in ("layers", "unsure")}, warnings=len(outcome["warnings"]))
     built = [result for result in results.values() if result["built"]]
     good = sum(all(outcome["status"] != "failed" for outcome in result["outcomes"].values()) for result in built)
     return {

@@ -15,13 +15,20 @@ LENGTH, WORDS = (12, 20, 64), (10, 90)
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
 _EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
 _SMALL_NET = {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}
-_SERIES = {"prediction_length": 4, "context_length": lambda geometry: (16, 24, 64)[geometry], "lags_sequence": [1, 2, 3]}
+_SERIES = {"prediction_length": 4, "context_length": lambda geometry: (16, 24, 64)[geometry]}
 _WINDOW = {"window_size": 2}
 _HIERA = {"hidden_size": 16, "window_size_per_stage": [8, 4, 7, 7], "global_attention_blocks": [2]}
 _FOUR = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
 
 
 _DEFORMABLE = {"backbone_config.out_indices": [1, 2, 3, 4], "backbone_config.window_size": 2}
+
+
+_DETR = {
+    "backbone_config.hidden_sizes": [64, 128, 256, 512],
+    "backbone_config.out_indices": [2, 3, 4],
+    "encoder_in_channels": [128, 256, 512],
+}
 
 
 def _inside(key: str, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +41,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "autoformer": _SERIES,
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "bit": {"num_groups": 4},
+    "bros": {"dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_projection": 16},
+    "clap": {"audio_config.hidden_size": 512},
+    "mobilevitv2": {"n_attn_blocks": [2, 2, 2]},
+    "prompt_depth_anything": {**_inside("backbone_config", _FOUR), "neck_hidden_sizes": [16, 32, 48, 64]},
     "chameleon": {"vocabulary_map": {"<image>": 100}},
     "dbrx": {"attn_config.rope_theta": 10000.0},
     "deepseek_v2": _EXPERTS,
@@ -66,8 +77,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "patchtst": {"context_length": lambda geometry: (32, 48, 64)[geometry], "patch_length": 8, "patch_stride": 8},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_hidden_layers": 2},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4},
-    "rt_detr": {"backbone_config.out_indices": [2, 3, 4], "encoder_in_channels": [32, 64, 128]},
-    "rt_detr_v2": {"backbone_config.out_indices": [2, 3, 4], "encoder_in_channels": [32, 64, 128]},
+    "rt_detr": _DETR,
+    "rt_detr_v2": _DETR,
     "cvt": {"depth": [1, 2, 3]},
     "lw_detr_vit": {"num_windows": 4, "num_windows_side": 2},
     "lw_detr": {"backbone_config.num_windows": 4, "backbone_config.num_windows_side": 2},
@@ -113,10 +124,10 @@ def _series(config: Any, batch: int, geometry: int) -> dict[str, Any]:
     past = config.context_length + max(config.lags_sequence)
     return {
         "past_values": randn(batch, past),
-        "past_time_features": randn(batch, past, config.num_time_features or 1),
+        "past_time_features": randn(batch, past, config.num_time_features),
         "past_observed_mask": torch.ones(batch, past),
         "future_values": randn(batch, config.prediction_length, seed=1),
-        "future_time_features": randn(batch, config.prediction_length, config.num_time_features or 1),
+        "future_time_features": randn(batch, config.prediction_length, config.num_time_features),
     }
 
 
@@ -127,7 +138,7 @@ def _patched_series(config: Any, batch: int, geometry: int) -> dict[str, Any]:
 def _flattened(config: Any, batch: int, geometry: int) -> dict[str, Any]:
     inner = getattr(config, "vision_config", config)
     rows = torch.cartesian_prod(torch.arange(1, 5), torch.arange(1, PATCHES[geometry])).float()
-    patches = randn(batch, len(rows), inner.num_channels * inner.patch_size**2 if hasattr(inner, "num_channels") else 768)
+    patches = randn(batch, len(rows), getattr(inner, "patch_embed_hidden_size", 768))
     return {
         "flattened_patches": torch.cat([rows.expand(batch, -1, -1), patches], -1),
         "attention_mask": torch.ones(batch, len(rows)),
