@@ -249,7 +249,7 @@ class Checker:
                 left = left_behind(before, traces(model))
             caught = [str(w.message)[:500] for w in heard if issubclass(w.category, RecordingWarning)]
         outcome = Outcome("ok", "", layers, unsure, caught)
-        taken = [row["layer"] for row in rows if row["layer"].split(":")[0] in self.built.featureless]
+        taken = [row["layer"] for row in rows if row["layer"].split(":")[0] in self.built.featureless and row["features"] is not None]
         if left:
             outcome.status, outcome.reason = "failed", f"left behind: {', '.join(left[:5])}"
         elif taken and len(scenario.batches) > 1:

@@ -38,6 +38,13 @@ def is_same(a: Tensor | None, b: Tensor | None) -> bool:
     return a.stride() == b.stride() and a.data_ptr() == b.data_ptr() and a.numel() > 0
 
 
+def shares_memory(a: Tensor | None, b: Tensor) -> bool:
+    """Whether one is a view of the other."""
+    if a is None or any(type(x) is not Tensor or x.is_meta or x.is_nested or x.layout is not torch.strided for x in (a, b)):
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def same_tensor(events: Sequence[Event], x: Tensor) -> Axis | None:
     event = next((event for event in reversed(events) if event.shape == tuple(x.shape) and is_same(event.tensor(), x)), None)
     return None if event is None else Axis(event.dim, f"the output of {event.name!r}")

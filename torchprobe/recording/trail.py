@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprobe.recording.axes import UNSURE, Axis, fits, square
 from torchprobe.recording.compiled import OwnHook, at_trace_time, never_compile_alone, register
-from torchprobe.recording.events import Event, is_same, moved_or_resized, multiplied, resized, same_shape, same_tensor
+from torchprobe.recording.events import Event, is_same, moved_or_resized, multiplied, resized, same_shape, same_tensor, shares_memory
 from torchprobe.recording.layers import Layer, named_layers
 from torchprobe.recording.leaves import (
     declared_features,
@@ -123,7 +123,7 @@ class Trail:
         strides = x.stride() if x.layout is torch.strided else ()
         self.events.append(Event(id(module), name, tuple(x.shape), strides, dim, weakref.ref(x)))
 
-    def step(self, leaf: Layer, module: nn.Module, output: object) -> None:
+    def step(self, leaf: Layer, module: nn.Module, args: object, output: object) -> None:
         """A leaf gave its output."""
         if not self._running:
             return
@@ -132,8 +132,8 @@ class Trail:
             return
         shape = tuple(x.shape)
         dims_found = leaf_dims(module, shape)
-        if len(dims_found) > 1 and self.events and self.events[-1].shape == shape and self.events[-1].dim in dims_found:
-            dims_found = [self.events[-1].dim]  # a norm keeps the layout
+        if len(dims_found) > 1 and self.events and is_same(first_tensor(args), self.events[-1].tensor()):
+            dims_found = [self.events[-1].dim] if self.events[-1].shape == shape else dims_found  # a norm keeps the layout
         if len(dims_found) == 1:
             self.note(module, leaf.name, x, dims_found[0])
 
@@ -205,7 +205,7 @@ class Trail:
         """Remembers what was clear for a class. A tie takes it from there."""
         key = type(layer.module), len(shape)
         if axis.dim is not None:
-            if not is_bare(layer.module):
+            if not is_bare(layer.module) and not type(layer.module).__module__.startswith("torch.nn."):
                 self._clear.setdefault(key, axis.dim)
             return axis
         if len(axis.open) > 1 and self._clear.get(key) in axis.open:
@@ -281,24 +281,24 @@ class Trail:
         return same_shape(self.events, x) or resized(last, shape, self.events)
 
     def _tie(self, event: Event, inside: Sequence[Event], x: Tensor, dims_found: list[int]) -> Axis:
-        """Several dimensions are as wide: the order of the numbers in memory tells, if the layers inside agree. A copy has an order of its
-        own, which says nothing; then an input of the same shape does."""
+        """Several dimensions are as wide. Of a view of what a layer gave, the order in memory tells; otherwise an input of the same shape
+        does, if the layers inside agree. The order of a new tensor says nothing."""
         dims = x.dim()
         agree = len({other.dim for other in inside if len(other.shape) == dims}) == 1
-        if agree and event.shape == tuple(x.shape) and event.strides and not x.is_contiguous():
+        if shares_memory(event.tensor(), x) and event.strides:
             there = [dim for dim in dims_found if x.stride(dim) == event.strides[event.dim]]
             if len(there) == 1:
                 return square(Axis(there[0], f"width {event.width} of {event.name!r}, and its order in memory"), tuple(x.shape))
-        if agree and event.dim in dims_found and event.shape == tuple(x.shape) and self._given_dim(tuple(x.shape)) == event.dim:
+        if agree and event.dim in dims_found and event.shape == tuple(x.shape) and self._given_dim(tuple(x.shape), inside) == event.dim:
             return square(Axis(event.dim, f"as {event.name!r}, and as its input"), tuple(x.shape))
         return Axis(None, UNSURE, tuple(dims_found), event.width)
 
-    def _given_dim(self, shape: tuple[int, ...]) -> int | None:
+    def _given_dim(self, shape: tuple[int, ...], inside: Sequence[Event]) -> int | None:
         """The dimension of the features in the input of the layer, if it has the same shape as the output."""
         given = first_tensor(self.given)
         if given is None or tuple(given.shape) != shape:
             return None
-        found = same_tensor(self.events, given) or same_shape(self.events, given)
+        found = same_tensor([event for event in self.events if event not in inside], given)
         return None if found is None else found.dim
 
     # -- evidence without an order of running ------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ class _Step(OwnHook):
         elif not self.trail.watching:
             self.remove_from(module)  # it was moved there
         elif torch._C._current_graph_task_id() == -1:
-            self.trail.step(self.leaf, module, output)
+            self.trail.step(self.leaf, module, args, output)
 
 
 class _End(OwnHook):
