@@ -4,6 +4,7 @@
 ``python -m benchmarks``                  the CPU: the sections ``read``, ``rivals``, ``hook``, ``model``, ``dissection``
 ``python -m benchmarks.training``         a training step with every block watched
 ``python -m benchmarks.pruning``          a pruning curve
+``python -m benchmarks.soak``             100,000 recorded steps through two restarts: memory, and nothing lost
 ``python -m benchmarks.cka``              CKA of all pairs of layers
 ``python -m benchmarks.dissection_full``  a whole dissection of Broden's size, without the network
 ``python -m benchmarks.gpu``              a GPU: see :mod:`benchmarks.gpu`
