@@ -114,6 +114,7 @@ def test_trouble_shows_up_as_a_column():
         "nonfinite",
         "constant_vectors",
         "invalid_vectors",
+        "feature_dim_by",
     }
 
 

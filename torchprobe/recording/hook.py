@@ -51,7 +51,8 @@ class Hook(OwnHook):
             return self.trace(module, output)
         control = self.control
         if control.open and _current_backward() == -1 and (control.training is None or control.training == module.training):
-            if not self.main.dims:  # its first calls: what goes in may tell what comes out
+            first = not self.main.dims
+            if first:  # what goes in may tell what comes out
                 control.trail.given = args
             if type(output) is Tensor and control.select is None:
                 if output.is_floating_point():
@@ -61,7 +62,8 @@ class Hook(OwnHook):
             else:
                 for stream, x in self.streams_in(output):
                     stream.read(x)
-            control.trail.given = None
+            if first:
+                control.trail.given = None
         else:
             self.skip(module)
         return None

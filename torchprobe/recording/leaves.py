@@ -20,6 +20,7 @@ _SECOND = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.
 _LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag, nn.RNN, nn.LSTM, nn.GRU)
 _FAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they do not call their children when no hook is on them
 
+_ELEMENTWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 _WIDTHS = ("out_features", "out_channels", "num_features", "nf", "normalized_shape", "embedding_dim", "embed_dim", "num_channels")
 _VAGUE = ("hidden_size", "d_model", "dim", "channels", "width", "features")  # names that are also used for other things
 _INPUT_WIDTHS = ("in_features", "in_channels", "num_features", "nx", "normalized_shape", "embed_dim", "num_channels", "input_size")
@@ -37,6 +38,11 @@ def is_leaf(module: nn.Module) -> bool:
 def is_bare(module: nn.Module) -> bool:
     """Whether a module has neither parameters nor children, such as an activation function, and is not a pooling."""
     return not _children(module) and not is_leaf(module)
+
+
+def keeps_layout(module: nn.Module) -> bool:
+    """Whether a module is known to give each number at the place of one that it takes: activation functions, dropout, ``nn.Identity``."""
+    return (is_bare(module) and type(module).__module__ in _ELEMENTWISE) or type(module) is nn.Identity
 
 
 def hides_children(module: nn.Module) -> bool:

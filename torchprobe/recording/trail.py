@@ -19,6 +19,7 @@ from torchprobe.recording.leaves import (
     input_width,
     is_bare,
     is_leaf,
+    keeps_layout,
     leaf_dims,
     own_widths,
     typed_dim,
@@ -53,6 +54,7 @@ class Trail:
             if hides_children(layer.module):
                 hidden |= {id(child) for child in layer.module.modules()} - {id(layer.module)}
         self._leaves = [layer for layer in layers if id(layer.module) not in hidden and is_leaf(layer.module)]
+        self._keeping = [layer for layer in layers if id(layer.module) not in hidden and keeps_layout(layer.module)]
         self._places = [self._place[id(leaf.module)] for leaf in self._leaves]
         self._root = weakref.ref(named[""].module)
         self.events: list[Event] = []
@@ -71,7 +73,7 @@ class Trail:
         self.close()
         self._running, self._forwards = True, 0
         scripted = torch.jit.ScriptModule
-        for leaf in self._leaves:
+        for leaf in (*self._leaves, *self._keeping) if self._leaves else ():
             module = leaf.alive
             if module is not None and not isinstance(module, scripted):
                 self._handles.append(module.register_forward_hook(_Step(self, leaf)))
@@ -131,6 +133,10 @@ class Trail:
         if x is None or x.is_nested:
             return
         shape = tuple(x.shape)
+        if keeps_layout(module):
+            if self.events and self.events[-1].shape == shape and is_same(first_tensor(args), self.events[-1].tensor()):
+                self.note(module, leaf.name, x, self.events[-1].dim)
+            return
         dims_found = leaf_dims(module, shape)
         if len(dims_found) > 1 and self.events and is_same(first_tensor(args), self.events[-1].tensor()):
             dims_found = [self.events[-1].dim] if self.events[-1].shape == shape else dims_found  # a norm keeps the layout
@@ -258,12 +264,13 @@ class Trail:
 
     def _followed(self, layer: Layer, x: Tensor, allowed: Sequence[int]) -> Axis | None:
         """By what ran before a layer that keeps the layout of its input, such as an activation function."""
-        if not self.fresh:
+        events = [event for event in self.events if event.module != id(layer.module)] if self.fresh else []
+        if not events:
             return None
-        if (found := same_tensor(self.events, x)) is not None:
+        if (found := same_tensor(events, x)) is not None:
             return found._replace(sure=False)  # another width may come from another place in the model
-        shape, last = tuple(x.shape), self.events[-1]
-        keeps_shape = type(layer.module).__module__.startswith("torch.nn.")
+        shape, last = tuple(x.shape), events[-1]
+        keeps_shape = keeps_layout(layer.module)
         if last.shape == shape:
             dims_found = fits(shape, last.width)
             if len(dims_found) > 1 and not (keeps_shape and is_same(first_tensor(self.given), last.tensor())):
@@ -278,7 +285,7 @@ class Trail:
                 return square(Axis(dims_found[0], f"width {last.width} of {last.name!r}", sure=False), shape)
             if dims_found:
                 return Axis(None, UNSURE, tuple(dims_found), last.width, sure=False)
-        return same_shape(self.events, x) or resized(last, shape, self.events)
+        return same_shape(events, x) or resized(last, shape, events)
 
     def _tie(self, event: Event, inside: Sequence[Event], x: Tensor, dims_found: list[int]) -> Axis:
         """Several dimensions are as wide. Of a view of what a layer gave, the order in memory tells; otherwise an input of the same shape
