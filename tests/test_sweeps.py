@@ -262,7 +262,7 @@ def test_axes_known_by_construction() -> None:
 
 
 def test_streams_have_names_of_their_own() -> None:
-    for case in cases("own", "two streams, *"):
+    for case in cases("own", "two streams/*"):
         built = case.build()
         rows, _ = axes.rows_of(built, 2, "blocks.*")
         assert {"blocks.0:0", "blocks.0:1", "blocks.1:0", "blocks.1:1"} <= {row["layer"] for row in rows}

@@ -179,7 +179,7 @@ def table(families: Sequence[Family]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=LIBRARIES, required=True)
-    parser.add_argument("--only", default="*", help="a shell pattern for names")
+    parser.add_argument("--only", default="*", help="shell patterns for names, separated by commas")
     parser.add_argument("--seconds", type=float, default=240.0, help="limit for one model")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file, written after every model")
     parser.add_argument("--wrong", type=int, default=6, help="how many wrong layers of a model to print")

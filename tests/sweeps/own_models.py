@@ -236,7 +236,7 @@ def cases() -> Iterator[Case]:
     for name, (_, layout) in MODELS.items():
         for shape in SHAPES:
             if not (layout == "bc" and shape in ("square", "one")):
-                yield Case("own", f"{name}, {shape}", lambda geometry, name=name, shape=shape: build(name, shape, geometry))  # type: ignore[misc]
+                yield Case("own", f"{name}/{shape}", lambda geometry, name=name, shape=shape: build(name, shape, geometry))  # type: ignore[misc]
 
 
 def build(name: str, shape: str, geometry: int) -> Built:
