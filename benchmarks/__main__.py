@@ -13,6 +13,7 @@ from benchmarks.report import HELP, Report, Section, json_option
 
 SECTIONS: dict[str, tuple[Callable[[torch.device], Section], Callable[[torch.device], Section]]] = {
     "read": (lambda device: observe.read(device, 60), lambda device: observe.read(device, 5)),
+    "wide": (lambda device: observe.wide(device, 20), lambda device: observe.wide(device, 2)),
     "rivals": (lambda device: observe.rivals(device, 40), lambda device: observe.rivals(device, 3, dtypes=("float32",))),
     "hook": (lambda device: observe.hook(device, 10), lambda device: observe.hook(device, 1)),
     "model": (lambda device: model.run(device, 80), lambda device: model.run(device, 4, batch=2)),

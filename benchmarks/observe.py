@@ -81,6 +81,48 @@ def _read(case: Case, device: torch.device, seconds: float) -> list[Row]:
     return rows
 
 
+# -- wide: what an element takes at every width, against width 768 -------------------------------------------------------
+
+WIDTHS = (768, 4096, 4097, 8192, 32_000, 50_257, 151_936)
+LOGITS = 50_257
+"""The width whose elements should take at most 0.45 ns on one thread."""
+
+
+def wide(device: torch.device, seconds: float, elements: int = 256 * LOGITS, widths: Sequence[int] = WIDTHS) -> Section:
+    """About ``elements`` of float32 at each width, on one thread; by default 51 MB, as the logits of 256 tokens of GPT-2."""
+    inputs = {width: gaussian(max(elements // width, 1), width, device=device) for width in widths}
+    calls: dict[int, Callable[[], object]] = {width: partial(observe_, new_state(width, device), x) for width, x in inputs.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = race(
+            {f"{what} {width}": call for width, x in inputs.items() for what, call in (("o", calls[width]), ("s", x.sum))}, seconds, device
+        )
+    finally:
+        torch.set_num_threads(threads)
+    rows = []
+    for width, x in inputs.items():
+        case = str(tuple(x.shape))
+        sums, ours, narrow = (
+            times[name].per(n)
+            for name, n in ((f"s {width}", x.numel()), (f"o {width}", x.numel()), (f"o {widths[0]}", inputs[widths[0]].numel()))
+        )
+        ratios = versus(ours, narrow)
+        target = Target("× the first width", ratios["ratio"], 1, 1.3)
+        if width == LOGITS:
+            target = Target("ns", ours.median * 1e9, 0.45)
+        rows += [Row(case, "x.sum()", sums), Row(case, "observe_", ours, **ratios, target=target if width != widths[0] else None)]
+    return Section(
+        name="wide",
+        title="an element of wide vectors, on one thread",
+        rows=rows,
+        ratio=f"× width {widths[0]}",
+        note="Few wide vectors also read and write their state: about 120 bytes for each feature, as much as 30 elements.",
+        unit="ns",
+        scale=1e9,
+    )
+
+
 # -- rivals: against eager PyTorch, the compiler, and other packages -------------------------------------------------------
 
 MORE = "the same; outliers, quantiles, counts"

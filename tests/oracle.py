@@ -20,27 +20,33 @@ def moments(x: Tensor, feature_dim: int = -1, mask: Tensor | None = None, outlie
 
 def _features(rows: np.ndarray) -> dict[str, Any]:
     finite = np.isfinite(rows)
-    columns = [column[keep] for column, keep in zip(rows.T, finite.T, strict=True)]
-    out: dict[str, list[float]] = {name: [] for name in ("mean", "variance", "skewness", "kurtosis", "min", "max", "mean_abs")}
-    for column in columns:
-        if column.size == 0:
-            for values in out.values():
-                values.append(np.nan)
-            continue
-        mean = column[0] + (column - column[0]).mean()
-        unit = np.abs(column - mean).max() or 1.0
-        d = (column - mean) / unit
-        m2, m3, m4 = ((d**k).mean() for k in (2, 3, 4))
-        constant = bool((column == column[0]).all())
-        out["mean"].append(mean)
-        out["variance"].append(0.0 if constant else m2 * unit**2)
-        out["skewness"].append(np.nan if constant else m3 / m2**1.5)
-        out["kurtosis"].append(np.nan if constant else m4 / m2**2)
-        out["min"].append(column.min())
-        out["max"].append(column.max())
-        out["mean_abs"].append(np.abs(column).mean())
-    counts = {"count": finite.sum(0), "nonfinite": (~finite).sum(0)}
-    return {**{name: np.array(values) for name, values in out.items()}, **counts}
+    whole = finite.all(0) & (len(rows) > 0)
+    out = {name: np.full(rows.shape[1], np.nan) for name in ("mean", "variance", "skewness", "kurtosis", "min", "max", "mean_abs")}
+    groups = [(whole, rows.T[whole])]  # all columns without a gap at once
+    groups += [(np.array([j]), rows[finite[:, j], j][None]) for j in np.flatnonzero(~whole)]
+    for where, columns in groups:
+        if columns.size:
+            for name, values in _columns(np.ascontiguousarray(columns)).items():
+                out[name][where] = values
+    return {**out, "count": finite.sum(0), "nonfinite": (~finite).sum(0)}
+
+
+def _columns(columns: np.ndarray) -> dict[str, np.ndarray]:
+    """One feature in each row."""
+    mean = columns[:, :1] + (columns - columns[:, :1]).mean(1, keepdims=True)
+    unit = np.abs(columns - mean).max(1, keepdims=True)
+    d = (columns - mean) / np.where(unit > 0, unit, 1)
+    m2, m3, m4 = (d**2).mean(1), (d**2 * d).mean(1), ((d**2) ** 2).mean(1)
+    constant = (columns == columns[:, :1]).all(1)
+    return {
+        "mean": mean[:, 0],
+        "variance": np.where(constant, 0.0, m2 * unit[:, 0] ** 2),
+        "skewness": np.where(constant, np.nan, m3 / m2**1.5),
+        "kurtosis": np.where(constant, np.nan, m4 / m2**2),
+        "min": columns.min(1),
+        "max": columns.max(1),
+        "mean_abs": np.abs(columns).mean(1),
+    }
 
 
 def _vectors(rows: np.ndarray, outlier_sigma: float) -> dict[str, Any]:

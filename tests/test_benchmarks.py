@@ -92,6 +92,12 @@ def test_read_once():
     check(observe.read(CPU, 0, cases), 3 * 4)
 
 
+def test_wide():
+    threads = torch.get_num_threads()
+    check(observe.wide(CPU, 0, elements=5000, widths=(64, 100, observe.LOGITS)), 2 * 3)
+    assert torch.get_num_threads() == threads
+
+
 def test_rivals():
     section = observe.rivals(CPU, 0, shape=(64, 32), compiled=False)
     check(section, 2 * (5 + len(formulas.installed_peers())))

@@ -7,7 +7,7 @@
 #include "isa_end.h"
 
 namespace torchprobe::cpu {
-const ObserveKernels ObserveKernels::avx2 = {"AVX2", cpu::observe, cpu::merge};
+const ObserveKernels ObserveKernels::avx2 = cpu::observe_kernels("AVX2");
 const OverlapKernels OverlapKernels::avx2 = {LANES, cpu::paint, cpu::count, cpu::tally};
 }  // namespace torchprobe::cpu
 #endif

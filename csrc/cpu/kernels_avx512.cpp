@@ -7,7 +7,7 @@
 #include "isa_end.h"
 
 namespace torchprobe::cpu {
-const ObserveKernels ObserveKernels::avx512 = {"AVX-512", cpu::observe, cpu::merge};
+const ObserveKernels ObserveKernels::avx512 = cpu::observe_kernels("AVX-512");
 const OverlapKernels OverlapKernels::avx512 = {LANES, cpu::paint, cpu::count, cpu::tally};
 }  // namespace torchprobe::cpu
 #endif

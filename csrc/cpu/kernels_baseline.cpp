@@ -5,6 +5,6 @@
 #include "isa_end.h"
 
 namespace torchprobe::cpu {
-const ObserveKernels ObserveKernels::baseline = {"baseline (128-bit)", cpu::observe, cpu::merge};
+const ObserveKernels ObserveKernels::baseline = cpu::observe_kernels("baseline (128-bit)");
 const OverlapKernels OverlapKernels::baseline = {0, cpu::paint, cpu::count, cpu::tally};
 }  // namespace torchprobe::cpu

@@ -20,5 +20,7 @@ TORCHPROBE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 #include "observe_merge.h"
 #include "observe_vectors.h"
+#include "observe_kurtosis.h"
 #include "observe_features.h"
 #include "observe_tiles.h"
+#include "observe_blocks.h"

@@ -14,22 +14,36 @@ inline Rows rows_of(double* state, int64_t features, int64_t j) {
 // The weights of two sets of na and nb values in their union.
 template <class E>
 struct Weights {
-  E a, b, k2, k3, k4, aa, bb;  // shares, and the factors of δ², δ³ and δ⁴ in merge_moments
+  E a, b, k2, k3, k4, aa, bb;  // shares, and the factors of δ², δ³ and δ⁴ in Moments::merge
   TORCHPROBE_INLINE Weights(E na, E wa, E wb) : a(wa), b(wb), k2(na * wb), k3(k2 * (wa - wb)), k4(k2 * (wa * wa - wa * wb + wb * wb)),
                                                 aa(6.0 * wa * wa), bb(6.0 * wb * wb) {}
 };
 
-// Merges the given moments into those at `to`, for one feature (E = double) or several (E = vdouble). Formulas: Chan et al. (1982) and Pébay
-// (SAND2008-6212).
+// Mean and sums of powers of the deviations from it, of one set of values (E = double) or one in each lane (E = vdouble). Formulas: Chan et al.
+// (1982) and Pébay (SAND2008-6212).
 template <class E>
-TORCHPROBE_INLINE void merge_moments(const Rows& to, int64_t i, E mean, E m2, E m3, E m4, const Weights<E>& w) {
-  const E mean_a = load_as<E>(to.mean + i), m2_a = load_as<E>(to.m2 + i), m3_a = load_as<E>(to.m3 + i), m4_a = load_as<E>(to.m4 + i);
-  const E delta = mean - mean_a, delta2 = delta * delta;
-  const E cross2 = fma(w.a, m2, -(w.b * m2_a)), cross3 = fma(w.a, m3, -(w.b * m3_a)), inner = fma(w.aa, m2, w.bb * m2_a);
-  store_as(to.m4 + i, fma(delta2, fma(delta2, w.k4, inner), fma(4.0 * delta, cross3, m4_a + m4)));
-  store_as(to.m3 + i, fma(delta, fma(delta2, w.k3, 3.0 * cross2), m3_a + m3));
-  store_as(to.m2 + i, fma(delta2, w.k2, m2_a + m2));
-  store_as(to.mean + i, fma(delta, w.b, mean_a));
+struct Moments {
+  E mean, m2, m3, m4;
+
+  TORCHPROBE_INLINE void merge(const Moments& b, const Weights<E>& w) {
+    const E delta = b.mean - mean, delta2 = delta * delta;
+    const E cross2 = fma(w.a, b.m2, -(w.b * m2)), cross3 = fma(w.a, b.m3, -(w.b * m3)), inner = fma(w.aa, b.m2, w.bb * m2);
+    m4 = fma(delta2, fma(delta2, w.k4, inner), fma(4.0 * delta, cross3, m4 + b.m4));
+    m3 = fma(delta, fma(delta2, w.k3, 3.0 * cross2), m3 + b.m3);
+    m2 = fma(delta2, w.k2, m2 + b.m2);
+    mean = fma(delta, w.b, mean);
+  }
+};
+
+// Merges the given moments into those at `to`.
+template <class E>
+TORCHPROBE_INLINE void merge_moments(const Rows& to, int64_t i, const Moments<E>& moments, const Weights<E>& w) {
+  Moments<E> all{load_as<E>(to.mean + i), load_as<E>(to.m2 + i), load_as<E>(to.m3 + i), load_as<E>(to.m4 + i)};
+  all.merge(moments, w);
+  store_as(to.m4 + i, all.m4);
+  store_as(to.m3 + i, all.m3);
+  store_as(to.m2 + i, all.m2);
+  store_as(to.mean + i, all.mean);
 }
 template <class E>
 TORCHPROBE_INLINE void merge_extremes(const Rows& a, int64_t i, E low, E high, E na, E nb) {
@@ -44,7 +58,8 @@ TORCHPROBE_INLINE void merge_rows(const Rows& a, const Rows& b, int64_t i) {
   const E na = load_as<E>(a.count + i), nb = load_as<E>(b.count + i), zero{}, one = zero + 1.0, n = na + nb;
   const E inverse_n = 1.0 / E(n > 0 ? n : one), wa = na * inverse_n, wb = E(na > 0 ? nb * inverse_n : one);
   merge_extremes<E>(a, i, load_as<E>(b.low + i), load_as<E>(b.high + i), na, nb);
-  merge_moments<E>(a, i, load_as<E>(b.mean + i), load_as<E>(b.m2 + i), load_as<E>(b.m3 + i), load_as<E>(b.m4 + i), Weights<E>(na, wa, wb));
+  const Moments<E> moments{load_as<E>(b.mean + i), load_as<E>(b.m2 + i), load_as<E>(b.m3 + i), load_as<E>(b.m4 + i)};
+  merge_moments<E>(a, i, moments, Weights<E>(na, wa, wb));
   store_as(a.count + i, n);
   store_as(a.nonfinite + i, load_as<E>(a.nonfinite + i) + load_as<E>(b.nonfinite + i));
   store_as(a.outliers + i, load_as<E>(a.outliers + i) + load_as<E>(b.outliers + i));

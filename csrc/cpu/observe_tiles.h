@@ -1,44 +1,48 @@
 // The tiles of a call, one after the other. Part of observe_kernel.h.
 
-// What one thread keeps from tile to tile.
+// What one thread keeps from tile to tile, for features [begin, end).
 template <class T>
 struct Run {
   const Call& call;
   double* partial;
-  T* scales;   // the last suitable scale of each feature
-  T* scratch;  // room for one vector
-  VectorState<T> vectors;
+  const int64_t begin, end;
+  T* memory;            // see Call::scratch
+  T* scales;            // the last suitable scale of each feature
+  T scale;              // the last suitable one of vectors
   bool uniform = true;  // every feature has seen `seen` values; until this ends, the row of counts is out of date
   double seen;
 
-  Run(const Call& call, double* partial, T* memory)
-      : call(call),
-        partial(partial),
-        scales(memory),
-        scratch(memory + call.scratch_row),
-        vectors(partial, rows_of(partial, call.features, 0).outliers, call.features, call.outlier_sigma) {
+  Run(const Call& call, double* partial, int64_t begin, int64_t end, T* memory, T* scales, T scale)
+      : call(call), partial(partial), begin(begin), end(end), memory(memory), scales(scales), scale(scale) {
     const double* count = rows_of(partial, call.features, 0).count;
-    seen = count[0];
-    for (int64_t j = 1; j < call.features && uniform; ++j) uniform = count[j] == seen;
-    for (int64_t j = 0; j < call.scratch_row; ++j) scales[j] = 1;
+    seen = count[begin];
+    for (int64_t j = begin + 1; j < end && uniform; ++j) uniform = count[j] == seen;
+  }
+  ~Run() {
+    if (uniform) count_apart(begin, 0);
   }
 
-  // The first guess of all scales, from one vector.
-  template <class S>
-  void guess_scales(const S* x, int64_t step) {
-    T largest = largest_deviation(x, call.features, step, T(widen(x[0])));
-    if (!(largest > 0 && is_finite(largest)) || (largest >= T(0x1p-8) && largest <= T(0x1p8))) largest = 1;
-    vectors.scale = inverse_power<T>(largest);
-    for (int64_t j = 0; j < call.scratch_row; ++j) scales[j] = vectors.scale;
+  void set_scales(T suitable) {
+    scale = suitable;
+    for (int64_t j = begin; j < end; ++j) scales[j] = suitable;
   }
 
   // From now on each feature has its own count. The features before `done` have already seen the tile of n vectors.
   void count_apart(int64_t done, int n) {
     double* count = rows_of(partial, call.features, 0).count;
-    for (int64_t j = 0; j < call.features; ++j) count[j] = seen + (j < done ? n : 0);
+    for (int64_t j = begin; j < end; ++j) count[j] = seen + (j < done ? n : 0);
     uniform = false;
   }
 };
+
+// The first guess of all scales, from one vector.
+template <class S>
+auto guess_scale(const Call& call, const S* x) {
+  using T = decltype(widen(*x));
+  const T largest = largest_deviation(x, call.features, call.feature_stride, T(widen(x[0])));
+  if (!(largest > 0 && is_finite(largest)) || (largest >= T(0x1p-8) && largest <= T(0x1p8))) return T(1);
+  return inverse_power<T>(largest);
+}
 
 // Merges features j … j + lanes of a tile of n vectors into the partial state, and first repeats those that are not valid. at(i, r) is feature i
 // of vector r.
@@ -49,10 +53,15 @@ TORCHPROBE_INLINE void finish_features(Features<T, N>& f, bool suited, int64_t j
     bool finite = true;
     for (int i = 0; i < lanes; ++i) {
       f.count[i] = T(n);
-      if (!any(unsuited(splat(f.low[i]), splat(f.high[i]), splat(f.shift[i]), splat(f.scale[i]), splat(f.abs_sum[i])))) continue;
+      const bool wrong = any(unsuited(splat(f.low[i]), splat(f.high[i]), splat(f.shift[i]), splat(f.scale[i]), splat(f.abs_sum[i])));
+      const bool far = !SideBySide && distant(f.s1[i], f.s2[i], T(n));
+      if (!wrong && !far) continue;
       T x[MAX_VECTORS];
       for (int r = 0; r < n; ++r) x[r] = at(i, r);
-      feature_again<T, N, SideBySide>(x, n, f, i, to.nonfinite[i]);
+      if (wrong)
+        feature_again<T, N, SideBySide>(x, n, SideBySide ? n : int(run.call.strip), f, i, to.nonfinite[i]);
+      else
+        feature_about<T, N, SideBySide>(x, n, near_mean(f, i, n), f, i);
       const T scale = f.scale[i] * f.unit[i];
       if (scale > 0 && is_finite(scale)) run.scales[j + i] = scale;
       finite &= f.count[i] == T(n);
@@ -65,49 +74,34 @@ TORCHPROBE_INLINE void finish_features(Features<T, N>& f, bool suited, int64_t j
     merge_features_apart<T, N>(f, lanes, to);
 }
 
-// Enumerates the positions of a call along its first `dims` dimensions, in order; offset is in elements.
-struct Cursor {
-  const Call& call;
-  const int dims;
-  int64_t index[MAX_DIMS], offset = 0;
-
-  Cursor(const Call& call, int64_t vector, int dims) : call(call), dims(dims) {
-    for (int d = dims - 1; d >= 0; --d) {
-      index[d] = vector % call.size[d];
-      vector /= call.size[d];
-      offset += index[d] * call.stride[d];
-    }
-  }
-  void next() {
-    for (int d = dims - 1; d >= 0; --d) {
-      offset += call.stride[d];
-      if (++index[d] < call.size[d]) return;
-      offset -= index[d] * call.stride[d];
-      index[d] = 0;
-    }
-  }
-};
-
-// Writes the offsets of the vectors of the next tile, except those that are masked out. Returns their number.
-inline int enumerate(const Call& call, Cursor& cursor, int64_t& vector, int64_t end, int64_t* offset) {
-  int n = 0;
-  for (; vector < end; ++vector, cursor.next())
-    if (!call.mask || call.mask[vector]) offset[n++] = cursor.offset;
-  return n;
+// Merges the vectors of a tile into the partial state, after all blocks; at(r) is the first element of vector r.
+template <class S, class T, bool SideBySide, class At>
+TORCHPROBE_INLINE void finish_tile(int n, At at, Run<T>& run, const Sums<T>& sums, const Outcome& out) {
+  const Call& call = run.call;
+  finish_vectors<S, T, SideBySide>(call, sums, 0, n, at, run.scale, out, run.memory);
+  count_outliers<S, T>(call, sums, 0, n, 0, call.blocks, at, out, rows_of(run.partial, call.features, 0).outliers);
+  record(out, n, run.partial);
 }
 
-// Copies n vectors whose features are not contiguous into rows. In the usual case, (N, C, H, W), neighboring positions are contiguous. Then
-// blocks of W positions × W features are transposed in registers.
+// Where the vectors of a tile and of the next one begin, in elements. If they are side by side, only the first one counts.
+struct Tile {
+  const int64_t* offset;
+  int n;
+  const int64_t* next_offset;
+  int next_n;
+};
+
+// Copies n vectors whose features are not contiguous into rows, which are `row` elements apart. In the usual case, (N, C, H, W), neighboring
+// positions are contiguous. Then blocks of W positions × W features are transposed in registers.
 template <class S, class T>
-void pack_tile(const S* x, const int64_t* offset, int n, const Call& call, T* to) {
+void pack_rows(const S* x, const int64_t* offset, int n, int64_t features, int64_t stride, T* to, int64_t row) {
   constexpr int W = width<T>;
-  const int64_t features = call.features, stride = call.feature_stride;
   for (int r = 0; r < n;) {
     int run = 1;
     while (r + run < n && run < W && offset[r + run] == offset[r] + run) ++run;
     int64_t j = 0;
     const S* from = x + offset[r];
-    T* rows = to + r * call.scratch_row;
+    T* rows = to + r * row;
     if (run == W) {
       for (; j + W <= features; j += W) {
         Vec<T> block[W];
@@ -115,69 +109,126 @@ void pack_tile(const S* x, const int64_t* offset, int n, const Call& call, T* to
         for (int i = 0; i < W; ++i) block[i] = load_wide(from + (j + i) * stride);
         transpose(block);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store(rows + i * call.scratch_row + j, block[i]);
+        for (int i = 0; i < W; ++i) store(rows + i * row + j, block[i]);
       }
     }
     for (; j < features; ++j)
-      for (int i = 0; i < run; ++i) rows[i * call.scratch_row + j] = widen(from[offset[r + i] - offset[r] + j * stride]);
+      for (int i = 0; i < run; ++i) rows[i * row + j] = widen(from[offset[r + i] - offset[r] + j * stride]);
     r += run;
   }
 }
 
 // ---- vectors as rows ---------------------------------------------------------------------------------------------------------------------
 
-template <class T>
-TORCHPROBE_INLINE void observe_columns(T* const* row, int n, int64_t at, int64_t j, int lanes, Run<T>& run) {
-  Features<T, width<T>> f;
-  const bool suited = column_sums<T, T, 1>(row, n, at, run.scales + j, f, row);
-  finish_features<T, width<T>, false>(f, suited, j, lanes, n, run, [&](int i, int r) { return row[r][at + i]; });
+// The walk through the page tables for an address takes long, and a prefetch that waits for one holds up what follows. So all pages of the next
+// strip are touched at once: then the walks overlap.
+template <class S>
+TORCHPROBE_INLINE void touch_pages(const S* const* ahead, int n, int64_t size) {
+  for (int r = 0; r < n; ++r) {
+    for (int64_t i = 0; i < size; i += 4096 / int64_t(sizeof(S))) prefetch(ahead[r] + i);
+    prefetch(ahead[r] + size - 1);
+  }
 }
 
-// A tile of n vectors as rows: from[r], which is copied to row[r] if it is not of type T. The vectors of the next tile are at ahead[r].
-template <class S, class T>
-void observe_rows(const S* const* from, T* const* row, const S* const* ahead, int n, Run<T>& run) {
+// The moments of the features of block b over rows [q, q + n) of a tile, a strip, whose vectors begin at x + tile.offset[r].
+template <bool Whole, class S, class T, class Ahead>
+TORCHPROBE_INLINE void strip_features(const S* x, const Tile& tile, int q, int n, int64_t b, T* const* row, const Ahead* const* ahead, Run<T>& run) {
   constexpr int W = width<T>, V = REGISTERS == 32 ? 2 : 1;
-  const int64_t features = run.call.features;
-  if (features == 1) {  // no kurtosis: a vector with one feature is constant
-    for (int r = 0; r < n; ++r) run.partial[is_finite(row_sum<S, T>(from[r], 1, 1, row[r])) ? layout::CONSTANT : layout::INVALID] += 1;
-  } else {
-    Vectors<T> vectors;
-    row_sums<S, T>(from, row, ahead, n, run.vectors, vectors);
-    finish_vectors<T, T, false>(vectors, n, [&](int r) { return row[r]; }, 1, run.vectors, run.scratch);
-  }
-
+  const Call& call = run.call;
+  const int64_t begin = call.block_begin(b), size = call.block_size(b);
+  const bool first = q == 0, last = q + n == tile.n;
+  T* kept = run.memory + call.scratch.features;  // from strip to strip
+  auto take = [&](auto registers, T* const* row, int64_t at, int64_t j, int lanes) __attribute__((always_inline)) {
+    constexpr int N = decltype(registers)::value * W;
+    static_assert(sizeof(Features<T, N>) == N * FEATURE_SUMS * sizeof(T));
+    Features<T, N> here, &f = Whole ? here : *reinterpret_cast<Features<T, N>*>(kept + j * FEATURE_SUMS);
+    const bool suited = column_sums<Ahead, T, N / W, Whole>(row, n, at, run.scales + begin + j, f, ahead, first, last, tile.n);
+    if (!Whole && !last) return;
+    finish_features<T, N, false>(f, suited, begin + j, lanes, tile.n, run,
+                                 [&](int i, int r) { return widen(x[tile.offset[r] + (begin + j + i) * call.feature_stride]); });
+  };
   int64_t j = 0;
-  for (; j + V * W <= features; j += V * W) {
-    Features<T, V * W> f;
-    const bool suited = column_sums<S, T, V>(row, n, j, run.scales + j, f, ahead);
-    finish_features<T, V * W, false>(f, suited, j, V * W, n, run, [&](int i, int r) { return row[r][j + i]; });
-  }
-  for (; j + W <= features; j += W) observe_columns<T>(row, n, j, j, W, run);
-  if (j < features) {  // the last features do not fill a register: use a copy that does
+  for (; j + V * W <= size; j += V * W) take(std::integral_constant<int, V>(), row, j, j, V * W);
+  for (; j + W <= size; j += W) take(std::integral_constant<int, 1>(), row, j, j, W);
+  if (j < size) {  // the last features do not fill a register: use a copy that does
     T rest[MAX_ROWS][W];
     T* copy[MAX_ROWS] = {};
     for (int r = 0; r < n; ++r) {
-      store(rest[r], load_part<T>(row[r] + j, features - j, 0));
+      store(rest[r], load_part<T>(row[r] + j, size - j, 0));
       copy[r] = rest[r];
     }
-    observe_columns<T>(copy, n, 0, j, int(features - j), run);
+    take(std::integral_constant<int, 1>(), copy, 0, j, int(size - j));
   }
-  run.seen += n;
 }
 
-template <class S, class T>
-void observe_row_tiles(const Call& call, int64_t first_tile, int64_t last_tile, Run<T>& run, T* packed) {
-  const S* x = static_cast<const S*>(call.x);
-  constexpr bool same = std::is_same_v<S, T>;
-  const bool contiguous = call.feature_stride == 1 || call.features == 1;
+// All sums of a strip: from[r], which is copied to row[r] if it is not of type T.
+template <class S, class T, class From>
+void observe_strip(const S* x, const Tile& tile, int q, int n, int64_t b, const From* const* from, T* const* row, const From* const* ahead,
+                   Run<T>& run, const Vectors<T>& vectors) {
+  if (run.call.features > 1)
+    row_sums<From, T>(from, row, ahead, n, run.call.block_size(b), run.scale, vectors);
+  else if constexpr (!std::is_same_v<From, T>)
+    for (int r = 0; r < n; ++r) row_sum<From, T>(from[r], 1, 1, row[r]);  // only the copy
+  if (n == tile.n)
+    strip_features<true>(x, tile, q, n, b, row, ahead, run);
+  else
+    strip_features<false>(x, tile, q, n, b, row, ahead, run);
+}
 
+// The sums of a tile of rows over blocks [first_block, last_block): of its vectors, from number `at` on, and of its features.
+template <class S, class T>
+void sum_rows(const Tile& tile, int64_t first_block, int64_t last_block, Run<T>& run, const Sums<T>& sums, int64_t at) {
+  const Call& call = run.call;
+  const S* x = static_cast<const S*>(call.x);
+  const bool contiguous = call.feature_stride == 1 || call.features == 1, dense = call.feature_stride <= 16;
+  const int64_t row_of_packed = call.block + MAX_LANES;  // keeps rows out of the same cache sets
+  for (int64_t b = first_block; b < last_block; ++b) {
+    const int64_t begin = call.block_begin(b), size = call.block_size(b);
+    for (int q = 0; q < tile.n; q += int(call.strip)) {
+      const int n = tile.n - q < call.strip ? tile.n - q : int(call.strip);
+      // What comes next: the next strip of this block, the first one of the next block, or that of the next tile.
+      const bool here = q + n < tile.n || b + 1 < last_block;
+      const int64_t* next = q + n < tile.n ? tile.offset + q + n : here ? tile.offset : tile.next_offset;
+      const int64_t next_n = q + n < tile.n ? tile.n - q - n : here ? tile.n : tile.next_n;
+      const int64_t next_begin = q + n < tile.n ? begin : call.block_begin(here ? b + 1 : first_block);
+      const S *from[MAX_ROWS], *ahead[MAX_ROWS];
+      T* row[MAX_ROWS] = {};
+      for (int r = 0; r < n; ++r) {
+        from[r] = x + tile.offset[q + r] + begin * call.feature_stride;
+        ahead[r] = r < next_n ? x + next[r] + next_begin * call.feature_stride : from[r];
+        row[r] = run.memory + call.scratch.packed + r * row_of_packed;
+      }
+      if (call.blocks > 1 && dense) touch_pages(ahead, n, size * call.feature_stride);
+      if (contiguous) {
+        if constexpr (std::is_same_v<S, T>)
+          for (int r = 0; r < n; ++r) row[r] = const_cast<T*>(from[r]);  // used in place and never written
+        observe_strip<S, T, S>(x, tile, q, n, b, from, row, ahead, run, sums.of(b, at + q));
+      } else {
+        pack_rows<S, T>(x + begin * call.feature_stride, tile.offset + q, n, size, call.feature_stride, row[0], row_of_packed);
+        const T* fetch[MAX_ROWS];  // only prefetched
+        for (int r = 0; r < n; ++r) fetch[r] = dense ? reinterpret_cast<const T*>(ahead[r]) : row[r];
+        observe_strip<S, T, T>(x, tile, q, n, b, row, row, fetch, run, sums.of(b, at + q));
+      }
+    }
+  }
+}
+
+// Tiles [first_tile, last_tile) of rows, one after the other.
+template <class S, class T>
+void observe_rows(const Call& call, int64_t first_tile, int64_t last_tile, Run<T>& run, const Sums<T>& sums, const Outcome& out) {
+  const S* x = static_cast<const S*>(call.x);
   int64_t vector = first_tile * call.tile_vectors, next_offset[MAX_ROWS];
   const int64_t end = last_tile * call.tile_vectors < call.vectors ? last_tile * call.tile_vectors : call.vectors;
   Cursor cursor(call, vector, call.dims);
-  auto enumerate_next = [&] {
+  auto enumerate_next = [&] {  // those that are not masked out
     const int64_t tile_end = vector + call.tile_vectors < end ? vector + call.tile_vectors : end;
-    return enumerate(call, cursor, vector, tile_end, next_offset);
+    int n = 0;
+    for (; vector < tile_end; ++vector, cursor.next())
+      if (!call.mask || call.mask[vector]) next_offset[n++] = cursor.offset;
+    spread(call, next_offset, n);
+    return n;
   };
+  bool guessed = false;
   int next = enumerate_next();
   for (int64_t t = first_tile; t < last_tile; ++t) {
     int64_t offset[MAX_ROWS];
@@ -185,79 +236,70 @@ void observe_row_tiles(const Call& call, int64_t first_tile, int64_t last_tile, 
     __builtin_memcpy(offset, next_offset, n * sizeof *offset);
     next = t + 1 < last_tile ? enumerate_next() : 0;
     if (n == 0) continue;
-    T* row[MAX_ROWS];
-    for (int r = 0; r < n; ++r) row[r] = packed + r * call.scratch_row;
-    if (contiguous) {
-      const S *from[MAX_ROWS], *ahead[MAX_ROWS];
-      for (int r = 0; r < n; ++r) {
-        from[r] = x + offset[r];
-        ahead[r] = x + (r < next ? next_offset : offset)[r];
-        if constexpr (same) row[r] = const_cast<T*>(from[r]);  // used in place and never written
-      }
-      if (t == first_tile) run.guess_scales(from[0], 1);
-      observe_rows<S, T>(from, row, ahead, n, run);
-    } else {
-      pack_tile<S, T>(x, offset, n, call, packed);
-      if (t == first_tile) run.guess_scales(row[0], 1);
-      observe_rows<T, T>(row, row, row, n, run);
+    if (!guessed) run.set_scales(guess_scale(call, x + offset[0])), guessed = true;
+    sum_rows<S, T>({offset, n, next_offset, next}, 0, call.blocks, run, sums, 0);
+    run.seen += n;
+    auto at = [&](int64_t r) { return x + offset[r]; };
+    if (call.features > 1) {
+      finish_tile<S, T, false>(n, at, run, sums, out);
+    } else {  // no kurtosis: a vector with one feature is constant
+      int finite = 0;
+      for (int r = 0; r < n; ++r) finite += is_finite(widen(*at(r)));
+      run.partial[layout::CONSTANT] += finite, run.partial[layout::INVALID] += n - finite;
     }
   }
 }
 
 // ---- vectors side by side ----------------------------------------------------------------------------------------------------------------
 
-// Blocks of neighboring positions of (N, C, H, W), read in place for every type.
+// As sum_rows. Every type is read in place.
 template <class S, class T>
-void observe_blocks(const Call& call, int64_t first_tile, int64_t last_tile, Run<T>& run) {
+void sum_side_by_side(const Tile& tile, int64_t first_block, int64_t last_block, Run<T>& run, const Sums<T>& sums, int64_t at) {
   constexpr int N = 32;
+  const Call& call = run.call;
   const S* x = static_cast<const S*>(call.x);
-  const int64_t row = call.size[call.dims - 1], blocks = (row + call.tile_vectors - 1) / call.tile_vectors, stride = call.feature_stride;
-  Cursor cursor(call, first_tile / blocks, call.dims - 1);
-  for (int64_t t = first_tile; t < last_tile; ++t) {
-    const int64_t block = t % blocks, start = block * call.tile_vectors;
-    const int n = int(row - start < call.tile_vectors ? row - start : call.tile_vectors);
-    const S* from = x + cursor.offset + start;
-    if (block + 1 == blocks) cursor.next();
-    const S* ahead = t + 1 < last_tile ? x + cursor.offset + (block + 1 == blocks ? 0 : start + n) : from;
-    if (t == first_tile) run.guess_scales(from, stride);
-    Vectors<T> vectors;
-    side_by_side_sums<S, T>(from, ahead, stride, n, run.vectors, vectors);
-    finish_vectors<S, T, true>(vectors, n, [&](int r) { return from + r; }, stride, run.vectors, run.scratch);
-    for (int64_t j = 0; j < call.features; j += N) {
-      const int lanes = int(call.features - j < N ? call.features - j : N);
+  const int64_t stride = call.feature_stride;
+  const int n = tile.n;
+  for (int64_t b = first_block; b < last_block; ++b) {
+    const int64_t begin = call.block_begin(b), size = call.block_size(b);
+    const S *from = x + *tile.offset + begin * stride, *ahead = from;
+    if (b + 1 < last_block)
+      ahead = from + size * stride;
+    else if (tile.next_n)
+      ahead = x + *tile.next_offset + call.block_begin(first_block) * stride;
+    side_by_side_sums<S, T>(from, ahead, stride, n, size, run.scale, sums.of(b, at));
+    for (int64_t j = 0; j < size; j += N) {
+      const int lanes = int(size - j < N ? size - j : N);
       Features<T, N> f;
       bool suited = true;
       for (int i = 0; i < lanes; ++i) {
         const S* p = from + (j + i) * stride;
         const T shift = median<T>(widen(p[0]), widen(p[quarter_of(n, 1)]), widen(p[quarter_of(n, 2)]), widen(p[quarter_of(n, 3)]));
-        feature_sums<S, T, N>(p, ahead + (j + i) * stride, n, shift, run.scales[j + i], f, i);
+        feature_sums<S, T, N>(p, ahead + (j + i) * stride, n, shift, run.scales[begin + j + i], f, i);
       }
       for (int i = 0; i < lanes; i += width<T>) {
         auto part = [&](const T* p) { return load_part<T>(p + i, lanes - i < width<T> ? lanes - i : width<T>, 1); };
         suited &= !any(unsuited(part(f.low), part(f.high), part(f.shift), part(f.scale), part(f.abs_sum)));
       }
-      finish_features<T, N, true>(f, suited, j, lanes, n, run, [&](int i, int r) { return widen(from[(j + i) * stride + r]); });
+      finish_features<T, N, true>(f, suited, begin + j, lanes, n, run, [&](int i, int r) { return widen(from[(j + i) * stride + r]); });
     }
-    run.seen += n;
   }
 }
 
+// Tiles [first_tile, last_tile) of vectors side by side, one after the other.
 template <class S, class T>
-void observe_range(const Call& call, int64_t first_tile, int64_t last_tile, double* partial, void* scratch) {
-  T* memory = static_cast<T*>(scratch);
-  Run<T> run(call, partial, memory);
-  if (call.side_by_side)
-    observe_blocks<S, T>(call, first_tile, last_tile, run);
-  else
-    observe_row_tiles<S, T>(call, first_tile, last_tile, run, memory + 2 * call.scratch_row);
-  if (run.uniform) run.count_apart(0, 0);
-}
-
-void observe(const Call& call, int64_t first_tile, int64_t last_tile, double* partial, void* scratch) {
-  switch (call.dtype) {
-    case Dtype::Float64: return observe_range<double, double>(call, first_tile, last_tile, partial, scratch);
-    case Dtype::Float32: return observe_range<float, float>(call, first_tile, last_tile, partial, scratch);
-    case Dtype::BFloat16: return observe_range<BFloat16, float>(call, first_tile, last_tile, partial, scratch);
-    case Dtype::Float16: return observe_range<Float16, float>(call, first_tile, last_tile, partial, scratch);
+void observe_side_by_side(const Call& call, int64_t first_tile, int64_t last_tile, Run<T>& run, const Sums<T>& sums, const Outcome& out) {
+  const S* x = static_cast<const S*>(call.x);
+  const int64_t row = call.size[call.dims - 1], parts = (row + call.tile_vectors - 1) / call.tile_vectors;
+  Cursor cursor(call, first_tile / parts, call.dims - 1);
+  for (int64_t t = first_tile; t < last_tile; ++t) {
+    const int64_t part = t % parts, start = part * call.tile_vectors, offset = cursor.offset + start;
+    const int n = int(row - start < call.tile_vectors ? row - start : call.tile_vectors);
+    if (part + 1 == parts) cursor.next();
+    const int64_t next = part + 1 == parts ? cursor.offset : offset + n;
+    if (t == first_tile) run.set_scales(guess_scale(call, x + offset));
+    sum_side_by_side<S, T>({&offset, n, &next, t + 1 < last_tile}, 0, call.blocks, run, sums, 0);
+    run.seen += n;
+    finish_tile<S, T, true>(n, [&](int64_t r) { return x + offset + r; }, run, sums, out);
   }
 }
