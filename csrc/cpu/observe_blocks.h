@@ -1,6 +1,6 @@
 // The kernels themselves, for every type. Part of observe_kernel.h.
 
-constexpr int64_t GROUP = 8;  // blocks that are read one after the other before the next tile
+constexpr int64_t TURN = 8;  // blocks that are read one after the other before the next tile
 
 // Calls f with values of the type of the elements and of that of the arithmetic.
 template <class F>
@@ -40,8 +40,8 @@ void sum_band(const Call& call, const Band& band, int64_t first_block, int64_t l
     using S = decltype(s);
     using T = decltype(t);
     const Sums<T> sums{static_cast<T*>(band.sums), band.room};
-    for (int64_t b = first_block; b < last_block; b += GROUP) {
-      const int64_t end = b + GROUP < last_block ? b + GROUP : last_block;
+    for (int64_t b = first_block; b < last_block; b += TURN) {
+      const int64_t end = b + TURN < last_block ? b + TURN : last_block;
       const int64_t last_feature = call.block_begin(end - 1) + call.block_size(end - 1);
       Run<T> run(call, state, call.block_begin(b), last_feature, static_cast<T*>(scratch), static_cast<T*>(band.scales), T(band.scale));
       if (band.first) run.set_scales(run.scale);
