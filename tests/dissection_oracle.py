@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -53,8 +53,10 @@ def overlap(
     categories: int,
     mode: str = "default",
     given: tuple[int, int] = (0, 0),
+    annotated: Sequence[Collection[int]] = (),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """intersection (U, L), activation (U, L), truth (L,) of maps (N, U, h, w) and images (planes, whole-image labels, (rows, columns))."""
+    """intersection (U, L), activation (U, L), truth (L,) of maps (N, U, h, w) and images (planes, whole-image labels, (rows, columns)).
+    annotated: for each image the categories that it is annotated for beside those of the labels that it shows."""
     units, labels = maps.shape[1], len(category)
     intersection, truth = np.zeros((units, labels), np.int64), np.zeros(labels, np.int64)
     activation = np.zeros((units, labels), np.int64)
@@ -68,7 +70,7 @@ def overlap(
             if mode != "netdissect":
                 often[label] = np.minimum(often[label], 1)
             truth[label] += often[label].sum()
-        present = {category[label] for label in often}
+        present = {category[label] for label in often} | set(annotated[n] if annotated else ())
         for unit in range(units):
             mask = upsample(maps[n, unit].astype(F), rows, columns, mode, given) > F(thresholds[unit])
             for label in often:

@@ -840,3 +840,41 @@ def test_the_writer_refuses(tmp_path):
     assert len(Broden(tmp_path / "set")) == 2
     with pytest.raises(ValueError, match="no label in the 0 images"), BrodenWriter(tmp_path / "none", NAMES):
         pass
+
+
+# -- what is annotated -------------------------------------------------------------------------------------------------------
+
+
+def test_empty_masks_are_annotations_and_empty_cells_are_not(tmp_path):
+    black, ones = np.zeros((8, 8, 3), np.uint8), np.ones((8, 8), int)
+    with BrodenWriter(tmp_path / "set", {"lesion": ["x"], "scene": ["a-s", "rare-s"]}, size=8, min_coverage=2) as writer:
+        for name, labels in {
+            "both": {"lesion": ones, "scene": "a-s"},
+            "empty": {"lesion": ones * 0, "scene": []},
+            "lesion alone": {"lesion": ones},
+            "scene alone": {"scene": ["a-s"]},
+            "rare": {"scene": ["rare-s"]},
+            "planes": {"lesion": np.zeros((2, 8, 8), int)},
+            "nothing": {},
+        }.items():
+            writer.add(name, black, labels)
+    broden = Broden(tmp_path / "set")
+    assert [label.name for label in broden.labels] == ["a-s", "x"] and validate(tmp_path / "set") == []
+    found = {row.image[:-4]: annotated for row, annotated in zip(broden.rows, broden.annotated().tolist(), strict=True)}
+    assert broden.categories == ("scene", "lesion") and found == {
+        "both": [True, True], "empty": [True, True], "lesion alone": [False, True], "scene alone": [True, False],
+        "rare": [True, False], "planes": [False, True],
+    }  # fmt: skip
+    presence = broden.presence()
+    assert torch.equal(presence.annotated, broden.annotated())
+    assert len(presence.images(1)) == len(presence.images(2)) == 2
+    at = [row.image for row in broden.rows].index("empty.jpg")
+    assert_labels(broden.image_labels(at), [("scene", np.zeros((1, 4, 4))), ("lesion", np.zeros((1, 4, 4)))])
+    assert Broden(tmp_path / "set", categories=["lesion"]).annotated().all() and len(Broden(tmp_path / "set", categories=["lesion"])) == 4
+    cached = Broden(tmp_path / "set").presence(tmp_path / "cache"), Broden(tmp_path / "set").presence(tmp_path / "cache")
+    assert all(torch.equal(one.annotated, broden.annotated()) for one in cached)
+
+
+def test_the_trap_set_says_what_is_annotated(pristine):
+    found = Broden(pristine.root).annotated().tolist()
+    assert found == [[any(not isinstance(e, int) or e for e in row.labels.get(c, [])) for c in CATEGORIES] for row in pristine.data_rows]

@@ -14,7 +14,7 @@ from broden_sets import write_trap_set
 from dissection_models import Net, ViT, preprocess
 from torch import nn
 
-from torchprobe.datasets import Broden
+from torchprobe.datasets import Broden, BrodenWriter
 from torchprobe.dissection import Dissection, dissect, random_rotation, singular_vectors
 from torchprobe.dissection.ranking import top_images
 from torchprobe.ops.overlap import upsample
@@ -52,11 +52,18 @@ def images_of(trap):
         yield planes, [entry for entry in entries if isinstance(entry, int)], (row.label_height, row.label_width)
 
 
+def annotated_of(row, only_empty=False):
+    """The categories for which the index has a label map or a whole-image label; or those of which nothing is there."""
+    given = {name for name, entries in row.labels.items() if any(not isinstance(entry, int) or entry for entry in entries)}
+    return {name for name in given if not (only_empty and row.numbers(name))}
+
+
 def expected(trap, maps, thresholds, mode="default", given=(32, 32)):
     primary = [-1] * (max(trap.names) + 1)
     for number, category in trap.primary.items():
         primary[number] = trap.categories.index(category)
-    counts = oracle.overlap(maps.numpy(), thresholds.numpy(), list(images_of(trap)), primary, len(trap.categories), mode, given)
+    annotated = [[trap.categories.index(name) for name in annotated_of(row, mode == "netdissect")] for row in trap.data_rows]
+    counts = oracle.overlap(maps.numpy(), thresholds.numpy(), list(images_of(trap)), primary, len(trap.categories), mode, given, annotated)
     return [torch.from_numpy(part)[..., 1:] for part in counts]
 
 
@@ -132,7 +139,12 @@ def test_scores_rank_the_images_annotated_for_the_category(trap, broden):
         assert torch.equal(found.scores, scores.T) and found.counts is None
         for i, label in enumerate(found.labels):
             wholes = [row.numbers() for row in trap.data_rows]
-            annotated = np.array([any(trap.primary[n] == label.category for n in numbers) for numbers in wholes])
+            annotated = np.array(
+                [
+                    label.category in annotated_of(row) | {trap.primary[n] for n in numbers}
+                    for row, numbers in zip(trap.data_rows, wholes, strict=True)
+                ]
+            )
             shown = np.array([label.number in numbers for numbers in wholes])
             assert found.support.images[i] == annotated.sum() and found.support.positives[i] == shown.sum()
             for unit in (0, 7):
@@ -283,6 +295,45 @@ def test_shuffled_labels_keep_what_is_there_and_lose_what_goes_together(broden):
     assert torch.equal(first.counts.truth, plain.counts.truth) and torch.equal(first.support.positives, plain.support.positives)
     assert torch.equal(first.thresholds, plain.thresholds)
     assert not torch.equal(first.average_precision.nan_to_num(), plain.average_precision.nan_to_num())
+
+
+class Red(nn.Module):
+    """The mean of the red channel over tiles."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps = nn.AvgPool2d(8)
+
+    def forward(self, x):
+        return self.maps(x[:, :1])
+
+
+def test_images_with_an_empty_mask_are_negatives(tmp_path):
+    """Twelve images of one category with one label; in every other one the mask is empty, and there the unit may be wrong."""
+    size, lesion = 32, np.zeros((32, 32), int)
+    lesion[8:16, 8:16] = 1
+    reds = [200, 200, 200, 0, 200, 0, 200, 0, 200, 0, 200, 0]  # even images show the lesion; one without is as red as those with
+    with BrodenWriter(tmp_path / "set", {"lesion": ["nodule"]}, size=size, segmentation_size=size, image_format="png") as writer:
+        for i, red in enumerate(reds):
+            image = np.zeros((size, size, 3), np.uint8)
+            image[8:16, 8:16, 0] = red
+            writer.add(str(i), image, {"lesion": lesion * (i % 2 == 0)})
+    broden = Broden(tmp_path / "set")
+    given = {"maps": torch.tensor([100.0])}
+    to_tensor = lambda image: torch.from_numpy(np.array(image)).movedim(2, 0).float()  # noqa: E731
+    shown = np.array([int(row.image[:-4]) % 2 == 0 for row in broden.rows])
+    scores = np.array([reds[int(row.image[:-4])] for row in broden.rows])
+    for mode in ("default", "netdissect", "global"):
+        result = dissect(Red(), "maps", broden, preprocess=to_tensor, mode=mode, thresholds=given, keep_scores=True)["maps"]
+        assert result.support.images.tolist() == [12] and result.support.positives.tolist() == [6]
+        assert oracle.average_precision(scores, shown) == 6 / 7
+        assert float(result.average_precision) == pytest.approx(6 / 7) and float(result.prevalence) == 0.5
+        assert float(result.p_values) < 1 and result.permutation_test(19, seed=0).adjusted.isfinite().all()
+        area = int(result.counts.intersection) // 6  # of the region in one image; image 1 has it as well
+        assert result.counts.intersection.item() == 6 * area and result.counts.activation.item() == 7 * area
+        assert result.counts.truth.item() == 6 * 64
+    shuffled = dissect(Red(), "maps", broden, preprocess=to_tensor, thresholds=given, shuffle_labels=0)["maps"]
+    assert shuffled.support.images.tolist() == [12] and shuffled.counts.activation.item() == result.counts.activation.item()
 
 
 def test_top_images_are_those_of_the_streaming_statistic():

@@ -35,12 +35,12 @@ def thresholds_of(maps, q):
     return values[:, min(int(q * values.shape[1]), values.shape[1] - 1)]
 
 
-def assert_exact(overlap_class, maps, thresholds, images, mode, given=(0, 0)):
+def assert_exact(overlap_class, maps, thresholds, images, mode, given=(0, 0), annotated=()):
     primary = category()
     overlap = overlap_class(torch.from_numpy(thresholds), torch.from_numpy(primary), CATEGORIES, mode)
-    overlap.update(torch.from_numpy(maps), pack(images), given)
+    overlap.update(torch.from_numpy(maps), pack(images, annotated), given)
     primary[0] = -1
-    want = oracle.overlap(maps, thresholds, images, primary, CATEGORIES, mode, given)
+    want = oracle.overlap(maps, thresholds, images, primary, CATEGORIES, mode, given, annotated)
     got = overlap.counts()
     for name, a, b in zip(Counts._fields, got, want, strict=True):
         np.testing.assert_array_equal(a.numpy(), b, err_msg=f"{name}, {mode}")
@@ -71,6 +71,7 @@ def test_brute_force(overlap_class, name, mode):
     maps = MAPS[name](rng, (4, 9, 8, 8)).astype(np.float32)
     for q in (0.5, 0.95):
         assert_exact(overlap_class, maps, thresholds_of(maps, q), images, mode, (64, 64))
+        assert_exact(overlap_class, maps, thresholds_of(maps, q), images, mode, (64, 64), [(2, 0), (1,), (), (0, 1, 2, 2)])
 
 
 GRIDS = [(7, 7, 112, 112), (13, 13, 113, 113), (1, 1, 9, 9), (1, 6, 5, 40), (6, 1, 40, 5), (14, 9, 17, 31), (17, 40, 5, 23), (20, 20, 8, 8),
@@ -178,3 +179,29 @@ def test_activation_counts_in_images_of_the_category():
         overlap.update(maps, labels)
         counts[mode] = overlap.counts().activation.tolist()
     assert counts == {"default": [[0, 2, 2, 0]], "global": [[6, 6, 6, 6]]}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_mask_is_an_annotation(overlap_class, mode):
+    """Four images of two pixels, all active: a mask with the label, an empty one, none, and one with a label that another category owns."""
+    full, empty, foreign = (torch.tensor([[n, 0]], dtype=torch.int32) for n in (1, 0, 2))
+    images = [[("lesion", full)], [("lesion", empty), ("lesion", empty)], [("organ", full * 2)], [("lesion", foreign)]]
+    labels = LabelBatch.pack(images, [(1, 2)] * 4, ["lesion", "organ"], only_empty=mode == "netdissect")
+    overlap = overlap_class(torch.tensor([0.0]), torch.tensor([-1, 0, 1]), 2, mode)
+    overlap.update(torch.ones(4, 1, 1, 1), labels, (2, 2))
+    counts = overlap.counts()
+    # The original looks at the labels alone, so that in the last image it takes lesions for not annotated.
+    lesion, organ = {"default": (6, 4), "netdissect": (4, 4), "global": (8, 8)}[mode]
+    assert counts.activation.tolist() == [[8 if mode == "global" else 0, lesion, organ]]
+    assert counts.intersection.tolist() == [[0, 1, 2]] and counts.truth.tolist() == [0, 1, 2]
+    assert counts.iou()[0, 1] == 1 / lesion
+
+
+def test_packing_notes_what_is_annotated():
+    empty, whole = torch.zeros(1, 2), [0, 3]
+    pack_one = lambda labels, **options: LabelBatch.pack([labels], [(1, 2)], ["a", "b", "c"], **options)  # noqa: E731
+    assert pack_one([("b", empty), ("c", whole)]).whole.tolist() == [0, 3, -2, -3]
+    assert pack_one([("b", empty), ("c", whole)]).sizes.tolist() == [[1, 1, 2, 4]]
+    assert pack_one([("b", empty), ("c", whole)], only_empty=True).whole.tolist() == [0, 3, -2]
+    assert pack_one([("b", empty), ("b", [3])], only_empty=True).whole.tolist() == [3]
+    assert pack_one([("c", [0]), ("b", []), ("other", empty)]).whole.tolist() == [0]  # 0 for the whole image: unlabeled

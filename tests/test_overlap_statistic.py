@@ -120,6 +120,10 @@ def test_what_does_not_fit_is_refused_in_words():
     wrong = LabelBatch.pack([[("c", plane), ("s", [1])], [("c", plane), ("s", [9])]], [(4, 4)] * 2)
     with pytest.raises(ValueError, match=r"image 1 of the batch has label 9"):
         overlap.update(maps, wrong)
+    for bad in (-2, -(2**40)):
+        noted = LabelBatch.pack([[("c", plane), ("s", [-1])], [("c", plane), ("s", [1, bad])]], [(4, 4)] * 2)
+        with pytest.raises(ValueError, match=rf"image 1 of the batch has label {bad}, but.* 0 to 2; whole may also hold −1 to −1"):
+            overlap.update(maps, noted)
     with pytest.raises(ValueError, match=r"planes has 31 elements, but sizes require 32"):
         overlap.update(maps, labels._replace(planes=labels.planes[1:]))
     with pytest.raises(ValueError, match=r"sizes\[1\] = \[1, 0, 4, 0\]: a grid has between 1 and 1048576 rows"):

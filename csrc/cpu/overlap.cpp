@@ -154,9 +154,15 @@ void find_labels(Work& work, const OverlapKernels& kernels, std::vector<int32_t>
     }
   }
   std::vector<int64_t> everywhere;
+  std::vector<bool> belongs(size_t(columns), false);
+  belongs.back() = true;
   for (int64_t i = 0; i < work.whole_count; ++i) {
     const int64_t label = work.whole[i];
-    if (label < 0 || label >= labels) work.bad = true, work.bad_label = label;
+    if (label <= -columns || label >= labels) {
+      work.bad = true, work.bad_label = label;
+    } else if (label < 0) {
+      belongs[size_t(-label - 1)] = true;  // annotated for this category, whatever it shows
+    }
     if (label > 0 && (per_plane || std::find(everywhere.begin(), everywhere.end(), label) == everywhere.end())) everywhere.push_back(label);
   }
   if (work.bad) return;
@@ -171,8 +177,6 @@ void find_labels(Work& work, const OverlapKernels& kernels, std::vector<int32_t>
     work.truth.push_back(kernels.count(bits, words));
   }
   for (const int64_t label : everywhere) work.labels.push_back({label, nullptr, 0, 0}), work.truth.push_back(size);
-  std::vector<bool> belongs(size_t(columns), false);
-  belongs.back() = true;
   for (const LabelMask& label : work.labels) {
     if (category[label.label] >= 0) belongs[size_t(category[label.label])] = true;
   }
@@ -244,7 +248,8 @@ void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor
   int64_t floats = 0, words = 0;
   for (int64_t n = 0; n < images; ++n) {  // before anything is counted: a bad label leaves the counts unchanged
     const Work& image = work[size_t(n)];
-    STD_TORCH_CHECK(!image.bad, "image ", n, " of the batch has label ", image.bad_label, ", but labels are numbered 0 to ", to.labels - 1);
+    STD_TORCH_CHECK(!image.bad, "image ", n, " of the batch has label ", image.bad_label, ", but labels are numbered 0 to ", to.labels - 1,
+                    "; whole may also hold −1 to −", to.columns - 1, " for categories");
     floats = std::max(floats, scratch_floats(image.plan->grid));
     words = std::max(words, int64_t(image.plan->grid.blocks) * BLOCK);
   }

@@ -21,7 +21,7 @@ class LabelBatch(NamedTuple):
     See :func:`torchprobe.ops.overlap_tally_`.
 
     ``planes``: int32, all planes of all images, one after the other, flat. ``sizes``: int64 (images, 4): planes, rows, columns, whole-image
-    labels. ``whole``: int64, the whole-image labels of all images.
+    labels. ``whole``: int64, the whole-image labels of all images, and −(c + 1) where an image is annotated for category c.
     """
 
     planes: Tensor
@@ -29,13 +29,22 @@ class LabelBatch(NamedTuple):
     whole: Tensor
 
     @classmethod
-    def pack(cls, images: Sequence[Iterable[tuple[str, Any]]], grids: Sequence[tuple[int, int]]) -> LabelBatch:
+    def pack(
+        cls,
+        images: Sequence[Iterable[tuple[str, Any]]],
+        grids: Sequence[tuple[int, int]],
+        categories: Sequence[str] = (),
+        only_empty: bool = False,
+    ) -> LabelBatch:
         """The labels of each image, one image after the other.
 
         Args:
             images: pairs (category, labels) of each image, see :meth:`torchprobe.datasets.Broden.image_labels`. Labels are planes
                 (k, rows, columns) or (rows, columns), or whole-image labels (n,); 0 means unlabeled.
             grids: rows and columns of the label grid of each image.
+            categories: their names, by number. An image is annotated for those of which it has planes, even if they hold only 0, or
+                whole-image labels. Without them it is annotated only for the primary categories of the labels that it shows.
+            only_empty: note a category only if its planes hold nothing but 0, as ``mode="netdissect"`` counts.
 
         Raises:
             ValueError: planes of another size than the grid; the message names the image, counted from 0.
@@ -44,6 +53,8 @@ class LabelBatch(NamedTuple):
         >>> LabelBatch.pack([[("object", plane), ("scene", [7])], [("scene", [8, 9])]], [(2, 3), (4, 4)]).sizes
         tensor([[1, 2, 3, 1],
                 [0, 4, 4, 2]])
+        >>> LabelBatch.pack([[("object", torch.zeros(2, 3))]], [(2, 3)], ["scene", "object"]).whole  # no object, but annotated
+        tensor([-2])
         """
         if len(images) != len(grids):
             raise ValueError(f"{len(images)} images, but {len(grids)} grids")
@@ -52,8 +63,11 @@ class LabelBatch(NamedTuple):
         sizes = []
         for n, (labels, (rows, columns)) in enumerate(zip(images, grids, strict=True)):
             planes, whole = 0, 0
+            shown: dict[str, bool] = {}  # the categories that the image is annotated for; whether it shows a label there
             for category, given in labels:
                 numbers = torch.as_tensor(given)
+                if (shows := bool(numbers.any())) or numbers.dim() > 1:
+                    shown[category] = shows or shown.get(category, False)
                 if numbers.dim() > 1:
                     if numbers.dim() > 3 or tuple(numbers.shape[-2:]) != (rows, columns):
                         raise ValueError(
@@ -64,7 +78,9 @@ class LabelBatch(NamedTuple):
                 else:
                     wholes.append(numbers.to(torch.int64).flatten())
                     whole += numbers.numel()
-            sizes.append((planes, rows, columns, whole))
+            noted = [-1 - c for c, name in enumerate(categories) if name in shown and not (only_empty and shown[name])]
+            wholes.append(torch.tensor(noted, dtype=torch.int64))
+            sizes.append((planes, rows, columns, whole + len(noted)))
         return cls(
             torch.cat([torch.empty(0, dtype=torch.int32), *flat]),
             torch.tensor(sizes, dtype=torch.int64).reshape(-1, 4),
@@ -92,6 +108,7 @@ class Batches:
         size: images in a batch.
         workers: threads that decode, two batches ahead.
         labels_of: row → the row whose labels it gets; default: its own.
+        only_empty: see :meth:`LabelBatch.pack`.
 
     Raises:
         ValueError: ``size`` or ``workers`` below 1.
@@ -105,11 +122,12 @@ class Batches:
         size: int = 32,
         workers: int = 2,
         labels_of: Callable[[int], int] | None = None,
+        only_empty: bool = False,
     ) -> None:
         if size < 1 or workers < 1:
             raise ValueError(f"batch_size and workers must be at least 1, got {size} and {workers}")
         self.broden, self.rows, self.preprocess, self.size, self.workers = broden, list(rows), preprocess, size, workers
-        self.labels_of = labels_of or (lambda row: row)
+        self.labels_of, self.only_empty = labels_of or (lambda row: row), only_empty
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
@@ -154,7 +172,8 @@ class Batches:
         if not found:
             return Batch(number, rows, images, None)
         described = [self.broden.rows[self.labels_of(row)] for row in rows]
-        return Batch(number, rows, images, LabelBatch.pack(found, [(row.label_height, row.label_width) for row in described]))
+        grids = [(row.label_height, row.label_width) for row in described]
+        return Batch(number, rows, images, LabelBatch.pack(found, grids, self.broden.categories, self.only_empty))
 
 
 def find_preprocess(broden: Broden, model: nn.Module, preprocess: Preprocess | None = None) -> Preprocess:

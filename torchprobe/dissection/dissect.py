@@ -137,7 +137,8 @@ def dissect(
     options = RunOptions(batch_size, device, workers, seed, resume, progress, stop)
     chosen = _chosen(broden, rows)
     labels_of = _shuffled(chosen, shuffle_labels)
-    batches = Batches(broden, chosen, find_preprocess(broden, model, preprocess), batch_size, workers, labels_of.__getitem__)
+    prepare, original = find_preprocess(broden, model, preprocess), mode == "netdissect"
+    batches = Batches(broden, chosen, prepare, batch_size, workers, labels_of.__getitem__, only_empty=original)
     if device is not None:
         model = model.to(device)
     with Ranks() as ranks, LayerReader(model, select_layers(model, layers, feature_dim)) as reader:

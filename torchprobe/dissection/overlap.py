@@ -41,6 +41,7 @@ class Overlap:
     The map of a unit is resized to the label grid of an image. The unit is active where the map exceeds the unit's threshold; for the exact
     definition see :func:`torchprobe.ops.overlap_tally_`. A label is compared with the activation only in images annotated for
     its category; in other images we do not know whether the label is there. As in the original, a label belongs to its *primary* category.
+    An image is annotated for the primary categories of the labels that it shows, and for those that :attr:`LabelBatch.whole` names.
 
     Args:
         thresholds: (units,), the level that an active pixel exceeds; rounded to float32. The maps must be on the same device.

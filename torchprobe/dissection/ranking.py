@@ -47,8 +47,8 @@ class Ranking:
     """Which image shows which concept, and the rules for average precision.
 
     ``crow`` int64 (images + 1,) and ``column`` int64 (entries,): the concepts of each image, as in a CSR matrix. ``annotated`` bool
-    (images, categories): the image is annotated for the category. ``category`` int64 (concepts,). ``sign`` and ``negatives``: see
-    :func:`average_precision`.
+    (images, categories): the image is annotated for the category, even if it shows no concept of it. ``category`` int64 (concepts,).
+    ``sign`` and ``negatives``: see :func:`average_precision`.
     """
 
     crow: Tensor
@@ -94,6 +94,8 @@ class Ranking:
         column = column_of[presence.number[entry].long()]
         annotated = torch.zeros(len(chosen), int(category.amax()) + 1, dtype=torch.bool)
         annotated[image, category[column]] = True
+        if presence.annotated is not None:
+            annotated |= presence.annotated[chosen, : annotated.shape[1]]
         large = presence.area[entry] >= minimum_area
         counts = torch.bincount(image[large], minlength=len(chosen))
         return cls(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), column[large], annotated, category, sign, negatives)

@@ -170,6 +170,7 @@ class _Concepts:
         self.whole = {int(n) for _, numbers in labels if numbers.dim() == 1 for n in numbers}
         present = self.whole.union(*(np.unique(planes).tolist() for planes in self.planes))
         self.categories = {int(c) for label, c in zip(dissection.labels, dissection.category, strict=True) if label.number in present}
+        self.categories |= {dissection.categories.index(name) for name, _ in labels if name in dissection.categories}
         self._paths: dict[int, str] = {}
 
     def find(self, column: int) -> tuple[str | None, bool]:

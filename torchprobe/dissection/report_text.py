@@ -153,7 +153,8 @@ def _threshold(d: LayerScores) -> str:
 def _mode(name: Any) -> str:
     """What a mode of counting means."""
     return {
-        "netdissect": "Counted as in the original: on its anchored grid, activation in images annotated for the label's primary category.",
+        "netdissect": "Counted as in the original: on its anchored grid, activation in images that show a label of the label's primary "
+        "category, or whose maps of it are empty.",
         "global": "Activation is counted in all images, whether or not they are annotated for the label's category.",
     }.get(
         str(name),

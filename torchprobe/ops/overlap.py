@@ -69,14 +69,16 @@ def overlap_tally_(
 
     Args:
         intersection: int64 (U, L): active pixels that carry the label.
-        activation: int64 (U, C + 1): active pixels in images that contain any label of category c; the last column counts every image.
+        activation: int64 (U, C + 1): active pixels in images that are annotated for category c: those that show a label of it, or for
+            which ``whole`` says so. The last column counts every image.
         truth: int64 (L,): pixels that carry the label.
         maps: (N, U, h, w), any floating-point type; converted to float32.
         thresholds: (U,), rounded to float32. A unit with the threshold nan is never active.
         category: int64 (L,): the category of each label, 0 … C − 1, or a negative number for a label without a category.
         planes: int32 (sum of planes · rows · columns,): the label planes of all images, one after the other, row by row.
         sizes: int64 (N, 4) on the CPU: for each image the number of planes, rows, columns, and whole-image labels.
-        whole: int64 (sum of whole-image labels,): labels that cover the whole grid of an image, one image after the other.
+        whole: int64 (sum of whole-image labels,): labels that cover the whole grid of an image, one image after the other. Among them may
+            be −(c + 1): the image is annotated for category c, even if it shows no label of it. It counts as one in ``sizes``.
         grid: the places of a map's points on the label grid. "half_pixel": as ``interpolate(mode="bilinear", align_corners=False)``;
             pixel i is at (i + ½) · h / rows − ½. "anchored": as in the original Network Dissection, for a network input of ``height`` ×
             ``width``. With s = height // h and r = round(width / columns), point j is at pixel (s // 2) // r + j · (s // r). Pixels
@@ -168,13 +170,14 @@ def check_values(a: Arguments) -> None:
             limits = f"a grid has between 1 and {LONGEST} rows and columns, and at most {MOST_PIXELS} pixels"
             raise ValueError(f"sizes[{n}] = {sizes[n]}: {limits}; no number is negative")
     pixels, wholes = [k * rows * columns for k, rows, columns, _ in sizes], [row[3] for row in sizes]
-    for name, tensor, lengths in (("planes", a.planes, pixels), ("whole", a.whole, wholes)):
+    for name, tensor, lengths, least in (("planes", a.planes, pixels, 0), ("whole", a.whole, wholes, -categories)):
         if sum(lengths) != tensor.numel():
             raise ValueError(f"{name} has {tensor.numel()} elements, but sizes require {sum(lengths)}")
-        if tensor.numel() and (int(tensor.amin()) < 0 or int(tensor.amax()) >= labels):
+        if tensor.numel() and (int(tensor.amin()) < least or int(tensor.amax()) >= labels):
             for n, part in enumerate(tensor.split(lengths)):
-                for label in part[(part < 0) | (part >= labels)][:1].tolist():
-                    raise ValueError(f"image {n} of the batch has label {label}, but labels are numbered 0 to {labels - 1}")
+                for label in part[(part < least) | (part >= labels)][:1].tolist():
+                    also = f"; whole may also hold −1 to −{categories} for categories" if least else ""
+                    raise ValueError(f"image {n} of the batch has label {label}, but labels are numbered 0 to {labels - 1}{also}")
     for rows, columns in {(rows, columns) for _, rows, columns, _ in sizes}:
         upsample(a.maps[:0, :0], rows, columns, a.grid, a.height, a.width)
 
@@ -230,7 +233,7 @@ def reference(a: Arguments) -> None:
         planes = pad_sequence([planes_of[n].view(-1, pixels) for n in images], True).to(device)
         whole = pad_sequence([wholes_of[n] for n in images], True).to(device)
         shown = torch.zeros(len(images), len(a.truth), dtype=torch.bool, device=device)
-        shown.scatter_(1, planes.flatten(1).long(), True).scatter_(1, whole, True)[:, :1] = False
+        shown.scatter_(1, planes.flatten(1).long(), True).scatter_(1, whole.clamp(min=0), True)[:, :1] = False
         labels, units = _true_columns(shown), _true_columns(active[images])
         step = max(1, block // (pixels * max(labels.shape[1], units.shape[1])))
         for start in range(0, len(images), step):
@@ -238,7 +241,7 @@ def reference(a: Arguments) -> None:
             masks = _masks(planes[part], whole[part], labels[part], a.per_plane)
             area = masks.sum(2).long()
             a.truth.index_add_(0, labels[part].flatten(), area.flatten())
-            present = _present(a.category.to(device)[labels[part]], area, a.activation.shape[1])
+            present = _present(a.category.to(device)[labels[part]], area, whole[part], a.activation.shape[1])
             for some in units[part].split(max(1, block // (pixels * step)), 1):
                 image = torch.tensor(images[part], device=device)[:, None]
                 mask = upsample(maps[image, some], rows, columns, a.grid, a.height, a.width) > thresholds[some][..., None, None]
@@ -264,10 +267,12 @@ def _masks(planes: Tensor, whole: Tensor, labels: Tensor, per_plane: bool) -> Te
     return counts if per_plane else counts.clamp(max=1)
 
 
-def _present(category: Tensor, area: Tensor, columns: int) -> Tensor:
-    """The columns of ``activation`` in which each image counts: categories (n, l) of its labels, their areas → int64 (n, columns)."""
+def _present(category: Tensor, area: Tensor, whole: Tensor, columns: int) -> Tensor:
+    """The columns of ``activation`` in which each image counts: categories (n, l) of its labels, their areas, whole (n, m) → int64
+    (n, columns)."""
     present = torch.zeros(len(category), columns + 1, dtype=torch.int64, device=category.device)
     present.scatter_(1, category.where((category >= 0) & (area > 0), columns), 1)
+    present.scatter_(1, (-1 - whole).where(whole < 0, columns), 1)  # annotated, whatever the image shows
     present[:, columns - 1] = 1  # the last column counts every image
     return present[:, :columns]
 

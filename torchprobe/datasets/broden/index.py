@@ -346,7 +346,8 @@ index.csv     one line for each image: path in images/, split, size of the image
 label.csv     the labels by number, with their categories, the number of images that have them, and their total area
 category.csv  the categories, with the first and last number of their labels
 c_*.csv       the labels of one category
-A label map encodes the number n as red n % 256, green n // 256, blue 0; 0 means unlabeled.
+A label map encodes the number n as red n % 256, green n // 256, blue 0; 0 means unlabeled. A map of 0 alone says that no label of its
+category is in the image; an empty cell says that this is unknown.
 """
 
 

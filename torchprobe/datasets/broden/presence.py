@@ -22,11 +22,14 @@ class Presence:
 
     ``crow`` int64 (images + 1,): image i has the entries crow[i] … crow[i + 1]. ``number`` int32 (entries,): labels, ascending within an
     image. ``area`` float32 (entries,): the share of the image where at least one label map has the label; 1 for whole-image labels.
+    ``annotated`` bool (images, categories): the index gives label maps or whole-image labels of the category, so that every label it does
+    not show is absent. It follows from the index, so no file holds it; None: images are annotated for the categories of their labels.
     """
 
     crow: Tensor
     number: Tensor
     area: Tensor
+    annotated: Tensor | None = None
 
     @classmethod
     def of(cls, images: Sequence[tuple[Tensor, Tensor]]) -> Presence:

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -47,8 +48,9 @@ class Broden(Dataset[Sample]):
         categories: read only these, in the order of category.csv; None for all.
         transform: applied to each image (PIL, RGB).
 
-    Rows without labels in the chosen categories are left out, as in the original; ``rows[i].line`` is the line of index.csv. A 0 in the
-    index means unlabeled. Nothing is resized: every label map has the size in its row.
+    Rows without entries in the chosen categories are left out, as in the original; ``rows[i].line`` is the line of index.csv. A 0 in the
+    index means unlabeled. A label map that holds only 0 is an annotation: nothing of its category is in the image, see :meth:`annotated`.
+    Nothing is resized: every label map has the size in its row.
 
     Attributes:
         rows: list of :class:`Row`.
@@ -205,7 +207,17 @@ class Broden(Dataset[Sample]):
                 self._presence = self._scan(workers, progress)
                 if cache is not None:
                     self._presence.save(cache, key)
+            self._presence = replace(self._presence, annotated=self.annotated())
         return self._presence
+
+    def annotated(self) -> Tensor:
+        """Bool (rows, categories): whether a row has label maps or whole-image labels of a category.
+
+        A label map that holds only 0 is an annotation: nothing of the category is there. An empty cell of the index is none, and neither is
+        the label 0: there it is unknown what the image shows.
+        """
+        rows = [[bool(entries) for entries in row.entries] for row in self.rows]
+        return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), len(self.categories))
 
     def _scan(self, workers: int, progress: CountCallback | None) -> Presence:
         """Reads the labels of every image, in threads, since decoding releases the interpreter lock."""

@@ -46,6 +46,9 @@ class BrodenWriter:
     * Rows are in the order of the first 8 bytes of the md5 of the image path. The lower 70 % are the training split.
     * Maps are resized to the nearest pixel, by its center. Frequencies and coverages are those before resizing.
 
+    An image is annotated for the categories that :meth:`add` gets: labels that it does not show there are absent. If it shows none, because
+    the map has none, the list is empty, or all of them are dropped, a label map of 0 says so.
+
     The folder becomes a data set with :meth:`finish`, which writes index.csv last. The end of a ``with`` block calls it, except after an
     error.
 
@@ -105,9 +108,10 @@ class BrodenWriter:
         Args:
             name: its path in images/, without suffix, such as ``"voc/2007_000032"``.
             image: PIL, an array (H, W, 3) or (H, W) of uint8, or the path of a JPEG or PNG.
-            labels: category → a label map or whole-image labels. A label map is anything that NumPy converts to integers of shape (H, W),
-                or (planes, H, W) if labels overlap; it may have another size than the image. Whole-image labels are a name, or a list of
-                names, the most important first.
+            labels: category → a label map or whole-image labels. Leave out a category of which nothing is known. A label map is anything
+                that NumPy converts to integers of shape (H, W), or (planes, H, W) if labels overlap; it may have another size than the
+                image. Whole-image labels are a name, or a list of names, the most important first; an empty list says that the image has
+                none of them.
 
         Raises:
             ValueError: an unknown category, name or value; an invalid shape; a name that is taken or leaves the folder.
@@ -132,14 +136,16 @@ class BrodenWriter:
 
         row = WrittenRow(f"{stem}.{self.image_format}", (height, width), label_size, {})
         planes: dict[str, Plane] = {}
+        reserved = []
         for category, found in parsed.items():
             if isinstance(found, list):
                 row.entries[category] = [*found]
+                reserved.append(_map_file(row, category))  # for the case that no label is left
                 continue
-            files = [f"{stem}_{category}.png"] if found.ndim == 2 else [f"{stem}_{category}_{k}.png" for k in range(1, len(found) + 1)]
+            files = [_map_file(row, category)] if found.ndim == 2 else [f"{stem}_{category}_{k}.png" for k in range(1, len(found) + 1)]
             row.entries[category] = [*files]
             planes.update(zip(files, found[None] if found.ndim == 2 else found, strict=True))
-        self._claim(name, [row.image, *planes])
+        self._claim(name, [row.image, *planes, *reserved])
         (self.root / "images" / row.image).parent.mkdir(parents=True, exist_ok=True)
         if picture.size != (width, height):
             picture = picture.resize((width, height), pil.Resampling.BILINEAR)
@@ -168,11 +174,16 @@ class BrodenWriter:
             raise ValueError(f"no label in the {len(self._rows)} images of {self.root}, or none that is frequent enough")
         self._finished = True  # the rest cannot be done twice
         final = np.array([0, *(numbers.get(name, 0) for name in self._names)])
+        used = {category for label in numbers for category in self._counts.by_label[label]}
         for row in self._rows:
             for category, entries in row.entries.items():
                 for file in (self.root / "images" / entry for entry in entries if isinstance(entry, str)):
                     _save_labels(file, final[read_labels(file, *row.label_size).numpy()])
                 row.entries[category] = [e if isinstance(e, str) else int(final[e]) for e in entries if isinstance(e, str) or final[e]]
+                if not row.entries[category] and category in used:
+                    empty = _map_file(row, category)
+                    _save_labels(self.root / "images" / empty, np.zeros(row.label_size, np.int64))
+                    row.entries[category] = [empty]
         write_tables(self.root, self._rows, self._counts, numbers, self.synonyms)
 
     # -- parts of add ----------------------------------------------------------------------------------------------
@@ -266,6 +277,11 @@ def _nearest(plane: Plane, size: tuple[int, int]) -> Plane:
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, plane.shape, strict=True))
     resized: Plane = plane[rows[:, None], columns]
     return resized
+
+
+def _map_file(row: WrittenRow, category: str) -> str:
+    """The label map of a category, if it has one plane."""
+    return f"{row.image.rpartition('.')[0]}_{category}.png"
 
 
 def _save_labels(path: Path, numbers: Plane) -> None:
