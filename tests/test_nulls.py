@@ -184,6 +184,30 @@ def test_a_true_detector_is_found_among_two_million_pairs():
     assert p[0, 40] * 2048 * 1197 * 2 < 1e-6
 
 
+def test_a_weak_relation_to_a_frequent_concept_is_not_encoded():
+    """63,305 images of which 80 % show the concept, AUC .76: significant at any level, AP above 0.9, but little above chance."""
+    torch.manual_seed(0)
+    labels = shown(63_305, [int(0.8 * 63_305), 3000])
+    scores = torch.randn(2, 63_305)
+    scores[0, labels[:, 0]] += 0.9989  # Φ(0.9989 / √2) = .76
+    scores[1, labels[:, 1]] += 5.5
+    found = support(labels)
+    ap = average_precision(scores, labels)
+    adjusted = correct(p_values(ap, found, draws=200))
+    assert encoded(ap, adjusted).tolist() == [[True, False], [False, True]]
+    assert encoded(ap, adjusted, prevalence=found.prevalence).tolist() == [[False, False], [False, True]]
+
+
+def test_the_gain_decides_for_concepts_that_more_than_half_of_the_images_show():
+    ap, p = torch.full((1, 5), 0.9, dtype=torch.float64), torch.zeros(1, 5)
+    prevalence = torch.tensor([0.1, 0.5, 0.51, 0.8, 1.0], dtype=torch.float64)
+    assert encoded(ap, p, prevalence=prevalence).tolist() == [[True, True, False, False, False]]
+    assert encoded(ap, p, prevalence=prevalence, gain_threshold=0.5).tolist() == [[True, True, True, True, False]]
+    for threshold in (0.5, 0.6, 0.7, 0.9, 0.95):  # exactly at both thresholds
+        half = torch.tensor([0.5], dtype=torch.float64)
+        assert encoded(torch.full((1, 1), threshold, dtype=torch.float64), torch.zeros(1, 1), threshold, prevalence=half).all()
+
+
 def test_special_concepts():
     labels = shown(50, [0, 50, 5])
     ap = average_precision(torch.randn(4, 50), labels)
