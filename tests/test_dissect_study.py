@@ -112,7 +112,7 @@ def test_rows_and_summary(root, tmp_path):
 def test_old_names_warn_and_work(root, tmp_path):
     broden = Broden(root)
     with pytest.warns(DeprecationWarning, match="dissect: the argument 'images' is deprecated, use 'rows'"):
-        found = dissect(Net(), "norm", broden, preprocess=preprocess, images=[1, 2])["norm"]
+        found = dissect(Net(), "norm", broden, preprocess=preprocess, images=[1, 2], quantile=0.05)["norm"]
     assert found.images.tolist() == [1, 2]
     with pytest.warns(DeprecationWarning, match=r"use Dissection.summary\(\)"):
         assert study.summary(found) == found.summary()

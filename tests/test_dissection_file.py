@@ -105,11 +105,18 @@ def test_other_files(tmp_path):
 # -- files of the version before ---------------------------------------------------------------------------------------------
 
 
+def as_before(found, saved):
+    """A dissection as the version before wrote it: without the place of the thresholds, and with p-values that were drawn."""
+    torch.testing.assert_close(found.p_values, saved.p_values, atol=0.01, rtol=0, equal_nan=True)
+    found.level, found.p_values = None, saved.p_values
+    return found
+
+
 def test_files_of_the_version_before_load_and_are_written_the_same(tmp_path):
     broden = before.write_set(tmp_path)
     saved = Dissection.load(before.DATA / "maps.safetensors")
     found = dissect(before.Pixels(), "maps", broden, **before.OPTIONS)["maps"]
-    assert saved == found and saved.ranking is not None
+    assert as_before(found, saved) == saved and saved.ranking is not None
     saved.save(tmp_path / "again.safetensors")
     with safe_open(before.DATA / "maps.safetensors", "pt") as old, safe_open(tmp_path / "again.safetensors", "pt") as new:
         assert sorted(old.keys()) == sorted(new.keys()) and old.metadata() == new.metadata()
@@ -135,4 +142,5 @@ def test_a_checkpoint_of_the_version_before_is_resumed(tmp_path):
         progress=lambda progress: seen.append((progress.stage, progress.done)), **before.OPTIONS,
     )["maps"]  # fmt: skip
     assert seen[:2] == [("overlap", 6), ("overlap", 7)]
-    assert resumed == Dissection.load(before.DATA / "maps.safetensors")
+    saved = Dissection.load(before.DATA / "maps.safetensors")
+    assert as_before(resumed, saved) == saved

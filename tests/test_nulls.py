@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
-from torchprobe.dissection import average_precision, correct, encoded, p_values, permutation_test, support
+from torchprobe.dissection import average_precision, correct, encoded, nulls, p_values, permutation_test, support
 from torchprobe.dissection.average_precision import Support
 from torchprobe.dissection.nulls import critical_values, null_tables
 
@@ -54,6 +57,63 @@ def test_against_every_ranking(images, positives):
     assert (reached <= p + 1e-12).all()  # the bound is one
 
 
+def rational_tail(images, positives):
+    """AP → probability that a random ranking reaches it, both as fractions: without any rounding."""
+    ranked = itertools.combinations(range(1, images + 1), positives)
+    often = Counter(sum(Fraction(i + 1, rank) for i, rank in enumerate(ranks)) / positives for ranks in ranked)
+    tail, reached = {}, 0
+    for ap in sorted(often, reverse=True):
+        reached += often[ap]
+        tail[ap] = Fraction(reached, math.comb(images, positives))
+    return tail
+
+
+@pytest.mark.parametrize("images", range(1, 11))
+def test_exact_where_every_ranking_is_listed(images):
+    for positives in range(1, images + 1):
+        tail = rational_tail(images, positives)
+        table = null_tables([(images, positives)])[images, positives]
+        ap = np.array([float(value) for value in tail])
+        exact = np.array([float(p) for p in tail.values()])
+        for moved in (ap, np.nextafter(ap, 0), np.nextafter(ap, 1), ap - 4e-16, ap + 4e-16):  # as rounding may leave it
+            np.testing.assert_array_equal(table.p_value(moved), exact)
+        between = (ap[1:] + ap[:-1]) / 2
+        np.testing.assert_array_equal(table.p_value(between), exact[:-1])
+        assert table.p_value(np.array([1.0]))[0] == 1 / math.comb(images, positives)
+
+
+@pytest.mark.parametrize(("images", "positives"), [(18, 2), (12, 4), (9, 7)])
+def test_a_drawn_table_counts_equal_values_as_reached(images, positives, monkeypatch):
+    """AP = 7/12 among 18 images of which 2 are positive comes out in several roundings; all of them are one value."""
+    monkeypatch.setattr(nulls, "_EVERY", (1, 1))
+    table = null_tables([(images, positives)], draws=100_000, seed=5)[images, positives]
+    tail = rational_tail(images, positives)
+    ap = np.array([float(value) for value in tail])
+    exact = np.array([float(p) for p in tail.values()])
+    for moved in (ap, ap - 4e-16, ap + 4e-16):
+        np.testing.assert_allclose(table.p_value(moved), exact, atol=4 * 0.5 / 100_000**0.5)
+        assert (table.p_value(moved)[:1] <= 1 / math.comb(images, positives)).all()
+    assert (images, positives) != (18, 2) or tail[Fraction(7, 12)] == Fraction(12, 153)  # .0784
+
+
+@pytest.mark.parametrize(("images", "positives"), [(63_305, 10), (63_305, 62_358), (300, 299), (40, 20), (63_305, 30_000)])
+def test_a_perfect_ranking_is_as_rare_as_it_is(images, positives):
+    table = null_tables([(images, positives)], draws=200)[images, positives]
+    p, near = table.p_value(np.array([1.0, 1 - 1e-6]))
+    assert 0 < p <= max(1 / math.comb(images, positives) if images < 1000 or positives == 10 else 0, np.finfo(float).tiny)
+    assert near >= p
+
+
+def test_a_permutation_test_counts_what_is_equal_in_exact_arithmetic():
+    """Two positives of 18 images: the smallest p-value of a permutation is often that of the unit itself, differently rounded."""
+    labels = torch.zeros(18, 1, dtype=torch.bool)
+    labels[[1, 11]] = True  # ranks 2 and 12: AP = (1/2 + 2/12) / 2 = 1/3, which other ranks give too
+    found = permutation_test(-torch.arange(18.0)[None], labels, permutations=2000, seed=1)
+    assert float(found.ap) == pytest.approx(1 / 3, abs=1e-15)
+    assert abs(float(found.p) - float(rational_tail(18, 2)[Fraction(1, 3)])) < 0.05
+    assert float(found.adjusted) == float(found.p)  # one pair only
+
+
 @pytest.mark.parametrize(("images", "positives"), [(50, 1), (300, 7), (1000, 40), (1000, 950)])
 def test_the_bound_holds_and_falls(images, positives):
     table = null_tables([(images, positives)], draws=40_000)[images, positives]
@@ -78,7 +138,7 @@ def test_tables_are_kept_and_the_seed_decides():
     assert null_tables([(100, 5), (200, 5), (200, 5)], draws=500)[200, 5] is first[200, 5]
     other = null_tables([(200, 5), (100, 5)], draws=500, seed=1)
     assert not np.array_equal(other[200, 5].value, first[200, 5].value)
-    assert null_tables([(200, 5)])[200, 5].draws == 100_000 and null_tables([]) == {}
+    assert null_tables([(200, 5)])[200, 5].draws == 100_000 and null_tables([(200, 1)])[200, 1].exact and null_tables([]) == {}
     with pytest.raises(ValueError, match=r"8 positives among 7 images: expected 1 to 7"):
         null_tables([(7, 8)])
 
@@ -122,6 +182,30 @@ def test_a_true_detector_is_found_among_two_million_pairs():
     scores[0, labels[:, 40]] += 6
     p = p_values(average_precision(scores, labels), support(labels), draws=10_000)
     assert p[0, 40] * 2048 * 1197 * 2 < 1e-6
+
+
+def test_a_weak_relation_to_a_frequent_concept_is_not_encoded():
+    """63,305 images of which 80 % show the concept, AUC .76: significant at any level, AP above 0.9, but little above chance."""
+    torch.manual_seed(0)
+    labels = shown(63_305, [int(0.8 * 63_305), 3000])
+    scores = torch.randn(2, 63_305)
+    scores[0, labels[:, 0]] += 0.9989  # Φ(0.9989 / √2) = .76
+    scores[1, labels[:, 1]] += 5.5
+    found = support(labels)
+    ap = average_precision(scores, labels)
+    adjusted = correct(p_values(ap, found, draws=200))
+    assert encoded(ap, adjusted).tolist() == [[True, False], [False, True]]
+    assert encoded(ap, adjusted, prevalence=found.prevalence).tolist() == [[False, False], [False, True]]
+
+
+def test_the_gain_decides_for_concepts_that_more_than_half_of_the_images_show():
+    ap, p = torch.full((1, 5), 0.9, dtype=torch.float64), torch.zeros(1, 5)
+    prevalence = torch.tensor([0.1, 0.5, 0.51, 0.8, 1.0], dtype=torch.float64)
+    assert encoded(ap, p, prevalence=prevalence).tolist() == [[True, True, False, False, False]]
+    assert encoded(ap, p, prevalence=prevalence, gain_threshold=0.5).tolist() == [[True, True, True, True, False]]
+    for threshold in (0.5, 0.6, 0.7, 0.9, 0.95):  # exactly at both thresholds
+        half = torch.tensor([0.5], dtype=torch.float64)
+        assert encoded(torch.full((1, 1), threshold, dtype=torch.float64), torch.zeros(1, 1), threshold, prevalence=half).all()
 
 
 def test_special_concepts():

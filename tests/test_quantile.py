@@ -228,6 +228,48 @@ def test_the_level_of_network_dissection():
     assert observed(x, quantile=0.005).value().item() == 999_000 - 4995 - 1
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 99, 100, 199, 200, 201, 1000, 4321])
+@pytest.mark.parametrize("kind", ["normal", "rectified", "ties", "constant", "offset", "huge"])
+def test_interpolated_as_network_dissection(n, kind):
+    """Hazen's rule in float64; on a plateau it has the value of the plateau."""
+    x = VALUES[kind](n, 3)
+    for quantile in (0.005, NETDISSECT, 0.02, 0.3):
+        q = observed(x, parts=2, quantile=quantile)
+        exact = np.quantile(x.double().numpy(), float(1 - Fraction(str(quantile))), axis=0, method="hazen")
+        np.testing.assert_allclose(q.value(method="hazen").numpy(), exact, rtol=2e-7, atol=1e-45)
+
+
+def test_an_interpolated_threshold_leaves_active_what_an_order_statistic_does_not():
+    """A plateau at the largest value, of as many values as lie above the level: the sketch of the original reads below it."""
+    x = torch.cat([torch.full((5,), 6.0), torch.rand(994)])[:, None]  # ⌊999 · 5/999⌋ = 5 values may exceed the level
+    q = observed(x, quantile=NETDISSECT)
+    below = float(x.flatten().sort().values[-6])
+    assert q.value().item() == below and q.value(method="hazen").item() == pytest.approx((6 + below) / 2)
+    x = torch.cat([torch.full((6,), 6.0), torch.rand(993)])[:, None]
+    assert observed(x, quantile=NETDISSECT).value(method="hazen").item() == 6
+    inf = torch.tensor([INF, INF, 1.0, 0.0])[:, None]
+    assert observed(inf, quantile=0.5).value(method="hazen").item() == INF
+    assert observed(x[:0], quantile=0.5).value(method="hazen").isnan().all()
+    with pytest.raises(ValueError, match="method must be one of inverted_cdf, hazen, got 'linear'"):
+        q.value(method="linear")
+
+
+def original_readout(x: np.ndarray, levels: int = 1000) -> np.ndarray:
+    """As the sketch of the original reads itself while nothing was dropped: the two extremes with weight 0, then linear interpolation."""
+    values = np.concatenate([[x.min()], np.sort(x), [x.max()]])
+    weights = np.r_[0.0, np.ones(len(x)), 0.0]
+    at = np.cumsum(weights) - weights / 2
+    return np.interp(np.linspace(0, 1, levels), (at - at[0]) / (at[-1] - at[0]), values)
+
+
+@pytest.mark.parametrize("n", [37, 200, 999, 5000])
+def test_the_same_as_the_sketch_of_the_original(n):
+    x = torch.randn(n, 2)
+    found = observed(x, quantile=NETDISSECT).value(method="hazen")
+    for unit in range(2):
+        assert found[unit].item() == pytest.approx(original_readout(x[:, unit].double().numpy())[994], rel=1e-6)
+
+
 def test_smaller_quantiles_of_the_same_pass():
     x = torch.randn(5000, 4)
     q = observed(x, quantile=0.05)

@@ -78,15 +78,23 @@ def in_basis(units: Dissection, directions: Tensor) -> Dissection:
     if units.scores is None or units.ranking is None:
         raise ValueError("the scores of the images were not kept: dissect with keep_scores=True")
     directions = check_basis(directions, units.units, units.layer)
-    rotated = replace(units, units=len(directions), thresholds=None, counts=None, top=None)
+    rotated = replace(units, units=len(directions), thresholds=None, level=None, counts=None, top=None)
     rotated.rank(units.ranking, project(units.scores.T, directions).T.contiguous(), keep=True)
     return rotated
 
 
 def concept_sweep(
-    dissection: Dissection, thresholds: Sequence[float] = THRESHOLDS, alpha: float = 0.05, minimum_positives: int = 1
+    dissection: Dissection,
+    thresholds: Sequence[float] = THRESHOLDS,
+    alpha: float = 0.05,
+    minimum_positives: int = 1,
+    gain_threshold: float | None = None,
 ) -> list[dict[str, Any]]:
     """The number of encoded concepts, and of concepts per direction, at each threshold of average precision.
+
+    Args:
+        gain_threshold: the smallest gain over prevalence; default: 2 · threshold − 1. See
+            :meth:`torchprobe.dissection.scores.LayerScores.encoded`.
 
     Returns:
         One row per threshold: ``threshold``; ``unique``, the number of distinct concepts over all directions; ``encoding``, the number of
@@ -96,7 +104,7 @@ def concept_sweep(
     """
     rows = []
     for threshold in thresholds:
-        pairs = dissection.encoded(threshold, alpha, minimum_positives=minimum_positives)
+        pairs = dissection.encoded(threshold, alpha, minimum_positives=minimum_positives, gain_threshold=gain_threshold)
         each = pairs.sum(1)
         encoding = each[each > 0].double()
         rows.append(
@@ -112,9 +120,9 @@ def concept_sweep(
     return rows
 
 
-def concept_names(dissection: Dissection, threshold: float = 0.9, alpha: float = 0.05) -> list[str]:
-    """The names of the concepts that at least one direction encodes, in the order of the labels."""
-    return [label.name for label in dissection.unique_concepts(threshold, alpha)]
+def concept_names(dissection: Dissection, threshold: float = 0.9, alpha: float = 0.05, gain_threshold: float | None = None) -> list[str]:
+    """The names of the concepts that at least one direction encodes, in the order of the labels; see :func:`concept_sweep`."""
+    return [label.name for label in dissection.unique_concepts(threshold, alpha, gain_threshold=gain_threshold)]
 
 
 def concept_overlap(models: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:

@@ -91,6 +91,12 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
     help="Smallest share of an image that a concept must cover, for ap.",
 )
 @click.option(
+    "--gain-threshold",
+    type=click.FloatRange(max=1),
+    metavar="G",
+    help="Smallest gain of ap over prevalence with which a unit encodes a concept.  [default: 0.8]",
+)
+@click.option(
     "--positions",
     type=click.Choice(["patch", "class", "all"]),
     default="patch",
@@ -167,6 +173,7 @@ def _dissect(
     pictures: int,
     evidence: int,
     memory: int | None,
+    gain_threshold: float | None,
     device: str,
     seed: int,
     **options: Any,
@@ -203,11 +210,11 @@ def _dissect(
         if rank > 0:
             return
         with progress_bar("pages") as tell:
-            files = write_pages(out, results, broden, encoder, against, pictures, evidence, rotate, tell)
+            files = write_pages(out, results, broden, encoder, against, pictures, evidence, rotate, tell, gain_threshold)
     if as_json:
         print_json(
             {"layers": [result.summary() for result in results.values()], "files": {kind: str(path) for kind, path in files.items()}}
         )
     else:
-        print_dissections(results, against, console())
+        print_dissections(results, against, console(), gain_threshold)
         print_files(files)

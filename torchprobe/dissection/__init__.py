@@ -29,9 +29,12 @@ file                   subject
 ``average_precision``  average precision of units; images that show a concept
 ``ranking``            images ranked by units
 ``nulls``              p-values and their correction
-``scores``             the tables of one layer; merging those of two parts of the images
+``activity``           units that are never active, and why
+``scores``             the tables of one layer
+``merging``            adding the results of two parts of the images
 ``dissection``         the same, saved and loaded
 ``summaries``          detectors, concepts, concepts per unit
+``concepts``           from each concept to its units
 ``report``             the page; ``report_text`` has its words, ``report_pictures`` its pictures
 ``evidence``           the pixels that contribute to a unit
 =====================  =========================================================================

@@ -122,7 +122,7 @@ def dissect(
     >>> def to_tensor(image):
     ...     return torch.from_numpy(np.array(image)).movedim(2, 0) / 255
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU())
-    >>> result = dissect(net, "1", Broden(folder), preprocess=to_tensor)["1"]
+    >>> result = dissect(net, "1", Broden(folder), preprocess=to_tensor, thresholds={"1": torch.zeros(8)})["1"]
     >>> result.iou.shape, result.average_precision.shape
     (torch.Size([8, 2]), torch.Size([8, 2]))
     """

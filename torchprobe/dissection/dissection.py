@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchprobe.common import storage
 from torchprobe.common.files import replacing
 from torchprobe.datasets.broden import Label
+from torchprobe.dissection.activity import Level
 from torchprobe.dissection.average_precision import NEGATIVES, SIGNS, Support
 from torchprobe.dissection.overlap import Counts
 from torchprobe.dissection.ranking import Ranking
@@ -91,7 +92,7 @@ def _save(dissection: LayerScores, path: str | os.PathLike[str]) -> None:
     for name in ("thresholds", "average_precision", "p_values", "scores"):
         if (part := getattr(dissection, name)) is not None:
             tensors[name] = part
-    for prefix, group in (("counts", dissection.counts), ("support", dissection.support)):
+    for prefix, group in (("counts", dissection.counts), ("support", dissection.support), ("level", dissection.level)):
         if group is not None:
             tensors |= {f"{prefix}/{name}": part for name, part in group._asdict().items()}
     if dissection.top is not None:
@@ -124,16 +125,15 @@ def _load(path: str | os.PathLike[str], kind: type[Scores]) -> Scores:
     dissection = kind(file.value("layer", str), labels, categories, category, units, images, metadata=file.value("metadata", dict))
     pairs = (units, count)
     dissection.thresholds = _maybe(file, "thresholds", torch.float32, (units,))
-    dissection.average_precision = _maybe(file, "average_precision", torch.float64, pairs)
-    dissection.p_values = _maybe(file, "p_values", torch.float64, pairs)
-    dissection.scores = _maybe(file, "scores", torch.float32, (units, len(images)))
     for name in ("average_precision", "p_values"):
-        part = getattr(dissection, name)
-        if part is not None and bool(((part < 0) | (part > 1)).any()):
-            raise file.error(name, "expected numbers from 0 to 1")
+        setattr(dissection, name, _shares(file, name, pairs) if name in file.keys else None)
+    dissection.scores = _maybe(file, "scores", torch.float32, (units, len(images)))
     if "counts/truth" in file.keys:
         shapes = {"intersection": pairs, "activation": pairs, "truth": (count,)}
         dissection.counts = Counts(*(_counts(file, f"counts/{name}", shape) for name, shape in shapes.items()))
+    if "level/values" in file.keys:
+        above, equal = (_shares(file, f"level/{name}", (units,)) for name in ("above", "equal"))
+        dissection.level = Level(_counts(file, "level/values", (units,)), above, equal)
     if dissection.average_precision is not None:
         if dissection.p_values is None:
             raise file.error("p_values", "missing")
@@ -159,6 +159,13 @@ def _label(file: storage.File, record: object) -> Label:
 
 def _maybe(file: storage.File, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
     return file.tensor(key, dtype, shape) if key in file.keys else None
+
+
+def _shares(file: storage.File, key: str, shape: tuple[int | None, ...]) -> Tensor:
+    shares = file.tensor(key, torch.float64, shape)
+    if bool(((shares < 0) | (shares > 1)).any()):
+        raise file.error(key, "expected numbers from 0 to 1")
+    return shares
 
 
 def _counts(file: storage.File, key: str, shape: tuple[int | None, ...]) -> Tensor:

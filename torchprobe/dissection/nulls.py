@@ -5,12 +5,15 @@ only, the images N and the positives P. So one table serves every unit and every
 
 A p-value is the smaller of two p-values that are both valid:
 
-* The Monte Carlo p-value, (1 + draws at least as good) / (1 + draws), from the table. It is never below 1 / (1 + draws).
+* The Monte Carlo p-value, (1 + draws at least as good) / (1 + draws), from the table. It is never below 1 / (1 + draws). Where there are
+  few rankings, the table lists all of them, and this p-value alone is used: it is exact.
 * An upper bound without simulation, for the far tail, which a correction over millions of pairs needs. Among the first m images of a random
   ranking there are j or more positives with probability at most exp(−m · KL(j/m ‖ P/N)) (Hoeffding 1963, theorems 1 and 4). The bound is
   applied to K values of j, such that all K hold with probability 1 − δ. This limits the precision at each positive, and so the AP.
 
 Both p-values fall as AP grows. So {p ≤ α} is a set {AP ≥ a} that one of the two allows, and the smaller of the two is valid as well.
+An AP of 1 has the p-value 1 / C(N, P), which is exact: all positives come before all other images. Values that differ by less than 1e-12
+are the same AP in different roundings.
 
 With ties, for example a ReLU that is zero on half of the images, the AP of a random unit is closer to the prevalence than in the table.
 Then the table is conservative in the tail; :func:`permutation_test` is exact.
@@ -19,6 +22,8 @@ Then the table is conservative in the tail; :func:`permutation_test` is exact.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,6 +40,8 @@ _DRAWS = (10_000, 100_000)  # smallest and largest number of draws
 _EFFORT = 2 * 10**9  # images and positives to rank in total; decides the number of draws
 _BATCH = 1 << 24  # scores drawn at a time
 _LEVELS = 1024  # of a table: so many of the best draws, and as many evenly among all
+_EVERY = 1 << 16, 1 << 20  # rankings, and positives in all of them, up to which every ranking is listed
+_EQUAL = 1e-12  # AP that differ by no more are equal; rounding errors are below, also for 60,000 positives
 _LOG_DELTA = -np.concatenate([np.linspace(0, 40, 81), np.geomspace(41, 700, 60)])  # for the bound
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -45,7 +52,7 @@ class NullTable:
     """The average precision of random rankings of ``images``, of which ``positives`` show the concept.
 
     ``value``: AP, ascending; ``count``: how many of ``draws`` reach it. ``critical``: AP, ascending, that is reached with probability at
-    most exp(``log_p``).
+    most exp(``log_p``). ``exact``: the draws are all C(N, P) rankings, each once, and all their values are kept.
     """
 
     images: int
@@ -55,12 +62,25 @@ class NullTable:
     count: Array
     critical: Array
     log_p: Array
+    exact: bool = False
 
     def p_value(self, ap: Array) -> Array:
         """Probability that a random ranking has at least this AP; an upper bound in the far tail; nan for nan."""
-        simulated = (1 + np.interp(ap, self.value, self.count, left=self.draws, right=0)) / (1 + self.draws)
+        at = np.searchsorted(self.value, ap - _EQUAL).clip(max=len(self.value) - 1)
+        if self.exact:
+            return np.where(np.isnan(ap), np.nan, self.count[at] / self.draws)
+        known = np.where(np.abs(self.value[at] - ap) <= _EQUAL, self.value[at], ap)
+        simulated = (1 + np.interp(known, self.value, self.count, left=self.draws, right=0)) / (1 + self.draws)
         reached = np.searchsorted(self.critical, ap, side="right")  # the rarest level that AP reaches
-        return np.where(np.isnan(ap), np.nan, np.minimum(simulated, np.exp(self.log_p)[reached - 1]))
+        p = np.minimum(simulated, np.exp(self.log_p)[reached - 1])
+        p = np.where(ap >= 1 - _EQUAL, self._first_of_all(), p)
+        return np.where(np.isnan(ap), np.nan, p)
+
+    def _first_of_all(self) -> float:
+        """Probability of AP = 1, 1 / C(N, P); the least positive number where it is smaller."""
+        if _log_rankings(self.images, self.positives) > 700:
+            return float(np.finfo(np.float64).tiny)
+        return 1 / math.comb(self.images, self.positives)
 
 
 def null_tables(pairs: Iterable[tuple[int, int]], draws: int | None = None, seed: int = 0) -> dict[tuple[int, int], NullTable]:
@@ -69,7 +89,7 @@ def null_tables(pairs: Iterable[tuple[int, int]], draws: int | None = None, seed
     Args:
         pairs: (N, P), 1 ≤ P ≤ N.
         draws: random rankings for each pair. Default: 10,000 to 100,000, fewer when they are more work. All of Broden takes 10,000, in
-            about 15 seconds.
+            about 15 seconds. A pair with up to 65,536 rankings is not drawn: its table is exact.
         seed: of the rankings.
 
     Raises:
@@ -95,7 +115,30 @@ _making = threading.Lock()
 
 @functools.lru_cache(maxsize=4)
 def _make_tables(pairs: tuple[tuple[int, int], ...], draws: int, seed: int) -> dict[tuple[int, int], NullTable]:
-    return {pair: _table(*pair, values) for pair, values in zip(pairs, _simulate(pairs, draws, seed), strict=True)}
+    drawn = tuple(pair for pair in pairs if not _few(*pair))
+    tables = {pair: _table(*pair, values) for pair, values in zip(drawn, _simulate(drawn, draws, seed), strict=True)} if drawn else {}
+    return {pair: tables[pair] if pair in tables else _every_ranking(*pair) for pair in pairs}
+
+
+def _log_rankings(images: int, positives: int) -> float:
+    """log C(N, P), to about 1e-15 of its size."""
+    return math.lgamma(images + 1) - math.lgamma(positives + 1) - math.lgamma(images - positives + 1)
+
+
+def _few(images: int, positives: int) -> bool:
+    """Whether every ranking is listed."""
+    rankings, entries = _EVERY
+    most = min(rankings, entries // positives)
+    return _log_rankings(images, positives) < math.log(2 * rankings) and math.comb(images, positives) <= most
+
+
+def _every_ranking(images: int, positives: int) -> NullTable:
+    """The exact table: the ranks of the positives are each set of P of the N ranks, once."""
+    ranks = np.fromiter(itertools.chain.from_iterable(itertools.combinations(range(1, images + 1), positives)), np.float64)
+    rising = np.sort((np.arange(1, positives + 1) / ranks.reshape(-1, positives)).mean(1))
+    value = _distinct(rising)
+    count = len(rising) - np.searchsorted(rising, value).astype(np.float64)
+    return NullTable(images, positives, len(rising), value, count, np.array([-np.inf]), np.zeros(1), exact=True)
 
 
 def _simulate(pairs: tuple[tuple[int, int], ...], draws: int, seed: int) -> Array:
@@ -125,11 +168,17 @@ def _table(images: int, positives: int, values: Array) -> NullTable:
     draws = len(values)
     rising = np.sort(values)
     kept = np.unique(np.concatenate([np.linspace(0, draws - 1, _LEVELS).astype(int), np.arange(max(0, draws - _LEVELS), draws)]))
-    value = np.unique(rising[kept])
+    first = _distinct(rising)
+    value = first[np.unique(np.searchsorted(first, rising[kept], side="right") - 1)]
     count = draws - np.searchsorted(rising, value, side="left").astype(np.float64)
     critical = np.append(-np.inf, critical_values(images, positives, _LOG_DELTA))  # p ≤ 1 for every AP
     reachable = critical <= 1
     return NullTable(images, positives, draws, value, count, critical[reachable], np.append(0, _LOG_DELTA)[reachable])
+
+
+def _distinct(rising: Array) -> Array:
+    """Of equal values the least."""
+    return rising[np.diff(rising, prepend=-1) > _EQUAL]
 
 
 def critical_values(images: int, positives: int, log_p: Array) -> Array:
@@ -272,8 +321,8 @@ def permutation_test(
         drawn = average_precision(
             scores, _rows(crow, col, columns, order), sign=sign, negatives=negatives, category=category, annotated=shuffled
         )
-        reached += drawn >= ap - 1e-12
-        least = p_values(drawn, concepts).nan_to_num(nan=1).amin()
+        reached += drawn >= ap - _EQUAL
+        least = p_values(drawn + _EQUAL / 2, concepts).nan_to_num(nan=1).amin()  # what is equal in exact arithmetic counts as reached
         smaller += common >= least
     p, adjusted = ((count / (1 + permutations)).where(~ap.isnan(), torch.nan) for count in (reached, smaller))
     return Permutation(p, adjusted, ap)

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from torchprobe.common.deprecation import renamed_arguments
+from torchprobe.common.messages import listing
 from torchprobe.common.runs import CountCallback
 from torchprobe.dissection import report_text
+from torchprobe.dissection.concepts import concept_units
 from torchprobe.dissection.report_pictures import Pictures, show_pictures
 from torchprobe.dissection.report_text import Limits
 from torchprobe.dissection.scores import LayerScores, UnitConcept
-from torchprobe.dissection.summaries import THRESHOLD
-from torchprobe.rendering.dissection_page import CategoryBar, DissectionPage, UnitRow, write_dissection
+from torchprobe.dissection.summaries import THRESHOLD, default_gain
+from torchprobe.rendering.dissection_page import CategoryBar, ConceptRow, DissectionPage, UnitRow, write_dissection
 from torchprobe.rendering.page import Fact, require
 from torchprobe.rendering.tables import Column, Row, number
 
@@ -38,7 +40,8 @@ class Report:
         dissection: of the layer.
         nulls: name → the same layer in conditions where its units cannot know the concepts: random weights, shuffled labels.
         threshold: the smallest IoU of a detector.
-        ap_threshold, alpha: the smallest average precision, and the level of significance, with which a unit encodes a concept.
+        ap_threshold, gain_threshold, alpha: the smallest average precision and gain over prevalence, and the level of significance, with
+            which a unit encodes a concept. Default of the gain: 2 · ap_threshold − 1.
         score: orders and labels the units: "iou", or "gain", average precision above prevalence. Default: IoU if it was computed.
     """
 
@@ -48,13 +51,19 @@ class Report:
     ap_threshold: float = 0.9
     alpha: float = 0.05
     score: str = ""
+    gain_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        self.limits = Limits(self.threshold, self.ap_threshold, self.alpha)
+        least = default_gain(self.ap_threshold) if self.gain_threshold is None else self.gain_threshold
+        self.limits = Limits(self.threshold, self.ap_threshold, self.alpha, least)
         self.score = self.score or ("iou" if self.dissection.counts is not None else "gain")
         self.best: list[UnitConcept] = self.dissection.best(self.score)
         ap = self.dissection.average_precision is not None
-        self.encoded: Tensor | None = self.dissection.encoded(self.ap_threshold, self.alpha) if ap else None
+        self.encoded: Tensor | None = self._encoded(self.dissection) if ap else None
+        self.concepts = concept_units(self.dissection, self.encoded, self.threshold)
+
+    def _encoded(self, dissection: LayerScores) -> Tensor:
+        return dissection.encoded(self.ap_threshold, self.alpha, gain_threshold=self.limits.gain)
 
     def detects(self, row: UnitConcept) -> bool:
         """Whether a unit counts with its best label: its IoU reaches the threshold, or it encodes the concept."""
@@ -87,14 +96,15 @@ class Report:
         if self.dissection.counts is not None:
             columns.append(Column("iou", "IoU", "pixels where the unit is active and the concept is, over pixels where either is"))
         if self.dissection.average_precision is not None:
-            encodes = f"number of concepts with AP ≥ {self.ap_threshold:g} that is significant after correction"
             columns += [
                 Column("ap", "AP", "average precision: how well the score of the unit ranks the images that show the concept first"),
                 Column("prevalence", "chance", "share of the images that show the concept: about the AP of a random ranking"),
+                Column("gain", "gain", "AP above chance: 0 for a random ranking, 1 for a perfect one"),
                 Column("p", "p", "probability that a random ranking reaches this AP; for this pair alone, without correction"),
-                Column("encodes", "encodes", encodes, "count"),
+                Column("encodes", "encodes", f"concepts that the unit encodes: {self.limits.rule}", "text"),
             ]
         columns += [
+            Column("active", "active", "share of the values of the unit that exceed its threshold", "share", optional=True),
             Column("threshold", "threshold", "the level that an active position exceeds", optional=True),
             Column("others", "then", "the next best concepts", "text"),
         ]
@@ -105,8 +115,13 @@ class Report:
         table = self.dissection.table(self.score).nan_to_num(nan=-math.inf)
         scores, order = table.topk(min(OTHERS + 1, table.shape[1]), dim=1)
         title, labels = self.titles(), self.dissection.labels
-        encodes = None if self.encoded is None else self.encoded.sum(1).tolist()
-        thresholds = None if self.dissection.thresholds is None else self.dissection.thresholds.tolist()
+        d = self.dissection
+        encodes: dict[int, list[int]] = {}
+        for unit, i in [] if self.encoded is None else self.encoded.nonzero().tolist():
+            encodes.setdefault(unit, []).append(i)
+        thresholds = None if d.thresholds is None else d.thresholds.tolist()
+        active = None if d.level is None else d.level.above.tolist()
+        silence = d.silence()
         rows = []
         for row in self.best:
             found = zip(scores[row.unit].tolist(), order[row.unit].tolist(), strict=True)
@@ -119,13 +134,58 @@ class Report:
                 "ap": row.average_precision,
                 "prevalence": row.prevalence,
                 "p": row.p_value,
-                "encodes": None if encodes is None else encodes[row.unit],
+                "gain": row.gain,
+                "encodes": listing([title[i] for i in encodes.get(row.unit, [])], OTHERS),
+                "active": None if active is None else active[row.unit],
                 "threshold": None if thresholds is None else thresholds[row.unit],
                 "others": ", ".join(f"{title[i]} {number(score, 2)}" for i, score in others),
                 "detector": self.detects(row),
             }
-            search = " ".join([row.label, *(f"{title[i]} {labels[i].name}" for i, _ in others)])
+            if silence and silence[row.unit] and thresholds is not None:
+                cells["others"] = report_text.silent(silence[row.unit], thresholds[row.unit])
+            known = {*encodes.get(row.unit, []), *(i for i, _ in others)}
+            search = " ".join([row.label, str(cells["others"]), *(f"{title[i]} {labels[i].name}" for i in sorted(known))])
             rows.append(UnitRow(cells, [] if pictures is None else pictures.shown.get(row.unit, []), search))
+        return rows
+
+    def concept_columns(self) -> list[Column]:
+        """The columns of the table of concepts; its units follow."""
+        columns = [Column("label", "concept", "name of the concept", "text"), Column("category", "category", "its category", "text")]
+        if self.encoded is not None:
+            among = "annotated for its category" if self.dissection.metadata.get("negatives") == "category" else "of the data set"
+            columns += [
+                Column("images", "images", f"images {among}, which are ranked", "count"),
+                Column("positives", "positives", "those of them that show the concept", "count"),
+                Column("prevalence", "chance", "their share: about the AP of a random ranking"),
+                Column("ap", "AP", "highest average precision of a unit"),
+                Column("gain", "gain", "AP above chance, of that unit"),
+                Column("p", "p, corrected", "p-value of that AP, corrected for all units and concepts"),
+            ]
+        if self.dissection.counts is not None:
+            columns += [
+                Column("pixels", "pixels", "pixels that have the label", "count"),
+                Column("iou", "IoU", "highest IoU of a unit"),
+            ]
+        return columns
+
+    def concept_rows(self) -> list[ConceptRow]:
+        """One row for each concept that some image shows, those of most units first."""
+        title = self.titles()
+        rows = []
+        for row in self.concepts:
+            cells = {
+                "label": title[row.index],
+                "category": row.category,
+                "images": row.images,
+                "positives": row.positives,
+                "prevalence": row.prevalence,
+                "ap": row.average_precision,
+                "gain": row.gain,
+                "p": row.p_value,
+                "pixels": row.pixels,
+                "iou": row.iou,
+            }
+            rows.append(ConceptRow(cells, row.encoded_by, row.detected_by))
         return rows
 
     def facts(self) -> list[Fact]:
@@ -134,15 +194,19 @@ class Report:
         facts = [Fact("Directions" if d.metadata.get("basis") else "Units", number(d.units))]
         if d.counts is not None:
             report, paper = d.unique_detectors("report", self.threshold), d.unique_detectors("paper", self.threshold)
-            share = f"{report.detectors / d.units:.0%} of the units, with an IoU of {self.threshold:g} or more"
+            silent = sum(map(bool, d.silence()))
+            alive = d.units - silent
+            among = f"the {number(alive)} units that are ever active" if silent else "the units"
+            share = f"{report.detectors / max(alive, 1):.0%} of {among}, with an IoU of {self.threshold:g} or more"
             facts += [
                 Fact("Detectors", number(report.detectors), share),
                 Fact("Concepts with a detector", number(report.unique), f"best label of each unit; {paper.unique} by the paper's rule"),
             ]
+            if silent:
+                facts.append(Fact("Never active", number(silent), "units without a pixel above their threshold; see “active” below"))
         if self.encoded is not None:
             count = int(self.encoded.any(0).sum())
-            rule = f"AP ≥ {self.ap_threshold:g}, significant at {self.alpha:g} after correction"
-            facts.append(Fact("Concepts encoded", number(count), rule))
+            facts.append(Fact("Concepts encoded", number(count), f"{self.limits.rule}; named below"))
         return [*facts, Fact("Images", number(len(d.images)), report_text.dataset(d))]
 
     def comparison(self) -> Sequence[Row]:
@@ -153,9 +217,9 @@ class Report:
             if d.counts is not None:
                 found, best = d.unique_detectors("report", self.threshold), d.table("iou").amax(1)
                 row |= {"detectors": found.detectors, "concepts": found.unique, "paper": d.unique_detectors("paper", self.threshold).unique}
-                row |= {"median": float(best.median()), "highest": float(best.amax())}
+                row |= {"never_active": sum(map(bool, d.silence())), "median": float(best.median()), "highest": float(best.amax())}
             if d.average_precision is not None:
-                row["encoded"] = len(d.unique_concepts(self.ap_threshold, self.alpha))
+                row["encoded"] = int(self._encoded(d).any(0).sum())
             rows.append(row)
         return rows
 
@@ -174,6 +238,9 @@ class Report:
             footer=report_text.footer(d),
             bars=self.bars(),
             bars_note=report_text.bars_note(self.score, self.limits),
+            concepts=self.concept_rows(),
+            concepts_note=report_text.concepts_note(self.limits, self.encoded is not None, d.counts is not None),
+            concept_columns=self.concept_columns(),
             units=self.units(pictures),
             units_note=report_text.units_note(pictures is not None, regions, evidence),
             columns=self.columns(),
@@ -209,7 +276,7 @@ def write_report(
         basis: the directions, if the units are directions.
         units: units whose pictures are shown; default: all.
         progress: called with (steps done, steps in all). The evidence of a unit is one step; all other pictures together are one step.
-        choices: ``threshold``, ``ap_threshold``, ``alpha``, ``score``; see :class:`Report`.
+        choices: ``threshold``, ``ap_threshold``, ``gain_threshold``, ``alpha``, ``score``; see :class:`Report`.
 
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is missing; the message has the command.

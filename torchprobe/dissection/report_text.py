@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 import torchprobe
+from torchprobe.common.messages import counted
+from torchprobe.dissection import activity
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.summaries import THRESHOLD
 from torchprobe.rendering.page import Section, Table
@@ -28,18 +31,28 @@ COMPARISON = (
     Column("paper", "paper's rule", "distinct labels above the threshold, counted within each category and added up", "count"),
     Column("median", "median IoU", "median over units of their best IoU"),
     Column("highest", "highest IoU", "highest over units of their best IoU"),
-    Column("encoded", "encoded", "concepts with an AP that reaches its threshold and is significant after correction", "count"),
+    Column(
+        "encoded", "encoded", "concepts with an AP and a gain that reach their thresholds and are significant after correction", "count"
+    ),
+    Column("never_active", "never active", "units without any pixel above their threshold", "count", optional=True),
 )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """``iou``: the smallest IoU of a detector. ``ap``, ``alpha``: the smallest average precision, and the level of significance, with which
-    a unit encodes a concept."""
+    """``iou``: the smallest IoU of a detector. ``ap``, ``gain``, ``alpha``: the smallest average precision and gain over prevalence, and
+    the level of significance, with which a unit encodes a concept."""
 
     iou: float = THRESHOLD
     ap: float = 0.9
     alpha: float = 0.05
+    gain: float = 0.8
+
+    @property
+    def rule(self) -> str:
+        """When a unit encodes a concept, in a few words."""
+        gain = f", gain ≥ {self.gain:g}" if self.gain > -math.inf else ""
+        return f"AP ≥ {self.ap:g}{gain}, significant at {self.alpha:g} after Holm's correction for all units and concepts"
 
 
 def dataset(d: LayerScores) -> str:
@@ -99,7 +112,7 @@ def reading_section(d: LayerScores, limits: Limits) -> Section:
     terms: list[tuple[str, str]] = []
     if d.counts is not None:
         terms += [
-            ("active", f"The map of the unit exceeds its threshold. {_threshold(d)}"),
+            ("active", f"The map of the unit exceeds its threshold. {_threshold(d)}{_silence(d)}"),
             (
                 "IoU",
                 "Intersection over union, over all images: pixels that are active and have the label, divided by pixels that are active or "
@@ -124,8 +137,13 @@ def reading_section(d: LayerScores, limits: Limits) -> Section:
             ),
             (
                 "encodes",
-                f"AP ≥ {limits.ap:g}, and significant at {limits.alpha:g} after Holm's correction for all units and concepts. The null is "
-                "a random ranking. Without ties it depends only on the numbers of images and positives.",
+                f"{limits.rule}. The null is a random ranking. Without ties it depends only on the numbers of images and positives.",
+            ),
+            (
+                "gain",
+                "Average precision above chance: (AP − π) / (1 − π), where the prevalence π is the share of these images that show the "
+                "concept. Among many images a weak relation to a frequent concept is significant and has a high AP, but a low gain. The "
+                "default is the gain that the smallest AP has at π = ½, so it decides for concepts that more than half of the images show.",
             ),
         ]
     terms += [
@@ -148,6 +166,45 @@ def _threshold(d: LayerScores) -> str:
     if error := m.get("threshold_error"):
         level += f" It is estimated, because the values did not fit into memory: the share may be off by {error:.2g} (standard deviation)."
     return level
+
+
+def _silence(d: LayerScores) -> str:
+    """The units that are never active, and those that are active on less than they should be."""
+    text = ""
+    if message := activity.explanation(d.layer, d.silence(), d.quantile):
+        text = f" {message.partition(': ')[2]}. They do not count in shares of units."
+    never = d.never_active
+    if d.level is not None and never is not None:
+        held = int(activity.held_back(d.level, never, d.quantile).sum())
+        if held:
+            text += f" {counted(held, 'unit')} {'is' if held == 1 else 'are'} active on less than half of that share, because many values "
+            text += "equal the threshold, as where an activation function clips."
+    return text
+
+
+def silent(cause: str, threshold: float) -> str:
+    """Why a unit is never active.
+
+    >>> silent("clipped", 6.0)
+    'never active: 6 is its largest value, and too many values equal it'
+    """
+    level = number(float(f"{threshold:.4g}"))
+    level = level.rstrip("0").rstrip(".") if "." in level and "e" not in level else level
+    return "never active: " + {
+        "clipped": f"{level} is its largest value, and too many values equal it",
+        "constant": f"it is constant, {level}",
+        "too few values": "too few values for the quantile",
+    }.get(cause, "no value in the images that count exceeds its threshold")
+
+
+def concepts_note(limits: Limits, ap: bool, iou: bool) -> str:
+    """What the table of concepts shows."""
+    parts = ["Concepts that some unit encodes or detects, with these units, best first; the others are below."]
+    if ap:
+        parts.append(f"Encodes: {limits.rule}.")
+    if iou:
+        parts.append(f"Detects: the best label of the unit, with an IoU of {limits.iou:g} or more.")
+    return " ".join(parts)
 
 
 def _mode(name: Any) -> str:

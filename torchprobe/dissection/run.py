@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import Clock, RunOptions
+from torchprobe.dissection.activity import Level, explanation
 from torchprobe.dissection.average_precision import NEGATIVES, SIGNS, pooled
 from torchprobe.dissection.batches import Batch, Batches
 from torchprobe.dissection.dissection import Dissection
@@ -88,6 +90,7 @@ class Run:
     thresholds: Mapping[str, Tensor] | None = None
     keep_scores: bool = False
     errors: dict[str, float] = field(default_factory=dict, init=False)  # of computed thresholds
+    levels: dict[str, Level] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.broden, self.device = self.batches.broden, self.reader.device
@@ -105,7 +108,9 @@ class Run:
         thresholds = dict(self.thresholds or {})
         if self.iou and first is not None and self.thresholds is None:
             quantiles = {layer: first.statistic(f"{i}/quantile", Quantile) for i, layer in enumerate(self.sites)}
-            thresholds = self.ranks.from_first({layer: quantile.value().cpu() for layer, quantile in quantiles.items()})
+            method = "hazen" if self.settings.mode == "netdissect" else "inverted_cdf"  # the original interpolates
+            thresholds = self.ranks.from_first({layer: quantile.value(method=method).cpu() for layer, quantile in quantiles.items()})
+            self.levels = {layer: Level(q.count.cpu(), *(s.cpu() for s in q.shares(thresholds[layer]))) for layer, q in quantiles.items()}
             self.errors = {layer: float(quantile.error().amax()) for layer, quantile in quantiles.items()}
         second = self.count(thresholds) if self.iou else None
         results = self.assemble(first, second, thresholds) if self.ranks.first else None
@@ -210,6 +215,7 @@ class Run:
                 units=site.units,
                 images=torch.tensor(self.batches.rows),
                 thresholds=thresholds[layer].cpu() if self.iou else None,
+                level=self.levels.get(layer),
                 counts=counts,
                 metadata={**self.facts, **own},
             )
@@ -221,6 +227,8 @@ class Run:
                 top = first.statistic(f"{i}/top", TopInputs)
                 dissection.top = top.ids, top.scores.float()
             results[layer] = dissection
+            if layer in self.levels and (message := explanation(layer, dissection.silence(), dissection.quantile)):
+                warnings.warn(message, stacklevel=4)
         return results
 
     def ranking(self, category: Tensor) -> Ranking:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchprobe.datasets.broden import Label
-from torchprobe.dissection import nulls, summaries
+from torchprobe.dissection import activity, nulls, summaries
 from torchprobe.dissection.average_precision import Support, gain
+from torchprobe.dissection.concepts import ConceptUnits, concept_units
+from torchprobe.dissection.merging import add_images, same
 from torchprobe.dissection.overlap import Counts
 from torchprobe.dissection.ranking import Ranking
-from torchprobe.statistics.top_inputs import ranked
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,8 +33,8 @@ class UnitConcept:
     """A unit and the label with its best score.
 
     ``unit`` counts from 0. ``index`` is the column of the label in the tables, ``number`` its number in the data set. ``iou``,
-    ``average_precision``, ``prevalence`` and ``p_value`` are those of this pair, or None if they were not computed. If all scores of the
-    unit are 0 or nan, ``index`` is −1, ``label`` and ``category`` are empty.
+    ``average_precision``, ``prevalence``, ``p_value`` and ``gain`` are those of this pair, or None if they were not computed. If all scores
+    of the unit are 0 or nan, ``index`` is −1, ``label`` and ``category`` are empty. ``never_active``: no pixel exceeds its threshold.
     """
 
     unit: int
@@ -45,6 +47,8 @@ class UnitConcept:
     average_precision: float | None
     prevalence: float | None
     p_value: float | None
+    gain: float | None = None
+    never_active: bool | None = None
 
 
 class ConceptOverlap(NamedTuple):
@@ -67,6 +71,7 @@ class LayerScores:
         category: int64 (L,), the primary category of each label.
         images: int64 (N,), the rows of the data set that were read.
         thresholds: float32 (U,), the level that an active pixel exceeds, or None.
+        level: where the thresholds lie among the values of the units, or None; None too for given thresholds.
         counts: pixels, see :class:`Counts`, or None.
         average_precision: float64 (U, L), nan for a label that no image shows, or None.
         support: among how many images each label was ranked, and how many of them show it, or None.
@@ -86,6 +91,7 @@ class LayerScores:
     units: int
     images: Tensor
     thresholds: Tensor | None = None
+    level: activity.Level | None = None
     counts: Counts | None = None
     average_precision: Tensor | None = None
     support: Support | None = None
@@ -147,6 +153,21 @@ class LayerScores:
         assert self.p_values is not None
         return nulls.correct(self.p_values, method, 2 if self.metadata.get("sign") == "both" else 1)
 
+    @property
+    def never_active(self) -> Tensor | None:
+        """The units without an active pixel in any image that counts, bool (U,), or None if IoU was not computed."""
+        return None if self.counts is None else activity.never_active(self.counts)
+
+    def silence(self) -> list[str]:
+        """Why each unit is never active, "" for a unit that is; see :func:`torchprobe.dissection.activity.causes`. Empty without IoU."""
+        never = self.never_active
+        return [] if never is None else activity.causes(never, self.level, self.quantile)
+
+    @property
+    def quantile(self) -> Fraction:
+        """The share of its values that the threshold of a unit was to leave active."""
+        return Fraction(str(self.metadata.get("quantile", "0.005")))
+
     # -- units and concepts --------------------------------------------------------------------------------------------
 
     def best(self, score: str = "iou") -> list[UnitConcept]:
@@ -162,13 +183,16 @@ class LayerScores:
         value, index = summaries.first_best(table.nan_to_num(nan=-torch.inf))
         index = index.where(value > 0, -1)
         prevalence = None if self.prevalence is None else self.prevalence.expand(self.units, -1)
-        iou, ap, rarity, p = (_picked(part, index) for part in (self.iou, self.average_precision, prevalence, self.p_values))
+        tables = (self.iou, self.average_precision, prevalence, self.p_values, self.gain)
+        iou, ap, rarity, p, above = (_picked(part, index) for part in tables)
+        never = [None] * self.units if self.never_active is None else self.never_active.tolist()
         rows = []
         for unit in value.argsort(descending=True, stable=True).tolist():
             i = int(index[unit])
             category, label = (self.categories[int(self.category[i])], self.labels[i]) if i >= 0 else ("", None)
             name, score_of, number = ("", 0.0, 0) if label is None else (label.name, float(value[unit]), label.number)
-            rows.append(UnitConcept(unit, category, name, score_of, i, number, iou[unit], ap[unit], rarity[unit], p[unit]))
+            own = (iou[unit], ap[unit], rarity[unit], p[unit], above[unit], never[unit])
+            rows.append(UnitConcept(unit, category, name, score_of, i, number, *own))
         return rows
 
     def rows(self, score: str | None = None) -> list[dict[str, Any]]:
@@ -179,10 +203,11 @@ class LayerScores:
         """The layer as plain numbers.
 
         Returns:
-            ``layer``, ``units``, ``images``, ``labels``, ``metadata``. With IoU: ``detectors`` by both rules, and the 20 ``best`` units.
-            With average precision: ``concepts``, one entry for each of ``thresholds``, and the 20 units ``best_by_gain``. In ``concepts``,
-            ``unique`` is the number of concepts encoded, ``units`` the number of units that encode at least one, ``polysemanticity`` the
-            concepts per unit, mean over all units.
+            ``layer``, ``units``, ``images``, ``labels``, ``metadata``. With IoU: ``detectors`` by both rules, ``never_active``, the number
+            of units without any active pixel for each cause, and the 20 ``best`` units. With average precision: ``rule`` and ``encoded``,
+            what "encodes" means and the concepts that units encode by that rule (see :meth:`concepts`); ``concepts``, one entry for
+            each of ``thresholds``, and the 20 units ``best_by_gain``. In ``concepts``, ``unique`` is the number of concepts encoded,
+            ``units`` the number of units that encode at least one, ``polysemanticity`` the concepts per unit, mean over all units.
         """
         found: dict[str, Any] = {
             "layer": self.layer,
@@ -193,8 +218,12 @@ class LayerScores:
         }
         if self.counts is not None:
             found["detectors"] = {rule: self.unique_detectors(rule)._asdict() for rule in summaries.RULES}
+            silence = self.silence()
+            found["never_active"] = {cause: silence.count(cause) for cause in activity.CAUSES}
             found["best"] = self.rows("iou")[:20]
         if self.average_precision is not None:
+            found["rule"] = {"ap": 0.9, "gain": summaries.default_gain(0.9), "alpha": 0.05, "method": "holm"}
+            found["encoded"] = [asdict(row) for row in self.concepts() if row.encoded_by]
             found["concepts"] = []
             for threshold in thresholds:
                 pairs = self.encoded(threshold)
@@ -214,28 +243,75 @@ class LayerScores:
         """Distinct concepts that units detect by IoU, counted in one of two ways; see :func:`unique_detectors`."""
         return summaries.unique_detectors(self.table("iou"), self.category, self.categories, rule, threshold)
 
-    def encoded(self, threshold: float = 0.9, alpha: float = 0.05, method: str = "holm", minimum_positives: int = 1) -> Tensor:
-        """Which unit encodes which concept, bool (U, L): an AP of at least ``threshold``, significant at ``alpha`` after correction, for a
-        concept that at least ``minimum_positives`` images show."""
-        ap = self.table("ap")
-        assert self.support is not None
-        return summaries.encoded(ap, self.adjusted_p_values(method), threshold, alpha) & (self.support.positives >= minimum_positives)
+    def encoded(
+        self,
+        threshold: float = 0.9,
+        alpha: float = 0.05,
+        method: str = "holm",
+        minimum_positives: int = 1,
+        gain_threshold: float | None = None,
+    ) -> Tensor:
+        """Which unit encodes which concept, bool (U, L): an AP of at least ``threshold``, significant at ``alpha`` after correction, and a
+        gain over prevalence of at least ``gain_threshold``, for a concept that at least ``minimum_positives`` images show.
 
-    def unique_concepts(self, threshold: float = 0.9, alpha: float = 0.05, method: str = "holm", minimum_positives: int = 1) -> list[Label]:
+        The default of ``gain_threshold`` is 2 · threshold − 1, see :func:`torchprobe.dissection.summaries.default_gain`; with
+        ``-math.inf`` the gain does not count.
+        """
+        ap, prevalence = self.table("ap"), self.prevalence
+        assert self.support is not None
+        pairs = summaries.encoded(ap, self.adjusted_p_values(method), threshold, alpha, prevalence, gain_threshold)
+        return pairs & (self.support.positives >= minimum_positives)
+
+    def unique_concepts(
+        self,
+        threshold: float = 0.9,
+        alpha: float = 0.05,
+        method: str = "holm",
+        minimum_positives: int = 1,
+        gain_threshold: float | None = None,
+    ) -> list[Label]:
         """The concepts that at least one unit encodes; see :meth:`encoded`."""
-        pairs = self.encoded(threshold, alpha, method, minimum_positives)
+        pairs = self.encoded(threshold, alpha, method, minimum_positives, gain_threshold)
         return [self.labels[i] for i in summaries.unique_concepts(pairs).tolist()]
 
-    def polysemanticity(self, threshold: float = 0.9, alpha: float = 0.05, method: str = "holm", minimum_positives: int = 1) -> Tensor:
+    def polysemanticity(
+        self,
+        threshold: float = 0.9,
+        alpha: float = 0.05,
+        method: str = "holm",
+        minimum_positives: int = 1,
+        gain_threshold: float | None = None,
+    ) -> Tensor:
         """The number of concepts that each unit encodes, int64 (U,); see :meth:`encoded`."""
-        return summaries.polysemanticity(self.encoded(threshold, alpha, method, minimum_positives))
+        return summaries.polysemanticity(self.encoded(threshold, alpha, method, minimum_positives, gain_threshold))
+
+    def concepts(
+        self,
+        threshold: float = 0.9,
+        alpha: float = 0.05,
+        method: str = "holm",
+        minimum_positives: int = 1,
+        gain_threshold: float | None = None,
+        iou_threshold: float = summaries.THRESHOLD,
+    ) -> list[ConceptUnits]:
+        """Every concept that some image shows, with its units, positives and images; those of most units first. ``iou_threshold``: the
+        smallest IoU of a detector; the other arguments: see :meth:`encoded`."""
+        ap = self.average_precision is not None
+        pairs = self.encoded(threshold, alpha, method, minimum_positives, gain_threshold) if ap else None
+        return concept_units(self, pairs, iou_threshold)
 
     def overlap(
-        self, other: LayerScores, threshold: float = 0.9, alpha: float = 0.05, method: str = "holm", minimum_positives: int = 1
+        self,
+        other: LayerScores,
+        threshold: float = 0.9,
+        alpha: float = 0.05,
+        method: str = "holm",
+        minimum_positives: int = 1,
+        gain_threshold: float | None = None,
     ) -> ConceptOverlap:
         """The concepts that both layers encode, and those that only one encodes; labels are compared by name."""
-        mine = self.unique_concepts(threshold, alpha, method, minimum_positives)
-        theirs = other.unique_concepts(threshold, alpha, method, minimum_positives)
+        rule = (threshold, alpha, method, minimum_positives, gain_threshold)
+        mine, theirs = self.unique_concepts(*rule), other.unique_concepts(*rule)
         names, other_names = {label.name for label in mine}, {label.name for label in theirs}
         return ConceptOverlap(
             [label for label in mine if label.name in other_names],
@@ -249,8 +325,6 @@ class LayerScores:
             raise ValueError("the scores of the images were not kept: dissect with keep_scores=True")
         return self.ranking.permutation_test(self.scores.contiguous(), permutations, seed)
 
-    # -- merging -------------------------------------------------------------------------------------------------------
-
     def merge(self, other: LayerScores) -> Self:
         """Adds, in place, what ``other`` counted on other images; returns self.
 
@@ -260,40 +334,8 @@ class LayerScores:
         """
         if not isinstance(other, LayerScores):
             raise TypeError(f"cannot merge a {type(self).__name__} with {type(other).__name__}")
-        self._require_alike(other)
-        if self.counts is not None and other.counts is not None:
-            self.counts = Counts(*(a + b for a, b in zip(self.counts, other.counts, strict=True)))
-        if self.ranking is not None and other.ranking is not None and self.scores is not None and other.scores is not None:
-            self.rank(self.ranking.joined(other.ranking), torch.cat([self.scores, other.scores], 1), keep=True)
-        if self.top is not None and other.top is not None:
-            k = self.top[0].shape[1]
-            scores, ids = ranked(torch.cat([self.top[1], other.top[1]], 1), torch.cat([self.top[0], other.top[0]], 1))
-            self.top = ids[:, :k], scores[:, :k]
-        self.images = torch.cat([self.images, other.images])
+        add_images(self, other)
         return self
-
-    def _require_alike(self, other: LayerScores) -> None:
-        for name in ("layer", "units"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"cannot merge the {name} {getattr(self, name)!r} and {getattr(other, name)!r}")
-        if tuple(self.labels) != tuple(other.labels) or not torch.equal(self.category, other.category):
-            raise ValueError(f"layer {self.layer!r}: the labels differ")
-        for name in ("thresholds", "counts", "average_precision", "top"):
-            if (getattr(self, name) is None) != (getattr(other, name) is None):
-                raise ValueError(f"layer {self.layer!r}: only one of the two has {name}")
-        if self.counts is not None and not _same(self.thresholds, other.thresholds):
-            raise ValueError(f"layer {self.layer!r} was counted with other thresholds: give dissect() the same thresholds= for all parts")
-        for name in ("mode", "pooling", "sign", "negatives", "minimum_area", "weights"):
-            if (mine := self.metadata.get(name)) != (theirs := other.metadata.get(name)):
-                raise ValueError(f"layer {self.layer!r} was dissected with {name} {mine!r} and {theirs!r}")
-        if self.average_precision is not None and (self.scores is None or other.scores is None):
-            raise ValueError(
-                f"layer {self.layer!r}: merging average precision needs the scores of the images: dissect with keep_scores=True"
-            )
-        if self.top is not None and other.top is not None and self.top[0].shape != other.top[0].shape:
-            raise ValueError(f"layer {self.layer!r}: {self.top[0].shape[1]} and {other.top[0].shape[1]} top images were kept")
-        if bool(torch.isin(self.images, other.images).any()):
-            raise ValueError(f"layer {self.layer!r}: both contain some of the same images, which would count twice")
 
     def __repr__(self) -> str:
         found = [name for name in ("counts", "average_precision", "top", "scores") if getattr(self, name) is not None]
@@ -303,22 +345,11 @@ class LayerScores:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LayerScores):
             return NotImplemented
-        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
 
 def _picked(table: Tensor | None, index: Tensor) -> list[float | None]:
     if table is None or not table.shape[1]:
         return [None] * len(index)
     values = table[torch.arange(len(index)), index.clamp(min=0)].tolist()
-    return [value if i >= 0 else None for value, i in zip(values, index.tolist(), strict=True)]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal, tensors by value; nan equals nan."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(nan=-7.0), b.nan_to_num(nan=-7.0))
-    if isinstance(a, Ranking) and isinstance(b, Ranking):
-        return all(_same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
+    return [value if i >= 0 and value == value else None for value, i in zip(values, index.tolist(), strict=True)]

@@ -100,18 +100,47 @@ def unique_detectors(
     return Detectors(sum(unique for unique, _ in by_category.values()), int(counted.any(1).sum()), by_category)
 
 
-def encoded(ap: Tensor, adjusted_p: Tensor, threshold: float = 0.9, alpha: float = 0.05) -> Tensor:
-    """Which unit encodes which concept: an AP of at least ``threshold``, and a p-value of at most ``alpha``. Bool (units, concepts).
+def encoded(
+    ap: Tensor,
+    adjusted_p: Tensor,
+    threshold: float = 0.9,
+    alpha: float = 0.05,
+    prevalence: Tensor | None = None,
+    gain_threshold: float | None = None,
+) -> Tensor:
+    """Which unit encodes which concept: an AP of at least ``threshold``, a p-value of at most ``alpha``, and a gain over the prevalence π,
+    (AP − π) / (1 − π), of at least ``gain_threshold``. Bool (units, concepts).
 
-    A threshold alone is not enough: a concept that nearly all images show has a high AP for any unit.
+    A threshold of AP alone is not enough: a concept that nearly all images show has a high AP for any unit. Nor is significance: among
+    60,000 images, a weak relation to a concept that 70 % of them show is significant and has an AP of 0.9.
 
     Args:
         ap, adjusted_p: (units, concepts); the p-values are corrected for multiple tests, see :func:`torchprobe.dissection.correct`.
+        prevalence: (concepts,), see :func:`torchprobe.dissection.support`. Without it the gain does not count.
+        gain_threshold: default: :func:`default_gain`.
 
     >>> encoded(torch.tensor([[0.98, 0.95, float("nan")]]), torch.tensor([[0.7, 1e-9, float("nan")]]))
     tensor([[False,  True, False]])
+    >>> encoded(torch.tensor([[0.92, 0.92]]), torch.tensor([[1e-9, 1e-9]]), prevalence=torch.tensor([0.7, 0.1]))
+    tensor([[False,  True]])
     """
-    return (ap >= threshold) & (adjusted_p <= alpha)
+    found = (ap >= threshold) & (adjusted_p <= alpha)
+    if prevalence is None:
+        return found
+    least = default_gain(threshold) if gain_threshold is None else gain_threshold
+    # Gain ≥ g, without a division: rounding must not drop an AP that is exactly at both thresholds.
+    return found & (ap - prevalence >= least * (1 - prevalence) - 1e-12) & (prevalence < 1)
+
+
+def default_gain(threshold: float) -> float:
+    """2 · threshold − 1: the gain that this AP has for a concept that half of the images show.
+
+    So the threshold of AP decides for all rarer concepts, and the threshold of gain for all more frequent ones. The choice is ours.
+
+    >>> round(default_gain(0.9), 12)
+    0.8
+    """
+    return 2 * threshold - 1
 
 
 def unique_concepts(pairs: Tensor) -> Tensor:

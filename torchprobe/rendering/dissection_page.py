@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEMPLATE = "dissection.html.jinja"
+LINKED = 24
+"""Units that a concept links to."""
 THUMBNAIL = 112
 """Longer side of an embedded picture, in pixels."""
 QUALITY = 72
@@ -69,6 +71,20 @@ class UnitRow:
 
 
 @dataclass(frozen=True)
+class ConceptRow:
+    """A concept. ``values``: its cells, with ``label`` and ``category``. ``encoded_by``, ``detected_by``: its units, best first."""
+
+    values: Row
+    encoded_by: Sequence[int] = ()
+    detected_by: Sequence[int] = ()
+
+    @property
+    def found(self) -> bool:
+        """Whether it has a unit."""
+        return bool(self.encoded_by or self.detected_by)
+
+
+@dataclass(frozen=True)
 class CategoryBar:
     """The concepts of one category that units detect. ``concepts``: pairs of a name and a number of units, largest number first."""
 
@@ -88,6 +104,9 @@ class DissectionPage(Page):
         lead: sections between bars and units.
         bars: one for each category, in the order shown.
         bars_note: what counts as detected.
+        concepts: each with its units; those without units are folded away.
+        concepts_note: what it means that a unit encodes or detects a concept.
+        concept_columns: of the table of concepts; the units follow.
         units: in the order first shown.
         units_note: how to read the table and the pictures.
         columns: of the table.
@@ -96,11 +115,19 @@ class DissectionPage(Page):
 
     bars: Sequence[CategoryBar] = ()
     bars_note: str = ""
+    concepts: Sequence[ConceptRow] = ()
+    concepts_note: str = ""
+    concept_columns: Sequence[Column] = ()
     units: Sequence[UnitRow] = ()
     units_note: str = ""
     columns: Sequence[Column] = ()
     thumbnails: Sequence[Thumbnail] = ()
     lead: Sequence[Section] = ()
+
+    @property
+    def linked(self) -> int:
+        """Units that a concept links to."""
+        return LINKED
 
     @property
     def rows(self) -> list[Row]:

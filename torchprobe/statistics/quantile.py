@@ -20,6 +20,9 @@ from torchprobe.statistics.tensors import check_input, describe
 NETDISSECT = Fraction(5, 999)
 """The true level of Network Dissection's thresholds: they take entry 5 of 1000 evenly spaced levels from the top, which is 994/999."""
 
+METHODS = ("inverted_cdf", "hazen")
+"""How a quantile between two values is chosen, as NumPy calls it: the larger share above it is not exceeded, or linear interpolation."""
+
 MEMORY = 256 << 20
 """Default budget in bytes. At 0.5 %, 2048 features are exact up to 3.5 million positions."""
 
@@ -34,7 +37,7 @@ class Quantile(DynamicStatistic):
 
     Of n values (nan left out), it is the smallest one that at most ⌊quantile · n⌋ values exceed. This is ``numpy.quantile(x, 1 - quantile,
     method="inverted_cdf")`` in exact arithmetic. So a strict comparison with it selects at most that share. For the thresholds of Network
-    Dissection use ``quantile=torchprobe.statistics.quantile.NETDISSECT``, which is 5/999, not 0.005.
+    Dissection use ``quantile=torchprobe.statistics.quantile.NETDISSECT``, which is 5/999, not 0.005, and ``value(method="hazen")``.
 
     **It is exact** as long as ⌊quantile · n⌋ fits the memory: each feature keeps its largest values, and a value that is dropped can never
     be the quantile. The result is then the same for any order, partition and merging.
@@ -235,27 +238,60 @@ class Quantile(DynamicStatistic):
         """Whether :meth:`value` is exact; otherwise it is estimated."""
         return self._main.thinning == 0
 
-    def value(self, quantile: float | Fraction | None = None) -> Tensor:
+    def value(self, quantile: float | Fraction | None = None, method: str = "inverted_cdf") -> Tensor:
         """The quantile of each feature: float32 (features,), nan if nothing was seen.
 
         Args:
             quantile: another share, at most that of the statistic. Default: that of the statistic.
+            method: "inverted_cdf", see above. "hazen": linear between the two values around it, as ``numpy.quantile(x, 1 - quantile,
+                method="hazen")`` and as Network Dissection reads its sketch: value k of n sorted ones is at the level (k + ½) / n. The
+                original sorts values together with two extremes of weight 0, in no fixed order, so it may be half a rank off from this.
 
         Raises:
-            ValueError: the share is larger, or outside (0, 1).
+            ValueError: the share is larger, or outside (0, 1), or the method is unknown.
         """
-        return self._read(quantile)[0]
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if method == "inverted_cdf":
+            return self._read(quantile)[0]
+        level = self._level_of(quantile)
+        ranks = [max(level * n - Fraction(1, 2), Fraction(0)) for n in self.count.tolist()]  # from the largest value, which has 0
+        before = torch.tensor([_floor(rank) for rank in ranks], device=self.device)
+        last = (self.count - 1).clamp(min=0)
+        upper, lower = (self._at(rank)[0].double() for rank in (torch.minimum(before, last), torch.minimum(before + 1, last)))
+        share = torch.tensor([float(rank - _floor(rank)) for rank in ranks], dtype=torch.float64, device=self.device)
+        between = upper + share * (lower - upper)
+        return between.where((share > 0) & (upper != lower) & upper.isfinite(), upper).float()
 
     def error(self, quantile: float | Fraction | None = None) -> Tensor:
         """Standard deviation of the level of :meth:`value`, as a share of all values: float64 (features,), 0 if it is exact."""
         return self._read(quantile)[1]
 
-    def _read(self, quantile: float | Fraction | None) -> tuple[Tensor, Tensor]:
+    def shares(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares of the values above and equal to ``value``, float32 (features,): float64 (features,) each; as exact as :meth:`value`. nan
+        where nothing was seen, or ``value`` is so low that the statistic does not know."""
+        above = torch.full_like(value, torch.nan, dtype=torch.float64)
+        equal, missing = above.clone(), self.count > 0
+        for tail in self._tails:
+            more, same, known = tail.tally(value.to(self.device))
+            scale = 2.0**tail.thinning / self.count.double()
+            above, equal = (more * scale).where(missing & known, above), (same * scale).where(missing & known, equal)
+            missing = missing & ~known
+        return above.clamp(max=1), equal.clamp(max=1)
+
+    def _level_of(self, quantile: float | Fraction | None) -> Fraction:
         level = self.quantile if quantile is None else _level(quantile)
         if level > self.quantile:
             raise ValueError(f"this statistic keeps only the upper {float(self.quantile):g} of the values; {float(level):g} is below it")
+        return level
+
+    def _read(self, quantile: float | Fraction | None) -> tuple[Tensor, Tensor]:
+        level = self._level_of(quantile)
+        return self._at(torch.tensor([_floor(level * n) for n in self.count.tolist()], device=self.device))
+
+    def _at(self, above: Tensor) -> tuple[Tensor, Tensor]:
+        """The value that so many values exceed, and the error of its level; int64 (features,)."""
         counts = self.count
-        above = torch.tensor([_floor(level * n) for n in counts.tolist()], device=counts.device)
         value = torch.full_like(self._main.bound, torch.nan)
         error = torch.full_like(value, torch.inf, dtype=torch.float64).where(counts > 0, 0)
         missing = counts > 0

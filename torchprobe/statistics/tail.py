@@ -86,6 +86,16 @@ class Tail:
                 value[part] = self.values[part].topk(r + 1, sorted=False).values.amin(1)  # kthvalue is not deterministic on a GPU
         return value, known
 
+    def tally(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How many of the positions taken are above ``value`` and how many are equal to it, and whether that is known, per feature;
+        float32 (features,) → int64, int64, bool."""
+        above, equal = torch.zeros_like(self.counts[0]), self.counts[2].where(self.bound == value, 0)
+        for rows in torch.arange(len(value), device=value.device).split(256):
+            kept, level = self.values[rows], value[rows, None]
+            above[rows] = (kept > level).sum(1)
+            equal[rows] += ((kept == level) & (level > -torch.inf)).sum(1)
+        return above, equal, value >= self.bound
+
     def _reserve(self, positions: int) -> None:
         """Makes room for so many more values, up to :func:`slots`."""
         full = slots(self.capacity)

@@ -15,15 +15,17 @@ from torch import nn
 from torchprobe.analysis.interpolation import recalibrate_batch_norms
 from torchprobe.common.deprecation import renamed
 from torchprobe.common.files import replacing, to_json
+from torchprobe.common.messages import listing
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, dissect, random_rotation
+from torchprobe.dissection.activity import explanation
 from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
 from torchprobe.dissection.report import Report, write_report
 from torchprobe.dissection.report_text import COMPARISON, OWN
 from torchprobe.dissection.walk import clear_checkpoint
-from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, text
+from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, shown_columns, text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -139,6 +141,7 @@ def write_pages(
     evidence: int = 0,
     rotated: bool = False,
     progress: CountCallback | None = None,
+    gain_threshold: float | None = None,
 ) -> dict[str, Path]:
     """Writes ``<layer>.html`` for each layer; returns {layer: path}.
 
@@ -151,6 +154,7 @@ def write_pages(
         evidence: number of units whose evidence is shown.
         rotated: whether the units are those of a random rotation with the seed of the metadata.
         progress: called with (steps done, steps in all): a page is one step, and the evidence of each unit is one step.
+        gain_threshold: the smallest gain over prevalence with which a unit encodes a concept; default: 0.8.
     """
     names = file_names(results)
     files = {}
@@ -165,19 +169,21 @@ def write_pages(
         files[layer or "(output)"] = write_report(
             dissection, path, broden, encoder,
             nulls=_of_layer(nulls or {}, layer), top_images=top_images, evidence=evidence, basis=basis, progress=tell,
+            gain_threshold=gain_threshold,
         )  # fmt: skip
     return files
 
 
-def print_dissections(results: Mapping[str, Dissection], nulls: Nulls, out: Console) -> None:
+def print_dissections(results: Mapping[str, Dissection], nulls: Nulls, out: Console, gain_threshold: float | None = None) -> None:
     """Prints each layer and its nulls; for a single layer also the units with the highest scores.
 
     Args:
         results: layer → dissection.
         nulls: dissections to compare with.
         out: where to print.
+        gain_threshold: see :func:`write_pages`.
     """
-    reports = [Report(dissection, _of_layer(nulls, layer)) for layer, dissection in results.items()]
+    reports = [Report(dissection, _of_layer(nulls, layer), gain_threshold=gain_threshold) for layer, dissection in results.items()]
     rows = []
     for report in reports:
         name = report.dissection.layer or "(output)"
@@ -186,14 +192,21 @@ def print_dissections(results: Mapping[str, Dissection], nulls: Nulls, out: Cons
             rows.append({**row, "layer": f"{name}, {number(report.dissection.units)} units" if own else f"  {row['layer']}"})
     _print([column for column in COMPARISON if any(column.key in row for row in rows)], rows, out)
     if len(reports) == 1:
-        columns = [column for column in reports[0].columns() if column.key not in ("threshold", "others")]
+        columns = [column for column in reports[0].columns() if column.key not in ("threshold", "active", "others")]
         _print(columns, [unit.values for unit in reports[0].units()[:SHOWN_UNITS]], out)
+    for report in reports:
+        if message := explanation(report.dissection.layer, report.dissection.silence(), report.dissection.quantile):
+            out.print(text(f"{message[0].upper()}{message[1:]}."))
+        if report.encoded is not None:
+            named = [row.values["label"] for row in report.concept_rows() if row.encoded_by]
+            out.print(text(f"{report.dissection.layer or '(output)'} encodes {listing(named, 20) or 'no concept'} ({report.limits.rule})."))
     if not nulls:
         advice = "Dissect with random weights and with shuffled labels as well, and name those folders with --null."
         out.print(text(f"No null was given. {advice}"))
 
 
 def _print(columns: Sequence[Column], rows: Sequence[Row], out: Console) -> None:
+    columns = shown_columns(rows, columns)
     table = plain_table(*(column.title for column in columns), right={column.title for column in columns if column.numeric})
     for row in rows:
         table.add_row(*(text(row[column.key] if column.key == "layer" else shown(row, column)) for column in columns))

@@ -130,8 +130,9 @@ def concepts_section(found: Concepts) -> Section:
         "Concepts",
         [
             f"Every unit, and every direction of the head, ranks {counted(found.images, 'image')}. It encodes a concept if the average "
-            "precision of that ranking is above the threshold, and significant after correction for all pairs and both signs. The "
-            "figures show the number of distinct concepts, and of concepts per direction, as the threshold rises.",
+            "precision of that ranking reaches the threshold t, and is significant after correction for all pairs and both signs, and if "
+            "its gain over the share of images that show the concept is at least 2t − 1. The figures show the number of distinct "
+            "concepts, and of concepts per direction, as the threshold rises.",
             "A random rotation of the units shows whether the axes are special; shuffled labels show chance. In the paper, the count "
             "coincides with language supervision, and is not an indicator of robustness.",
         ],
