@@ -220,6 +220,56 @@ def test_presence_is_kept_in_a_file(pristine, tmp_path, monkeypatch):
     assert len(Broden(pristine.root).presence(cache)) == len(first)
 
 
+def test_presence_reads_only_the_rows_asked_for(pristine, tmp_path, monkeypatch):
+    whole = Broden(pristine.root).presence()
+    broden, cache, read = Broden(pristine.root), tmp_path / "presence.safetensors", []
+    labels = broden.image_labels
+    monkeypatch.setattr(broden, "image_labels", lambda index: read.append(index) or labels(index))
+    told = []
+    some = broden.presence(cache, progress=lambda done, total: told.append((done, total)), rows=[7, 2, 30])
+    assert sorted(read) == [2, 7, 30] and told == [(1, 3), (2, 3), (3, 3)] and broden._presence is None
+    for i, row in enumerate((7, 2, 30)):
+        for name in ("number", "area"):
+            mine, all_ = (getattr(p, name)[p.crow[at] : p.crow[at + 1]] for p, at in ((some, i), (whole, row)))
+            assert torch.equal(mine, all_)
+        assert torch.equal(some.annotated[i], whole.annotated[row])
+    for other in ([7, 2], [2, 7, 30], [7, 2, 31], None):  # the file does not mix parts: none of these is in it
+        assert len(broden.presence(cache, rows=[7, 2, 30])) == 3
+        before = len(read)
+        assert len(broden.presence(cache, rows=other)) == (len(broden) if other is None else len(other))
+        assert len(read) - before == (len(broden) if other is None else len(other))
+    read.clear()
+    assert torch.equal(broden.presence(rows=[7, 2, 30]).number, some.number) and not read  # all are known by now
+    assert len(Broden(pristine.root).presence(rows=[])) == 0
+    with pytest.raises(IndexError):
+        broden.presence(rows=[len(broden)])
+
+
+def test_presence_needs_little_memory(tmp_path):
+    """Kept results among large buffers once held 50 to 90 kB for each row. 1,500 rows that share a few maps."""
+    with BrodenWriter(tmp_path / "set", {"object": [f"thing {i}" for i in range(1200)]}, size=224, image_format="png") as writer:
+        rng = np.random.default_rng(0)
+        for i in range(60):
+            plane = np.kron(rng.integers(20 * i, 20 * i + 20, (14, 14)) + 1, np.ones((16, 16), int))
+            writer.add(str(i), np.zeros((8, 8, 3), np.uint8), {"object": plane})
+    lines = (tmp_path / "set" / "index.csv").read_text().splitlines()
+    (tmp_path / "set" / "index.csv").write_text("\n".join([lines[0], *lines[1:] * 25]) + "\n")
+    code = """
+import re, sys
+from pathlib import Path
+from torchprobe.datasets import Broden
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+broden = Broden(sys.argv[1])
+broden.presence(rows=range(256))  # workspaces are made
+before = resident()
+assert len(broden.presence()) == 1500
+print(resident() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux to read the memory")
+    assert int(python(code, str(tmp_path / "set")).stdout) < 20_000  # kB
+
+
 def test_captum_concepts(pristine):
     pytest.importorskip("captum")
     transform = lambda image: torch.from_numpy(np.array(image.resize((8, 8)))).permute(2, 0, 1).float()  # noqa: E731
