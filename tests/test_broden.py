@@ -432,6 +432,40 @@ def test_damaged_pictures_are_refused_with_their_row(trap, damage, message):
     assert message in finding.what and finding.row == broden.rows[2].line
 
 
+def test_gray_pictures_of_16_bits_are_scaled(tmp_path):
+    """A ramp over all values, in a file, as a path, and as an open image of either mode."""
+    ramp = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
+    want = np.round(ramp / 257)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    sources = [tmp_path / "ramp.png", Image.fromarray(ramp), Image.fromarray(ramp.astype(np.int32)), Image.open(tmp_path / "ramp.png")]
+    sources.append(Image.fromarray(ramp.astype(">u2")))
+    with BrodenWriter(tmp_path / "set", {"object": ["a"]}, size=None, image_format="png") as writer:
+        for i, source in enumerate(sources):
+            writer.add(str(i), source, {"object": np.ones((64, 64), int)})
+    broden = Broden(tmp_path / "set")
+    for i in range(len(broden)):
+        np.testing.assert_array_equal(np.array(broden.image(i)), np.stack([want] * 3, -1))
+    Image.fromarray(ramp).save(tmp_path / "set" / "images" / "0.png")  # by someone else
+    at = [row.image for row in broden.rows].index("0.png")
+    np.testing.assert_array_equal(np.array(broden.image(at))[..., 1], want)
+    dark = Image.fromarray(ramp // 257)
+    dark.save(tmp_path / "set" / "images" / "0.png")
+    np.testing.assert_array_equal(np.array(broden.image(at))[..., 1], (ramp // 257) >= 129)  # of 65535, nearly black
+
+
+def test_pictures_of_unknown_range_are_refused(tmp_path):
+    writer = BrodenWriter(tmp_path / "set", {"object": ["a"]})
+    for image, message in (
+        (Image.fromarray(np.ones((4, 4), np.float32)), "mode F are floating point"),
+        (Image.fromarray(np.full((4, 4), 255, np.int32)), "mode I up to 255 may be meant as 8 or as 16 bits"),
+        (Image.fromarray(np.full((4, 4), -1, np.int32)), "mode I from -1 to 0 are not gray of 16 bits"),
+        (Image.fromarray(np.full((4, 4), 65536, np.int32)), "mode I from 0 to 65536"),
+    ):
+        with pytest.raises(ValueError, match=f"x: pixels of {message}.*: convert them to"):
+            writer.add("x", image, {"object": np.ones((4, 4), int)})
+    writer.add("x", Image.fromarray(np.zeros((4, 4), np.int32)), {"object": np.ones((4, 4), int)})  # black, whatever is meant
+
+
 def test_pictures_too_large_are_not_decoded(trap, monkeypatch):
     monkeypatch.setattr("torchprobe.datasets.broden.image_files.MAX_PIXELS", 1000)
     with pytest.raises(DatasetError, match="64 × 64 pixels, more than"):
