@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class SyntheticBroden(Broden):
         moved = (scene - _FIRST["scene"] + index) % CATEGORIES["scene"] + _FIRST["scene"]
         return [*planes, ("scene", moved)]
 
-    def presence(self, *args: Any, **kwargs: Any) -> Presence:
+    def presence(self, cache: Any = None, workers: int = 2, progress: Any = None, rows: Sequence[int] | None = None) -> Presence:
         """From the areas of the templates, without decoding anything."""
         if self._presence is None:
             areas = [image_areas(planes[:-1], self.label_size) for planes in self._templates]
@@ -75,7 +76,7 @@ class SyntheticBroden(Broden):
                 shares += [share, torch.ones(1)]
                 counts.append(len(number) + 1)
             self._presence = Presence(torch.tensor(counts).cumsum(0), torch.cat(numbers), torch.cat(shares))
-        return self._presence
+        return self._presence if rows is None else self._presence.take(rows)
 
 
 class GeneratedMaps(nn.Module):

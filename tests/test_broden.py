@@ -220,6 +220,56 @@ def test_presence_is_kept_in_a_file(pristine, tmp_path, monkeypatch):
     assert len(Broden(pristine.root).presence(cache)) == len(first)
 
 
+def test_presence_reads_only_the_rows_asked_for(pristine, tmp_path, monkeypatch):
+    whole = Broden(pristine.root).presence()
+    broden, cache, read = Broden(pristine.root), tmp_path / "presence.safetensors", []
+    labels = broden.image_labels
+    monkeypatch.setattr(broden, "image_labels", lambda index: read.append(index) or labels(index))
+    told = []
+    some = broden.presence(cache, progress=lambda done, total: told.append((done, total)), rows=[7, 2, 30])
+    assert sorted(read) == [2, 7, 30] and told == [(1, 3), (2, 3), (3, 3)] and broden._presence is None
+    for i, row in enumerate((7, 2, 30)):
+        for name in ("number", "area"):
+            mine, all_ = (getattr(p, name)[p.crow[at] : p.crow[at + 1]] for p, at in ((some, i), (whole, row)))
+            assert torch.equal(mine, all_)
+        assert torch.equal(some.annotated[i], whole.annotated[row])
+    for other in ([7, 2], [2, 7, 30], [7, 2, 31], None):  # the file does not mix parts: none of these is in it
+        assert len(broden.presence(cache, rows=[7, 2, 30])) == 3
+        before = len(read)
+        assert len(broden.presence(cache, rows=other)) == (len(broden) if other is None else len(other))
+        assert len(read) - before == (len(broden) if other is None else len(other))
+    read.clear()
+    assert torch.equal(broden.presence(rows=[7, 2, 30]).number, some.number) and not read  # all are known by now
+    assert len(Broden(pristine.root).presence(rows=[])) == 0
+    with pytest.raises(IndexError):
+        broden.presence(rows=[len(broden)])
+
+
+def test_presence_needs_little_memory(tmp_path):
+    """Kept results among large buffers once held 50 to 90 kB for each row. 1,500 rows that share a few maps."""
+    with BrodenWriter(tmp_path / "set", {"object": [f"thing {i}" for i in range(1200)]}, size=224, image_format="png") as writer:
+        rng = np.random.default_rng(0)
+        for i in range(60):
+            plane = np.kron(rng.integers(20 * i, 20 * i + 20, (14, 14)) + 1, np.ones((16, 16), int))
+            writer.add(str(i), np.zeros((8, 8, 3), np.uint8), {"object": plane})
+    lines = (tmp_path / "set" / "index.csv").read_text().splitlines()
+    (tmp_path / "set" / "index.csv").write_text("\n".join([lines[0], *lines[1:] * 25]) + "\n")
+    code = """
+import re, sys
+from pathlib import Path
+from torchprobe.datasets import Broden
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+broden = Broden(sys.argv[1])
+broden.presence(rows=range(256))  # workspaces are made
+before = resident()
+assert len(broden.presence()) == 1500
+print(resident() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux to read the memory")
+    assert int(python(code, str(tmp_path / "set")).stdout) < 20_000  # kB
+
+
 def test_captum_concepts(pristine):
     pytest.importorskip("captum")
     transform = lambda image: torch.from_numpy(np.array(image.resize((8, 8)))).permute(2, 0, 1).float()  # noqa: E731
@@ -380,6 +430,40 @@ def test_damaged_pictures_are_refused_with_their_row(trap, damage, message):
     broden.image_labels(2)  # which are well
     (finding,) = validate(trap.root)
     assert message in finding.what and finding.row == broden.rows[2].line
+
+
+def test_gray_pictures_of_16_bits_are_scaled(tmp_path):
+    """A ramp over all values, in a file, as a path, and as an open image of either mode."""
+    ramp = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
+    want = np.round(ramp / 257)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    sources = [tmp_path / "ramp.png", Image.fromarray(ramp), Image.fromarray(ramp.astype(np.int32)), Image.open(tmp_path / "ramp.png")]
+    sources.append(Image.fromarray(ramp.astype(">u2")))
+    with BrodenWriter(tmp_path / "set", {"object": ["a"]}, size=None, image_format="png") as writer:
+        for i, source in enumerate(sources):
+            writer.add(str(i), source, {"object": np.ones((64, 64), int)})
+    broden = Broden(tmp_path / "set")
+    for i in range(len(broden)):
+        np.testing.assert_array_equal(np.array(broden.image(i)), np.stack([want] * 3, -1))
+    Image.fromarray(ramp).save(tmp_path / "set" / "images" / "0.png")  # by someone else
+    at = [row.image for row in broden.rows].index("0.png")
+    np.testing.assert_array_equal(np.array(broden.image(at))[..., 1], want)
+    dark = Image.fromarray(ramp // 257)
+    dark.save(tmp_path / "set" / "images" / "0.png")
+    np.testing.assert_array_equal(np.array(broden.image(at))[..., 1], (ramp // 257) >= 129)  # of 65535, nearly black
+
+
+def test_pictures_of_unknown_range_are_refused(tmp_path):
+    writer = BrodenWriter(tmp_path / "set", {"object": ["a"]})
+    for image, message in (
+        (Image.fromarray(np.ones((4, 4), np.float32)), "mode F are floating point"),
+        (Image.fromarray(np.full((4, 4), 255, np.int32)), "mode I up to 255 may be meant as 8 or as 16 bits"),
+        (Image.fromarray(np.full((4, 4), -1, np.int32)), "mode I from -1 to 0 are not gray of 16 bits"),
+        (Image.fromarray(np.full((4, 4), 65536, np.int32)), "mode I from 0 to 65536"),
+    ):
+        with pytest.raises(ValueError, match=f"x: pixels of {message}.*: convert them to"):
+            writer.add("x", image, {"object": np.ones((4, 4), int)})
+    writer.add("x", Image.fromarray(np.zeros((4, 4), np.int32)), {"object": np.ones((4, 4), int)})  # black, whatever is meant
 
 
 def test_pictures_too_large_are_not_decoded(trap, monkeypatch):

@@ -337,6 +337,19 @@ def test_images_with_an_empty_mask_are_negatives(tmp_path):
     assert shuffled.support.images.tolist() == [12] and shuffled.counts.activation.item() == result.counts.activation.item()
 
 
+def test_only_the_labels_of_the_rows_are_read(broden, trap, monkeypatch):
+    rows = [2, 3, 5, 8, 11, 13]
+    every = dissect(Net(), "norm", broden, score="ap", preprocess=preprocess, rows=rows, shuffle_labels=1)["norm"]
+    fresh, read = Broden(trap.root), set()
+    labels = fresh.image_labels
+    monkeypatch.setattr(fresh, "image_labels", lambda row: read.add(row) or labels(row))
+    assert dissect(Net(), "norm", fresh, score="ap", preprocess=preprocess, rows=rows, shuffle_labels=1)["norm"] == every
+    assert read == set(rows)
+    told = []
+    dissect(Net(), "norm", fresh, score="ap", preprocess=preprocess, rows=rows, progress=lambda p: told.append((p.stage, p.total)))
+    assert ("labels", 6) in told and not {total for _, total in told} - {6}
+
+
 def test_top_images_are_those_of_the_streaming_statistic():
     scores, ids = torch.randint(0, 4, (9, 50)).float(), torch.arange(0, 100, 2)
     for k in (1, 7, 49, 60):

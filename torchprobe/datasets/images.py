@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,14 +124,34 @@ def stack(tensors: Sequence[Tensor], names: Sequence[str]) -> Tensor:
 
 
 def rgb(image: Image) -> Image:
-    """The image in RGB. Transparent pixels keep their color without the transparency.
+    """The image in RGB. Transparent pixels keep their color without the transparency. Gray of 16 bits is scaled: 65535 becomes 255.
 
     Raises:
-        ValueError: the pixels have more than 8 bits, so their range is unknown.
+        ValueError: the range of the pixels is unknown: floating point, or integers of 32 bits that do not tell which range they use.
+
+    >>> from PIL import Image
+    >>> rgb(Image.fromarray(np.array([[0, 257, 32768, 65535]], np.uint16))).getchannel("R").tobytes().hex(" ")
+    '00 01 80 ff'
     """
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"pixels of mode {image.mode} have more than 8 bits, and their range is unknown")
+        image = _from_16_bits(image)
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def _from_16_bits(image: Image) -> Image:
+    """A gray image of 16 bits with 8. Older versions of Pillow give it as 32 bits, mode I."""
+    from PIL import Image as pil
+
+    advice = "convert them to 8 or 16 bits"
+    if image.mode == "F":
+        raise ValueError(f"pixels of mode F are floating point, so their range is unknown: {advice}")
+    values = np.asarray(image).astype(np.int64)
+    least, most = int(values.min(initial=0)), int(values.max(initial=0))
+    if least < 0 or most > 65535:
+        raise ValueError(f"pixels of mode {image.mode} from {least} to {most} are not gray of 16 bits: {advice}")
+    if image.mode == "I" and 0 < most < 256 and image.format is None:  # Pillow converts 8 bits to this mode without scaling
+        raise ValueError(f"pixels of mode I up to {most} may be meant as 8 or as 16 bits: convert them to mode L or I;16")
+    return pil.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def image_folder(root: str | os.PathLike[str], limit: int | None = None, seed: int = 0) -> Images:

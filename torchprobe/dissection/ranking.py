@@ -84,19 +84,16 @@ class Ranking:
         tensor([[False,  True],
                 [False,  True]])
         """
-        chosen = torch.tensor(rows)
-        lengths = presence.crow.diff()[chosen]
-        crow = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        entry = torch.arange(int(crow[-1])) + (presence.crow[chosen] - crow[:-1]).repeat_interleave(lengths)
-        image = torch.arange(len(chosen)).repeat_interleave(lengths)
+        chosen = presence.take(rows)
+        image = torch.arange(len(chosen)).repeat_interleave(chosen.crow.diff())
         column_of = torch.full((max(numbers) + 1,), -1)
         column_of[torch.tensor(numbers)] = torch.arange(len(numbers))
-        column = column_of[presence.number[entry].long()]
+        column = column_of[chosen.number.long()]
         annotated = torch.zeros(len(chosen), int(category.amax()) + 1, dtype=torch.bool)
         annotated[image, category[column]] = True
-        if presence.annotated is not None:
-            annotated |= presence.annotated[chosen, : annotated.shape[1]]
-        large = presence.area[entry] >= minimum_area
+        if chosen.annotated is not None:
+            annotated |= chosen.annotated[:, : annotated.shape[1]]
+        large = chosen.area >= minimum_area
         counts = torch.bincount(image[large], minlength=len(chosen))
         return cls(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), column[large], annotated, category, sign, negatives)
 

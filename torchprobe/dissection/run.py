@@ -233,15 +233,19 @@ class Run:
 
     def ranking(self, category: Tensor) -> Ranking:
         """Which image shows which concept."""
-        self.clock.start("labels", 0, len(self.broden))
+        chosen = [self.batches.labels_of(row) for row in self.batches.rows]
+        read = sorted(set(chosen))
+        self.clock.start("labels", 0, len(read))
 
         def tell(done: int, total: int) -> None:
             self.clock.tell(done)
             self.stop_if_asked()
 
         cache = None if self.checkpoint is None else self.checkpoint.folder / "presence.safetensors"
-        presence = self.broden.presence(cache, self.options.workers, tell)
+        presence = self.broden.presence(cache, self.options.workers, tell, read)
         numbers = [label.number for label in self.broden.labels]
-        chosen = [self.batches.labels_of(row) for row in self.batches.rows]
+        place = {row: at for at, row in enumerate(read)}
         settings = self.settings
-        return Ranking.of(presence, chosen, numbers, category, settings.sign, settings.negatives, settings.minimum_area)
+        return Ranking.of(
+            presence, [place[row] for row in chosen], numbers, category, settings.sign, settings.negatives, settings.minimum_area
+        )

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchprobe.datasets.images import rgb
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -124,7 +126,7 @@ def _check_chunks(data: bytes) -> None:
 
 
 def read_image(path: str | Path) -> Image:
-    """An image in RGB.
+    """An image in RGB; gray of 16 bits is scaled to 8.
 
     Raises:
         FileError: the file is missing, neither JPEG nor PNG, truncated, damaged, or too large.
@@ -136,7 +138,7 @@ def read_image(path: str | Path) -> Image:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             if problem := size_problem(image.height, image.width):
                 raise FileError(problem)
-            return image.convert("RGB")
+            return rgb(image)
     except FileError:
         raise
     except Exception as error:

@@ -39,6 +39,29 @@ class Presence:
         numbers, areas = [number for number, _ in images], [area for _, area in images]
         return cls(counts.cumsum(0), torch.cat([empty.int(), *numbers]), torch.cat([empty, *areas]))
 
+    @classmethod
+    def join(cls, parts: Sequence[Presence]) -> Presence:
+        """The images of all parts, one after the other."""
+        counts = torch.cat([torch.zeros(1, dtype=torch.int64), *(part.crow.diff() for part in parts)])
+        empty = torch.empty(0)
+        return cls(
+            counts.cumsum(0), torch.cat([empty.int(), *(part.number for part in parts)]), torch.cat([empty, *(part.area for part in parts)])
+        )
+
+    def take(self, images: Sequence[int]) -> Presence:
+        """Some images, in the order given.
+
+        >>> presence = Presence(torch.tensor([0, 2, 3]), torch.tensor([3, 7, 7], dtype=torch.int32), torch.ones(3))
+        >>> presence.take([1, 0, 1]).number.tolist()
+        [7, 3, 7, 7]
+        """
+        chosen = torch.tensor(images, dtype=torch.int64)
+        lengths = self.crow.diff()[chosen]
+        crow = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        entry = torch.arange(int(crow[-1])) + (self.crow[chosen] - crow[:-1]).repeat_interleave(lengths)
+        annotated = None if self.annotated is None else self.annotated[chosen]
+        return Presence(crow, self.number[entry], self.area[entry], annotated)
+
     def __len__(self) -> int:
         return len(self.crow) - 1
 

@@ -191,24 +191,40 @@ class Broden(Dataset[Sample]):
             return [i for i, row in enumerate(self.rows) if any(label.number in row.entries[column] for column in columns)]
         return self.presence().images(label.number, minimum_area)
 
-    def presence(self, cache: str | os.PathLike[str] | None = None, workers: int = 2, progress: CountCallback | None = None) -> Presence:
+    def presence(
+        self,
+        cache: str | os.PathLike[str] | None = None,
+        workers: int = 2,
+        progress: CountCallback | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Presence:
         """Which labels each row shows and how much of the image they cover. Every label map is decoded once, which takes one or two minutes
-        for all of Broden.
+        for all of Broden. The result of all rows is kept; Broden's takes 10 MB.
 
         Args:
-            cache: a file for the result. It is read if it was computed from the same index and categories, otherwise it is written.
+            cache: a file for the result. It is read if it was computed from the same index, categories and rows, otherwise it is written.
             workers: threads that decode.
             progress: called with (rows done, rows in all).
+            rows: read only these. The result holds them in this order. Default: all.
+
+        Raises:
+            DatasetError: as :meth:`image_labels`.
         """
-        if self._presence is None:
-            key = (self.root / "index.csv").read_bytes() + repr((self.split, self.categories)).encode()
-            self._presence = load_presence(cache, key) if cache is not None else None
-            if self._presence is None:
-                self._presence = self._scan(workers, progress)
-                if cache is not None:
-                    self._presence.save(cache, key)
-            self._presence = replace(self._presence, annotated=self.annotated())
-        return self._presence
+        chosen = range(len(self)) if rows is None else [range(len(self))[row] for row in rows]
+        every = list(chosen) == list(range(len(self)))
+        if self._presence is not None:
+            return self._presence if every else self._presence.take(chosen)
+        key = (self.root / "index.csv").read_bytes() + repr((self.split, self.categories)).encode()
+        key += b"" if every else repr(chosen).encode()
+        found = load_presence(cache, key) if cache is not None else None
+        if found is None:
+            found = self._scan(chosen, workers, progress)
+            if cache is not None:
+                found.save(cache, key)
+        found = replace(found, annotated=self.annotated()[list(chosen)])
+        if every:
+            self._presence = found
+        return found
 
     def annotated(self) -> Tensor:
         """Bool (rows, categories): whether a row has label maps or whole-image labels of a category.
@@ -219,17 +235,19 @@ class Broden(Dataset[Sample]):
         rows = [[bool(entries) for entries in row.entries] for row in self.rows]
         return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), len(self.categories))
 
-    def _scan(self, workers: int, progress: CountCallback | None) -> Presence:
-        """Reads the labels of every image, in threads, since decoding releases the interpreter lock."""
-        found: list[tuple[Tensor, Tensor]] = []
+    def _scan(self, rows: Sequence[int], workers: int, progress: CountCallback | None) -> Presence:
+        """Reads the labels of some rows, in threads, since decoding releases the interpreter lock."""
+        found: list[Presence] = []
         with ThreadPoolExecutor(workers, thread_name_prefix="torchprobe-labels") as threads:
-            for start in range(0, len(self), 256):  # small blocks, so that few results wait
-                block = range(start, min(start + 256, len(self)))
-                for areas in threads.map(lambda row: image_areas(self.image_labels(row), self.label_size), block):
-                    found.append(areas)
+            # A block is joined before the next: small results that stay among large buffers would keep those from being given back.
+            for start in range(0, len(rows), 256):
+                block: list[tuple[Tensor, Tensor]] = []
+                for areas in threads.map(lambda row: image_areas(self.image_labels(row), self.label_size), rows[start : start + 256]):
+                    block.append(areas)
                     if progress is not None:
-                        progress(len(found), len(self))
-        return Presence.of(found)
+                        progress(start + len(block), len(rows))
+                found.append(Presence.of(block))
+        return Presence.join(found)
 
     def captum_concept(self, name: str | int, batch_size: int = 32, limit: int | None = None, minimum_area: float = 0.0) -> Concept:
         """The images of a concept as a ``captum.concept.Concept``, for ``captum.concept.TCAV.interpret``.

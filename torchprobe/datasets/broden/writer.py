@@ -15,7 +15,7 @@ from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.datasets.broden.image_files import MAX_LABEL, read_image, read_labels, size_problem, unsafe
 from torchprobe.datasets.broden.index import ROW_COLUMNS, LabelCounts, WrittenRow, write_tables
 from torchprobe.datasets.broden.presence import pixel_counts
-from torchprobe.datasets.images import DatasetError
+from torchprobe.datasets.images import DatasetError, rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,7 +107,7 @@ class BrodenWriter:
 
         Args:
             name: its path in images/, without suffix, such as ``"voc/2007_000032"``.
-            image: PIL, an array (H, W, 3) or (H, W) of uint8, or the path of a JPEG or PNG.
+            image: PIL, an array (H, W, 3) or (H, W) of uint8, or the path of a JPEG or PNG. Gray PNG and PIL images of 16 bits are scaled.
             labels: category → a label map or whole-image labels. Leave out a category of which nothing is known. A label map is anything
                 that NumPy converts to integers of shape (H, W), or (planes, H, W) if labels overlap; it may have another size than the
                 image. Whole-image labels are a name, or a list of names, the most important first; an empty list says that the image has
@@ -265,7 +265,10 @@ def _picture(name: str, image: Any) -> Image:
     if isinstance(image, (str, os.PathLike)):
         return read_image(os.fspath(image))
     if isinstance(image, pil.Image):
-        return image.convert("RGB")
+        try:
+            return rgb(image)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or array.size == 0:
         raise ValueError(f"{name}: the image is an array of {array.dtype} of shape {array.shape}; expected uint8 (H, W, 3) or (H, W)")
