@@ -1,7 +1,8 @@
 // torchprobe::overlap_tally_ on the CPU: checks, label masks and threads. torchprobe/ops/overlap.py defines the schema and explains it:
 //
 //   overlap_tally_(Tensor(a!) intersection, Tensor(b!) activation, Tensor(c!) truth, Tensor maps, Tensor thresholds, Tensor category,
-//                  Tensor planes, Tensor sizes, Tensor whole, str grid="half_pixel", int height=0, int width=0, bool per_plane=False) -> ()
+//                  Tensor planes, Tensor sizes, Tensor whole, str grid="half_pixel", int height=0, int width=0, bool per_plane=False,
+//                  Tensor? boxes=None) -> ()
 //
 // First the label planes become masks, image by image. Then a few images are processed at a time: each thread takes some units through all of
 // them. So two threads never write to the same place, and the counts of these units stay in the thread's cache.
@@ -9,11 +10,13 @@
 #include "overlap.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,6 +32,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t LONGEST = int64_t(1) << 20;           // most rows or columns of a grid: keeps weights at most 1 − 2^-21
 constexpr int64_t MOST_PIXELS = int64_t(1) << 31;       // in a grid
+constexpr double FARTHEST = double(1 << 24);            // largest coordinate of a box
+constexpr double STEPS = double(1 << 20);               // places between two points of a map, in a box: keeps weights at most 1 − 2^-20
 constexpr int64_t MASK_WORDS = (int64_t(1) << 19) / 8;  // in the images processed at a time: half a megabyte stays in a cache
 constexpr int64_t UNITS = 16;                           // whose counts stay in the cache from image to image
 
@@ -77,6 +82,18 @@ Axis half_pixel(int64_t n, int64_t size) {
   return axis;
 }
 
+// A map that reaches from `first` to `last` on an axis of `size` pixels.
+Axis in_box(int64_t n, int64_t size, double first, double last) {
+  if (first == 0 && last == double(size)) return half_pixel(n, size);
+  Axis axis;
+  for (int64_t i = 0; i < size; ++i) {
+    double at = ((double(i) + 0.5) - first) * double(n) / (last - first) - 0.5;
+    at = std::floor(std::clamp(at, 0.0, double(n - 1)) * STEPS + 0.5);
+    axis.add(int64_t(at), int64_t(STEPS), n);
+  }
+  return axis;
+}
+
 Axis anchored(int64_t n, int64_t size, int64_t input, int64_t reduction) {
   const int64_t step = input / n / reduction, first = input / n / 2 / reduction;
   STD_TORCH_CHECK(step > 0, "an anchored grid needs a map that is coarser than the label grid: ", n, " points for ", size, " pixels");
@@ -87,12 +104,14 @@ Axis anchored(int64_t n, int64_t size, int64_t input, int64_t reduction) {
 
 // A grid and the memory that it points to.
 struct Plan {
+  std::array<double, 4> box;
   Axis x, y;
   std::vector<Gap> gaps;
   std::vector<int32_t> window, window_low, window_high;
   Grid grid{};
 
-  Plan(Axis&& across, Axis&& down, int64_t h, int64_t w, int lanes) : x(std::move(across)), y(std::move(down)) {
+  Plan(const std::array<double, 4>& box, Axis&& across, Axis&& down, int64_t h, int64_t w, int lanes)
+      : box(box), x(std::move(across)), y(std::move(down)) {
     grid.h = int32_t(h), grid.w = int32_t(w);
     grid.rows = int32_t(y.low.size()), grid.columns = int32_t(x.low.size());
     grid.groups = (grid.columns + GROUP - 1) / GROUP;
@@ -192,7 +211,8 @@ int64_t* count_elements(Tensor& t, int64_t dims, const char* name) {
 }
 
 void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor maps, Tensor thresholds, Tensor category, Tensor planes,
-                    Tensor sizes, Tensor whole, std::string grid, int64_t height, int64_t width, bool per_plane) {
+                    Tensor sizes, Tensor whole, std::string grid, int64_t height, int64_t width, bool per_plane,
+                    std::optional<Tensor> boxes) {
   Tally to{};
   const OverlapKernels& kernels = choose<OverlapKernels>();
   to.intersection = count_elements(intersection, 2, "intersection");
@@ -212,6 +232,11 @@ void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor
                   "the counts, maps, thresholds, category and sizes do not fit together");
   STD_TORCH_CHECK(h > 0 && w > 0 && h <= LONGEST && w <= LONGEST, "maps must have at least one position");
   STD_TORCH_CHECK(grid == "half_pixel" || grid == "anchored", "grid must be half_pixel or anchored");
+  const double* box_of = nullptr;
+  if (boxes) {
+    box_of = const_elements<double>(*boxes, 2, "boxes");
+    STD_TORCH_CHECK(boxes->size(0) == images && boxes->size(1) == 4 && grid == "half_pixel", "boxes must be (images, 4), on a half-pixel grid");
+  }
   for (int64_t i = 0; i < to.labels; ++i) STD_TORCH_CHECK(category_of[i] < to.columns - 1, "category holds a number beyond activation's columns");
 
   std::vector<std::unique_ptr<Plan>> plans;
@@ -223,13 +248,19 @@ void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor
                     " has an impossible label grid");
     STD_TORCH_CHECK(size[0] >= 0 && (size[0] == 0 || rows * columns <= planes_left / size[0]) && size[3] >= 0 && size[3] <= whole_left,
                     "sizes do not fit planes and whole at image ", n);
-    auto plan = std::find_if(plans.begin(), plans.end(), [&](auto& p) { return p->grid.rows == rows && p->grid.columns == columns; });
+    const bool anchor = grid == "anchored";
+    std::array<double, 4> box = {0, 0, double(rows), double(columns)};  // top, left, bottom, right
+    if (box_of) std::copy(box_of + 4 * n, box_of + 4 * n + 4, box.begin());
+    STD_TORCH_CHECK(-FARTHEST <= box[0] && box[0] < box[2] && box[2] <= FARTHEST && -FARTHEST <= box[1] && box[1] < box[3] && box[3] <= FARTHEST,
+                    "image ", n, " has an impossible box");
+    auto plan = std::find_if(plans.begin(), plans.end(), [&](auto& p) {
+      return p->grid.rows == rows && p->grid.columns == columns && p->box == box;
+    });
     if (plan == plans.end()) {
-      const bool anchor = grid == "anchored";
       const int64_t reduction = std::max<int64_t>((2 * width + columns) / (2 * columns), 1);
-      Axis across = anchor ? anchored(w, columns, width, reduction) : half_pixel(w, columns);
-      Axis down = anchor ? anchored(h, rows, height, reduction) : half_pixel(h, rows);
-      plans.push_back(std::make_unique<Plan>(std::move(across), std::move(down), h, w, kernels.lanes));
+      Axis across = anchor ? anchored(w, columns, width, reduction) : in_box(w, columns, box[1], box[3]);
+      Axis down = anchor ? anchored(h, rows, height, reduction) : in_box(h, rows, box[0], box[2]);
+      plans.push_back(std::make_unique<Plan>(box, std::move(across), std::move(down), h, w, kernels.lanes));
       plan = plans.end() - 1;
     }
     work[size_t(n)].plan = plan->get();

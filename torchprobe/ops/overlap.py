@@ -3,7 +3,8 @@
 Schema::
 
     overlap_tally_(Tensor(a!) intersection, Tensor(b!) activation, Tensor(c!) truth, Tensor maps, Tensor thresholds, Tensor category,
-                   Tensor planes, Tensor sizes, Tensor whole, str grid="half_pixel", int height=0, int width=0, bool per_plane=False) -> ()
+                   Tensor planes, Tensor sizes, Tensor whole, str grid="half_pixel", int height=0, int width=0, bool per_plane=False,
+                   Tensor? boxes=None) -> ()
 
 The native kernel is in ``csrc/cpu/overlap.cpp``. This file has the schema, the fake kernel and the reference in PyTorch, which runs on
 every device without a native kernel. All of them give exactly the same counts: the definition is in float32, and every step is rounded.
@@ -11,6 +12,7 @@ every device without a native kernel. All of them give exactly the same counts: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,11 +23,16 @@ from torchprobe.ops.library import define, takes
 
 SCHEMA = (
     "overlap_tally_(Tensor(a!) intersection, Tensor(b!) activation, Tensor(c!) truth, Tensor maps, Tensor thresholds, Tensor category, "
-    'Tensor planes, Tensor sizes, Tensor whole, str grid="half_pixel", int height=0, int width=0, bool per_plane=False) -> ()'
+    'Tensor planes, Tensor sizes, Tensor whole, str grid="half_pixel", int height=0, int width=0, bool per_plane=False, '
+    "Tensor? boxes=None) -> ()"
 )
 GRIDS = ("half_pixel", "anchored")
 LONGEST, MOST_PIXELS = 1 << 20, 1 << 31
 """The most rows or columns, and the most pixels, of a label grid. On a longer one a rounded weight could give a value beyond both ends."""
+FARTHEST = 1 << 24
+"""The largest coordinate of a box."""
+STEPS = 1 << 20
+"""Places between two points of a map at which a pixel may lie, if a box is given: with these, no rounded weight is 1."""
 _BLOCK = 1 << 23, 1 << 26  # pixels of all units that the reference interpolates at a time: on the CPU, on other devices
 
 
@@ -45,6 +52,7 @@ class Arguments(NamedTuple):
     height: int = 0
     width: int = 0
     per_plane: bool = False
+    boxes: Tensor | None = None
 
 
 def overlap_tally_(
@@ -61,6 +69,7 @@ def overlap_tally_(
     height: int = 0,
     width: int = 0,
     per_plane: bool = False,
+    boxes: Tensor | None = None,
 ) -> None:
     """Adds the counts of a batch of images, in place.
 
@@ -86,6 +95,9 @@ def overlap_tally_(
         height, width: of the network's input; only for "anchored".
         per_plane: how to count a label that several planes (or whole-image entries) give to one pixel. True: once for each of them, in
             truth and intersection, as in the original. False: once.
+        boxes: float64 (N, 4) on the CPU, only for "half_pixel": where the map of each image lies on its label grid, if that is not the
+            whole grid: top, left, bottom and right, in pixels of the grid. Pixel i is at (i + ½ − top) · h / (bottom − top) − ½, to the
+            nearest 2⁻²⁰. Pixels outside the outermost points have the values of those points.
 
     Raises:
         ValueError: the arguments do not fit together, a label is out of range, or a map is finer than the label grid with "anchored". The
@@ -111,7 +123,7 @@ def overlap_tally_(
         maps = maps.detach().to(torch.float32)
     if isinstance(thresholds, Tensor):
         thresholds = thresholds.to(torch.float32)
-    a = Arguments(intersection, activation, truth, maps, thresholds, category, planes, sizes, whole, grid, height, width, per_plane)
+    a = Arguments(intersection, activation, truth, maps, thresholds, category, planes, sizes, whole, grid, height, width, per_plane, boxes)
     try:
         torch.ops.torchprobe.overlap_tally_(*a)
     except (RuntimeError, TypeError, AttributeError):
@@ -157,6 +169,12 @@ def check(a: Arguments) -> None:
     if a.grid == "anchored" and (a.height < h or a.width < w):
         given = f"{a.height} × {a.width} is less than the {h} × {w} of the maps"
         raise ValueError(f'grid="anchored" needs height and width of the network\'s input; {given}')
+    if (boxes := a.boxes) is not None:
+        if boxes.dtype != torch.float64 or tuple(boxes.shape) != (images, 4) or boxes.device.type not in ("cpu", "meta"):
+            given = f"{boxes.dtype} of shape {tuple(boxes.shape)} on {boxes.device}"
+            raise ValueError(f"boxes must be float64 of shape ({images}, 4) on the CPU, got {given}")
+        if a.grid == "anchored":
+            raise ValueError('boxes need grid="half_pixel": an anchored grid belongs to the whole picture')
 
 
 def check_values(a: Arguments) -> None:
@@ -178,8 +196,22 @@ def check_values(a: Arguments) -> None:
                 for label in part[(part < least) | (part >= labels)][:1].tolist():
                     also = f"; whole may also hold −1 to −{categories} for categories" if least else ""
                     raise ValueError(f"image {n} of the batch has label {label}, but labels are numbered 0 to {labels - 1}{also}")
+    if a.boxes is not None:
+        for n, (top, left, bottom, right) in enumerate(a.boxes.tolist()):
+            if not (-FARTHEST <= top < bottom <= FARTHEST and -FARTHEST <= left < right <= FARTHEST):
+                raise ValueError(f"boxes[{n}] = {a.boxes[n].tolist()} must be top < bottom and left < right, within ±{FARTHEST}")
     for rows, columns in {(rows, columns) for _, rows, columns, _ in sizes}:
         upsample(a.maps[:0, :0], rows, columns, a.grid, a.height, a.width)
+
+
+def axis_in_box(n: int, size: int, first: float, last: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`axis`, for a map that reaches from ``first`` to ``last`` on an axis of ``size`` pixels."""
+    if (first, last) == (0, size):
+        return axis(n, size, "half_pixel")
+    at = (torch.arange(size, dtype=torch.float64) + 0.5 - first) * n / (last - first) - 0.5
+    at = torch.floor(at.clamp(0, n - 1) * STEPS + 0.5) / STEPS
+    low = at.floor().long()
+    return low, (low + 1).clamp(max=n - 1), (at - low).float()
 
 
 def axis(n: int, size: int, grid: str, length: int = 0, reduction: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,13 +233,20 @@ def axis(n: int, size: int, grid: str, length: int = 0, reduction: int = 1) -> t
     return low, (low + 1).clamp(max=n - 1), weight.float()
 
 
-def upsample(maps: Tensor, rows: int, columns: int, grid: str = "half_pixel", height: int = 0, width: int = 0) -> Tensor:
-    """The definition: float32 maps (…, h, w) on a label grid (…, rows, columns). Each operation is a separate kernel, so none is fused."""
-    reduction = max((2 * width + columns) // (2 * columns), 1)
-    low, high, weight = (t.to(maps.device) for t in axis(maps.shape[-1], columns, grid, width, reduction))
+def upsample(
+    maps: Tensor, rows: int, columns: int, grid: str = "half_pixel", height: int = 0, width: int = 0, box: Sequence[float] | None = None
+) -> Tensor:
+    """The definition: float32 maps (…, h, w) on a label grid (…, rows, columns). Each operation is a separate kernel, so none is fused.
+    ``box``: a row of ``boxes`` of :func:`overlap_tally_`."""
+    if box is None:
+        reduction = max((2 * width + columns) // (2 * columns), 1)
+        x, y = axis(maps.shape[-1], columns, grid, width, reduction), axis(maps.shape[-2], rows, grid, height, reduction)
+    else:
+        x, y = axis_in_box(maps.shape[-1], columns, box[1], box[3]), axis_in_box(maps.shape[-2], rows, box[0], box[2])
+    low, high, weight = (t.to(maps.device) for t in x)
     left = maps[..., low]
     across = left + weight * (maps[..., high] - left)
-    low, high, weight = (t.to(maps.device) for t in axis(maps.shape[-2], rows, grid, height, reduction))
+    low, high, weight = (t.to(maps.device) for t in y)
     upper = across[..., low, :]
     return upper + weight[:, None] * (across[..., high, :] - upper)
 
@@ -226,8 +265,10 @@ def reference(a: Arguments) -> None:
     # A map whose points do not exceed the threshold does not exceed it between them, unless differences overflow.
     active = ((maps > thresholds[:, None, None]) | ~(maps.abs() < 2.0**126)).flatten(2).any(2)
     block = _BLOCK[device.type != "cpu"]
-    for rows, columns in dict.fromkeys((rows, columns) for _, rows, columns, _ in sizes):
-        images = [n for n, row in enumerate(sizes) if row[1:3] == [rows, columns]]
+    boxes = [None] * len(sizes) if a.boxes is None else [tuple(box) for box in a.boxes.tolist()]
+    grids = [(rows, columns, box) for (_, rows, columns, _), box in zip(sizes, boxes, strict=True)]
+    for rows, columns, box in dict.fromkeys(grids):
+        images = [n for n, grid in enumerate(grids) if grid == (rows, columns, box)]
         pixels = rows * columns
         # (images, planes, pixels), padded with 0 if an image has fewer planes
         planes = pad_sequence([planes_of[n].view(-1, pixels) for n in images], True).to(device)
@@ -244,7 +285,7 @@ def reference(a: Arguments) -> None:
             present = _present(a.category.to(device)[labels[part]], area, whole[part], a.activation.shape[1])
             for some in units[part].split(max(1, block // (pixels * step)), 1):
                 image = torch.tensor(images[part], device=device)[:, None]
-                mask = upsample(maps[image, some], rows, columns, a.grid, a.height, a.width) > thresholds[some][..., None, None]
+                mask = upsample(maps[image, some], rows, columns, a.grid, a.height, a.width, box) > thresholds[some][..., None, None]
                 mask = (mask & active[image, some][..., None, None]).flatten(2)
                 common = (mask.to(masks.dtype) @ masks.mT).long()
                 a.intersection.index_put_((some[:, :, None], labels[part][:, None]), common, accumulate=True)
