@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.analysis.embeddings_file import KIND, GrowingFile, Part, labels_int32, metadata, names_tensor, require_same
-from torchprobe.analysis.reading import Source, stable_repr
+from torchprobe.analysis.reading import Source
 from torchprobe.common import storage
 from torchprobe.common.deprecation import RenamedAttribute, renamed_fields
-from torchprobe.common.messages import reason
+from torchprobe.common.messages import reason, stable_repr
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import CountCallback
 from torchprobe.common.storage import digest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchprobe.common.messages import reason
+from torchprobe.common.messages import reason, stable_repr
 from torchprobe.datasets.images import Batch, DatasetError, Images, rgb, stack
 from torchprobe.datasets.labeled import LabeledImages
 
@@ -124,11 +123,6 @@ class Source:
                 f"item {index} of the data set is a PIL image, and the encoder has no .preprocess: let the data set return tensors"
             )
         return self.preprocess(rgb(image))
-
-
-def stable_repr(thing: object) -> str:
-    """Its repr without addresses in memory, which differ from run to run."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
 
 
 def _label(label: Any, index: int) -> int:

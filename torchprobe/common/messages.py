@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 DISTRIBUTION = "torchprobe-interp"
@@ -57,3 +58,12 @@ def install_hint(extra: str) -> str:
     "pip install 'torchprobe-interp[report]'"
     """
     return f"pip install '{DISTRIBUTION}[{extra}]'"
+
+
+def stable_repr(thing: object) -> str:
+    """Its repr without addresses in memory, which differ from run to run.
+
+    >>> stable_repr(object())
+    '<object object>'
+    """
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))

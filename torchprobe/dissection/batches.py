@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.datasets.broden import Broden
+from torchprobe.datasets.broden.presence import image_areas
+from torchprobe.datasets.geometry import Box, Geometry, whole_picture
+from torchprobe.dissection.framing import Framed, frame
 
 Preprocess = Callable[[Any], Tensor]
 """PIL image → tensor (3, H, W)."""
@@ -22,11 +25,13 @@ class LabelBatch(NamedTuple):
 
     ``planes``: int32, all planes of all images, one after the other, flat. ``sizes``: int64 (images, 4): planes, rows, columns, whole-image
     labels. ``whole``: int64, the whole-image labels of all images, and −(c + 1) where an image is annotated for category c.
+    ``boxes``: float64 (images, 4), where the map of each image lies on its grid, in pixels; None: on the whole grid.
     """
 
     planes: Tensor
     sizes: Tensor
     whole: Tensor
+    boxes: Tensor | None = None
 
     @classmethod
     def pack(
@@ -35,6 +40,7 @@ class LabelBatch(NamedTuple):
         grids: Sequence[tuple[int, int]],
         categories: Sequence[str] = (),
         only_empty: bool = False,
+        boxes: Sequence[tuple[float, float, float, float]] | None = None,
     ) -> LabelBatch:
         """The labels of each image, one image after the other.
 
@@ -45,6 +51,7 @@ class LabelBatch(NamedTuple):
             categories: their names, by number. An image is annotated for those of which it has planes, even if they hold only 0, or
                 whole-image labels. Without them it is annotated only for the primary categories of the labels that it shows.
             only_empty: note a category only if its planes hold nothing but 0, as ``mode="netdissect"`` counts.
+            boxes: top, left, bottom and right of the map of each image on its grid, in pixels; None: maps cover the whole grid.
 
         Raises:
             ValueError: planes of another size than the grid; the message names the image, counted from 0.
@@ -85,16 +92,37 @@ class LabelBatch(NamedTuple):
             torch.cat([torch.empty(0, dtype=torch.int32), *flat]),
             torch.tensor(sizes, dtype=torch.int64).reshape(-1, 4),
             torch.cat([torch.empty(0, dtype=torch.int64), *wholes]),
+            None if boxes is None else torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4),
         )
 
 
 class Batch(NamedTuple):
-    """``rows``: rows of the data set; ``images``: (n, 3, H, W); ``labels`` of these images, or None if they were not asked for."""
+    """Images that pass the network together.
+
+    ``number``: of the batch. ``rows``: rows of the data set. ``images``: (n, 3, H, W), empty if they were not asked for. ``boxes``: the
+    part of each picture that they show. ``contents``: int64 (n,), a digest of the file of each image, or with labels of its label maps.
+    ``labels`` of these images where they look, ``areas`` and ``outside``, see :class:`torchprobe.dissection.shown.ShownLabels`; None if
+    they were not asked for.
+    """
 
     number: int
     rows: list[int]
     images: Tensor
-    labels: LabelBatch | None
+    boxes: list[Box]
+    contents: Tensor
+    labels: LabelBatch | None = None
+    areas: list[tuple[Tensor, Tensor]] | None = None
+    outside: Tensor | None = None
+
+
+class _Read(NamedTuple):
+    """What was read of one image."""
+
+    image: Tensor
+    box: Box
+    content: int
+    framed: Framed | None = None
+    areas: tuple[Tensor, Tensor] | None = None
 
 
 class Batches:
@@ -109,6 +137,7 @@ class Batches:
         workers: threads that decode, two batches ahead.
         labels_of: row → the row whose labels it gets; default: its own.
         only_empty: see :meth:`LabelBatch.pack`.
+        geometry: which part of a picture its tensor shows; default: found for ``preprocess``.
 
     Raises:
         ValueError: ``size`` or ``workers`` below 1.
@@ -123,11 +152,13 @@ class Batches:
         workers: int = 2,
         labels_of: Callable[[int], int] | None = None,
         only_empty: bool = False,
+        geometry: Geometry | None = None,
     ) -> None:
         if size < 1 or workers < 1:
             raise ValueError(f"batch_size and workers must be at least 1, got {size} and {workers}")
         self.broden, self.rows, self.preprocess, self.size, self.workers = broden, list(rows), preprocess, size, workers
         self.labels_of, self.only_empty = labels_of or (lambda row: row), only_empty
+        self.geometry = geometry or Geometry(preprocess)
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
@@ -145,47 +176,85 @@ class Batches:
         """
         return to_tensor(self.preprocess, self.broden.image(row))
 
-    def read(self, numbers: Sequence[int], labels: bool = False) -> Iterator[Batch]:
+    def read(self, numbers: Sequence[int], labels: bool = False, boxes: Tensor | None = None) -> Iterator[Batch]:
         """Some batches, in the order given.
 
         Args:
             numbers: which batches.
             labels: whether the batches hold labels.
+            boxes: float64 (rows, 4), if they are known: then no image is read.
         """
+
+        def one(place: int) -> _Read:
+            return self._read(place, labels, None if boxes is None else Box(*boxes[place].tolist()))
+
         with ThreadPoolExecutor(self.workers, thread_name_prefix="torchprobe-images") as threads:
-            ahead: deque[list[tuple[Future[Tensor], Future[Any] | None]]] = deque()
+            ahead: deque[list[Future[_Read]]] = deque()
             try:
                 for at, number in enumerate(numbers):
                     for later in numbers[at + len(ahead) : at + 3]:
-                        ahead.append([(threads.submit(self.image, row), self._labels(threads, row, labels)) for row in self.rows_of(later)])
-                    yield self._collect(number, ahead.popleft())
+                        first = later * self.size
+                        ahead.append([threads.submit(one, first + i) for i in range(len(self.rows_of(later)))])
+                    yield self._collect(number, [future.result() for future in ahead.popleft()])
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)  # a caller that stops early does not wait
 
-    def _labels(self, threads: ThreadPoolExecutor, row: int, wanted: bool) -> Future[Any] | None:
-        return threads.submit(self.broden.image_labels, self.labels_of(row)) if wanted else None
+    def content(self, place: int, labels: bool) -> int:
+        """A digest of the file of an image, or of the label maps that it gets; ``place`` counts the rows of this object."""
+        row = self.rows[place]
+        return self.broden.content(self.labels_of(row) if labels else row, labels)
 
-    def _collect(self, number: int, parts: list[tuple[Future[Tensor], Future[Any] | None]]) -> Batch:
+    def _read(self, place: int, labels: bool, box: Box | None) -> _Read:
+        row, image, content = self.rows[place], torch.empty(0), self.content(place, labels)
+        if box is None:
+            picture = self.broden.image(row)
+            image, box = to_tensor(self.preprocess, picture), self.geometry.box(*picture.size)
+        if not labels:
+            return _Read(image, box, content)
+        described, found = self.broden.rows[self.labels_of(row)], self.broden.image_labels(self.labels_of(row))
+        framed = frame(found, described.label_height, described.label_width, box)
+        return _Read(image, box, content, framed, image_areas(framed.labels, self.broden.label_size))
+
+    def _collect(self, number: int, parts: list[_Read]) -> Batch:
         rows = self.rows_of(number)
-        images = stack([image.result() for image, _ in parts], self.broden, rows)
-        found = [labels.result() for _, labels in parts if labels is not None]
-        if not found:
-            return Batch(number, rows, images, None)
-        described = [self.broden.rows[self.labels_of(row)] for row in rows]
-        grids = [(row.label_height, row.label_width) for row in described]
-        return Batch(number, rows, images, LabelBatch.pack(found, grids, self.broden.categories, self.only_empty))
+        images = stack([part.image for part in parts], self.broden, rows)
+        batch = Batch(number, rows, images, [part.box for part in parts], torch.tensor([part.content for part in parts]))
+        framed = [part.framed for part in parts if part.framed is not None]
+        if not framed:
+            return batch
+        packed = LabelBatch.pack(
+            [part.labels for part in framed], [(part.rows, part.columns) for part in framed], self.broden.categories, self.only_empty,
+            None if all(part.box.whole for part in parts) else [part.box for part in framed],
+        )  # fmt: skip
+        areas = [part.areas for part in parts if part.areas is not None]
+        return batch._replace(labels=packed, areas=areas, outside=torch.cat([part.outside for part in framed]))
 
 
-def find_preprocess(broden: Broden, model: nn.Module, preprocess: Preprocess | None = None) -> Preprocess:
-    """What makes tensors of the images: ``preprocess``, else the transform of the data set, else that of the encoder.
+PREPROCESSING = ("whole", "encoder")
+"""The whole picture, resized, with the colors of the encoder's transform; or the transform of the encoder itself."""
+
+
+def find_preprocess(broden: Broden, model: nn.Module, preprocess: Preprocess | str | None = None) -> Preprocess:
+    """What makes tensors of the images.
+
+    Args:
+        broden: the data set.
+        model: the network; its transform is ``model.preprocess``.
+        preprocess: a function, or one of :data:`PREPROCESSING`. Default: the transform of the data set if it has one, else "whole".
 
     Raises:
-        ValueError: all three are missing.
+        ValueError: neither the data set nor the model has a transform, or the colors of the model's cannot be told.
     """
-    found: Preprocess | None = preprocess or broden.transform or getattr(model, "preprocess", None)
-    if found is None:
+    if preprocess is not None and not isinstance(preprocess, str):
+        return preprocess
+    if preprocess is None and broden.transform is not None:
+        return broden.transform
+    own: Preprocess | None = getattr(model, "preprocess", None)
+    if own is None:
         raise ValueError("it is unknown how an image becomes a tensor: give preprocess=, or give Broden a transform")
-    return found
+    if (preprocess or "whole") not in PREPROCESSING:
+        raise ValueError(f"preprocess must be a function or one of {', '.join(PREPROCESSING)}, got {preprocess!r}")
+    return own if preprocess == "encoder" else whole_picture(own)
 
 
 def to_tensor(preprocess: Preprocess, image: Any) -> Tensor:

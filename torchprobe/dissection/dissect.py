@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.common.deprecation import renamed_arguments
+from torchprobe.common.messages import stable_repr
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import ProgressCallback, RunOptions
 from torchprobe.common.storage import digest
 from torchprobe.datasets.broden import Broden
+from torchprobe.datasets.geometry import Box, Geometry, fingerprint
 from torchprobe.dissection.batches import Batches, Preprocess, find_preprocess
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.run import Run, Settings
@@ -50,11 +52,13 @@ def dissect(
     minimum_area: float = 0.0,
     top: int = 20,
     rows: Iterable[int] | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | str | None = None,
+    geometry: str | Callable[[int, int], Box] | None = None,
     batch_size: int = 32,
     device: torch.device | str | None = None,
     workers: int = 2,
     memory: int = MEMORY,
+    disk: float = 8.0,
     seed: int = 0,
     shuffle_labels: int | None = None,
     keep_scores: bool = False,
@@ -66,9 +70,13 @@ def dissect(
 ) -> dict[str, Dissection]:
     """Compares every unit of some layers with every concept of a data set: Network Dissection, and average precision.
 
-    The images pass the network twice. The first pass finds the thresholds, the scores for average precision and the top images. The second
-    pass counts pixels for IoU. No map is stored. Memory is needed for the counts (units × labels), the thresholds (``memory`` for each
-    layer) and the scores (units × images, float32).
+    The images pass the network once. This pass finds the thresholds, the scores for average precision and the top images; maps that may
+    exceed their threshold wait on the disk. Then the labels are read and pixels are counted for IoU. Layers whose maps need more than
+    ``disk``, such as early ones, pass the network a second time; ``metadata["passes"]`` says which. The result is the same. Memory is
+    needed for the counts (units × labels), the thresholds (``memory`` for each layer) and the scores (units × images, float32).
+
+    A map is compared with the labels where the network looked: on the part of the picture that the input shows. Label pixels elsewhere are
+    counted apart, in ``outside``. By default the network is shown the whole picture, as in the original.
 
     Under ``torchrun`` the ranks share the batches, and every rank returns the same result. If the thresholds are exact, the counts are
     those of one process, to the last pixel (see :class:`torchprobe.statistics.Quantile`).
@@ -90,11 +98,16 @@ def dissect(
         sign, negatives, minimum_area: of average precision, see :func:`average_precision` and :func:`concept_matrix`.
         top: top images to keep for each unit; 0 for none.
         rows: rows of ``broden`` to use; default: all.
-        preprocess: PIL image → tensor (3, H, W). Default: the transform of ``broden``, else that of the encoder.
+        preprocess: PIL image → tensor (3, H, W); or "whole", the whole picture, resized to the size and with the colors of the encoder's
+            transform; or "encoder", that transform itself, which may crop. Default: the transform of ``broden``, else "whole".
+        geometry: which part of a picture ``preprocess`` shows, if that cannot be found out: "whole", or a function (width, height) →
+            :class:`torchprobe.datasets.geometry.Box`.
         batch_size: images in a batch. The result depends on it: a network gives slightly different numbers in batches of another size.
         device: where the model runs; default: where it is.
         workers: threads that decode images.
         memory: bytes for the thresholds of one layer, see :class:`torchprobe.statistics.Quantile`.
+        disk: gigabytes for maps that wait for their thresholds, in the folder ``checkpoint`` or else in a temporary one, which is removed
+            at the end. At most half of what is free is used. 0: the images pass the network twice.
         seed: of the rotation, and of the sampling of values if the thresholds are not exact.
         shuffle_labels: give every image the labels of another image, at random with this seed: the null of both scores.
         keep_scores: keep scores and labels in the result. Merging of average precision and permutation tests need them.
@@ -137,16 +150,19 @@ def dissect(
     options = RunOptions(batch_size, device, workers, seed, resume, progress, stop)
     chosen = _chosen(broden, rows)
     labels_of = _shuffled(chosen, shuffle_labels)
-    prepare, original = find_preprocess(broden, model, preprocess), mode == "netdissect"
-    batches = Batches(broden, chosen, prepare, batch_size, workers, labels_of.__getitem__, only_empty=original)
+    prepare = find_preprocess(broden, model, preprocess)
+    looked = Geometry(prepare, geometry)
+    batches = Batches(broden, chosen, prepare, batch_size, workers, labels_of.__getitem__, mode == "netdissect", looked)
     if device is not None:
         model = model.to(device)
     with Ranks() as ranks, LayerReader(model, select_layers(model, layers, feature_dim)) as reader:
-        sites = _sites(reader, batches.image(chosen[0])[None].to(reader.device), settings, basis)
+        image = batches.image(chosen[0])
+        sites = _sites(reader, image[None].to(reader.device), settings, basis)
         given = _given(thresholds, sites) if thresholds is not None else None
-        facts = _facts(model, broden, chosen, settings, sites, given)
+        facts = _facts(model, broden, chosen, settings, sites, given, looked)
         saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)
-        return Run(reader, sites, batches, settings, options, facts, ranks, saved, given, keep_scores).result()
+        size = image.shape[-2], image.shape[-1]
+        return Run(reader, sites, batches, settings, options, facts, ranks, saved, given, keep_scores, size, disk).result()
 
 
 def _chosen(broden: Broden, rows: Iterable[int] | None) -> list[int]:
@@ -208,6 +224,7 @@ def _facts(
     settings: Settings,
     sites: Mapping[str, Site],
     thresholds: Mapping[str, Tensor] | None,
+    geometry: Geometry,
 ) -> dict[str, Any]:
     """What the result depends on: the metadata, which must be the same in a resumed run."""
     described = {
@@ -221,10 +238,29 @@ def _facts(
     }
     data = hashlib.sha256((broden.root / "index.csv").read_bytes())
     data.update(repr((broden.split, broden.categories, rows)).encode())
+    first = broden.image(rows[0]).size
+    preprocessing = {
+        "transform": stable_repr(geometry.transform),
+        "fingerprint": fingerprint(geometry.transform),
+        "shows": "the whole picture" if geometry.box(*first).whole else f"a part: {_edges(geometry.box(*first), *first)}",
+    }
     return {
         "model": str(getattr(model, "name", type(model).__name__)),
         "weights": digest([*model.parameters(), *model.buffers()]),
-        "dataset": {"name": broden.root.name, "images": len(rows), "digest": data.hexdigest()},
+        "dataset": {
+            "name": broden.root.name,
+            "images": len(rows),
+            "digest": data.hexdigest(),
+            "split": broden.split,
+            "categories": [*broden.categories],
+        },
+        "preprocessing": preprocessing,
         **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()},
         "sites": described,
     }
+
+
+def _edges(box: Box, width: int, height: int) -> str:
+    """A box in words, for a picture of this size."""
+    top, left, bottom, right = box
+    return f"rows {top:.1%} – {bottom:.1%}, columns {left:.1%} – {right:.1%} of a picture of {width} × {height} pixels"

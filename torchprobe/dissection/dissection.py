@@ -89,7 +89,7 @@ class Dissection(LayerScores):
 def _save(dissection: LayerScores, path: str | os.PathLike[str]) -> None:
     """See :meth:`Dissection.save`."""
     tensors = {"category": dissection.category, "images": dissection.images}
-    for name in ("thresholds", "average_precision", "p_values", "scores"):
+    for name in ("thresholds", "outside", "average_precision", "p_values", "scores"):
         if (part := getattr(dissection, name)) is not None:
             tensors[name] = part
     for prefix, group in (("counts", dissection.counts), ("support", dissection.support), ("level", dissection.level)):
@@ -128,6 +128,8 @@ def _load(path: str | os.PathLike[str], kind: type[Scores]) -> Scores:
     for name in ("average_precision", "p_values"):
         setattr(dissection, name, _shares(file, name, pairs) if name in file.keys else None)
     dissection.scores = _maybe(file, "scores", torch.float32, (units, len(images)))
+    if "outside" in file.keys:
+        dissection.outside = _counts(file, "outside", (count,))
     if "counts/truth" in file.keys:
         shapes = {"intersection": pairs, "activation": pairs, "truth": (count,)}
         dissection.counts = Counts(*(_counts(file, f"counts/{name}", shape) for name, shape in shapes.items()))

@@ -21,6 +21,7 @@ def add_images(mine: LayerScores, other: LayerScores) -> None:
     _require_alike(mine, other)
     if mine.counts is not None and other.counts is not None:
         mine.counts = Counts(*(a + b for a, b in zip(mine.counts, other.counts, strict=True)))
+        mine.outside = None if mine.outside is None or other.outside is None else mine.outside + other.outside
         mine.level = None  # the thresholds are those of one part, or of neither
     if mine.ranking is not None and other.ranking is not None and mine.scores is not None and other.scores is not None:
         mine.rank(mine.ranking.joined(other.ranking), torch.cat([mine.scores, other.scores], 1), keep=True)

@@ -96,7 +96,7 @@ class Overlap:
         height, width = input_size if anchored and input_size is not None else (0, 0)
         overlap_tally_(
             self.intersection, self.activation, self.truth, maps, self.thresholds, self.category, labels.planes, labels.sizes, labels.whole,
-            "anchored" if anchored else "half_pixel", height, width, per_plane=anchored,
+            "anchored" if anchored else "half_pixel", height, width, per_plane=anchored, boxes=labels.boxes,
         )  # fmt: skip
         self.images += maps.shape[0]
 

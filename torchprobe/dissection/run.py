@@ -1,10 +1,11 @@
-"""The stages of a dissection: two passes over the images, then the tables."""
+"""The stages of a dissection: a pass through the network, the labels, then the tables."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -21,10 +22,13 @@ from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.overlap import MODES, Counts, Overlap
 from torchprobe.dissection.ranking import Ranking, top_images
 from torchprobe.dissection.scores import SCORES
+from torchprobe.dissection.shown import ShownLabels
+from torchprobe.dissection.spool import Spool, worthwhile
 from torchprobe.dissection.taps import POSITIONS, Site
 from torchprobe.dissection.walk import Checkpoint, ImageVectors, Mergeable, Walk
 from torchprobe.recording.reader import LayerReader
 from torchprobe.statistics import Quantile, TopInputs
+from torchprobe.statistics.quantile import memory_for
 
 _CHOICES = {"mode": MODES, "positions": POSITIONS, "pooling": ("max", "mean"), "sign": SIGNS, "negatives": NEGATIVES}
 
@@ -77,6 +81,8 @@ class Run:
         checkpoint: where the passes are saved.
         thresholds: layer → given thresholds; None: they are computed.
         keep_scores: whether the results keep the scores of the images.
+        input_size: rows and columns of the network's input.
+        disk: gigabytes for maps that wait for their thresholds, of all layers together.
     """
 
     reader: LayerReader
@@ -89,14 +95,18 @@ class Run:
     checkpoint: Checkpoint | None = None
     thresholds: Mapping[str, Tensor] | None = None
     keep_scores: bool = False
+    input_size: tuple[int, int] = (0, 0)
+    disk: float = 8.0
     errors: dict[str, float] = field(default_factory=dict, init=False)  # of computed thresholds
     levels: dict[str, Level] = field(default_factory=dict, init=False)
+    again: list[int] = field(default_factory=list, init=False)  # the layers that pass the network a second time
 
     def __post_init__(self) -> None:
         self.broden, self.device = self.batches.broden, self.reader.device
         self.ap, self.iou = "ap" in self.settings.score, "iou" in self.settings.score
         self.first_pass = self.ap or bool(self.settings.top) or self.thresholds is None
-        self.clock = Clock(self.options.progress, int(self.first_pass) + int(self.iou))
+        self.clock = Clock(self.options.progress, int(self.first_pass) + 1)
+        self.spools = self._spools() if self.iou and self.first_pass else {}
 
     def result(self) -> dict[str, Dissection]:
         """Runs all stages; every rank gets the same result.
@@ -112,74 +122,136 @@ class Run:
             thresholds = self.ranks.from_first({layer: quantile.value(method=method).cpu() for layer, quantile in quantiles.items()})
             self.levels = {layer: Level(q.count.cpu(), *(s.cpu() for s in q.shares(thresholds[layer]))) for layer, q in quantiles.items()}
             self.errors = {layer: float(quantile.error().amax()) for layer, quantile in quantiles.items()}
-        second = self.count(thresholds) if self.iou else None
+        boxes = None if first is None else self.ranks.from_first(first.vectors["boxes"].vectors)
+        second = self.count(thresholds, boxes)
         results = self.assemble(first, second, thresholds) if self.ranks.first else None
         found: dict[str, Dissection] = self.ranks.from_first(results)
+        for spool in self.spools.values():
+            spool.give_up()
         return found
 
-    # -- the two passes ------------------------------------------------------------------------------------------------
+    def _spools(self) -> dict[str, Spool]:
+        """Where the maps of each layer wait for the thresholds; none for layers whose maps would not fit."""
+        folder = None if self.checkpoint is None else self.checkpoint.folder
+        budget = int(self.disk * 1e9) // (len(self.sites) * self.ranks.size)
+        images, quantile, found = len(self.batches.rows), Fraction(self.settings.quantile), {}
+        for i, (layer, site) in enumerate(self.sites.items()):
+            if self.thresholds is not None or worthwhile(images // self.ranks.size, site.units, site.places, quantile, budget):
+                found[layer] = Spool(str(i), folder, budget)
+        return found
+
+    # -- the passes ----------------------------------------------------------------------------------------------------
 
     def look(self) -> Walk:
-        """The first pass: thresholds, scores, top images."""
-        settings = self.settings
+        """The pass through the network: thresholds, scores, top images; and maps that may exceed a threshold go to the disk."""
+        settings, total = self.settings, len(self.batches.rows)
         make: dict[str, Callable[[], Mergeable]] = {}
-        vectors: dict[str, ImageVectors] = {}
+        vectors = {"boxes": ImageVectors(total, 4, torch.float64), "contents": ImageVectors(total, 1, torch.int64)}
+        quantile = Fraction(settings.quantile)
         for i, site in enumerate(self.sites.values()):
             if self.iou and self.thresholds is None:
                 seed = settings.seed + self.ranks.rank
-                make[f"{i}/quantile"] = partial(Quantile, site.units, Fraction(settings.quantile), self.device, settings.memory, seed)
+                # With no more memory than needed, the bound below which values are dropped is close to the threshold.
+                memory = min(settings.memory, memory_for(site.units, total * site.places, quantile))
+                make[f"{i}/quantile"] = partial(Quantile, site.units, quantile, self.device, memory, seed)
             if settings.top and not self.ap:  # with scores the top images follow from them
                 make[f"{i}/top"] = partial(TopInputs, site.units, settings.top, "cpu", settings.pooling)
             if self.ap:
-                vectors[str(i)] = ImageVectors(len(self.batches.rows), site.units)
-        walk = Walk("thresholds", make, vectors, len(self.batches), self.batches.size, self.ranks, self.checkpoint)
+                vectors[str(i)] = ImageVectors(total, site.units)
+        walk = Walk("thresholds", make, vectors, len(self.batches), self.batches.size, self.ranks, self.checkpoint, self.spools)
+        self.check_contents(walk, labels=False)
+        for spool in self.spools.values():
+            spool.find()
+            if not spool.holds(walk.done.nonzero().flatten().tolist()):
+                spool.give_up()
 
         def see(i: int, maps: Tensor, batch: Batch) -> None:
+            layer = list(self.sites)[i]
             if f"{i}/quantile" in make:
                 walk.statistic(f"{i}/quantile", Quantile).update(maps, feature_dim=1)
+            if layer in self.spools:
+                known = self.thresholds
+                bound = walk.statistic(f"{i}/quantile", Quantile).bound if known is None else known[layer]
+                self.spools[layer].put(batch.number, maps, bound)
             if not self.ap and not settings.top:
                 return
             scores = pooled(maps, settings.pooling).float().cpu()
             if self.ap and bool(scores.isnan().any()):
                 row = self.broden.rows[batch.rows[int(scores.isnan().any(1).int().argmax())]]
-                raise ValueError(f"layer {list(self.sites)[i]!r} gives nan for image {row.image}, so its images cannot be ranked")
+                raise ValueError(f"layer {layer!r} gives nan for image {row.image}, so its images cannot be ranked")
             if f"{i}/top" in make:
                 walk.statistic(f"{i}/top", TopInputs).update(scores, ids=batch.rows)
             if self.ap:
                 vectors[str(i)].put(batch.number * self.batches.size, scores)
 
-        self.walk(walk, see, labels=False)
+        self.walk(walk, see, range(len(self.sites)), labels=False)
         return walk
 
-    def count(self, thresholds: Mapping[str, Tensor]) -> Walk:
-        """The second pass: pixels of units and labels."""
-        categories = len(self.broden.categories)
-        make = {
-            str(i): partial(Overlap, thresholds[layer].to(self.device), self.broden.primary, categories, self.settings.mode)
-            for i, layer in enumerate(self.sites)
-        }
-        walk = Walk("overlap", make, {}, len(self.batches), self.batches.size, self.ranks, self.checkpoint)
+    def count(self, thresholds: Mapping[str, Tensor], boxes: Tensor | None) -> Walk:
+        """The labels: which image shows which, and the pixels that they share with units. Layers whose maps were kept are read from the
+        disk; the others pass the network again."""
+        total, categories = len(self.batches.rows), len(self.broden.categories)
+        make: dict[str, Callable[[], Mergeable]] = {"shown": partial(ShownLabels, total, self.broden.label_size)}
+        for i, layer in enumerate(self.sites):
+            if self.iou:
+                at = thresholds[layer].to(self.device)
+                make[str(i)] = partial(Overlap, at, self.broden.primary, categories, self.settings.mode)
+        contents = ImageVectors(total, 1, torch.int64)
+        walk = Walk("overlap", make, {"contents": contents}, len(self.batches), self.batches.size, self.ranks, self.checkpoint)
+        kept = self._kept(walk.mine(), thresholds)
+        self.again = [i for i, layer in enumerate(self.sites) if self.iou and layer not in kept]
+        self.check_contents(walk, labels=True)
 
         def see(i: int, maps: Tensor, batch: Batch) -> None:
             assert batch.labels is not None
-            height, width = batch.images.shape[-2:]
-            walk.statistic(str(i), Overlap).update(maps, batch.labels, (height, width))
+            walk.statistic(str(i), Overlap).update(maps, batch.labels, self.input_size)
 
-        self.walk(walk, see, labels=True)
+        def note(batch: Batch) -> None:
+            assert batch.areas is not None and batch.outside is not None
+            first = batch.number * self.batches.size
+            walk.statistic("shown", ShownLabels).update(range(first, first + len(batch.rows)), batch.areas, batch.outside)
+            for i, layer in enumerate(self.sites):
+                if layer in kept:
+                    see(i, self.spools[layer].get(batch.number, thresholds[layer]).to(self.device), batch)
+
+        self.walk(walk, see, self.again, labels=True, boxes=boxes, note=note)
         return walk
 
-    def walk(self, walk: Walk, see: See, labels: bool) -> None:
-        """Shows every batch of this rank to every layer."""
-        mine = walk.mine()
+    def _kept(self, batches: list[int], thresholds: Mapping[str, Tensor]) -> set[str]:
+        """The layers of which every rank has all its maps on the disk."""
+        here = {layer for layer, spool in self.spools.items() if spool.holds(batches) and spool.serves(thresholds[layer])}
+        for theirs in self.ranks.to_first(here):
+            here &= theirs
+        found: set[str] = self.ranks.from_first(here)
+        return found
+
+    def walk(
+        self,
+        walk: Walk,
+        see: See,
+        layers: Sequence[int],
+        labels: bool,
+        boxes: Tensor | None = None,
+        note: Callable[[Batch], object] = lambda batch: None,
+    ) -> None:
+        """Shows every batch of this rank to some layers. Without layers, and with known boxes, no image is read."""
+        mine, names = walk.mine(), list(self.sites)
         total = len(self.batches.rows)
         done = total - sum(len(self.batches.rows_of(batch)) for batch in mine)
         self.clock.start(walk.name, done, total)
         try:
-            for batch in self.batches.read(mine, labels):
+            for batch in self.batches.read(mine, labels, None if layers else boxes):
                 self.stop_if_asked()
-                activations = self.reader.activations(batch.images.to(self.device))
-                for i, (layer, site) in enumerate(self.sites.items()):
-                    see(i, site.read(activations.pop(layer)[0], len(batch.rows)), batch)
+                first = batch.number * self.batches.size
+                walk.vectors["contents"].put(first, batch.contents[:, None])
+                box = self._boxes(batch)
+                if "boxes" in walk.vectors:
+                    walk.vectors["boxes"].put(first, box)
+                note(batch)
+                if layers:
+                    activations = self.reader.activations(batch.images.to(self.device))
+                    for i in layers:
+                        see(i, self.sites[names[i]].read(activations.pop(names[i])[0], len(batch.rows)), batch)
                 walk.finished(batch.number)
                 done += len(batch.rows)
                 self.clock.tell(done)
@@ -190,23 +262,51 @@ class Run:
         walk.merge()
         self.clock.finish()
 
+    def _boxes(self, batch: Batch) -> Tensor:
+        if self.settings.mode == "netdissect" and not all(box.whole for box in batch.boxes):
+            raise ValueError(
+                'mode="netdissect" counts on the grid of the whole picture, but the preprocessing shows a part of it: leave preprocess out'
+            )
+        return torch.tensor(batch.boxes, dtype=torch.float64)
+
+    def check_contents(self, walk: Walk, labels: bool) -> None:
+        """Of a resumed run: that the images which it has read, or their labels, are still the same.
+
+        Raises:
+            ValueError: a file has changed; the message names it.
+        """
+        seen = walk.vectors["contents"].vectors[:, 0].tolist()
+
+        def changed() -> int | None:
+            places = [place for place in range(len(seen)) if walk.done[place // self.batches.size]]
+            with ThreadPoolExecutor(self.options.workers) as threads:
+                now = threads.map(lambda place: self.batches.content(place, labels), places)
+                return next((place for place, found in zip(places, now, strict=True) if found != seen[place]), None)
+
+        place = self.ranks.on_first(changed)
+        if place is not None:
+            row, what = self.broden.rows[self.batches.rows[place]], "the labels of" if labels else "the image"
+            raise ValueError(f"{what} {row.image} changed since the dissection was started: delete its checkpoint and start again")
+
     def stop_if_asked(self) -> None:
         if self.options.stop is not None and self.options.stop():
             raise KeyboardInterrupt
 
     # -- the results ---------------------------------------------------------------------------------------------------
 
-    def assemble(self, first: Walk | None, second: Walk | None, thresholds: Mapping[str, Tensor]) -> dict[str, Dissection]:
+    def assemble(self, first: Walk | None, second: Walk, thresholds: Mapping[str, Tensor]) -> dict[str, Dissection]:
         """The results, on the first rank."""
         numbers = torch.tensor([label.number for label in self.broden.labels], dtype=torch.int64)
         category = self.broden.primary[numbers]
-        ranking = self.ranking(category) if self.ap else None
+        shown = second.statistic("shown", ShownLabels)
+        ranking = self.ranking(category, shown) if self.ap else None
         results = {}
         for i, (layer, site) in enumerate(self.sites.items()):
             counts = None
-            if second is not None:
+            if self.iou:
                 counts = Counts(*(part.cpu()[..., numbers] for part in second.statistic(str(i), Overlap).counts()))
             own = {"layer": layer, "basis": self.facts["sites"][layer]["basis"], "threshold_error": self.errors.get(layer)}
+            own |= {"passes": 1 + (i in self.again)}
             dissection = Dissection(
                 layer=layer,
                 labels=self.broden.labels,
@@ -217,6 +317,7 @@ class Run:
                 thresholds=thresholds[layer].cpu() if self.iou else None,
                 level=self.levels.get(layer),
                 counts=counts,
+                outside=shown.outside[numbers],
                 metadata={**self.facts, **own},
             )
             if first is not None and ranking is not None:
@@ -231,21 +332,10 @@ class Run:
                 warnings.warn(message, stacklevel=4)
         return results
 
-    def ranking(self, category: Tensor) -> Ranking:
-        """Which image shows which concept."""
-        chosen = [self.batches.labels_of(row) for row in self.batches.rows]
-        read = sorted(set(chosen))
-        self.clock.start("labels", 0, len(read))
-
-        def tell(done: int, total: int) -> None:
-            self.clock.tell(done)
-            self.stop_if_asked()
-
-        cache = None if self.checkpoint is None else self.checkpoint.folder / "presence.safetensors"
-        presence = self.broden.presence(cache, self.options.workers, tell, read)
+    def ranking(self, category: Tensor, shown: ShownLabels) -> Ranking:
+        """Which image shows which concept, where the network looked."""
+        annotated = self.broden.annotated()[[self.batches.labels_of(row) for row in self.batches.rows]]
+        presence = replace(shown.presence(), annotated=annotated)
         numbers = [label.number for label in self.broden.labels]
-        place = {row: at for at, row in enumerate(read)}
         settings = self.settings
-        return Ranking.of(
-            presence, [place[row] for row in chosen], numbers, category, settings.sign, settings.negatives, settings.minimum_area
-        )
+        return Ranking.of(presence, range(len(presence)), numbers, category, settings.sign, settings.negatives, settings.minimum_area)

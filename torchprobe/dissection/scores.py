@@ -73,6 +73,7 @@ class LayerScores:
         thresholds: float32 (U,), the level that an active pixel exceeds, or None.
         level: where the thresholds lie among the values of the units, or None; None too for given thresholds.
         counts: pixels, see :class:`Counts`, or None.
+        outside: int64 (L,), pixels of label maps that the network was not shown: they are in no other number. None: unknown.
         average_precision: float64 (U, L), nan for a label that no image shows, or None.
         support: among how many images each label was ranked, and how many of them show it, or None.
         p_values: float64 (U, L), of average precision, for each pair alone; see :meth:`adjusted_p_values`.
@@ -93,6 +94,7 @@ class LayerScores:
     thresholds: Tensor | None = None
     level: activity.Level | None = None
     counts: Counts | None = None
+    outside: Tensor | None = None
     average_precision: Tensor | None = None
     support: Support | None = None
     p_values: Tensor | None = None

@@ -139,7 +139,7 @@ class Site:
     """How to read the activation of one layer.
 
     ``layout`` of the activation; ``features``: how many it has; ``grid``: rows and columns of the patches among tokens; ``basis``
-    (k, features) or None for the units themselves.
+    (k, features) or None for the units themselves; ``places``: positions of an image, those of other tokens included.
     """
 
     layer: str
@@ -148,6 +148,7 @@ class Site:
     grid: tuple[int, int] | None = None
     positions: str = "patch"
     basis: Tensor | None = None
+    places: int = 1
 
     @property
     def units(self) -> int:
@@ -224,4 +225,5 @@ def _site(name: str, x: Tensor, layout: Layout, grids: list[tuple[int, int]], po
         tokens = layout.images_first(x).shape[2]
         fitting = [(h, w) for h, w in grids if h * w <= tokens < h * w + max(64, h * w // 4)]
         grid = max(fitting, key=lambda size: size[0] * size[1], default=None)
-    return Site(name, layout, x.shape[layout.feature_dim], grid, positions)
+    places = x.numel() // max(x.shape[layout.batch_dim] * x.shape[layout.feature_dim], 1)
+    return Site(name, layout, x.shape[layout.feature_dim], grid, positions, places=places)

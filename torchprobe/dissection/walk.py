@@ -15,10 +15,11 @@ from torch import Tensor
 from torchprobe.common import storage
 from torchprobe.common.files import replacing
 from torchprobe.common.ranks import Ranks
+from torchprobe.dissection.spool import Spool
 
 _KIND = "torchprobe.dissection.walk"
 _SETTINGS = "settings.json"
-_FILES = r"(presence|(thresholds|overlap)-(rank|rows-)[\d-]+)\.safetensors"
+_FILES = r"((thresholds|overlap)-(rank|rows-)[\d-]+|maps-[\d-]+)\.safetensors"
 _TORN = rf"\.({_FILES}|settings\.json)\.\d+\.part"  # unfinished files that an interruption left
 
 
@@ -84,10 +85,10 @@ def clear_checkpoint(folder: Path) -> None:
 
 
 class ImageVectors:
-    """One vector for each image: ``vectors`` float32 (images, width), filled batch by batch. Memory is used only where it is filled."""
+    """One vector for each image: ``vectors`` (images, width), filled batch by batch. Memory is used only where it is filled."""
 
-    def __init__(self, images: int, width: int) -> None:
-        self.vectors = torch.zeros(images, width)
+    def __init__(self, images: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+        self.vectors = torch.zeros(images, width, dtype=dtype)
 
     def put(self, first: int, vectors: Tensor) -> None:
         self.vectors[first : first + len(vectors)] = vectors.detach().cpu()
@@ -108,6 +109,7 @@ class Walk:
         size: images in a batch; the last may have fewer.
         ranks: the processes that share the pass.
         checkpoint: where to save.
+        spools: maps that are kept on disk, by layer.
     """
 
     def __init__(
@@ -119,8 +121,10 @@ class Walk:
         size: int,
         ranks: Ranks,
         checkpoint: Checkpoint | None = None,
+        spools: Mapping[str, Spool] | None = None,
     ) -> None:
         self.name, self.vectors, self.size, self.ranks, self.checkpoint = name, dict(vectors), size, ranks, checkpoint
+        self.spools = dict(spools or {})
         self._make = dict(make)
         self.statistics = {key: empty() for key, empty in self._make.items()}
         self.done = torch.zeros(batches, dtype=torch.bool)
@@ -202,6 +206,8 @@ class Walk:
     def save(self) -> None:
         """Writes the state of this rank."""
         assert self.checkpoint is not None
+        for spool in self.spools.values():  # first, so that no batch counts as done whose maps are lost
+            spool.flush()
         folder = self.checkpoint.folder
         if self.vectors and self._unsaved:
             # Two ranks of one run never compute the same batch, so the names of the files differ.
@@ -237,7 +243,7 @@ class Walk:
             if not all(isinstance(b, int) and 0 <= b < len(self.done) for b in batches):
                 raise file.error("batches", f"batches are numbered 0 to {len(self.done) - 1}")
             for key, filled in self.vectors.items():
-                self._put(key, batches, file.tensor(key, torch.float32, (None, filled.vectors.shape[1])))
+                self._put(key, batches, file.tensor(key, filled.vectors.dtype, (None, filled.vectors.shape[1])))
 
     def _files(self, folder: Path) -> Iterator[Path]:
         return (path for path in folder.glob(f"{self.name}-rank*.safetensors") if re.fullmatch(r".*-rank\d+\.safetensors", path.name))

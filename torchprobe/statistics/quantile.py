@@ -234,6 +234,11 @@ class Quantile(DynamicStatistic):
         return self._main.counts[1].clone()
 
     @property
+    def bound(self) -> Tensor:
+        """The level at or below which values are dropped: float32 (features,). It only rises, and no exact :meth:`value` is below it."""
+        return self._main.bound
+
+    @property
     def exact(self) -> bool:
         """Whether :meth:`value` is exact; otherwise it is estimated."""
         return self._main.thinning == 0

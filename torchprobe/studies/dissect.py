@@ -79,7 +79,7 @@ def dissect_folder(
     ...         writer.add(f"mine/{i}", np.full((32, 32, 3), 50 * i, np.uint8), {"object": np.eye(16, dtype=int) + i % 2})
     >>> def to_tensor(image):
     ...     return torch.from_numpy(np.array(image)).movedim(2, 0) / 255
-    >>> _ = dissect_folder(nn.Sequential(nn.Conv2d(3, 8, 5, stride=4)), folder, "0", out, preprocess=to_tensor)
+    >>> _ = dissect_folder(nn.Sequential(nn.Conv2d(3, 8, 5, stride=4)), folder, "0", out, preprocess=to_tensor, quantile=0.05)
     >>> sorted(path.name for path in out.iterdir())
     ['0-ap.csv', '0.csv', '0.safetensors', 'summary.json']
     """

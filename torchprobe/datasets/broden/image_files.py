@@ -89,7 +89,7 @@ def read_labels(path: str | Path, height: int, width: int) -> Tensor:
     """
     from PIL import Image
 
-    data = _read(path)
+    data = read_bytes(path)
     if not data.startswith(_PNG_SIGNATURE) or len(data) < 33:
         raise FileError("not a PNG file")
     if (found := struct.unpack(">II", data[16:24])) != (width, height):  # before anything is decompressed
@@ -133,7 +133,7 @@ def read_image(path: str | Path) -> Image:
     """
     from PIL import Image
 
-    data = _read(path)
+    data = read_bytes(path)
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             if problem := size_problem(image.height, image.width):
@@ -145,7 +145,12 @@ def read_image(path: str | Path) -> Image:
         raise FileError(f"the image cannot be decoded ({_reason(error)})") from None
 
 
-def _read(path: str | Path) -> bytes:
+def read_bytes(path: str | Path) -> bytes:
+    """A whole file.
+
+    Raises:
+        FileError: it is missing, too large, or cannot be read.
+    """
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from torchprobe.common.messages import install_hint
 from torchprobe.common.runs import CountCallback
-from torchprobe.datasets.broden.image_files import FileError, locate, read_image, read_labels
+from torchprobe.datasets.broden.image_files import FileError, locate, read_bytes, read_image, read_labels
 from torchprobe.datasets.broden.index import SPLITS, Finding, Label, Row, read_rows, read_tables
 from torchprobe.datasets.broden.presence import Presence, image_areas, load_presence
 from torchprobe.datasets.images import DatasetError
@@ -146,6 +147,22 @@ class Broden(Dataset[Sample]):
             if numbers := [entry for entry in entries if isinstance(entry, int)]:
                 found.append((category, torch.tensor(numbers, dtype=torch.int32)))
         return found
+
+    def content(self, index: int, labels: bool = False) -> int:
+        """A digest of the file of the image of a row, or of its label maps, as a number of 63 bits.
+
+        Raises:
+            DatasetError: a file cannot be read.
+        """
+        row, found = self.rows[index], hashlib.blake2b(digest_size=8)
+        maps = [entry for entries in row.entries for entry in entries if isinstance(entry, str)]
+        name = row.image
+        try:
+            for name in maps if labels else [row.image]:
+                found.update(read_bytes(locate(self._images, name)))
+        except FileError as error:
+            raise self._unusable(row, name, error) from None
+        return int.from_bytes(found.digest(), "big") >> 1
 
     def _plane(self, row: Row, name: str) -> Tensor:
         try:

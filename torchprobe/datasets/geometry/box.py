@@ -42,8 +42,9 @@ class Box(NamedTuple):
 class Geometry:
     """What part of a picture a transform shows, for pictures of every size.
 
-    Steps of torchvision (v1 and v2), timm and open_clip are followed exactly. For everything else – the processors of transformers, functions
-    of your own – test pictures of that size, whose colors are their coordinates, are sent through the transform. Each size is looked at once.
+    Steps of torchvision (v1 and v2), timm and open_clip are followed exactly. For everything else – the processors of transformers,
+    functions of your own – test pictures of that size, whose gray levels are coordinates, are sent through the transform. Each size is
+    looked at once.
 
     Args:
         transform: PIL image → tensor (3, H, W).

@@ -19,8 +19,8 @@ CENTERED = frozenset({"CenterCrop", "CenterCropOrPad"})
 """Steps that keep the center of the picture, or put a border around it."""
 
 POINTWISE = frozenset({
-    "ConvertImageDtype", "Grayscale", "Identity", "MaskAwareNormalize", "MaybeConvertMode", "MaybePILToTensor", "MaybeToTensor", "Normalize", "PILToTensor", "RGB",
-    "ToDtype", "ToImage", "ToNumpy", "ToPureTensor", "ToTensor", "ToPILImage", "ToImageTensor", "ToImagePIL",
+    "ConvertImageDtype", "Grayscale", "Identity", "ImageToPIL", "MaskAwareNormalize", "MaybeConvertMode", "MaybePILToTensor",
+    "MaybeToTensor", "Normalize", "PILToTensor", "RGB", "ToDtype", "ToImage", "ToNumpy", "ToPureTensor", "ToTensor",
 })  # fmt: skip
 """Steps that leave pixels where they are."""
 

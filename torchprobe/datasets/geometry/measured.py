@@ -29,9 +29,9 @@ class GeometryError(ValueError):
 def measured(transform: Callable[[Image], Tensor], width: int, height: int) -> tuple[float, float, float, float]:
     """Top, left, bottom and right of what is shown of a picture of this size, in fractions.
 
-    A black and a white picture tell for each value of the input how it depends on the gray level; where it does not, it shows a border. Then
-    ramps, from left to right and from top to bottom, give the coordinates of each pixel of the input. A straight line through them has the
-    edges. Gray levels are rounded differently in every row (or column), so their average is exact.
+    A black and a white picture tell for each value of the input how it depends on the gray level; where it does not, it shows a border.
+    Then ramps, from left to right and from top to bottom, give the coordinates of each pixel of the input. A straight line through them has
+    the edges. Gray levels are rounded differently in every row (or column), so their average is exact.
 
     Raises:
         GeometryError: the transform is random, or turns, mirrors or bends pictures, or mixes pixel values.

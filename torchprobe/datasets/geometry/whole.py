@@ -93,5 +93,6 @@ def _brief(value: Tensor) -> float:
 
 def _error(why: str) -> ValueError:
     return ValueError(
-        f'the whole picture cannot be shown with the colors of the encoder\'s preprocessing: {why}. Give preprocess=, or preprocess="encoder"'
+        f"the whole picture cannot be shown with the colors of the encoder's preprocessing: {why}. Give preprocess=, or "
+        'preprocess="encoder"'
     )
