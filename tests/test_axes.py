@@ -755,3 +755,41 @@ def test_hooks_that_look_for_the_dimension_are_gone_after_two_forwards() -> None
         assert [len(layer._forward_hooks) for layer in model] == [0, 0, 1]
         model(x)
     assert rec["2"].vectors == 3 * 5 * 7
+
+
+class Halved(nn.Module):
+    """A fixed filter along time: its one buffer says nothing of the width."""
+
+    def __init__(self, taps: int) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.ones(taps) / taps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.kernel[None, None].expand(x.shape[1], 1, -1)
+        return torch.nn.functional.conv1d(x, weight, stride=2, groups=x.shape[1])
+
+
+@pytest.mark.parametrize("taps", [4, 8])
+@pytest.mark.parametrize("length", [16, 20, 22])
+def test_the_kernel_of_a_fixed_filter_is_no_width(taps: int, length: int) -> None:
+    rec = run(nn.Sequential(nn.Conv1d(2, 32, 1), Halved(taps)), torch.randn(3, 2, length))
+    assert axes(rec)["1"] in [(32, 1), (None, None)]
+
+
+class Modulated(nn.Module):
+    """A vector for each input, twice as wide as the features, scales and shifts the tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.linear(x.mean(1)).chunk(2, dim=-1)
+        return x * (1 + scale[:, None]) + shift[:, None]
+
+
+@pytest.mark.parametrize("tokens", [7, 16, 32])
+def test_a_vector_that_modulates_tokens_is_not_their_width(tokens: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 16), nn.LayerNorm(16), Modulated(16), nn.Linear(16, 5))
+    rec = run(model, torch.randn(2, tokens, 3))
+    assert axes(rec)["2"] in [(16, 2), (None, None)] and axes(rec)["1"] == (16, 2)

@@ -72,7 +72,7 @@ def dissect(
 
     The images pass the network once. This pass finds the thresholds, the scores for average precision and the top images; maps that may
     exceed their threshold wait on the disk. Then the labels are read and pixels are counted for IoU. Layers whose maps need more than
-    ``disk``, such as early ones, pass the network a second time; ``metadata["passes"]`` says which. The result is the same. Memory is
+    ``disk``, such as early ones, pass the network a second time, as the progress says. The result is the same. Memory is
     needed for the counts (units × labels), the thresholds (``memory`` for each layer) and the scores (units × images, float32).
 
     A map is compared with the labels where the network looked: on the part of the picture that the input shows. Label pixels elsewhere are
@@ -157,7 +157,7 @@ def dissect(
         model = model.to(device)
     with Ranks() as ranks, LayerReader(model, select_layers(model, layers, feature_dim)) as reader:
         image = batches.image(chosen[0])
-        sites = _sites(reader, image[None].to(reader.device), settings, basis)
+        sites = _sites(reader, image[None], settings, basis)
         given = _given(thresholds, sites) if thresholds is not None else None
         facts = _facts(model, broden, chosen, settings, sites, given, looked)
         saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)

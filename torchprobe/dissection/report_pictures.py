@@ -138,7 +138,6 @@ class _Regions:
     def outlines(self, inputs: Tensor, rows: Sequence[int], units_of: UnitsOf) -> list[dict[int, str]]:
         """For each image (n, 3, H, W), the outline of the active region by unit."""
         layer = self.dissection.layer
-        inputs = inputs.to(self.reader.device)
         site = self._site = self._site or self._find_site(inputs[:1])
         maps = site.read(self.reader.activations(inputs)[layer][0], len(rows)).float().cpu()
         size = inputs.shape[-2], inputs.shape[-1]

@@ -238,7 +238,8 @@ class Run:
         mine, names = walk.mine(), list(self.sites)
         total = len(self.batches.rows)
         done = total - sum(len(self.batches.rows_of(batch)) for batch in mine)
-        self.clock.start(walk.name, done, total)
+        stage = walk.name if walk.name == "thresholds" or self.iou else "labels"
+        self.clock.start("second pass" if self.again else stage, done, total)
         try:
             for batch in self.batches.read(mine, labels, None if layers else boxes):
                 self.stop_if_asked()
@@ -249,7 +250,7 @@ class Run:
                     walk.vectors["boxes"].put(first, box)
                 note(batch)
                 if layers:
-                    activations = self.reader.activations(batch.images.to(self.device))
+                    activations = self.reader.activations(batch.images)
                     for i in layers:
                         see(i, self.sites[names[i]].read(activations.pop(names[i])[0], len(batch.rows)), batch)
                 walk.finished(batch.number)
@@ -306,7 +307,6 @@ class Run:
             if self.iou:
                 counts = Counts(*(part.cpu()[..., numbers] for part in second.statistic(str(i), Overlap).counts()))
             own = {"layer": layer, "basis": self.facts["sites"][layer]["basis"], "threshold_error": self.errors.get(layer)}
-            own |= {"passes": 1 + (i in self.again)}
             dissection = Dissection(
                 layer=layer,
                 labels=self.broden.labels,

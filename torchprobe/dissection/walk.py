@@ -67,7 +67,9 @@ class Checkpoint:
                 return f"{path} is damaged ({error}): delete the folder and start again"
             now = json.loads(json.dumps(settings))
             if other := [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]:
-                key = min(other)
+                key = min(other, key=lambda key: (key in before, key))
+                if key not in before:
+                    return f"{self.folder} was started by another version of torchprobe, which did not note the {key}: delete it and start again"
                 return f"{self.folder} was started with another {key}: {before.get(key)!r}, now it is {now.get(key)!r}"
             return None
         with replacing(path) as temporary:

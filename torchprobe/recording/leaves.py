@@ -139,10 +139,10 @@ def own_widths(module: nn.Module) -> Iterator[tuple[int, ...]]:
     """Sizes that may be the width of the output, those that say it best first."""
     if (own := width(module)) is not None:
         yield (own,)
-    for tensor in _tensors(module):
-        long = tuple(size for size in tensor.shape if size > 1)
-        if len(long) == 1:
-            yield long
+    # One buffer alone, such as the kernel of a fixed filter, says nothing of the width; those of a frozen batch norm do.
+    found = [tuple(size for size in tensor.shape if size > 1) for tensor in _tensors(module)]
+    trained = any(parameter is not None for parameter in module._parameters.values())
+    yield from (long for long in found if len(long) == 1 and (trained or found.count(long) > 1))
     if isinstance(weight := module._parameters.get("weight"), Tensor) and weight.dim() > 1:
         yield tuple({*weight.shape[:2]} - {1})
     if any(True for _ in _tensors(module)):

@@ -76,6 +76,7 @@ class LayerReader:
         self._trail = Trail(model)
         self._axes: dict[tuple[str, int], tuple[Axis, tuple[int, ...]]] = {}  # layer and number of dimensions → axis and first shape
         self._unclear = False
+        self._overwritten: set[str] = set()  # layers whose activation is written to by what follows
         self._images = 0  # in the running forward pass
         self._see: Callable[[Layer, Tensor], object] | None = None  # None: the running forward pass is not ours
         self._called: dict[str, bool] = {}  # layer that ran → whether it gave a tensor
@@ -124,26 +125,31 @@ class LayerReader:
     def activations(self, images: Tensor) -> dict[str, tuple[Tensor, Layout]]:
         """One forward pass: the activation of each layer with its layout, in the order of :attr:`layers`.
 
-        For a layer that runs several times this is the activation of its last call. Nothing is copied: if a later operation overwrites the
-        activation in place (``nn.ReLU(inplace=True)``), the result has the overwritten values.
+        For a layer that runs several times this is the activation of its last call, as the layer gave it. It is copied only if something
+        after the layer overwrites it in place, such as ``nn.ReLU(inplace=True)`` or ``+=``. The first pass in which that is seen is repeated.
 
         Raises:
             ValueError: see :meth:`read`.
         """
-        found: dict[str, tuple[Tensor, Layout]] = {}
+        found: dict[str, tuple[Tensor, Layout, int | None]] = {}
 
         def keep(layer: Layer, x: Tensor, layout: Layout) -> None:
-            found[layer.name] = x, layout
+            safe = layer.name in self._overwritten or x.is_inference()  # such tensors do not count writes
+            found[layer.name] = (x.clone(), layout, None) if safe else (x, layout, x._version)
 
         self.read(images, keep)
-        return {name: found[name] for name in self.layers}
+        late = {name for name, (x, _, version) in found.items() if version is not None and x._version != version}
+        if late:
+            self._overwritten |= late
+            self.read(images, keep)
+        return {name: found[name][:2] for name in self.layers}
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _forward(self, images: Tensor, see: Callable[[Layer, Tensor], object]) -> None:
         self._images, self._see, self._called = len(images), see, {}
         try:
-            self.model(images)
+            self.model(as_input(images, self.model))
         finally:
             self._see = None
         for name in self.layers:
@@ -242,6 +248,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled yet
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+def as_input(images: Tensor, model: nn.Module) -> Tensor:
+    """Images on the device of a model, and if they and its first parameter are floating point, in the precision of that parameter.
+
+    >>> as_input(torch.zeros(1, 3, 4, 4), nn.Conv2d(3, 1, 1).bfloat16()).dtype
+    torch.bfloat16
+    """
+    dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), images.dtype)
+    return images.to(device_of(model), dtype if images.is_floating_point() else None)
 
 
 def device_of(model: nn.Module) -> torch.device:

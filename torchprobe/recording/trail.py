@@ -253,6 +253,8 @@ class Trail:
             if not same and (event.width == 1 or (event is not last and len(event.shape) != len(shape))):
                 continue
             dims_found = fits(shape, event.width, 0 if last.dim == 0 else 1)
+            if len(event.shape) != len(shape) and self._others_differ(shape, dims_found, inside):
+                return Axis(None, UNSURE)
             if len(dims_found) == 1 and moved_or_resized(event, shape, dims_found[0]):
                 return Axis(None, UNSURE)
             if len(dims_found) == 1:
@@ -261,6 +263,13 @@ class Trail:
             if dims_found:
                 return self._tie(event, inside, x, dims_found)
         return multiplied(layer.module, last, shape) or resized(last, shape, inside) or same_shape(self.events, x)
+
+    def _others_differ(self, shape: tuple[int, ...], dims_found: list[int], inside: Sequence[Event]) -> bool:
+        """Whether outside of a block an activation of this shape had its features elsewhere. A vector for each input, which only scales and
+        shifts what passes the block, may be as wide as another dimension."""
+        return len(dims_found) == 1 and any(
+            event.shape == shape and event.dim != dims_found[0] for event in self.events if event not in inside
+        )
 
     def _followed(self, layer: Layer, x: Tensor, allowed: Sequence[int]) -> Axis | None:
         """By what ran before a layer that keeps the layout of its input, such as an activation function."""
