@@ -792,4 +792,4 @@ class Modulated(nn.Module):
 def test_a_vector_that_modulates_tokens_is_not_their_width(tokens: int) -> None:
     model = nn.Sequential(nn.Linear(3, 16), nn.LayerNorm(16), Modulated(16), nn.Linear(16, 5))
     rec = run(model, torch.randn(2, tokens, 3))
-    assert axes(rec)["2"] in [(16, 2), (None, None)] and axes(rec)["1"] == (16, 2)
+    assert axes(rec)["2"] == ((None, None) if tokens == 32 else (16, -1)) and axes(rec)["1"] == (16, -1)

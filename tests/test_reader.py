@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchprobe.recording import select_layers
 from torchprobe.recording.reader import LayerReader, Layout, device_of, eval_mode
@@ -40,14 +40,49 @@ def test_other_forward_passes_are_ignored():
     assert seen == ["0"]
 
 
-def test_read_comes_before_what_overwrites_and_activations_after():
-    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True))
-    x, found = torch.randn(4, 3), {}
+class Overwritten(nn.Module):
+    """What follows its layers writes into what they gave, in several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(3, 5), nn.Linear(5, 5), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.how == "relu":
+            torch.relu_(y)
+        elif self.how == "add":
+            y += 1
+        elif self.how == "view":
+            y.view(-1)[::2] = 7
+        elif self.how == "out":
+            torch.mul(y, 2, out=y)
+        z = self.b(y)
+        return z.mul_(0) if self.how == "later" else z
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("how", ["relu", "add", "view", "out", "later", "nothing"])
+def test_activations_are_those_that_the_layer_gave(how, inference):
+    model, batches = Overwritten(how), torch.randn(3, 4, 3)
+    with torch.inference_mode(inference), reader(model) as opened:
+        for x in batches:
+            kept = opened.activations(x)
+            torch.testing.assert_close(kept["a"][0], torch.nn.functional.linear(x, model.a.weight, model.a.bias))
+            assert bool(kept["b"][0].any())
+
+
+def test_only_what_is_overwritten_is_copied_and_one_pass_is_repeated():
+    model, calls = nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)), []
+    model.register_forward_hook(lambda module, args, output: calls.append(output))
     with reader(model) as opened:
-        opened.read(x, lambda layer, x, layout: found.setdefault(layer.name, x.clone()))
-        kept = opened.activations(x)
-    torch.testing.assert_close(found["0"], model[0](x).detach())
-    torch.testing.assert_close(kept["0"][0], model[0](x).relu().detach())
+        kept = [opened.activations(torch.randn(4, 3)) for _ in range(3)]
+    assert len(calls) == 4 and kept[-1]["2"][0].data_ptr() == calls[-1].data_ptr()
+
+
+def test_images_get_the_precision_of_the_model():
+    with reader(nn.Sequential(nn.Linear(3, 5)).bfloat16()) as opened:
+        assert opened.activations(torch.randn(4, 3))["0"][0].dtype == torch.bfloat16
 
 
 def test_a_layer_that_runs_twice_counts_with_its_last_call():

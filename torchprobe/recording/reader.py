@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchprobe.recording.axes import Axis, second_shape
 from torchprobe.recording.layers import Layer
-from torchprobe.recording.structure import first_tensor
+from torchprobe.recording.structure import first_tensor, writes
 from torchprobe.recording.trail import Trail
 
 
@@ -134,11 +134,11 @@ class LayerReader:
         found: dict[str, tuple[Tensor, Layout, int | None]] = {}
 
         def keep(layer: Layer, x: Tensor, layout: Layout) -> None:
-            safe = layer.name in self._overwritten or x.is_inference()  # such tensors do not count writes
-            found[layer.name] = (x.clone(), layout, None) if safe else (x, layout, x._version)
+            copy = layer.name in self._overwritten or writes(x) is None
+            found[layer.name] = (x.clone(), layout, None) if copy else (x, layout, writes(x))
 
         self.read(images, keep)
-        late = {name for name, (x, _, version) in found.items() if version is not None and x._version != version}
+        late = {name for name, (x, _, before) in found.items() if before is not None and writes(x) != before}
         if late:
             self._overwritten |= late
             self.read(images, keep)

@@ -103,3 +103,17 @@ def _items(value: Any) -> tuple[Any, ...]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return tuple(getattr(value, field.name) for field in dataclasses.fields(value))
     return ()
+
+
+def writes(x: Tensor) -> int | None:
+    """How often the memory of a tensor was written to in place, by itself or by a view; None for tensors that do not count it.
+
+    >>> import torch
+    >>> x = torch.zeros(2)
+    >>> before = writes(x)
+    >>> _ = x[:1].add_(1)
+    >>> writes(x) - before
+    1
+    """
+    count: int | None = None if x.is_inference() else getattr(x, "_version", None)
+    return count

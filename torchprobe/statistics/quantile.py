@@ -369,14 +369,13 @@ def _nans(x: Tensor, feature_dim: int) -> Tensor:
 
 def _loaded(index: int, tail: Tail, state: Mapping[str, Any]) -> Tail:
     """Buffer number ``index`` of a saved state, checked; ``tail`` is an empty one like it."""
-    features = len(tail.bound)
     values, counts, bound = (state[f"{index}/{name}"] for name in ("values", "counts", "bound"))
     thinning, offered = state[f"{index}/thinning"], state[f"{index}/offered"]
     kept = values.shape[-1] if isinstance(values, Tensor) and values.dim() else 0
     for name, part, dtype, shape in (
-        ("values", values, torch.float32, (features, kept)),
-        ("counts", counts, torch.int64, (3, features)),
-        ("bound", bound, torch.float32, (features,)),
+        ("values", values, torch.float32, (len(tail.bound), kept)),
+        ("counts", counts, torch.int64, (3, len(tail.bound))),
+        ("bound", bound, torch.float32, (len(tail.bound),)),
     ):
         if not isinstance(part, Tensor) or part.dtype != dtype or tuple(part.shape) != shape:
             raise ValueError(f"{index}/{name} of the saved Quantile is {describe(part)}, expected {dtype} of shape {shape}")
@@ -395,7 +394,7 @@ def _loaded(index: int, tail: Tail, state: Mapping[str, Any]) -> Tail:
         or bool(bound.isnan().any())
     ):
         raise ValueError(f"the buffer {index} of the saved Quantile is damaged")
-    loaded = Tail(features, tail.capacity, thinning, tail.bound.device)
+    loaded = Tail(len(tail.bound), tail.capacity, thinning, tail.bound.device)
     loaded.values, loaded.counts, loaded.bound = (part.to(tail.bound.device).clone() for part in (values, counts, bound))
     loaded.offered = offered
     return loaded
