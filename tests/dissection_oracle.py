@@ -97,3 +97,14 @@ def average_precision(scores: np.ndarray, shown: np.ndarray) -> float:
         total += (hits / positives - recall) * (hits / taken.sum())
         recall = hits / positives
     return total
+
+
+def bilinear(values: np.ndarray, y: float, x: float) -> float:
+    """The value of a map between its points, in float64; outside of them that of the nearest."""
+    h, w = values.shape
+    y, x = min(max(y, 0.0), h - 1.0), min(max(x, 0.0), w - 1.0)
+    i, j = min(int(y), h - 2) if h > 1 else 0, min(int(x), w - 2) if w > 1 else 0
+    down, right = (1 if h > 1 else 0), (1 if w > 1 else 0)
+    upper = values[i, j] + (x - j) * (values[i, j + right] - values[i, j])
+    lower = values[i + down, j] + (x - j) * (values[i + down, j + right] - values[i + down, j])
+    return float(upper + (y - i) * (lower - upper))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from broden_sets import write_trap_set
@@ -9,8 +10,10 @@ from dissection_models import Net, preprocess
 from torch import nn
 
 from torchprobe.datasets import Broden, DatasetError
+from torchprobe.datasets.geometry import GeometryError
 from torchprobe.dissection import dissect
 from torchprobe.dissection.taps import find_sites
+from torchprobe.encoders import Encoder
 from torchprobe.recording import select_layers
 from torchprobe.recording.reader import LayerReader
 
@@ -106,10 +109,22 @@ def test_pictures_that_cannot_be_used(tmp_path):
     (trap.root / "images" / broken.image).write_bytes(b"no picture")
     with pytest.raises(DatasetError, match="index.csv line.*cannot be decoded"):
         dissect(Net(), "norm", Broden(tmp_path), preprocess=preprocess, top=0)
-    sizes = iter(range(8, 20))
     good = Broden(write_trap_set(tmp_path / "good", images=8).root)
-    with pytest.raises(ValueError, match="preprocess must resize"):
+    sizes = iter(range(8, 2000))
+    with pytest.raises(ValueError, match="preprocess is random"):
         dissect(Net(), "norm", good, preprocess=lambda image: torch.zeros(3, next(sizes), 8), batch_size=4)
+    with pytest.raises(ValueError, match="preprocess must resize"):
+        dissect(
+            Net(), "norm", good, preprocess=lambda image: preprocess(image)[:, : 8 + int(np.array(image)[0, 0, 0]) % 7], geometry="whole"
+        )
+    with pytest.raises(
+        GeometryError, match="it cannot be told which part of a .* picture the preprocessing shows: black and white pictures"
+    ):
+        dissect(Net(), "norm", good, preprocess=lambda image: torch.zeros(3, 8, 8))
+    with pytest.raises(GeometryError, match="it turns, mirrors or bends pictures"):
+        dissect(Net(), "norm", good, preprocess=lambda image: preprocess(image).flip(2))
+    with pytest.raises(ValueError, match="one of whole, encoder"):
+        dissect(Encoder(Net(), features=1, preprocess=preprocess), "visual.norm", good, preprocess="crop")
 
 
 def test_a_nan_cannot_be_ranked(broden):

@@ -180,7 +180,7 @@ def test_pooled_vectors_are_sent_to_average_precision():
 def arguments():
     labels = LabelBatch.pack([[("c", torch.ones(5, 6)), ("s", [2])]], [(5, 6)])
     counts = [torch.zeros(shape, dtype=torch.int64) for shape in ((4, 3), (4, 2), (3,))]
-    return (*counts, torch.randn(1, 4, 2, 2), torch.zeros(4), torch.tensor([-1, 0, 0]), *labels)
+    return (*counts, torch.randn(1, 4, 2, 2), torch.zeros(4), torch.tensor([-1, 0, 0]), *labels[:3])
 
 
 def test_schema():
@@ -192,6 +192,8 @@ def test_schema():
 def test_opcheck():
     torch.library.opcheck(torch.ops.torchprobe.overlap_tally_.default, arguments())
     torch.library.opcheck(torch.ops.torchprobe.overlap_tally_.default, (*arguments(), "anchored", 8, 8, True))
+    boxes = torch.tensor([[-1.0, 0.5, 4.0, 6.0]], dtype=torch.float64)
+    torch.library.opcheck(torch.ops.torchprobe.overlap_tally_.default, (*arguments(), "half_pixel", 0, 0, False, boxes))
 
 
 @native
