@@ -371,7 +371,10 @@ def test_an_interrupted_dissection_goes_on(run, broden, tmp_path, monkeypatch):
 
 
 def test_check_lists_every_problem(run, broden):
-    assert run("dissect", "--check", "--broden", broden)[0] == 0
+    code, out, _ = run("dissect", "--check", "--broden", broden)
+    assert code == 0
+    *notes, last = out.strip().splitlines()  # the set has rows with nothing but 0
+    assert last.startswith("No problem") and re.match(r"Note: index.csv: \d of \d+ rows are left out, since nothing is annotated", notes[0])
     pictures = sorted((broden / "images").rglob("*.jpg"))[:2]
     pictures[0].unlink()
     pictures[1].write_bytes(pictures[1].read_bytes()[:50])
@@ -382,6 +385,14 @@ def test_check_lists_every_problem(run, broden):
     code, out, _ = run("dissect", "--check", "--broden", broden, "--json")
     assert code == 3
     assert len(json.loads(out)) == 2
+    index = (broden / "index.csv").read_text(encoding="utf-8").splitlines()
+    (broden / "index_sm.csv").write_text("\n".join(index[:1] + index[4:]) + "\n", encoding="utf-8")
+    (broden / "index.csv").unlink()
+    code, out, err = run("dissect", "--check", "--broden", broden, "--index", "index_sm.csv", "--json")
+    assert code in (0, 3) and len(json.loads(out)) < 2 and "index_sm.csv" in err
+    assert run("dissect", "--check", "--broden", broden, "--index", "../index.csv")[0] == 1
+    code, _, err = run("dissect", "resnet18", "--layers", "x", "--broden", broden, "--index", "index_xl.csv")
+    assert code == 1 and "has no index_xl.csv" in err and "there are index_sm.csv" in err
 
 
 def test_a_log_shows_how_far_a_dissection_is(capsys):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchprobe.dissection import Counts, best_labels, unique_detectors
+from torchprobe.dissection import Counts, Dissection, best_labels, unique_detectors
 
 FOLDER = os.environ.get("TORCHPROBE_GOLDEN", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="TORCHPROBE_GOLDEN does not name the folder of the published results")
@@ -79,6 +79,24 @@ def test_unique_detectors(golden):
     report = unique_detectors(counts.iou(), category, categories, "report")
     assert (paper.unique, paper.detectors) == (unique, detectors)
     assert (report.unique, report.detectors) == (concepts, detectors)
+
+
+def test_the_reader_of_result_files(golden, tmp_path):
+    file, rows, categories, names, _, counts = golden
+    result = Dissection.from_csv(Path(FOLDER, "netdissect", file))
+    _, unique, detectors, concepts = FILES[file]
+    assert result.layer == file.removesuffix(".csv") and list(result.categories) == categories and result.units == len(rows)
+    assert [(categories.index(label.category), label.name) for label in result.labels] == names
+    iou, found = counts.iou()[:, 1:], result.iou[[int(row["unit"]) - 1 for row in rows]]
+    known = ~found.isnan()
+    assert torch.equal(found[known], iou[known]) and int(known.sum()) == len(rows) * len(categories)
+    for rule, distinct in (("paper", unique), ("report", concepts)):
+        assert result.unique_detectors(rule)[:2] == (distinct, detectors)
+    for row, best in zip(rows, result.best(), strict=True):
+        assert best.score == pytest.approx(float(row["score"]), rel=1e-12)
+    assert {(b.unit + 1, b.category, b.label) for b in result.best()} == {(int(r["unit"]), r["category"], r["label"]) for r in rows}
+    again = Dissection.from_csv(result.to_csv(tmp_path / file))
+    assert again.best() == result.best() and torch.equal(again.counts.activation, result.counts.activation)
 
 
 def test_published_table_by_category(golden):

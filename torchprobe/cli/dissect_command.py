@@ -63,6 +63,7 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in --out.")
 @click.option("--score", type=Scores(), default="iou,ap", show_default=True, help="iou needs layers with positions.")
 @click.option("--check", is_flag=True, help="Only list every problem of the data set.")
+@click.option("--index", default="index.csv", show_default=True, metavar="FILE", help="Another index in the folder of --broden.")
 @click.option("--split", type=click.Choice(["train", "val"]), help="Only this part of the images.")
 @click.option("--category", "categories", multiple=True, metavar="NAME", help="Only this category; may be repeated.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images; their order is random.")
@@ -130,7 +131,7 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
 @json_option
 def dissect(model: str | None, layers: tuple[str, ...], folder: Path, check: bool, as_json: bool, **options: Any) -> None:
     if check:
-        return _check(folder, options["workers"], as_json)
+        return _check(folder, options["index"], options["workers"], as_json)
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'; only --check works without it.")
     if not layers:
@@ -140,19 +141,20 @@ def dissect(model: str | None, layers: tuple[str, ...], folder: Path, check: boo
     _dissect(model, layers, folder, as_json, **options)
 
 
-def _check(folder: Path, workers: int, as_json: bool) -> None:
+def _check(folder: Path, index: str, workers: int, as_json: bool) -> None:
     from torchprobe.datasets import validate
 
     with progress_bar("checking") as progress:
-        findings = validate(folder, workers, progress)
+        findings = validate(folder, workers, progress, index, notes=True)
+    problems = [finding for finding in findings if not finding.note]
     if as_json:
-        print_json([{"file": f.file, "row": f.row, "what": f.what, "fix": f.fix} for f in findings])
-    else:
-        for finding in findings:
-            click.echo(printable(finding))
-        count = f"{len(findings)} problem{'' if len(findings) == 1 else 's'}" if findings else "No problem"
+        print_json([{"file": f.file, "row": f.row, "what": f.what, "fix": f.fix} for f in problems])
+    for finding in findings if not as_json else findings[len(problems) :]:
+        click.echo(printable(finding), err=as_json)
+    if not as_json:
+        count = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}" if problems else "No problem"
         click.echo(f"{count} in {printable(folder)}.")
-    if findings:
+    if problems:
         raise click.exceptions.Exit(CHECK_FAILED)
 
 
@@ -163,6 +165,7 @@ def _dissect(
     as_json: bool,
     *,
     out: Path,
+    index: str,
     split: str | None,
     categories: tuple[str, ...],
     limit: int | None,
@@ -188,7 +191,8 @@ def _dissect(
 
     page.require()
     check_output(out)
-    broden: Broden = Broden(folder, split, categories or None)
+    broden: Broden = Broden(folder, split, categories or None, index=index)
+    broden.require_images()
     against = earlier(nulls)
     with torchrun() as (rank, local):
         place = device_named(f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device)

@@ -33,6 +33,7 @@ file                   subject
 ``scores``             the tables of one layer
 ``merging``            adding the results of two parts of the images
 ``dissection``         the same, saved and loaded
+``csv_tables``         the same as CSV, with the columns of the original; ``result_file`` reads it
 ``summaries``          detectors, concepts, concepts per unit
 ``concepts``           from each concept to its units
 ``report``             the page; ``report_text`` has its words, ``report_pictures`` its pictures

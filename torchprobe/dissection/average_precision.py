@@ -65,7 +65,7 @@ def average_precision(
 
 
 class Support(NamedTuple):
-    """Among which images a concept is ranked: ``images`` and ``positives`` int64 (concepts,)."""
+    """Among which images a concept is ranked: ``images`` and ``positives`` int64 (concepts,); −1: unknown."""
 
     images: Tensor
     positives: Tensor
@@ -73,7 +73,7 @@ class Support(NamedTuple):
     @property
     def prevalence(self) -> Tensor:
         """positives / images, float64: about the average precision of a random ranking; nan for 0 images."""
-        return self.positives.double() / self.images
+        return (self.positives.double() / self.images).where(self.images > 0, torch.nan)
 
 
 def support(labels: Tensor, *, negatives: str = "all", category: Tensor | None = None, annotated: Tensor | None = None) -> Support:

@@ -123,7 +123,8 @@ def dissect(
 
     Raises:
         ValueError: an argument does not fit, or a layer has no positions for IoU. Of the images only the first was read.
-        DatasetError: an image or label map cannot be read; the message names the row.
+        DatasetError: an image or label map cannot be read; the message names the row. Or there is no image, for instance
+            of the split.
         KeyboardInterrupt: ``stop`` returned True.
 
     >>> import tempfile, numpy as np
@@ -166,6 +167,7 @@ def dissect(
 
 
 def _chosen(broden: Broden, rows: Iterable[int] | None) -> list[int]:
+    broden.require_images()
     chosen = list(range(len(broden))) if rows is None else sorted(int(i) for i in rows)
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(broden) or len(set(chosen)) < len(chosen):
         raise ValueError(f"rows must be distinct rows of {broden!r}, at least one")
@@ -236,7 +238,7 @@ def _facts(
         }
         for name, site in sites.items()
     }
-    data = hashlib.sha256((broden.root / "index.csv").read_bytes())
+    data = hashlib.sha256((broden.root / broden.index).read_bytes())
     data.update(repr((broden.split, broden.categories, rows)).encode())
     first = broden.image(rows[0]).size
     preprocessing = {

@@ -5,8 +5,8 @@ On disk, a dissection is a safetensors file with everything, which is checked wh
 
 from __future__ import annotations
 
-import csv
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.common import storage
-from torchprobe.common.files import replacing
 from torchprobe.datasets.broden import Label
 from torchprobe.dissection.activity import Level
 from torchprobe.dissection.average_precision import NEGATIVES, SIGNS, Support
+from torchprobe.dissection.csv_tables import write_csv
 from torchprobe.dissection.overlap import Counts
 from torchprobe.dissection.ranking import Ranking
 from torchprobe.dissection.report import write_report
+from torchprobe.dissection.result_file import ResultFile, read_csv
 from torchprobe.dissection.scores import LayerScores
-from torchprobe.dissection.summaries import best_labels, first_best
 
 if TYPE_CHECKING:
     from torchprobe.datasets.broden import Broden
@@ -38,9 +38,6 @@ _LABEL: dict[str, type | tuple[type, ...]] = {
     "coverage": (int, float),
     "synonyms": list,
 }
-
-IOU_COLUMNS = ("label", "truth", "activation", "intersect", "iou")
-AP_COLUMNS = ("label", "images", "positives", "ap", "prevalence", "p")
 
 Scores = TypeVar("Scores", bound=LayerScores)
 
@@ -66,8 +63,9 @@ class Dissection(LayerScores):
         """Writes a table with one line for each unit, best unit first; returns the path.
 
         The columns are ``unit`` (from 1, as in the original), and ``category``, ``label`` and ``score`` of its best label. Then come, for
-        each category, the columns of the best label there, with the prefix ``<category>-``: those of the original, :data:`IOU_COLUMNS`,
-        or :data:`AP_COLUMNS`. If all scores of a category are 0 or nan, its label is empty and its numbers are 0.
+        each category, the columns of the best label there, with the prefix ``<category>-``: those of the original, ``label``, ``truth``,
+        ``activation``, ``intersect`` and ``iou``, or ``label``, ``images``, ``positives``, ``ap``, ``prevalence`` and ``p``. If all scores
+        of a category are 0 or nan, its label is empty and its numbers are 0.
 
         Args:
             path: the file.
@@ -76,7 +74,39 @@ class Dissection(LayerScores):
         Raises:
             ValueError: the score was not computed.
         """
-        return _write_csv(self, path, score)
+        return write_csv(self, path, score)
+
+    @staticmethod
+    def from_csv(path: str | os.PathLike[str], layer: str | None = None, labels: Sequence[Label] | None = None) -> ResultFile:
+        """Reads a result file of Network Dissection (``<layer>-result.csv``, ``tally.csv``), or one of :meth:`to_csv`.
+
+        The file holds the best label of each unit in each category. Its best labels, detectors and table can be compared with those of a
+        new dissection. What it does not hold is unknown, see :class:`torchprobe.dissection.result_file.ResultFile`.
+
+        Args:
+            path: the file.
+            layer: the name of the layer; default: the name of the file, without ``.csv``.
+            labels: the columns of the tables, such as ``broden.labels``; default: the labels in the file, by category and name. A label
+                without a name, as some published files have, comes after those given.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a result file, its numbers contradict each other, or a label is not among those given. The message names
+                the line.
+
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/conv5.csv"
+        >>> with open(path, "w") as file:
+        ...     _ = file.write("unit,category,label,score,part-label,part-truth,part-activation,part-intersect,part-iou\\n"
+        ...                    "2,part,wheel,0.5,wheel,30,30,20,0.5\\n1,part,leg,0.25,leg,20,30,10,0.25\\n")
+        >>> old = Dissection.from_csv(path)
+        >>> old.iou
+        tensor([[0.2500,    nan],
+                [   nan, 0.5000]], dtype=torch.float64)
+        >>> [(row.unit, row.label) for row in old.best()], old.unique_detectors().unique
+        ([(1, 'wheel'), (0, 'leg')], 2)
+        """
+        return read_csv(path, layer, labels)
 
     def report(self, path: str | os.PathLike[str], broden: Broden, encoder: nn.Module | None = None, **options: Any) -> Path:
         """Writes one self-contained HTML page; options and errors as for :func:`torchprobe.dissection.report.write_report`."""
@@ -188,52 +218,3 @@ def _ranking(file: storage.File, category: Tensor, categories: int, images: int)
     if rules.get("sign") not in SIGNS or rules.get("negatives") not in NEGATIVES:
         raise file.error("ranking", f"unknown sign or negatives: {str(rules)[:200]}")
     return Ranking(crow, column, annotated, category, rules["sign"], rules["negatives"])
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------------
-
-
-def _write_csv(dissection: LayerScores, path: str | os.PathLike[str], score: str = "iou") -> Path:
-    """See :meth:`Dissection.to_csv`."""
-    table = dissection.table(score)
-    columns = IOU_COLUMNS if score == "iou" else AP_COLUMNS
-    best = best_labels(table.nan_to_num(), dissection.category, len(dissection.categories))
-    overall, first = first_best(best.iou)
-    order = overall.argsort(descending=True, stable=True).tolist()
-    header = ["unit", "category", "label", "score", *(f"{name}-{column}" for name in dissection.categories for column in columns)]
-    tables = _tables(dissection, score)
-    cells = [  # by category and unit
-        list(zip(_names(dissection, label), *(_pick(table, label) for table in tables), strict=True)) for label in best.label.unbind(1)
-    ]
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        for unit in order:
-            label = int(best.label[unit, first[unit]])
-            category = dissection.categories[int(first[unit])] if label >= 0 else ""
-            name = dissection.labels[label].name if label >= 0 else ""
-            writer.writerow([unit + 1, category, name, float(overall[unit]), *(cell for part in cells for cell in part[unit])])
-    return Path(path)
-
-
-def _tables(dissection: LayerScores, score: str) -> tuple[Tensor, ...]:
-    """The numbers of :data:`IOU_COLUMNS` or :data:`AP_COLUMNS`, each (units, labels)."""
-    if score == "iou":
-        counts, iou = dissection.counts, dissection.iou
-        assert counts is not None and iou is not None
-        return counts.truth.expand_as(iou), counts.activation, counts.intersection, iou
-    ap, p, support, prevalence = dissection.average_precision, dissection.p_values, dissection.support, dissection.prevalence
-    assert ap is not None and p is not None and support is not None and prevalence is not None
-    return support.images.expand_as(ap), support.positives.expand_as(ap), ap, prevalence.expand_as(ap), p
-
-
-def _names(dissection: LayerScores, label: Tensor) -> list[str]:
-    return [dissection.labels[i].name if i >= 0 else "" for i in label.tolist()]
-
-
-def _pick(table: Tensor, label: Tensor) -> list[Any]:
-    """For each unit, the number in the column of its label; 0 if it has no label."""
-    if table.shape[1] == 0:
-        return [0] * len(label)
-    picked = table[torch.arange(len(label)), label.clamp(min=0)]
-    return picked.where(label >= 0, 0).tolist()

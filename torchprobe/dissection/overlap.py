@@ -18,7 +18,7 @@ class Counts(NamedTuple):
     """Pixels over a whole data set, int64, for U units and labels 0 … L − 1. Label 0 means unlabeled and is always empty.
 
     ``intersection`` (U, L): the unit is active and the label is present. ``activation`` (U, L): the unit is active, in the images in which
-    the label is compared. ``truth`` (L,): the label is present.
+    the label is compared. ``truth`` (L,): the label is present. −1: unknown, see :class:`torchprobe.dissection.result_file.ResultFile`.
     """
 
     intersection: Tensor
@@ -26,13 +26,13 @@ class Counts(NamedTuple):
     truth: Tensor
 
     def iou(self) -> Tensor:
-        """Intersection over union, float64 (U, L); 0 without activation and label.
+        """Intersection over union, float64 (U, L); 0 without activation and label, nan for unknown counts.
 
         >>> Counts(torch.tensor([[2]]), torch.tensor([[4]]), torch.tensor([6])).iou()
         tensor([[0.2500]], dtype=torch.float64)
         """
         union = self.activation + self.truth - self.intersection
-        return self.intersection.double() / union.clamp(min=1)
+        return (self.intersection.double() / union.clamp(min=1)).where(self.intersection >= 0, torch.nan)
 
 
 class Overlap:

@@ -215,7 +215,7 @@ class Report:
         for name, d in {report_text.OWN: self.dissection, **self.nulls}.items():
             row: dict[str, Any] = {"layer": name}
             if d.counts is not None:
-                found, best = d.unique_detectors("report", self.threshold), d.table("iou").amax(1)
+                found, best = d.unique_detectors("report", self.threshold), d.table("iou").nan_to_num(nan=0).amax(1)
                 row |= {"detectors": found.detectors, "concepts": found.unique, "paper": d.unique_detectors("paper", self.threshold).unique}
                 row |= {"never_active": sum(map(bool, d.silence())), "median": float(best.median()), "highest": float(best.amax())}
             if d.average_precision is not None:

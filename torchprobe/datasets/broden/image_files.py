@@ -58,17 +58,17 @@ def size_problem(height: int, width: int) -> str | None:
     return None
 
 
-def locate(folder: str, name: str) -> str:
-    """The path of ``name`` in ``folder``. A link must not leave the folder either.
+def locate(folder: str, name: str, title: str = "images/") -> str:
+    """The path of ``name`` in ``folder``, which messages call ``title``. A link must not leave the folder either.
 
     Raises:
         FileError: the path leaves the folder.
     """
     path = os.path.join(folder, name)
     if unsafe(name) or not _stays(_real(folder), _real(os.path.dirname(path))):
-        raise FileError("the path leaves the folder images/")
+        raise FileError(f"the path leaves the folder {title}")
     if os.path.islink(path) and not _stays(_real(folder), os.path.realpath(path)):
-        raise FileError("the file is a link that leaves the folder images/")
+        raise FileError(f"the file is a link that leaves the folder {title}")
     return path
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torchprobe.common.files import replacing
-from torchprobe.datasets.broden.image_files import MAX_BYTES, MAX_LABEL, size_problem, unsafe
+from torchprobe.datasets.broden.image_files import MAX_BYTES, MAX_LABEL, FileError, locate, size_problem, unsafe
+from torchprobe.datasets.images import DatasetError
 
+INDEX = "index.csv"
 ROW_COLUMNS = ("image", "split", "ih", "iw", "sh", "sw")
 SPLITS = ("train", "val")
 
@@ -25,17 +27,20 @@ class Finding:
     """One problem of a Broden folder.
 
     ``file``: relative to the folder. ``row``: the line of that CSV file, where the header is line 1; for an image or label map the line of
-    index.csv. ``what``: the problem. ``fix``: what to do about it.
+    the index. ``what``: the problem. ``fix``: what to do about it. ``index``: the name of the index. ``note``: it is worth knowing, but no
+    fault.
     """
 
     row: int | None
     file: str
     what: str
     fix: str
+    index: str = INDEX
+    note: bool = False
 
     def __str__(self) -> str:
-        line = "" if self.row is None else f" line {self.row}" if self.file.endswith(".csv") else f" (index.csv line {self.row})"
-        return f"{self.file}{line}: {self.what}; {self.fix}"
+        line = "" if self.row is None else f" line {self.row}" if self.file.endswith(".csv") else f" ({self.index} line {self.row})"
+        return f"{'Note: ' if self.note else ''}{self.file}{line}: {self.what}; {self.fix}"
 
 
 OnFinding = Callable[[Finding], None]
@@ -67,7 +72,7 @@ class Label:
 
 
 class Row(NamedTuple):
-    """One line of index.csv. ``entries``: for each category, the entries of its column: names of label maps in images/ (str) and
+    """One line of the index. ``entries``: for each category, the entries of its column: names of label maps in images/ (str) and
     whole-image labels (int). The entry 0 means unlabeled and is left out."""
 
     line: int
@@ -88,6 +93,21 @@ class Tables:
     categories: tuple[str, ...]
     labels: tuple[Label, ...]
     coverage: dict[tuple[str, int], float]
+
+
+def check_index(root: Path, index: str) -> Path:
+    """The path of an index, which must lie in the folder.
+
+    Raises:
+        DatasetError: it leads out of the folder, or is not called .csv.
+    """
+    try:
+        path = Path(locate(str(root), index, "of the data set"))
+    except FileError as error:
+        raise DatasetError(f"index {index!r}: {error}; give the name of a CSV file in {root}") from None
+    if path.suffix != ".csv":
+        raise DatasetError(f"index {index!r}: not a CSV file; give the name of one in {root}")
+    return path
 
 
 def read_tables(root: Path, report: OnFinding, categories: Sequence[str] | None = None) -> Tables:
@@ -111,7 +131,8 @@ def read_tables(root: Path, report: OnFinding, categories: Sequence[str] | None 
         for line, (number, covered) in _lines(root, file, ("number", "coverage"), report):
             found, share = _label_number(number), _number(covered)
             if not found or share is None:
-                report(Finding(line, file, f"number {number!r}, coverage {covered!r}", f"a number from 1 to {MAX_LABEL} and a share ≥ 0"))
+                what = f"number {number!r}, coverage {covered!r}"
+                report(Finding(line, file, what, f"write a number from 1 to {MAX_LABEL} and a coverage ≥ 0"))
             else:
                 coverage[category, found] = share
 
@@ -121,7 +142,8 @@ def read_tables(root: Path, report: OnFinding, categories: Sequence[str] | None 
         found, share, count = _label_number(number), _number(covered), _number(frequency)
         if not found or share is None or count is None or not name:
             what = f"number {number!r}, name {name!r}, frequency {frequency!r}, coverage {covered!r}"
-            report(Finding(line, "label.csv", what, f"a number from 1 to {MAX_LABEL}, a name, and a frequency and coverage ≥ 0"))
+            fix = f"write a number from 1 to {MAX_LABEL}, a name, and a frequency and coverage ≥ 0"
+            report(Finding(line, "label.csv", what, fix))
             continue
         if found in labels:
             report(Finding(line, "label.csv", f"label {found} is listed more than once", "give every label its own number"))
@@ -134,18 +156,18 @@ def read_tables(root: Path, report: OnFinding, categories: Sequence[str] | None 
     return Tables(tuple(chosen), tuple(labels[number] for number in sorted(labels)), coverage)
 
 
-def read_rows(root: Path, report: OnFinding, categories: Sequence[str], known: Callable[[int], bool]) -> Iterator[Row]:
-    """The valid lines of index.csv, including those without labels; ``known``: whether a label number exists."""
+def read_rows(root: Path, report: OnFinding, categories: Sequence[str], known: Callable[[int], bool], index: str = INDEX) -> Iterator[Row]:
+    """The valid lines of ``index``, including those without labels; ``known``: whether a label number exists."""
     columns = (*ROW_COLUMNS, *categories)
     cells_seen: dict[str, _Entries] = {}  # label numbers and sizes repeat; file names do not
     sizes_seen: dict[tuple[str, ...], _Sizes] = {}
-    for line, (image, split, ih, iw, sh, sw, *cells) in _lines(root, "index.csv", columns, report, len(ROW_COLUMNS)):
+    for line, (image, split, ih, iw, sh, sw, *cells) in _lines(root, index, columns, report, len(ROW_COLUMNS)):
         texts = (ih, iw, sh, sw)
         if (sizes := sizes_seen.get(texts)) is None:
             sizes = sizes_seen[texts] = _sizes(texts)
         problems = list(sizes[1])
         if split not in SPLITS:
-            problems.append((f"split {split!r}", "it must be train or val"))
+            problems.append((f"split {split!r}", "write train or val"))
         if unsafe(image):
             problems.append((f"image {image!r} leaves the folder images/", "paths are relative to images/, with / and without .."))
         entries = []
@@ -158,7 +180,7 @@ def read_rows(root: Path, report: OnFinding, categories: Sequence[str], known: C
             if found[1]:
                 problems += [(f"{what} in column {category}", fix) for what, fix in found[1]]
         for what, fix in problems:
-            report(Finding(line, "index.csv", what, fix))
+            report(Finding(line, index, what, fix))
         if not problems:
             yield Row(line, image, split, *sizes[0], tuple(entries))
 
@@ -174,7 +196,7 @@ def _sizes(texts: tuple[str, str, str, str]) -> _Sizes:
     if min(ih, iw, sh, sw) < 0:
         return (ih, iw, sh, sw), [(f"ih, iw, sh, sw = {', '.join(map(repr, texts))}", "write the four sizes as whole numbers")]
     problems = [size_problem(ih, iw), size_problem(sh, sw)]
-    return (ih, iw, sh, sw), [(problem, "images of this size are not allowed") for problem in problems if problem]
+    return (ih, iw, sh, sw), [(problem, "resize the image, and correct the row") for problem in problems if problem]
 
 
 def _entries(cell: str, known: Callable[[int], bool]) -> _Entries:
@@ -217,7 +239,7 @@ def _lines(root: Path, file: str, columns: Sequence[str], report: OnFinding, nee
                 if len(values) == len(header):
                     yield reader.line_num, [values[i] if i >= 0 else "" for i in at]
                 elif values:
-                    report(Finding(reader.line_num, file, f"{len(values)} fields", f"the header has {len(header)}"))
+                    report(Finding(reader.line_num, file, f"{len(values)} fields", f"write {len(header)}, as in the header"))
     except FileNotFoundError:
         report(Finding(None, file, "the file is missing", "copy it from the release, or write the data set with BrodenWriter"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchprobe.common.messages import install_hint
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets.broden.image_files import FileError, locate, read_bytes, read_image, read_labels
-from torchprobe.datasets.broden.index import SPLITS, Finding, Label, Row, read_rows, read_tables
+from torchprobe.datasets.broden.index import INDEX, SPLITS, Finding, Label, Row, check_index, read_rows, read_tables
 from torchprobe.datasets.broden.presence import Presence, image_areas, load_presence
 from torchprobe.datasets.images import DatasetError
 
@@ -48,8 +48,9 @@ class Broden(Dataset[Sample]):
         split: ``"train"``, ``"val"`` or None for both.
         categories: read only these, in the order of category.csv; None for all.
         transform: applied to each image (PIL, RGB).
+        index: another index in the folder, such as the release's index_sm.csv.
 
-    Rows without entries in the chosen categories are left out, as in the original; ``rows[i].line`` is the line of index.csv. A 0 in the
+    Rows without entries in the chosen categories are left out, as in the original; ``rows[i].line`` is the line of the index. A 0 in the
     index means unlabeled. A label map that holds only 0 is an annotation: nothing of its category is in the image, see :meth:`annotated`.
     Nothing is resized: every label map has the size in its row.
 
@@ -85,15 +86,17 @@ class Broden(Dataset[Sample]):
         split: str | None = None,
         categories: Sequence[str] | None = None,
         transform: Callable[[Image], Any] | None = None,
+        index: str = INDEX,
     ) -> None:
         self.root = Path(root)
         self.split = split
         self.transform = transform
+        self.index = index
         if split is not None and split not in SPLITS:
             raise ValueError(f"split must be 'train', 'val' or None, got {split!r}")
         if isinstance(categories, str):
             raise ValueError(f"categories must be a list of names, got the text {categories!r}")
-        _check_root(self.root)
+        _check_root(self.root, index)
         tables = read_tables(self.root, self._refuse, categories)
         if unknown := [name for name in categories or () if name not in tables.categories]:
             there = read_tables(self.root, self._refuse).categories
@@ -106,8 +109,9 @@ class Broden(Dataset[Sample]):
         self.primary = torch.full((self.label_size,), len(self.categories) - 1)
         for label in self.labels:
             self.primary[label.number] = self.categories.index(label.category)
-        rows = read_rows(self.root, self._refuse, self.categories, self._by_number.__contains__)
+        rows = [*read_rows(self.root, self._refuse, self.categories, self._by_number.__contains__, index)]
         self.rows = [row for row in rows if any(row.entries) and split in (None, row.split)]
+        self._read = len(rows), sum(split in (None, row.split) for row in rows)
         self._images = str(self.root / "images")
         self._presence: Presence | None = None
 
@@ -173,6 +177,19 @@ class Broden(Dataset[Sample]):
         except FileError as error:
             raise self._unusable(row, name, error) from None
 
+    def require_images(self) -> None:
+        """Raises :class:`DatasetError` that says why there is no image, if there is none."""
+        if len(self):
+            return
+        rows, of_split = self._read
+        if not rows:
+            why = "the index has no rows"
+        elif not of_split:
+            why = f"none of the {rows} rows belongs to the split {self.split!r}: use another split, or None for both"
+        else:
+            why = f"in none of the {of_split} rows a label map or a label other than 0 is given for {', '.join(self.categories)}"
+        raise DatasetError(f"no images in {self.root}: {self.index}: {why}")
+
     # -- labels ----------------------------------------------------------------------------------------------------
 
     def label(self, name: str | int) -> Label:
@@ -226,12 +243,15 @@ class Broden(Dataset[Sample]):
 
         Raises:
             DatasetError: as :meth:`image_labels`.
+            IndexError: there is no such row.
         """
-        chosen = range(len(self)) if rows is None else [range(len(self))[row] for row in rows]
+        chosen = range(len(self)) if rows is None else [int(row) for row in rows]
+        if wrong := [row for row in chosen if not 0 <= row < len(self)]:
+            raise IndexError(f"no row {wrong[0]}: {self!r} has the rows 0 to {len(self) - 1}")
         every = list(chosen) == list(range(len(self)))
         if self._presence is not None:
             return self._presence if every else self._presence.take(chosen)
-        key = (self.root / "index.csv").read_bytes() + repr((self.split, self.categories)).encode()
+        key = (self.root / self.index).read_bytes() + repr((self.split, self.categories)).encode()
         key += b"" if every else repr(chosen).encode()
         found = load_presence(cache, key) if cache is not None else None
         if found is None:
@@ -288,16 +308,23 @@ class Broden(Dataset[Sample]):
         label = self.label(name)
         rows = self.concept_images(label.number, minimum_area)[:limit]
         if not rows:
-            raise ValueError(f"no image of {self!r} shows {label.name!r} over at least {minimum_area:g} of its area")
+            what = f"no image of {self!r} shows {label.name!r} over at least {minimum_area:g} of its area"
+            raise ValueError(f"{what}: choose another concept{', or a smaller minimum_area' if minimum_area else ''}")
         return Concept(label.number, label.name, DataLoader(_Transformed(self, rows), batch_size))
 
     # -- errors and display ----------------------------------------------------------------------------------------
 
     def _refuse(self, finding: Finding) -> NoReturn:
-        raise DatasetError(f"{self.root}: {finding}. validate({str(self.root)!r}) lists every problem")
+        raise DatasetError(f"{self.root}: {finding}. {self._advice}")
 
     def _unusable(self, row: Row, name: str, error: FileError) -> DatasetError:
-        return DatasetError(f"{self.root}: index.csv line {row.line}: images/{name}: {error}")
+        what = f"{self.root}: {self.index} line {row.line}: images/{name}: {error}"
+        return DatasetError(f"{what}; replace the file, or correct the row. {self._advice}")
+
+    @property
+    def _advice(self) -> str:
+        index = "" if self.index == INDEX else f", index={self.index!r}"
+        return f"validate({str(self.root)!r}{index}) lists every problem"
 
     def __repr__(self) -> str:
         split = f", split {self.split}" if self.split else ""
@@ -337,11 +364,13 @@ def unknown_labels(plane: Tensor, known: np.ndarray[Any, np.dtype[np.bool_]]) ->
     return [int(number) for number in found if number >= len(known) or not known[number]]
 
 
-def _check_root(root: Path) -> None:
+def _check_root(root: Path, index: str) -> None:
     """Raises an error unless the folder has an index; the message suggests where one may be."""
     if not root.is_dir():
-        raise DatasetError(f"{root} is {'a file' if root.exists() else 'not there'}; expected a Broden folder with index.csv")
-    if not (root / "index.csv").is_file():
-        inside = sorted(child.name for child in root.iterdir() if (child / "index.csv").is_file())
+        raise DatasetError(f"{root} is {'a file' if root.exists() else 'not there'}; expected a Broden folder with {index}")
+    if not check_index(root, index).is_file():
+        inside = sorted(child.name for child in root.iterdir() if (child / index).is_file())
+        others = sorted(child.name for child in root.glob("index*.csv"))
         hint = f"; did you mean {root / inside[0]}?" if inside else ", label.csv, category.csv, c_*.csv and images/"
-        raise DatasetError(f"{root} has no index.csv; expected a Broden folder with index.csv{hint}")
+        hint = f"; there are {', '.join(others)}" if others else hint
+        raise DatasetError(f"{root} has no {index}; expected a Broden folder with {index}{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchprobe.common.deprecation import renamed_arguments
-from torchprobe.datasets.broden.image_files import MAX_LABEL, read_image, read_labels, size_problem, unsafe
+from torchprobe.datasets.broden.image_files import MAX_LABEL, MAX_SIDE, read_image, read_labels, size_problem, unsafe
 from torchprobe.datasets.broden.index import ROW_COLUMNS, LabelCounts, WrittenRow, write_tables
 from torchprobe.datasets.broden.presence import pixel_counts
 from torchprobe.datasets.images import DatasetError, rgb
@@ -36,7 +37,7 @@ class BrodenWriter:
             Default: none, since a small data set would silently lose labels. The release has 10 and 0.5.
         unlabeled: values of label maps that mean "no label"; for VOC (0, 255).
         image_format: ``"jpg"`` as in the release, or ``"png"`` without loss.
-        synonyms: label → other names, for label.csv and syns.txt.
+        synonyms: label → other names, for label.csv and syns.txt; no semicolons.
 
     As in the release:
 
@@ -81,11 +82,13 @@ class BrodenWriter:
         if image_format not in ("jpg", "png"):
             raise ValueError(f"image_format must be 'jpg' or 'png', got {image_format!r}")
         self.image_format = image_format
-        self.synonyms = dict(synonyms or {})
+        self.synonyms = {label: _synonyms(label, others) for label, others in (synonyms or {}).items()}
         self._values = {category: _values(category, names, self.unlabeled) for category, names in categories.items()}
         names = dict.fromkeys(name for values in self._values.values() for name in values.values())
         if len(names) > MAX_LABEL:
-            raise ValueError(f"{len(names)} labels; the format has room for {MAX_LABEL}")
+            raise ValueError(f"{len(names)} labels; the format has room for {MAX_LABEL}: leave some out")
+        if unknown := [label for label in self.synonyms if label not in names]:
+            raise ValueError(f"synonyms names {unknown[0]!r}, which is no label; {_near(unknown[0], names)}")
         self._names = list(names)
         self._provisional = {name: number for number, name in enumerate(names, 1)}  # until the frequencies are known
         self._counts = LabelCounts()
@@ -109,9 +112,9 @@ class BrodenWriter:
             name: its path in images/, without suffix, such as ``"voc/2007_000032"``.
             image: PIL, an array (H, W, 3) or (H, W) of uint8, or the path of a JPEG or PNG. Gray PNG and PIL images of 16 bits are scaled.
             labels: category → a label map or whole-image labels. Leave out a category of which nothing is known. A label map is anything
-                that NumPy converts to integers of shape (H, W), or (planes, H, W) if labels overlap; it may have another size than the
-                image. Whole-image labels are a name, or a list of names, the most important first; an empty list says that the image has
-                none of them.
+                that NumPy converts to integers of shape (H, W), or (planes, H, W) if labels overlap. It may have another size than
+                the image; planes need its proportions. Whole-image labels are a name, or a list of names, the most important first; an
+                empty list says that the image has none of them.
 
         Raises:
             ValueError: an unknown category, name or value; an invalid shape; a name that is taken or leaves the folder.
@@ -127,12 +130,13 @@ class BrodenWriter:
             )
         if unknown := [category for category in labels if category not in self._values]:
             raise ValueError(f"{name}: no category {unknown[0]!r}; there are {', '.join(self._values)}")
-        parsed = {category: self._parse(name, category, value) for category, value in labels.items()}
         picture = _picture(name, image)
         height, width = self.size or (picture.height, picture.width)
         label_size = self.segmentation_size or (height // 2, width // 2)
         if problem := size_problem(height, width) or size_problem(*label_size):
-            raise ValueError(f"{name}: {problem}")
+            raise ValueError(f"{name}: {problem}; resize with size= and segmentation_size=")
+        grids = ((picture.height, picture.width), (height, width), label_size)
+        parsed = {category: self._parse(name, category, value, grids) for category, value in labels.items()}
 
         row = WrittenRow(f"{stem}.{self.image_format}", (height, width), label_size, {})
         planes: dict[str, Plane] = {}
@@ -171,7 +175,11 @@ class BrodenWriter:
             raise ValueError(f"the data set in {self.root} is finished")
         numbers = self._counts.numbers(self.min_frequency, self.min_coverage)
         if not numbers:
-            raise ValueError(f"no label in the {len(self._rows)} images of {self.root}, or none that is frequent enough")
+            found = f"{len(self._counts.by_label)} labels, but none as frequent as min_frequency={self.min_frequency} and "
+            found += f"min_coverage={self.min_coverage:g} ask" if self._counts.by_label else ""
+            raise ValueError(
+                f"no data set in {self.root}: {found if self._counts.by_label else 'no label'} in the {len(self._rows)} images"
+            )
         self._finished = True  # the rest cannot be done twice
         final = np.array([0, *(numbers.get(name, 0) for name in self._names)])
         used = {category for label in numbers for category in self._counts.by_label[label]}
@@ -188,22 +196,29 @@ class BrodenWriter:
 
     # -- parts of add ----------------------------------------------------------------------------------------------
 
-    def _parse(self, name: str, category: str, value: Any) -> list[int] | Plane:
-        """Whole-image labels as a list of provisional numbers, label maps as an array of them."""
+    def _parse(self, name: str, category: str, value: Any, grids: Sequence[tuple[int, int]]) -> list[int] | Plane:
+        """Whole-image labels as a list of provisional numbers, label maps as an array of them. Planes have the proportions of ``grids``."""
         if isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(part, str) for part in value)):
             names = [value] if isinstance(value, str) else list(value)
             own = set(self._values[category].values())
             if unknown := [label for label in names if label not in own]:
-                raise ValueError(f"{name}: {category} has no label {unknown[0]!r}")
+                raise ValueError(f"{name}: {category} has no label {unknown[0]!r}; {_near(unknown[0], own)}")
             return [self._provisional[label] for label in dict.fromkeys(names)]
         array = np.asarray(value)
         if array.dtype.kind not in "iub" or array.ndim not in (2, 3) or array.size == 0:
             what = f"an array of {array.dtype} of shape {array.shape}"
             raise ValueError(f"{name}: {category} got {what}; expected label names, or integers (H, W) or (planes, H, W)")
+        if array.ndim == 3 and not _proportional(array.shape[1:], grids):
+            fix = "give a number for each pixel, integers (H, W)"
+            if array.shape[-1] not in (3, 4):
+                fix = f"planes (planes, H, W) have the proportions of the image, {grids[0][0]} × {grids[0][1]}"
+            color = ", which may be a picture in color" if array.shape[-1] in (3, 4) else ""
+            raise ValueError(f"{name}: {category} got a label map of shape {array.shape}{color}; {fix}")
         known = self._values[category]
         values = _distinct(array)
         if unknown_values := [value for value in values if value not in known and value not in self.unlabeled]:
-            raise ValueError(f"{name}: value {unknown_values[0]} of the label map of {category} has no name and is not unlabeled")
+            what = f"value {unknown_values[0]} of the label map of {category} has no name and is not unlabeled"
+            raise ValueError(f"{name}: {what}; name it in categories, or add it to unlabeled=")
         numbers = np.array([self._provisional[known[value]] if value in known else 0 for value in values])
         plane: Plane = numbers[np.searchsorted(values, array)]
         return plane
@@ -241,6 +256,33 @@ def _values(category: str, names: Sequence[str] | Mapping[int, str], unlabeled: 
     return values
 
 
+def _synonyms(label: str, names: Sequence[str]) -> list[str]:
+    """Other names of a label, checked: the table joins them with semicolons."""
+    if isinstance(names, str):
+        raise ValueError(f"the synonyms of {label!r} must be a list, got the text {names!r}")
+    for name in names:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable() or ";" in name:
+            raise ValueError(f"{name!r} cannot be a synonym of {label!r}: give texts without semicolons, one for each name")
+    return list(names)
+
+
+def _proportional(size: tuple[int, ...], grids: Sequence[tuple[int, int]]) -> bool:
+    """Whether planes of this size fit one of the grids: they have its size, or its proportions to a pixel. Colors in the last place
+    do not."""
+    rows, columns = size
+    return size in grids or (columns > 4 and any(abs(rows * width - columns * height) <= height + width for height, width in grids))
+
+
+def _near(name: str, names: Collection[str]) -> str:
+    """A hint at the names that may be meant."""
+    near = difflib.get_close_matches(name, names)
+    return (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else f"there are {', '.join([*names][:10])}{', …' if len(names) > 10 else ''}"
+    )
+
+
 def _distinct(array: Plane) -> list[int]:
     """The values of an array of integers, ascending."""
     low, high = int(array.min()), int(array.max())
@@ -254,7 +296,7 @@ def _pair(size: int | tuple[int, int] | None, least: int) -> tuple[int, int] | N
         return None
     pair = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     if min(pair) < least or size_problem(*pair):
-        raise ValueError(f"a size of {pair[0]} × {pair[1]} pixels")
+        raise ValueError(f"a size of {pair[0]} × {pair[1]} pixels is not possible: give at least {least} × {least} and at most {MAX_SIDE}")
     return pair
 
 
@@ -262,13 +304,14 @@ def _picture(name: str, image: Any) -> Image:
     """PIL, RGB."""
     from PIL import Image as pil
 
-    if isinstance(image, (str, os.PathLike)):
-        return read_image(os.fspath(image))
-    if isinstance(image, pil.Image):
-        try:
+    try:
+        if isinstance(image, (str, os.PathLike)):
+            return read_image(os.fspath(image))
+        if isinstance(image, pil.Image):
             return rgb(image)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    except ValueError as error:
+        source = "" if isinstance(image, pil.Image) else f"{os.fspath(image)}: "
+        raise ValueError(f"{name}: {source}{error}") from None
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or array.size == 0:
         raise ValueError(f"{name}: the image is an array of {array.dtype} of shape {array.shape}; expected uint8 (H, W, 3) or (H, W)")

@@ -93,7 +93,9 @@ class Passes:
             "weights": images.provenance["weights"],
             "preprocessing": images.provenance["preprocessing"],
             "directions": None if directions is None else digest([directions]),
-            "data": hashlib.sha256((broden.root / "index.csv").read_bytes() + repr((broden.split, broden.categories)).encode()).hexdigest(),
+            "data": hashlib.sha256(
+                (broden.root / broden.index).read_bytes() + repr((broden.split, broden.categories)).encode()
+            ).hexdigest(),
             "batch_size": self.options.batch_size,
             "seed": self.options.seed,
         }
