@@ -188,16 +188,20 @@ def binary_mask(source: str | os.PathLike[str]) -> tuple[np.ndarray[Any, np.dtyp
     Two values are 0 and any other. A JPEG is accepted: it has more.
 
     Raises:
-        Unusable: as :func:`open_mask`; the mask has colors; or two values, neither of them 0.
+        Unusable: as :func:`open_mask`; the mask has colors; two values, neither of them 0; or more, none of them in the upper half.
     """
     image = open_mask(source, lossy=True)
-    values = np.asarray(image.convert("L")).astype(np.int64) if image.format in ("JPEG", "MPO") else index_map(_one_channel(image))
+    lossy = image.format in ("JPEG", "MPO")
+    values = np.asarray(image.convert("L")).astype(np.int64) if lossy else index_map(_one_channel(image))
     found = np.unique(values)
-    if len(found) <= 2 and (found[0] == 0 or len(found) == 1):
+    least, greatest = int(found[0]), int(found[-1])
+    if not lossy and len(found) <= 2 and (least == 0 or len(found) == 1):
         return values != 0, False
-    if image.mode == "P" or len(found) == 2:
-        raise Unusable("a binary mask must have 0 outside and one other value inside", f"values {', '.join(map(str, found[:5]))} …")
-    return values >= (128 if found[-1] < 256 else 32768), True
+    half = 128 if greatest < 256 else 32768
+    if greatest and (greatest < half or image.mode == "P" or (len(found) == 2 and not lossy)):
+        values_found = ", ".join(map(str, found[:4].tolist())) + (" …" if len(found) > 4 else "")
+        raise Unusable("a binary mask must have 0 outside and one other value inside", f"values {values_found}")
+    return values >= half, len(found) > 1
 
 
 def _one_channel(image: Image) -> Image:
