@@ -85,7 +85,7 @@ def import_coco_panoptic(
                     plane = _plane(color_map(mask), annotation, categories, crowd == "drop", name, conversion.report)
                     labels: dict[str, Plane] = {category: plane}
                     if supercategories:
-                        found = {int(number): plane == number for number in np.unique(plane) if number}
+                        found = {int(number): plane == number for number in np.bincount(plane.ravel()).nonzero()[0] if number}
                         labels["supercategory"] = stack(categories.united(found), *plane.shape)
                     conversion.add(name, picture, labels)
     return conversion.report

@@ -245,8 +245,8 @@ class Conversion:
 
     def _look(self, name: str, category: str, planes: Plane, label_size: tuple[int, int]) -> None:
         """Which labels there are, and which of them no pixel of the smaller label map shows."""
-        there = {int(number) for plane in planes for number in np.unique(plane)} - {0}
-        left = {int(number) for plane in planes for number in np.unique(nearest(plane, label_size))}
+        there = {number for plane in planes for number in np.bincount(plane.ravel()).nonzero()[0].tolist()} - {0}
+        left = {number for plane in planes for number in np.bincount(nearest(plane, label_size).ravel()).nonzero()[0].tolist()}
         for number in sorted(there):
             label = self._labels[category][number - 1]
             self._seen.add(label)
