@@ -81,7 +81,7 @@ class BrodenWriter:
         self.min_frequency, self.min_coverage = min_frequency, min_coverage
         self.unlabeled = frozenset(unlabeled)
         if image_format not in ("jpg", "png", "keep"):
-            raise ValueError(f"image_format must be 'jpg', 'png' or 'keep', got {image_format!r}")
+            raise ValueError(f"image_format must be 'keep', 'jpg' or 'png', got {image_format!r}")
         self.image_format = image_format
         self.synonyms = dict(synonyms or {})
         self._values = {category: _values(category, names, self.unlabeled) for category, names in categories.items()}
