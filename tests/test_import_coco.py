@@ -256,6 +256,13 @@ def test_a_bad_image_is_dropped_and_the_others_stay(coco, change, reason, tmp_pa
     assert any(remark.what == "images" and reason in remark.reason for remark in report.dropped), report.dropped
 
 
+def test_more_masks_than_memory_should_hold_drop_the_image(coco, monkeypatch):
+    monkeypatch.setattr("torchprobe.datasets.importers.coco.MOST_MEMORY", 100)
+    report = coco(instances())
+    assert rows(coco.root) == ["nothing.png", "sub folder/é 2.jpg"]  # of two labels each at most
+    assert reasons(report.dropped)["images: more labels than memory should hold for an image of this size"] == 1
+
+
 def test_names_from_windows_are_read(coco):
     value = instances()
     value["images"][1]["file_name"] = "sub folder\\é 2.jpg"

@@ -516,6 +516,12 @@ def test_reduced_labels(tmp_path):
     assert reasons(report.dropped)["pixels: a value without a name; they count as unlabeled"] == (MAP == 5).sum()
 
 
+def test_reduced_labels_beyond_void_are_reported(tmp_path):
+    names = {0: "wall", 254: "lost"}
+    report = import_hugging_face([{"image": picture(), "label": MAP}], tmp_path / "set", id2label=names, reduce_labels=True)
+    assert reasons(report.dropped)["labels: reduce_labels makes its value void"] == 1
+
+
 def test_streams_and_splits(tmp_path):
     def stream():
         for seed in range(1000):

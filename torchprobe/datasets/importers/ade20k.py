@@ -18,7 +18,7 @@ from torchprobe.datasets.importers.files import by_stem
 from torchprobe.datasets.importers.pictures import IndexMap, Picture, color_map, index_map
 from torchprobe.datasets.importers.planes import Plane
 from torchprobe.datasets.importers.report import ImportReport, Unusable
-from torchprobe.datasets.importers.values import Values, label_name, read_names
+from torchprobe.datasets.importers.values import Values, label_name, read_names, report_renamed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,6 +84,7 @@ def _scene_parsing(root: Path, conversion: Conversion) -> None:
     report = conversion.report
     called, synonyms = first_names(_classes(root / CLASSES))
     values = Values(called, unlabeled=(0,), void=())
+    report_renamed(report, called, values.renamed)
     scenes = _scenes(root / SCENES)
     categories: dict[str, Sequence[str]] = {"object": values.labels}
     if scenes:
@@ -158,6 +159,7 @@ def _full(root: Path, names: str | os.PathLike[str] | Mapping[Any, Any] | Sequen
         raise DatasetError(f"{root}: the images have no .json files with the names of the classes; give the names (names=, --names)")
     called, synonyms = first_names(given)
     values = Values(called, unlabeled=(0,), void=())
+    report_renamed(report, called, values.renamed)
     conversion.begin({"object": values.labels} | ({"part": values.labels} if parts else {}), synonyms)
     for stem in conversion.each(sorted(masks)):
         with conversion.image(stem):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 CROWD = "a crowd region: one mask around many, often coarse"
+MOST_MEMORY = 1 << 30
+"""Bytes of all masks of an image."""
 PARTIAL = (
     "annotated for some of the labels only (neg_category_ids, not_exhaustive_category_ids, as in LVIS). The format cannot say that of "
     "single labels, so the others count as absent"
@@ -107,7 +109,11 @@ def import_coco(
 def _masks(
     annotations: list[dict[str, Any]], categories: Categories, height: int, width: int, drop_crowd: bool, report: ImportReport
 ) -> dict[int, Mask]:
-    """The united mask of each label in an image."""
+    """The united mask of each label in an image.
+
+    Raises:
+        Unusable: more masks than memory should hold.
+    """
     masks: dict[int, Mask] = {}
     for annotation in annotations:
         name = f"annotation {annotation.get('id', '?')}"
@@ -126,6 +132,8 @@ def _masks(
             report.drop("annotations", "no pixel inside the image", name)
         elif number in masks:
             masks[number] |= mask
+        elif (len(masks) + 1) * height * width > MOST_MEMORY:
+            raise Unusable("more labels than memory should hold for an image of this size", f"{height} × {width}")
         else:
             masks[number] = mask
     return masks

@@ -69,7 +69,8 @@ def import_hugging_face(
         if reduce_labels:
             names = {value + 1: name for value, name in names.items()}
             unlabeled, void = unlabeled if unlabeled is not None else (), void if void is not None else (0, VOID_VALUE)
-            names.pop(VOID_VALUE, None)
+            if lost := names.pop(VOID_VALUE, None):
+                report.drop("labels", "reduce_labels makes its value void", lost)
         values = Values(names, unlabeled, void)
         report_renamed(report, names, values.renamed)
         rows = _rows(dataset, split)
