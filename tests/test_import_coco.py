@@ -184,9 +184,13 @@ def test_resized_copies_of_the_images_are_accepted_and_said(coco, tmp_path):
 
 
 def test_federated_annotations_are_said(coco):
+    """LVIS names its images by their addresses."""
     value = instances()
     value["images"][0]["neg_category_ids"] = [7]
+    value["images"][1] |= {"coco_url": "http://images.cocodataset.org/sub folder/é 2.jpg"}
+    del value["images"][1]["file_name"]
     report = coco(value)
+    assert rows(coco.root) == ["a.png", "nothing.png", "sub folder/é 2.jpg"]
     assert any("LVIS" in remark.reason and remark.count == 1 for remark in report.changed)
 
 

@@ -22,12 +22,14 @@ class CocoImage(NamedTuple):
 
 
 def read_image(value: Mapping[str, Any]) -> CocoImage:
-    """An element of ``images``.
+    """An element of ``images``. Without ``file_name``, it is the end of ``coco_url``.
 
     Raises:
         Unusable: no id, or an impossible size.
     """
-    name = value.get("file_name")
+    name, url = value.get("file_name"), value.get("coco_url")
+    if name is None and isinstance(url, str):
+        name = "/".join(url.split("/")[-2:])  # LVIS: images of two folders, train2017/ and val2017/
     key = identifier(value.get("id"), "id")
     height, width = value.get("height"), value.get("width")
     size = None
