@@ -99,6 +99,12 @@ def test_an_error_in_the_middle_leaves_what_was_there(source, error):
     assert left(source) == ["masks", "names.json", "photos", "set"] and len(rows(source / "set")) == 1
 
 
+def test_inputs_that_cannot_be_used_make_no_folders(source):
+    with pytest.raises(DatasetError, match="name of a label"):
+        import_label_maps(source / "photos", source / "masks", {1: 5}, source / "new" / "deep" / "set")
+    assert left(source) == ["masks", "names.json", "photos"]
+
+
 def test_a_kill_leaves_only_a_hidden_folder_that_is_no_data_set(source):
     """And the same command then works."""
     code = """
@@ -244,7 +250,8 @@ def test_every_format_has_a_command_that_needs_its_paths(run):
         "hugging-face": ["dataset", "id2label", "out"],
     }
     _, out, _ = run("--help")
-    listed = [line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.strip()]
+    commands = out.partition("Commands:")[2].partition("Exit codes:")[0]
+    listed = [line.split()[0] for line in commands.splitlines() if line.strip()]
     assert listed == sorted(formats)
     for name, paths in formats.items():
         page = run(name, "--help")[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from torchprobe.cli.import_command import import_
+from torchprobe.cli.tools import exit_codes
 
 HELP = (
     "Concepts to compare units with. import writes a segmentation data set in the format that torchprobe dissect reads with --broden; "
@@ -12,7 +13,7 @@ HELP = (
 )
 
 
-@click.group(short_help="Get concepts from segmentation data sets.", help=HELP)
+@click.group(epilog=exit_codes(), short_help="Get concepts from segmentation data sets.", help=HELP)
 def concepts() -> None:
     pass
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from torchprobe.cli.tools import console, exit_codes, json_option, print_json, progress_bar
+from torchprobe.cli.tools import check_output, console, exit_codes, json_option, print_json, progress_bar
 from torchprobe.common.messages import counted
 from torchprobe.rendering.tables import plain_table, printable, text
 
@@ -82,6 +82,8 @@ def set_options(command: Command) -> Command:
 
 
 def _run(importer: Callable[..., ImportReport], as_json: bool, *arguments: Any, **options: Any) -> None:
+    """Imports and prints what happened; the last of ``arguments`` is the new folder."""
+    check_output(arguments[-1])
     with progress_bar("importing") as progress:
         report = importer(*arguments, progress=progress, **options)
     if as_json:
@@ -106,7 +108,7 @@ def _chosen(values: tuple[int, ...]) -> tuple[int, ...] | None:
     return values or None
 
 
-@click.group("import", short_help="Import COCO, ADE20K, Pascal VOC, folders of masks and more.", help=HELP)
+@click.group("import", epilog=exit_codes(), short_help="Import COCO, ADE20K, Pascal VOC, folders of masks and more.", help=HELP)
 def import_() -> None:
     pass
 

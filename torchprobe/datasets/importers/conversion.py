@@ -133,7 +133,6 @@ class Conversion:
     def __enter__(self) -> Conversion:
         if self._building.exists():  # of a process of the same number that was killed
             shutil.rmtree(self._building)
-        self._building.mkdir(parents=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -32,7 +32,7 @@ class Remark:
 
     def __str__(self) -> str:
         examples = f" ({', '.join(self.examples)}{', …' if self.count > len(self.examples) else ''})" if self.examples else ""
-        return f"{self.count:,} {self.what}: {self.reason}{examples}"
+        return f"{self.what} ({self.count:,}): {self.reason}{examples}"
 
 
 @dataclass
@@ -52,7 +52,7 @@ class ImportReport:
     >>> report = ImportReport("coco", Path("set"))
     >>> report.drop("images", "the file is missing", "a.jpg")
     >>> print(report.dropped[0])
-    1 images: the file is missing (a.jpg)
+    images (1): the file is missing (a.jpg)
     """
 
     source: str
