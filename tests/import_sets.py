@@ -51,7 +51,7 @@ def colors(path: Path, red, green=0, blue=0) -> Path:
 
 
 def write_json(path: Path, value: object) -> Path:
-    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(value, ensure_ascii="\\ud800" in json.dumps(value)), encoding="utf-8")
     return path
 
 

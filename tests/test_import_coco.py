@@ -1,5 +1,6 @@
 """COCO instances and panoptic sets: every pixel, every trap, every kind of damage; and a dissection of such a set by hand."""
 
+import copy
 import json
 
 import numpy as np
@@ -306,6 +307,34 @@ def test_files_that_cannot_be_used_leave_nothing(coco, change, what, tmp_path):
     with pytest.raises(DatasetError, match=what):
         coco(instances() | change)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["instances.json", "photos"]
+
+
+WORTHLESS = [None, 0, -1, 1.5, 1e400, 10**30, "", "../a", [], {}, [[]], True, [1, 2, 3], "\ud800", "\0", {"size": [6, 8], "counts": "zz"}]
+
+
+def places(value, path=()):
+    """The path to every value in nested lists and objects."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_damage_is_an_error_or_a_valid_set(coco, seed, tmp_path):
+    rng, value = np.random.default_rng(seed), instances()
+    for _ in range(rng.integers(1, 6)):
+        paths = list(places(value))
+        *way, last = paths[rng.integers(len(paths))]
+        inner = value
+        for key in way:
+            inner = inner[key]
+        inner[last] = copy.deepcopy(WORTHLESS[rng.integers(len(WORTHLESS))])
+    try:
+        coco(value | {"info": 1}, supercategories=seed % 2 == 1)
+    except DatasetError:
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["instances.json", "photos"]
+    else:
+        assert validate(coco.root) == []
 
 
 def test_elements_that_are_no_objects_are_dropped(coco):

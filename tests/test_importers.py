@@ -322,6 +322,7 @@ def test_voc(voc, tmp_path):
     assert dropped["images: no mask, so they are not annotated"] == 1
     assert dropped["pixels: a value without a name; they count as unlabeled"] == (MAP == 5).sum()
     assert dropped["labels: no pixel in any image"] == 17
+    assert dropped["labels: the name of a value that is unlabeled"] == 1
 
 
 def test_voc_splits_and_names(voc, tmp_path):
@@ -441,6 +442,22 @@ def test_ade20k_full_with_names(full, tmp_path):
     import_ade20k(full, tmp_path / "set", names=names, **EXACT)
     found = shown(tmp_path / "set", f"{STREET}ADE_train_1")["object"]
     assert set(found) == {"class 1", "class 255", "class 256", "class 2978", "class 3"}
+
+
+def test_ade20k_full_with_the_index_of_matlab(full, tmp_path):
+    """The release of 2016: the position of a name, from 1, is the number of the class."""
+    savemat = pytest.importorskip("scipy.io", reason="scipy is not installed").savemat
+    for path in full.rglob("*.json"):
+        path.unlink()
+    names = np.array([f"class {number}, other name" for number in range(1, 3000)], object)
+    savemat(full / "index_ade20k.mat", {"index": {"filename": np.array(["a.jpg"], object), "objectnames": names}})
+    import_ade20k(full, tmp_path / "set", **EXACT)
+    found = shown(tmp_path / "set", f"{STREET}ADE_train_1")["object"]
+    assert set(found) == {"class 1", "class 255", "class 256", "class 2978", "class 3"}
+    np.testing.assert_array_equal(found["class 2978"], CODES == 2978)
+    (full / "index_ade20k.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(200))
+    with pytest.raises(DatasetError, match="cannot be read as the index"):
+        import_ade20k(full, tmp_path / "other", names=full / "index_ade20k.mat")
 
 
 @pytest.mark.parametrize(

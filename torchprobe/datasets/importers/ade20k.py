@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchprobe.common.messages import reason
 from torchprobe.datasets.broden.image_files import FileError, read_bytes
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.importers.conversion import Conversion, SetOptions
@@ -18,13 +19,14 @@ from torchprobe.datasets.importers.files import by_stem
 from torchprobe.datasets.importers.pictures import IndexMap, Picture, color_map, index_map
 from torchprobe.datasets.importers.planes import Plane
 from torchprobe.datasets.importers.report import ImportReport, Unusable
-from torchprobe.datasets.importers.values import Values, label_name, read_names, report_renamed
+from torchprobe.datasets.importers.values import Values, label_name, read_names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 CLASSES = "objectInfo150.txt"
 SCENES = "sceneCategories.txt"
+INDEX = "index_ade20k.mat"
 
 
 def import_ade20k(
@@ -40,15 +42,16 @@ def import_ade20k(
       none of them. If sceneCategories.txt is there, the category ``scene`` has its scenes, with the suffix -s as in Broden.
     * **Full** (``*.jpg`` with ``*_seg.png``, and ``*_parts_1.png``, ``*_parts_2.png`` …): the class of a pixel is
       red / 10 · 256 + green. Parts become the category ``part``, with a label map for each level; an image without a file of parts is not
-      annotated for them. The names are those of the ``.json`` file of each image (release of 2021). Releases without them need ``names``.
+      annotated for them. The names are those of the ``.json`` file of each image (release of 2021), or of index_ade20k.mat (release of
+      2016; this needs scipy).
 
     A class is called by its first name, unless another class has that too; the others are its synonyms.
 
     Args:
         root: the folder of the data set, or a part of it, such as its validation images.
         out: the new data set.
-        names: for the full form, the names by class number: {number: name}, a list that begins with class 1, or a file, see
-            :func:`~torchprobe.datasets.importers.values.read_names`.
+        names: for the full form, the names by class number: {number: name}, a list that begins with class 1, index_ade20k.mat, or a file,
+            see :func:`~torchprobe.datasets.importers.values.read_names`.
         options: see :class:`~torchprobe.datasets.importers.conversion.SetOptions`.
 
     Raises:
@@ -84,7 +87,7 @@ def _scene_parsing(root: Path, conversion: Conversion) -> None:
     report = conversion.report
     called, synonyms = first_names(_classes(root / CLASSES))
     values = Values(called, unlabeled=(0,), void=())
-    report_renamed(report, called, values.renamed)
+    values.tell(report)
     scenes = _scenes(root / SCENES)
     categories: dict[str, Sequence[str]] = {"object": values.labels}
     if scenes:
@@ -154,12 +157,17 @@ def _full(root: Path, names: str | os.PathLike[str] | Mapping[Any, Any] | Sequen
     for stem, path in others.items():
         if (match := re.fullmatch(r"(.+)_parts_(\d{1,2})", stem)) and match[1] in masks:
             parts.setdefault(match[1], []).append(path)
-    given = read_names(names, first_value=1) if names is not None else _names_of_images(root, masks, report)
+    if names is None:
+        given = _names_of_images(root, masks, report) or _names_of_index(root / INDEX)
+    else:
+        index = isinstance(names, (str, os.PathLike)) and str(names).endswith(".mat")
+        given = _names_of_index(Path(str(names))) if index else read_names(names, first_value=1)
     if not given:
-        raise DatasetError(f"{root}: the images have no .json files with the names of the classes; give the names (names=, --names)")
+        what = f"neither the .json files of the images nor {INDEX} give the names of the classes"
+        raise DatasetError(f"{root}: {what}; give the names (names=, --names)")
     called, synonyms = first_names(given)
     values = Values(called, unlabeled=(0,), void=())
-    report_renamed(report, called, values.renamed)
+    values.tell(report)
     conversion.begin({"object": values.labels} | ({"part": values.labels} if parts else {}), synonyms)
     for stem in conversion.each(sorted(masks)):
         with conversion.image(stem):
@@ -201,6 +209,21 @@ def _names_of_images(root: Path, masks: Mapping[str, Path], report: ImportReport
         except Unusable as error:
             report.drop("files of names", error.reason, path.name)
     return names
+
+
+def _names_of_index(path: Path) -> dict[int, str]:
+    """Class number → names, of the file of MATLAB that the release of 2016 has; empty if it is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ImportError(f"{path} needs scipy: pip install scipy; or give the names of the classes (names=, --names)") from error
+    try:
+        names = loadmat(path, variable_names=["index"], simplify_cells=True)["index"]["objectnames"]
+        return {number: label_name(str(name), str(path)) for number, name in enumerate(names, 1)}
+    except Exception as error:  # hostile bytes may raise anything in a decoder
+        raise DatasetError(f"{path} cannot be read as the index of ADE20K ({reason(error)})") from None
 
 
 def _objects(path: Path) -> Iterator[tuple[int, str]]:

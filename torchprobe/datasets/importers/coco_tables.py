@@ -61,10 +61,10 @@ class Categories:
         Raises:
             Unusable: there is no such category.
         """
-        found = self._numbers.get(key) if isinstance(key, Hashable) else None
-        if found is None:
-            raise Unusable("a category that the file does not list", f"category_id {key!r:.50}")
-        return found
+        try:
+            return self._numbers[identifier(key, "category_id")]
+        except (KeyError, Unusable):
+            raise Unusable("a category that the file does not list", f"category_id {key!r:.50}") from None
 
     def supercategories(self, report: ImportReport) -> list[str]:
         """The names of the supercategories. One that has the name of a label, and holds more than it, gets the end "(all)"; one that holds

@@ -12,7 +12,7 @@ from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.importers.conversion import Conversion, SetOptions
 from torchprobe.datasets.importers.pictures import IndexMap, Picture, decoded, index_map
 from torchprobe.datasets.importers.report import ImportReport, Unusable
-from torchprobe.datasets.importers.values import VOID_VALUE, Values, read_names, report_renamed
+from torchprobe.datasets.importers.values import VOID_VALUE, Values, read_names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,7 +72,7 @@ def import_hugging_face(
             if lost := names.pop(VOID_VALUE, None):
                 report.drop("labels", "reduce_labels makes its value void", lost)
         values = Values(names, unlabeled, void)
-        report_renamed(report, names, values.renamed)
+        values.tell(report)
         rows = _rows(dataset, split)
         conversion.begin({category: values.labels})
         taken: set[str] = set()

@@ -14,7 +14,7 @@ from torchprobe.datasets.importers.files import by_stem, subfolders
 from torchprobe.datasets.importers.pictures import Picture, binary_mask, index_map
 from torchprobe.datasets.importers.planes import stack
 from torchprobe.datasets.importers.report import ImportReport, Unusable
-from torchprobe.datasets.importers.values import Values, label_name, read_names, report_renamed
+from torchprobe.datasets.importers.values import Values, label_name, read_names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,9 +65,8 @@ def import_label_maps(
     """
     with Conversion("label-maps", out, (images, masks), **options) as conversion:
         report = conversion.report
-        called = read_names(names, first_value)
-        values = Values(called, unlabeled, void)
-        report_renamed(report, called, values.renamed)
+        values = Values(read_names(names, first_value), unlabeled, void)
+        values.tell(report)
         pictures = by_stem(Path(images), "images", report, image_suffix)
         maps = by_stem(Path(masks), "masks", report, mask_suffix)
         for stem in sorted(maps.keys() - pictures.keys()):

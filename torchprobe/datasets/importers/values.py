@@ -16,7 +16,7 @@ from torchprobe.datasets.importers.pictures import IndexMap
 from torchprobe.datasets.importers.planes import Plane
 from torchprobe.datasets.importers.report import ImportReport, Unusable
 
-BACKGROUND = frozenset({"background", "other", "unlabeled", "unlabelled", "none"})
+BACKGROUND = frozenset({"background", "unlabeled", "unlabelled", "none"})
 VOID = frozenset({"ignore", "ignored", "void", "dontcare", "don't care"})
 """Names that are no concepts, without the underscores around them."""
 VOID_VALUE = 255
@@ -55,12 +55,21 @@ class Values:
         self.unlabeled, self.void = frozenset(unlabeled), frozenset(void)
         if both := sorted(self.unlabeled & self.void):
             raise DatasetError(f"value {both[0]} cannot be unlabeled and void at once")
+        self.names = dict(names)
         kept = {value: names[value] for value in sorted(names) if value not in self.unlabeled | self.void}
         if not kept:
             raise DatasetError("no label has a name: every value is unlabeled or void")
         self.renamed = different(kept)
         self.labels = list(self.renamed.values())
         self.numbers = {value: number for number, value in enumerate(kept, 1)}
+
+    def tell(self, report: ImportReport) -> None:
+        """Says which names became no labels, and which labels got another name."""
+        for value, name in self.names.items():
+            if value in self.unlabeled | self.void:
+                meaning = "unlabeled" if value in self.unlabeled else "void"
+                report.drop("labels", f"the name of a value that is {meaning}", f"{name} ({value})")
+        report_renamed(report, self.names, self.renamed)
 
     def plane(self, source: IndexMap, image: str, report: ImportReport) -> Plane:
         """A label map with the numbers of the labels, uint16, 0 elsewhere. Void and unknown values are counted in ``report``."""
@@ -94,9 +103,10 @@ def different(names: Mapping[Any, str]) -> dict[Any, str]:
     """
     result: dict[Any, str] = {}
     for key, name in names.items():
+        key_shown = "".join(character if character.isprintable() else "_" for character in str(key))
         free, count = name, 1
         while free in result.values():
-            free, count = (f"{name} ({key})" if count == 1 else f"{name} ({key}, {count})"), count + 1
+            free, count = (f"{name} ({key_shown})" if count == 1 else f"{name} ({key_shown}, {count})"), count + 1
         result[key] = free
     return result
 
@@ -184,6 +194,8 @@ def identifier(value: Any, what: str) -> Hashable:
     Raises:
         Unusable: it is neither a number nor a text.
     """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     if type(value) is int or isinstance(value, str):
         return value
     raise Unusable(f"no valid {what}", f"{value!r:.50}")

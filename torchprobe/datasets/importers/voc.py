@@ -13,7 +13,7 @@ from torchprobe.datasets.importers.conversion import Conversion, SetOptions
 from torchprobe.datasets.importers.files import by_stem
 from torchprobe.datasets.importers.pictures import Picture, index_map
 from torchprobe.datasets.importers.report import ImportReport, Unusable
-from torchprobe.datasets.importers.values import Values, read_names, report_renamed
+from torchprobe.datasets.importers.values import Values, read_names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,9 +66,8 @@ def import_voc(
     root = Path(root)
     with Conversion("voc", out, (root,), **options) as conversion:
         report = conversion.report
-        called = read_names(names, first_value=0)
-        values = Values(called)
-        report_renamed(report, called, values.renamed)
+        values = Values(read_names(names, first_value=0))
+        values.tell(report)
         images, masks = by_stem(root / "JPEGImages", "images", report), by_stem(root / "SegmentationClass", "masks", report)
         if split is None:
             report.drop("images", "no mask, so they are not annotated", count=len(images.keys() - masks.keys()))
