@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 import torchprobe
+from torchprobe.cli.concepts_command import concepts
 from torchprobe.cli.dissect_command import dissect
 from torchprobe.cli.interpret_command import compare, interpret
 from torchprobe.cli.tools import (
@@ -222,7 +223,7 @@ def demo(out: Path, as_json: bool) -> None:
     print_files(pages | files)
 
 
-for command in (dissect, interpret, compare):
+for command in (dissect, concepts, interpret, compare):
     cli.add_command(command)
 
 

@@ -94,7 +94,7 @@ def read_labels(path: str | Path, height: int, width: int) -> Tensor:
         raise FileError("not a PNG file")
     if (found := struct.unpack(">II", data[16:24])) != (width, height):  # before anything is decompressed
         raise FileError(f"the label map is {found[1]} × {found[0]} pixels, its row says sh × sw = {height} × {width}")
-    _check_chunks(data)
+    check_chunks(data)
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.mode not in ("RGB", "RGBA", "P", "L", "1"):
@@ -109,7 +109,7 @@ def read_labels(path: str | Path, height: int, width: int) -> Tensor:
     return torch.from_numpy((pixels & 0xFFFF).astype(np.int32).reshape(height, width))
 
 
-def _check_chunks(data: bytes) -> None:
+def check_chunks(data: bytes) -> None:
     """Checks that no chunk of a PNG is missing and that checksums match. The decoder may ignore such errors (LOAD_TRUNCATED_IMAGES)."""
     at = len(_PNG_SIGNATURE)
     while at + 12 <= len(data):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,8 @@ class BrodenWriter:
         min_frequency, min_coverage: labels that are in fewer images, or cover less in total (in units of whole images), are dropped.
             Default: none, since a small data set would silently lose labels. The release has 10 and 0.5.
         unlabeled: values of label maps that mean "no label"; for VOC (0, 255).
-        image_format: ``"jpg"`` as in the release, or ``"png"`` without loss.
+        image_format: ``"jpg"`` as in the release; ``"png"`` without loss; or ``"keep"``, where a JPEG or PNG file that keeps its size is
+            copied byte by byte, one that is resized keeps its format, and everything else becomes PNG.
         synonyms: label → other names, for label.csv and syns.txt; no semicolons.
 
     As in the release:
@@ -79,8 +81,8 @@ class BrodenWriter:
         self.size, self.segmentation_size = _pair(size, 2), _pair(segmentation_size, 1)
         self.min_frequency, self.min_coverage = min_frequency, min_coverage
         self.unlabeled = frozenset(unlabeled)
-        if image_format not in ("jpg", "png"):
-            raise ValueError(f"image_format must be 'jpg' or 'png', got {image_format!r}")
+        if image_format not in ("jpg", "png", "keep"):
+            raise ValueError(f"image_format must be 'keep', 'jpg' or 'png', got {image_format!r}")
         self.image_format = image_format
         self.synonyms = {label: _synonyms(label, others) for label, others in (synonyms or {}).items()}
         self._values = {category: _values(category, names, self.unlabeled) for category, names in categories.items()}
@@ -138,7 +140,7 @@ class BrodenWriter:
         grids = ((picture.height, picture.width), (height, width), label_size)
         parsed = {category: self._parse(name, category, value, grids) for category, value in labels.items()}
 
-        row = WrittenRow(f"{stem}.{self.image_format}", (height, width), label_size, {})
+        row = WrittenRow(f"{stem}.{self._suffix(image)}", (height, width), label_size, {})
         planes: dict[str, Plane] = {}
         reserved = []
         for category, found in parsed.items():
@@ -151,11 +153,14 @@ class BrodenWriter:
             planes.update(zip(files, found[None] if found.ndim == 2 else found, strict=True))
         self._claim(name, [row.image, *planes, *reserved])
         (self.root / "images" / row.image).parent.mkdir(parents=True, exist_ok=True)
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), pil.Resampling.BILINEAR)
-        picture.save(self.root / "images" / row.image, quality=95)
+        if self.image_format == "keep" and isinstance(image, (str, os.PathLike)) and picture.size == (width, height):
+            shutil.copyfile(image, self.root / "images" / row.image)
+        else:
+            if picture.size != (width, height):
+                picture = picture.resize((width, height), pil.Resampling.BILINEAR)
+            picture.save(self.root / "images" / row.image, quality=95)
         for file, plane in planes.items():
-            _save_labels(self.root / "images" / file, _nearest(plane, label_size))
+            _save_labels(self.root / "images" / file, nearest(plane, label_size))
         for category, found in parsed.items():
             self._count(category, found)
         self._rows.append(row)
@@ -195,6 +200,15 @@ class BrodenWriter:
         write_tables(self.root, self._rows, self._counts, numbers, self.synonyms)
 
     # -- parts of add ----------------------------------------------------------------------------------------------
+
+    def _suffix(self, image: Any) -> str:
+        """The format of an image in the folder."""
+        if self.image_format != "keep":
+            return self.image_format
+        if not isinstance(image, (str, os.PathLike)):
+            return "png"
+        with open(image, "rb") as file:  # its name may lie
+            return "png" if file.read(4) == b"\x89PNG" else "jpg"
 
     def _parse(self, name: str, category: str, value: Any, grids: Sequence[tuple[int, int]]) -> list[int] | Plane:
         """Whole-image labels as a list of provisional numbers, label maps as an array of them. Planes have the proportions of ``grids``."""
@@ -318,8 +332,12 @@ def _picture(name: str, image: Any) -> Image:
     return pil.fromarray(array).convert("RGB")
 
 
-def _nearest(plane: Plane, size: tuple[int, int]) -> Plane:
-    """The value at the center of each new pixel."""
+def nearest(plane: Plane, size: tuple[int, int]) -> Plane:
+    """The value at the center of each new pixel; size: (height, width).
+
+    >>> nearest(np.arange(12).reshape(2, 6), (1, 2)).tolist()
+    [[7, 10]]
+    """
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, plane.shape, strict=True))
     resized: Plane = plane[rows[:, None], columns]
     return resized
