@@ -20,17 +20,16 @@ from torchprobe.common.runs import ProgressCallback, RunOptions
 from torchprobe.common.storage import digest
 from torchprobe.datasets.broden import Broden
 from torchprobe.datasets.geometry import Box, Geometry, fingerprint
+from torchprobe.dissection.bases import Basis, basis_of, check_layers, describe_basis
 from torchprobe.dissection.batches import Batches, Preprocess, find_preprocess
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.run import Run, Settings
 from torchprobe.dissection.scores import SCORES
-from torchprobe.dissection.taps import Site, find_sites, random_rotation
+from torchprobe.dissection.taps import Site, find_sites
 from torchprobe.dissection.walk import Checkpoint
 from torchprobe.recording.layers import Selection, select_layers
 from torchprobe.recording.reader import LayerReader
 from torchprobe.statistics.quantile import MEMORY, NETDISSECT
-
-Basis = Tensor | Mapping[str, Tensor] | str | None
 
 
 @renamed_arguments(images="rows")
@@ -175,8 +174,8 @@ def _chosen(broden: Broden, rows: Iterable[int] | None) -> list[int]:
 def _sites(reader: LayerReader, image: Tensor, settings: Settings, basis: Basis) -> dict[str, Site]:
     """How to read each layer, in its basis; for IoU, layers without positions are refused."""
     sites = find_sites(reader, image, settings.positions)
-    bases = _bases(basis, {name: site.features for name, site in sites.items()}, settings.seed)
-    sites = {name: site.in_basis(bases.get(name)) for name, site in sites.items()}
+    check_layers(basis, sites)
+    sites = {name: site.in_basis(basis_of(basis, name, site.features, settings.seed)) for name, site in sites.items()}
     for site in sites.values():
         if "iou" in settings.score and not site.has_map:
             dims = site.layout.dims
@@ -185,20 +184,6 @@ def _sites(reader: LayerReader, image: Tensor, settings: Settings, basis: Basis)
                 'is no overlap with label maps: score it by average precision (score="ap"), or choose a layer before the pooling'
             )
     return sites
-
-
-def _bases(basis: Basis, widths: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    if basis is None:
-        return {}
-    if isinstance(basis, str):
-        if basis != "rotation":
-            raise ValueError(f'basis must be a tensor, {{layer: tensor}} or "rotation", got {basis!r}')
-        return {layer: random_rotation(width, seed) for layer, width in widths.items()}
-    if isinstance(basis, Tensor):
-        return dict.fromkeys(widths, basis)
-    if unknown := sorted(basis.keys() - widths.keys()):
-        raise ValueError(f"basis has directions for layer {unknown[0]!r}, which is not dissected")
-    return dict(basis)
 
 
 def _given(thresholds: Mapping[str, Tensor], sites: Mapping[str, Site]) -> dict[str, Tensor]:
@@ -231,7 +216,7 @@ def _facts(
         name: {
             "units": site.units,
             "grid": None if site.grid is None else list(site.grid),
-            "basis": None if site.basis is None else digest([site.basis]),
+            "basis": describe_basis(site.basis),
             "thresholds": None if thresholds is None else digest([thresholds[name]]),
         }
         for name, site in sites.items()
