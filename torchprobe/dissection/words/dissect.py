@@ -26,7 +26,7 @@ from torchprobe.dissection.walk import Checkpoint
 from torchprobe.dissection.words.concepts import Concepts, find_concepts
 from torchprobe.dissection.words.matching import find_measure, match
 from torchprobe.dissection.words.measures import AnyMeasure, TopPrecision
-from torchprobe.dissection.words.passes import ImagePass, ImageScores, label_images, read_layers
+from torchprobe.dissection.words.passes import ImagePass, ImageScores, check_labeler, label_images, read_layers
 from torchprobe.dissection.words.result import WordDissection
 from torchprobe.dissection.words.soft_labels import CAVEAT, SoftLabels, labeler_name, labeler_weights
 from torchprobe.recording.layers import Selection, select_layers
@@ -115,14 +115,13 @@ def dissect_words(
     torch.Size([2, 2])
     """
     chosen = find_measure(measure)
-    _check(positions, pooling, top, permutations)
+    _check(positions, pooling, top, permutations, batch_size)
     files = images if isinstance(images, Images) else image_folder(images)
     if not len(files):
         raise DatasetError("there are no images")
     if preprocess is None and (preprocess := getattr(model, "preprocess", None)) is None:
         raise ValueError("it is unknown how an image becomes a tensor: give preprocess=")
-    if isinstance(labeler, SoftLabels):
-        labeler = _named(labeler, files)
+    labeler = _named(labeler, files) if isinstance(labeler, SoftLabels) else check_labeler(labeler)
     words = labeler.concepts if isinstance(labeler, SoftLabels) else find_concepts(concepts)
     if device is not None:
         model = model.to(device)
@@ -193,12 +192,12 @@ def _named(labels: SoftLabels, files: Images) -> SoftLabels:
     return SoftLabels(labels.rows_of(names), labels.concepts, names, labels.labeler, labels.metadata)
 
 
-def _check(positions: str, pooling: str, top: int, permutations: int) -> None:
+def _check(positions: str, pooling: str, top: int, permutations: int, batch_size: int) -> None:
     for name, value, choices in (("positions", positions, POSITIONS), ("pooling", pooling, ("max", "mean"))):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    if top < 0 or permutations < 1:
-        raise ValueError(f"top must be at least 0 and permutations at least 1, got {top} and {permutations}")
+    if top < 0 or permutations < 1 or batch_size < 1:
+        raise ValueError(f"top must be at least 0, permutations and batch_size at least 1; got {top}, {permutations} and {batch_size}")
 
 
 def _sites(reader: LayerReader, files: Images, preprocess: Preprocess, positions: str, basis: Basis, seed: int) -> dict[str, Site]:

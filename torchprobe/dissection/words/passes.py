@@ -93,6 +93,20 @@ class ImagePass:
         return [self.files.name(path) for path, keep in zip(self.files.paths, kept.tolist(), strict=True) if keep]
 
 
+def check_labeler(labeler: Any) -> Any:
+    """The labeler.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(labeler, nn.Module) and callable(getattr(labeler, "preprocess", None)):
+        return labeler
+    raise ValueError(
+        f"the labeler must be a module with preprocess and encode_text, or SoftLabels; got {type(labeler).__name__}. "
+        "load_encoder() loads one by name."
+    )
+
+
 def label_images(
     labeler: Any,
     concepts: Concepts,
@@ -102,12 +116,9 @@ def label_images(
     """Soft labels of the images that can be read: the cosines of their embeddings and those of the concepts.
 
     Raises:
-        ValueError: the labeler is not one, or an embedding is not finite; the message names the image or the concept.
+        ValueError: an embedding is not finite, or has another width; the message names the image or the concept.
         DatasetError: no image can be read.
     """
-    preprocess = getattr(labeler, "preprocess", None)
-    if not isinstance(labeler, nn.Module) or not callable(preprocess):
-        raise ValueError(f"the labeler must be a module with preprocess and encode_text, or SoftLabels; got {type(labeler).__name__}")
     texts, used = embed_concepts(labeler, concepts, templates)
     device = device_of(labeler)
 
@@ -120,7 +131,7 @@ def label_images(
         return {"embeddings": found}
 
     with eval_mode(labeler):
-        walk, read = images.run("labeler", {"embeddings": texts.shape[1]}, preprocess, see)
+        walk, read = images.run("labeler", {"embeddings": texts.shape[1]}, labeler.preprocess, see)
 
     def labels() -> SoftLabels:
         if not bool(read.any()):
