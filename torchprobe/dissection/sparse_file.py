@@ -106,7 +106,7 @@ def sparse_basis(
     if kind not in ACTIVATIONS:
         raise EncoderError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
     if kind == "topk" and k is None:
-        raise EncoderError("how many latents may be active is not in the file: give top_k=")
+        raise EncoderError('how many latents may be active is not in the file: give top_k=, or "k" in a cfg.json next to it')
     if kind == "jumprelu" and threshold is None:
         raise EncoderError("it has no threshold for JumpReLU")
     if subtract_center is None:
@@ -125,7 +125,10 @@ def _activation(threshold: Tensor | None, k: int | None, config: Mapping[str, An
             return kind
     useful = threshold is not None and bool((threshold > 0).any())  # −1: never set
     if useful and k is not None:
-        raise EncoderError(f'it has both k = {k} and thresholds: say which is used, activation="topk" or activation="jumprelu"')
+        raise EncoderError(
+            f'it has both k = {k} and thresholds: say which is used, with activation="topk" or activation="jumprelu", or as "architecture" '
+            "in a cfg.json next to it"
+        )
     return "jumprelu" if useful else "relu" if k is None else "topk"
 
 

@@ -54,6 +54,7 @@ def dissect_words(
     workers: int = 2,
     seed: int = 0,
     keep_scores: bool = False,
+    save_labels: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
     resume: bool = False,
@@ -92,6 +93,7 @@ def dissect_words(
         workers: threads that decode images.
         seed: of permutations and of the rotation.
         keep_scores: keep activations and soft labels in the result.
+        save_labels: a file for the soft labels, which :func:`read_soft_labels` reads, for other models over the same images.
         checkpoint, checkpoint_every, resume, progress, stop: see :func:`torchprobe.dissection.dissect`.
 
     Returns:
@@ -134,6 +136,8 @@ def dissect_words(
         saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)
         images_pass = ImagePass(files, batch_size, workers, ranks, saved, clock, stop)
         labels = labeler if isinstance(labeler, SoftLabels) else label_images(labeler, words, templates, images_pass)
+        if save_labels is not None and ranks.first:
+            labels.save(save_labels)
         found = read_layers(reader, sites, preprocess, pooling, images_pass)
         choices = {"top": top, "permutations": None if isinstance(chosen, TopPrecision) else permutations}
         facts |= {"measure": {"name": chosen.name, **asdict(chosen)}, **choices, "templates": labels.metadata.get("templates")}
