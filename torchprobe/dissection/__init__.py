@@ -48,6 +48,8 @@ from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.nulls import correct, p_values, permutation_test
 from torchprobe.dissection.overlap import Counts, Overlap
 from torchprobe.dissection.scores import UnitConcept
+from torchprobe.dissection.sparse import SparseBasis, SparseEncoder
+from torchprobe.dissection.sparse_file import read_basis, sparse_basis
 from torchprobe.dissection.summaries import best_labels, encoded, polysemanticity, unique_concepts, unique_detectors
 from torchprobe.dissection.taps import as_maps, random_rotation, singular_vectors
 
@@ -58,6 +60,10 @@ __all__ = [
     "Progress",
     "singular_vectors",
     "random_rotation",
+    "SparseBasis",
+    "SparseEncoder",
+    "read_basis",
+    "sparse_basis",
     "Overlap",
     "Counts",
     "LabelBatch",

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchprobe.common.storage import digest
-from torchprobe.dissection.sparse import SparseBasis
-from torchprobe.dissection.taps import random_rotation
+from torchprobe.dissection.sparse import MAPS, SparseBasis
+from torchprobe.dissection.taps import Site, random_rotation
 
 OneBasis = Tensor | SparseBasis | nn.Module
 """Directions (k, features); or what makes latents of features."""
@@ -50,3 +50,17 @@ def describe_basis(basis: Tensor | SparseBasis | None) -> Any:
     if isinstance(basis, SparseBasis):
         return {"name": basis.name, **basis.facts, "digest": basis.digest()}
     return None if basis is None else digest([basis])
+
+
+def fitting_batch_size(sites: Iterable[Site], batch_size: int) -> int:
+    """The number of images in a batch, ``batch_size`` or fewer, for which the maps of latents of a layer fit into :data:`MAPS` bytes.
+
+    >>> from torchprobe.recording.reader import Layout
+    >>> site = Site("blocks.9", Layout(3, 0, 2), 768, basis=SparseBasis(nn.Linear(768, 16384)), places=196)
+    >>> fitting_batch_size([site], 64), fitting_batch_size([], 64)
+    (20, 64)
+    """
+    for site in sites:
+        if isinstance(site.basis, SparseBasis):
+            batch_size = min(batch_size, max(1, MAPS // (4 * site.units * site.places)))
+    return batch_size

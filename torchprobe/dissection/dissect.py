@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torchprobe.common.runs import ProgressCallback, RunOptions
 from torchprobe.common.storage import digest
 from torchprobe.datasets.broden import Broden
 from torchprobe.datasets.geometry import Box, Geometry, fingerprint
-from torchprobe.dissection.bases import Basis, basis_of, check_layers, describe_basis
+from torchprobe.dissection.bases import Basis, basis_of, check_layers, describe_basis, fitting_batch_size
 from torchprobe.dissection.batches import Batches, Preprocess, find_preprocess
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.run import Run, Settings
@@ -90,7 +90,8 @@ def dissect(
             5/999, as in the original.
         thresholds: {layer: (units,)}: use these instead of computing them. Then the counts of parts of a data set can be merged.
         basis: directions instead of units, as rows (k, features): a tensor, ``{layer: tensor}``, or "rotation" for a random rotation with
-            ``seed``, which is the control. See :func:`singular_vectors`.
+            ``seed``, which is the control. See :func:`singular_vectors`. Or latents: a :class:`SparseBasis`, or a module from features
+            to latents; the result then has their ``density``.
         positions: which tokens: "patch" (without class token and registers), "class" or "all". The last two work only for "ap".
         feature_dim: see :func:`torchprobe.record`.
         pooling: how a map becomes a score for average precision and top images: "max" or "mean".
@@ -102,6 +103,7 @@ def dissect(
         geometry: which part of a picture ``preprocess`` shows, if that cannot be found out: "whole", or a function (width, height) →
             :class:`torchprobe.datasets.geometry.Box`.
         batch_size: images in a batch. The result depends on it: a network gives slightly different numbers in batches of another size.
+            It is lowered if the maps of latents would need more than 256 MiB; ``metadata`` has the size used.
         device: where the model runs; default: where it is.
         workers: threads that decode images.
         memory: bytes for the thresholds of one layer, see :class:`torchprobe.statistics.Quantile`.
@@ -157,6 +159,8 @@ def dissect(
     with Ranks() as ranks, LayerReader(model, select_layers(model, layers, feature_dim)) as reader:
         image = batches.image(chosen[0])
         sites = _sites(reader, image[None], settings, basis)
+        batches.size = fitting_batch_size(sites.values(), batch_size)
+        settings = replace(settings, batch_size=batches.size)
         given = _given(thresholds, sites) if thresholds is not None else None
         facts = _facts(model, broden, chosen, settings, sites, given, looked)
         saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)

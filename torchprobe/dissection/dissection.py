@@ -23,6 +23,7 @@ from torchprobe.dissection.overlap import Counts
 from torchprobe.dissection.ranking import Ranking
 from torchprobe.dissection.report import write_report
 from torchprobe.dissection.scores import LayerScores
+from torchprobe.dissection.sparse import read_density
 from torchprobe.dissection.summaries import best_labels, first_best
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class Dissection(LayerScores):
 
         The columns are ``unit`` (from 1, as in the original), and ``category``, ``label`` and ``score`` of its best label. Then come, for
         each category, the columns of the best label there, with the prefix ``<category>-``: those of the original, :data:`IOU_COLUMNS`,
-        or :data:`AP_COLUMNS`. If all scores of a category are 0 or nan, its label is empty and its numbers are 0.
+        or :data:`AP_COLUMNS`. If all scores of a category are 0 or nan, its label is empty and its numbers are 0. For latents,
+        ``density`` and ``dead_share`` come last.
 
         Args:
             path: the file.
@@ -97,6 +99,8 @@ def _save(dissection: LayerScores, path: str | os.PathLike[str]) -> None:
             tensors |= {f"{prefix}/{name}": part for name, part in group._asdict().items()}
     if dissection.top is not None:
         tensors["top/ids"], tensors["top/scores"] = dissection.top
+    if dissection.density is not None:
+        tensors |= dissection.density.tensors()
     values = {
         "layer": dissection.layer,
         "units": dissection.units,
@@ -143,6 +147,7 @@ def _load(path: str | os.PathLike[str], kind: type[Scores]) -> Scores:
     if "top/ids" in file.keys:
         ids = file.tensor("top/ids", torch.int64, (units, None))
         dissection.top = ids, file.tensor("top/scores", torch.float32, (units, ids.shape[1]))
+    dissection.density = read_density(file, units)
     if dissection.scores is not None:
         dissection.ranking = _ranking(file, category, len(categories), len(images))
     return dissection
@@ -201,6 +206,9 @@ def _write_csv(dissection: LayerScores, path: str | os.PathLike[str], score: str
     overall, first = first_best(best.iou)
     order = overall.argsort(descending=True, stable=True).tolist()
     header = ["unit", "category", "label", "score", *(f"{name}-{column}" for name in dissection.categories for column in columns)]
+    shares = None if dissection.density is None else dissection.density.rows()
+    if shares is not None:
+        header += ["density", "dead_share"]
     tables = _tables(dissection, score)
     cells = [  # by category and unit
         list(zip(_names(dissection, label), *(_pick(table, label) for table in tables), strict=True)) for label in best.label.unbind(1)
@@ -212,7 +220,16 @@ def _write_csv(dissection: LayerScores, path: str | os.PathLike[str], score: str
             label = int(best.label[unit, first[unit]])
             category = dissection.categories[int(first[unit])] if label >= 0 else ""
             name = dissection.labels[label].name if label >= 0 else ""
-            writer.writerow([unit + 1, category, name, float(overall[unit]), *(cell for part in cells for cell in part[unit])])
+            writer.writerow(
+                [
+                    unit + 1,
+                    category,
+                    name,
+                    float(overall[unit]),
+                    *(cell for part in cells for cell in part[unit]),
+                    *(shares[unit].values() if shares else ()),
+                ]
+            )
     return Path(path)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchprobe.analysis.interpolation import recalibrate_batch_norms
 from torchprobe.common.deprecation import renamed
@@ -24,6 +24,7 @@ from torchprobe.dissection.activity import explanation
 from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
 from torchprobe.dissection.report import Report, write_report
 from torchprobe.dissection.report_text import COMPARISON, OWN
+from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.walk import clear_checkpoint
 from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, shown_columns, text
 
@@ -142,6 +143,7 @@ def write_pages(
     rotated: bool = False,
     progress: CountCallback | None = None,
     gain_threshold: float | None = None,
+    basis: Tensor | SparseBasis | None = None,
 ) -> dict[str, Path]:
     """Writes ``<layer>.html`` for each layer; returns {layer: path}.
 
@@ -155,11 +157,12 @@ def write_pages(
         rotated: whether the units are those of a random rotation with the seed of the metadata.
         progress: called with (steps done, steps in all): a page is one step, and the evidence of each unit is one step.
         gain_threshold: the smallest gain over prevalence with which a unit encodes a concept; default: 0.8.
+        basis: the directions or the encoder, if the units are directions or latents.
     """
     names = file_names(results)
     files = {}
     for before, (layer, dissection) in enumerate(results.items()):
-        basis = random_rotation(dissection.units, int(dissection.metadata.get("seed", 0))) if rotated else None
+        own = random_rotation(dissection.units, int(dissection.metadata.get("seed", 0))) if rotated else basis
         path = Path(folder) / f"{names[layer]}.html"
 
         def tell(done: int, steps: int, before: int = before) -> None:
@@ -168,7 +171,7 @@ def write_pages(
 
         files[layer or "(output)"] = write_report(
             dissection, path, broden, encoder,
-            nulls=_of_layer(nulls or {}, layer), top_images=top_images, evidence=evidence, basis=basis, progress=tell,
+            nulls=_of_layer(nulls or {}, layer), top_images=top_images, evidence=evidence, basis=own, progress=tell,
             gain_threshold=gain_threshold,
         )  # fmt: skip
     return files

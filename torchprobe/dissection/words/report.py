@@ -18,6 +18,7 @@ import torchprobe
 from torchprobe.common.messages import counted, listing
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets.images import DatasetError, Images, rgb
+from torchprobe.dissection.report_sparse import ACTIVE, DENSITY_COLUMNS, UNITS_OF, density_facts, kind_of
 from torchprobe.dissection.words.measures import TopPrecision
 from torchprobe.dissection.words.soft_labels import CAVEAT
 from torchprobe.rendering.dissection_page import CategoryBar, DissectionPage, Shown, Thumbnail, UnitRow, thumbnail, write_dissection
@@ -95,10 +96,7 @@ class WordsReport:
             Column("matches", "matches", f"words with an adjusted p of at most {self.alpha:g}", "count"),
         ]
         if self.dissection.density is not None:
-            columns += [
-                Column("density", "density", "share of the positions of all images where the latent is active", "share"),
-                Column("dead_share", "silent in", "share of the images in which the latent is active nowhere", "share"),
-            ]
+            columns += DENSITY_COLUMNS
         return [*columns, Column("others", "then", "the next best words", "text")]
 
     def units(self, shown: dict[int, list[Shown]] | None = None) -> list[UnitRow]:
@@ -137,22 +135,16 @@ class WordsReport:
     def facts(self) -> list[Fact]:
         """The numbers at the head of the page."""
         d, summary = self.dissection, self.dissection.summary(self.alpha)
-        basis = d.metadata.get("basis")
-        what = "Latents" if isinstance(basis, dict) else "Directions" if basis else "Units"
         units = summary["matched_units"]
         note = f"{percent(units / d.units, 2)}; significant at {self.alpha:g} for all units and words together"
         undefined = f"{number(summary['undefined_units'])} have no score" if summary["undefined_units"] else ""
-        facts = [
-            Fact(what, number(d.units), undefined),
+        return [
+            Fact(UNITS_OF[kind_of(d.metadata.get("basis"))], number(d.units), undefined),
             Fact("Matched with a word", number(units), note),
             Fact("Words matched", number(summary["matched_concepts"]), f"of {number(len(d.concepts))}"),
             Fact("Images", number(len(d.images)), str(d.metadata.get("dataset", {}).get("name", ""))),
+            *density_facts(d.density),
         ]
-        if d.density is not None:
-            sparse = d.density.summary()
-            facts.append(Fact("Dead latents", number(sparse["dead"]), f"{percent(sparse['dead_latents'])}: active in none of the images"))
-            facts.append(Fact("Density", percent(sparse["median"]), f"median over latents; mean {percent(sparse['mean'])}"))
-        return facts
 
     def notice(self) -> str:
         """What the page says first."""
@@ -173,7 +165,7 @@ class WordsReport:
             if measure.get("name") == TopPrecision.name
             else "The null is a unit that is unrelated to the words: its activations are permuted over the images, "
             f"{m.get('permutations')} times, all units alike. For all pairs together, the largest statistic of each permutation is "
-            "compared (maxT)."
+            f"compared (maxT). No p-value is below {1 / (1 + (m.get('permutations') or 1)):.2g}."
         )
         unreadable = m.get("unreadable") or []
         terms = [
@@ -189,7 +181,7 @@ class WordsReport:
             ),
         ]
         if self.dissection.density is not None:
-            terms.insert(3, ("active", "Above 0. Density counts positions; a dead latent is active at no position of any image."))
+            terms.insert(3, ("active", ACTIVE))
         if unreadable:
             names = listing([name for name, _ in unreadable], 5)
             terms.append(("left out", f"{counted(len(unreadable), 'file')} that could not be read: {names}."))
