@@ -14,6 +14,7 @@ from torch import nn
 from words_sets import WORDS, PlantedClip, PlantedUnits, write_images
 from words_sets import preprocess as word_preprocess
 
+from torchprobe import cli
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, SparseBasis, SparseEncoder, dissect, read_basis, sparse_basis
 from torchprobe.dissection import bases as bases_module
@@ -22,6 +23,7 @@ from torchprobe.dissection.sparse import Density
 from torchprobe.dissection.words import WordDissection, dissect_words
 from torchprobe.dissection.words import passes as passes_module
 from torchprobe.encoders import EncoderError
+from torchprobe.studies.dissect import dissect_folder, write_pages
 
 D, K = 12, 30
 
@@ -416,6 +418,33 @@ def test_latents_and_words(tmp_path, monkeypatch):
     assert float(rows[-1]["density"]) == 0.0 and float(rows[-1]["dead_share"]) == 1.0
     text = found.report(tmp_path / "a.html").read_text()
     assert "Dead latents" in text and "Latents" in text
+
+
+def test_a_study_of_latents(broden, basis, tmp_path):
+    """A folder for a folder, with pages that show where latents are active."""
+    net = Net()
+    net.preprocess = preprocess
+    with pytest.warns(UserWarning, match="never active"):
+        results = dissect_folder(net, broden, "norm", tmp_path, basis=basis, quantile=0.05)
+    files = write_pages(tmp_path, results, broden, net, basis=basis)
+    assert "Dead latents" in files["norm"].read_text() and Dissection.load(tmp_path / "norm.safetensors").density == results["norm"].density
+    assert json.loads((tmp_path / "summary.json").read_text())["layers"][0]["density"]["dead"] >= 1
+
+
+def test_the_command(broden, tmp_path, capsys):
+    pytest.importorskip("timm")
+    path = save(tmp_path / "sae", {"W_enc": torch.randn(96, 20), "b_enc": -torch.ones(20), "b_dec": torch.zeros(96)})
+    arguments = ["dissect", "timm:test_resnet", "--random-init", "--layers", "visual.layer4", "--broden", str(broden.root)]
+    arguments += ["--score", "ap", "--basis", str(path), "--out", str(tmp_path / "out"), "--pictures", "0", "--device", "cpu"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 0, err
+    layer = json.loads(out)["layers"][0]
+    assert layer["units"] == 20 and layer["density"]["mean"] > 0 and layer["metadata"]["basis"]["activation"] == "relu"
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*arguments, "--rotate"])
+    assert caught.value.code == 2 and "--rotate and --basis exclude each other" in capsys.readouterr().err
 
 
 # -- density -------------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 
 import numpy as np
 import pytest
 import torch
+from processes import FORKS, free_port
 from torch import nn
-from words_sets import WORDS, PlantedClip, PlantedUnits, mixtures, preprocess, write_images
+from words_sets import WORDS, PlantedClip, PlantedUnits, dissect_on_rank, mixtures, preprocess, write_images
 
 from torchprobe.datasets import DatasetError, image_folder
 from torchprobe.dissection.words import (
@@ -66,8 +68,8 @@ def test_planted_units_are_named(folder, measure):
 def test_the_numbers_are_those_of_the_parts(folder):
     """Soft labels, activations, measure and top images, each computed here."""
     model, labeler = PlantedUnits(PLANTED).eval(), PlantedClip(noise=0.02)
-    found = dissect_words(model, ["maps", "pool"], folder, labeler, WORDS, templates=TEMPLATES, permutations=9, seed=3, preprocess=preprocess,
-                          pooling="max", top=4, keep_scores=True, batch_size=7)  # fmt: skip
+    options = {"templates": TEMPLATES, "permutations": 9, "seed": 3, "pooling": "max", "top": 4, "keep_scores": True, "batch_size": 7}
+    found = dissect_words(model, ["maps", "pool"], folder, labeler, WORDS, preprocess=preprocess, **options)
     images = pixels(folder)
     embedded = labeler(images).double()
     texts = labeler.directions.double()
@@ -145,6 +147,36 @@ def test_open_clip_labels_images(tmp_path):
         image = encoder(encoder.preprocess(Image.open(folder / "0003.png"))[None])
     assert torch.allclose(result.labels[3], (nn.functional.normalize(image) @ texts.T)[0], atol=1e-5)
     assert result.metadata["labeler_is_model"]
+
+
+def test_a_model_of_transformers_labels_images(folder):
+    """In a wrapper of a few lines, as the documentation says."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": 130, "max_position_embeddings": 40, "eos_token_id": 1, "bos_token_id": 0},
+        vision_config={**sizes, "image_size": 4, "patch_size": 2},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+
+    class Labeler(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.clip, self.preprocess, self.name = transformers.CLIPModel(config), preprocess, "tiny transformers CLIP"
+
+        def forward(self, images):
+            found = self.clip.get_image_features(pixel_values=images)
+            return found if isinstance(found, torch.Tensor) else found.pooler_output
+
+        def encode_text(self, texts):
+            tokens = torch.tensor([[0, *(2 + ord(c) for c in text[:30]), *[1] * (31 - len(text[:30]))] for text in texts])
+            found = self.clip.get_text_features(input_ids=tokens)
+            return found if isinstance(found, torch.Tensor) else found.pooler_output
+
+    found = dissect_words(PlantedUnits(PLANTED), "maps", folder, Labeler(), WORDS, permutations=3, preprocess=preprocess)["maps"]
+    assert bool(found.score.isfinite().all()) and found.metadata["labeler"] == "tiny transformers CLIP"
+    assert not found.metadata["labeler_is_model"]
 
 
 # -- a labeler, or its labels --------------------------------------------------------------------------------------------
@@ -314,6 +346,37 @@ def test_interrupted_and_resumed(folder, tmp_path, stage):
         and torch.equal(again.p_values, whole.p_values)
     )
     assert labeler.seen < 120
+
+
+def processes(folder, out, ranks=1, resume=False, kill_after=0):
+    """The exit codes of some processes that share a run."""
+    port = free_port() if ranks > 1 else 0
+    arguments = (folder, out, out / "checkpoint", resume, kill_after)
+    started = [FORKS.Process(target=dissect_on_rank, args=(*arguments, rank, ranks, port)) for rank in range(ranks)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    return [process.exitcode for process in started]
+
+
+@pytest.mark.slow("starts six processes")
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
+def test_killed_and_shared(folder, tmp_path):
+    """Killed twice, in either pass, and resumed; and shared by two processes: the same result."""
+    for name in ("alone", "killed", "shared"):
+        (tmp_path / name).mkdir()
+    assert processes(folder, tmp_path / "alone") == [0]
+    whole = WordDissection.load(tmp_path / "alone/0.safetensors")
+    assert processes(folder, tmp_path / "killed", kill_after=5) == [-signal.SIGKILL]
+    assert processes(folder, tmp_path / "killed", kill_after=20, resume=True) == [-signal.SIGKILL]
+    assert processes(folder, tmp_path / "killed", resume=True) == [0]
+    assert processes(folder, tmp_path / "shared", ranks=2) == [0, 0]
+    for file in ("killed/0", "shared/0", "shared/1"):
+        found = WordDissection.load(tmp_path / f"{file}.safetensors")
+        for name in ("score", "p_values", "adjusted"):
+            assert torch.equal(getattr(found, name).nan_to_num(), getattr(whole, name).nan_to_num())
+        assert found.density == whole.density and found.density.images == 120 and found.metadata == whole.metadata
 
 
 # -- the result ----------------------------------------------------------------------------------------------------------

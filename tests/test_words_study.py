@@ -16,7 +16,7 @@ from torchprobe import cli
 from torchprobe.datasets import DatasetError, image_folder
 from torchprobe.dissection.words import CAVEAT, Concepts, SoftLabels, WordDissection, dissect_words
 from torchprobe.dissection.words.report import WordsReport
-from torchprobe.studies.words import LABELS, print_words, words_folder
+from torchprobe.studies.words import LABELS, earlier_words, print_words, words_folder, write_word_pages
 
 for package in ("PIL", "timm", "matplotlib", "jinja2", "open_clip"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -121,6 +121,16 @@ def test_a_folder_for_a_folder(folder, tmp_path):
     assert torch.equal(again["maps"].score, found["maps"].score) and not (tmp_path / "again" / LABELS).exists()
     printed = io.StringIO()
     print_words(found, Console(file=printed, width=160))
+    assert "No null was given" in printed.getvalue()
+    nulls = earlier_words([tmp_path / "again"])
+    assert list(nulls) == ["again"] and torch.equal(nulls["again"]["maps"].score, found["maps"].score)
+    files = write_word_pages(out, found, image_folder(folder), nulls)
+    assert "again" in files["maps"].read_text() and "again" not in files["pool"].read_text()
+    printed = io.StringIO()
+    print_words(found, Console(file=printed, width=160), nulls)
+    assert "  again" in printed.getvalue() and "No null" not in printed.getvalue()
+    with pytest.raises(ValueError, match="does not hold a finished dissection"):
+        earlier_words([folder])
     assert "may be wrong" in printed.getvalue().replace("\n", " ") and "planted CLIP" in printed.getvalue()
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from torchprobe.dissection import SparseBasis, SparseEncoder
+from torchprobe.dissection.words import dissect_words
 
 WORDS = ["cat", "dog", "red", "striped", "sea", "tree", "wooden", "car"]
 SIDE = 4
@@ -71,3 +76,24 @@ class PlantedUnits(nn.Module):
         noise = [torch.sin(97.3 * (j + 1) * images[:, 1, 0, 0] + 31 * images[:, 2, 1, 1]) for j in range(self.units - len(own))]
         units = torch.stack([*own, *noise], 1)[..., None, None] * torch.tensor([[1.0, 0.5], [0.25, 1.0]])
         return self.pool(self.maps(units * self.weight)).flatten(1)
+
+
+def dissect_on_rank(folder: Path, out: Path, checkpoint: Path, resume: bool, kill_after: int, rank: int, ranks: int, port: int) -> None:
+    """One process, or one of several, with latents as units; saves what it found. ``kill_after``: batches after which it kills itself."""
+    torch.set_num_threads(1)
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    told = 0
+
+    def tell(progress: object) -> None:
+        nonlocal told
+        told += 1
+        if told == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    basis = SparseBasis(SparseEncoder(torch.eye(12, 10), torch.full((12,), -0.5)))
+    found = dissect_words(
+        PlantedUnits([3, 0, 5, 7]), "maps", folder, PlantedClip(noise=0.02), WORDS, templates=["{}"], permutations=9, preprocess=preprocess,
+        batch_size=7, basis=basis, checkpoint=checkpoint, checkpoint_every=0.0, resume=resume, progress=tell,
+    )["maps"]  # fmt: skip
+    found.save(out / f"{rank}.safetensors")

@@ -65,6 +65,7 @@ HELP = (
 @click.option("--positions", type=click.Choice(["patch", "class", "all"]), default="patch", show_default=True, help="Which tokens.")
 @output_option("torchprobe-words")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in --out.")
+@click.option("--null", "nulls", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="An earlier --out to compare with.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights: .safetensors, .pt, .pth, .ckpt.")
 @click.option("--random-init", is_flag=True, help="Random weights from --seed, batch norms calibrated on the images: a null.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N of the images, chosen at random.")
@@ -86,6 +87,7 @@ def words(
     basis_file: Path | None,
     rotate: bool,
     out: Path,
+    nulls: tuple[Path, ...],
     checkpoint: Path | None,
     random_init: bool,
     limit: int | None,
@@ -103,7 +105,7 @@ def words(
     from torchprobe.dissection.words import builtin_concepts, read_concepts, read_soft_labels
     from torchprobe.encoders import load_encoder
     from torchprobe.rendering import page
-    from torchprobe.studies.words import print_words, recalibrate_on, words_folder, write_word_pages
+    from torchprobe.studies.words import earlier_words, print_words, recalibrate_on, words_folder, write_word_pages
 
     if (labeler is None) == (labels_file is None):
         raise click.UsageError("give either --labeler, a CLIP encoder, or --labels, soft labels")
@@ -118,6 +120,7 @@ def words(
         say(f"Note: {concepts.source}: {remark}")
     if kinds:
         concepts = concepts.of_kinds(kinds)
+    against = earlier_words(nulls)
     images = image_folder(folder, limit, seed)
     given: Any = None if labels_file is None else read_soft_labels(labels_file, concepts)
     options["basis"] = "rotation" if rotate else None if basis_file is None else read_basis(basis_file)
@@ -140,10 +143,10 @@ def words(
         if rank > 0:
             return
         with progress_bar("pages") as tell:
-            files = write_word_pages(out, results, images, pictures, tell)
+            files = write_word_pages(out, results, images, against, pictures, tell)
     if as_json:
         summaries = [result.summary() for result in results.values()]
         print_json({"layers": summaries, "files": {kind: str(path) for kind, path in files.items()}})
     else:
-        print_words(results, console())
+        print_words(results, console(), against)
         print_files(files)

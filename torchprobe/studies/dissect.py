@@ -6,9 +6,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from torchprobe.common.messages import listing
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Broden
-from torchprobe.dissection import Dissection, dissect, random_rotation
+from torchprobe.dissection import Dissection, WordDissection, dissect, random_rotation
 from torchprobe.dissection.activity import explanation
 from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
 from torchprobe.dissection.report import Report, write_report
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["dissect_folder", "earlier", "file_names", "print_dissections", "recalibrate", "write", "write_pages"]
 
 _CHECKPOINT = "checkpoint"
+
+Result = TypeVar("Result", Dissection, WordDissection)
 
 Nulls = Mapping[str, Mapping[str, Dissection]]
 """Name → layer → dissection."""
@@ -222,7 +224,16 @@ def earlier(folders: Iterable[str | os.PathLike[str]]) -> dict[str, dict[str, Di
     Raises:
         ValueError: a folder does not hold a finished dissection, or holds a damaged one.
     """
-    found: dict[str, dict[str, Dissection]] = {}
+    return earlier_results(folders, Dissection.load)
+
+
+def earlier_results(folders: Iterable[str | os.PathLike[str]], load: Callable[[Path], Result]) -> dict[str, dict[str, Result]]:
+    """The results that the summaries of some folders name, by the name of the folder and by layer; ``load`` reads one.
+
+    Raises:
+        ValueError: as for :func:`earlier`.
+    """
+    found: dict[str, dict[str, Result]] = {}
     for folder in map(Path, folders):
         try:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -231,7 +242,7 @@ def earlier(folders: Iterable[str | os.PathLike[str]]) -> dict[str, dict[str, Di
             raise ValueError(f"{folder} does not hold a finished dissection: summary.json is missing or damaged ({error})") from error
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{folder}: summary.json names {outside[0]!r}, which is not a file of the folder")
-        results = [Dissection.load(folder / f"{name}.safetensors") for name in names]
+        results = [load(folder / f"{name}.safetensors") for name in names]
         found[_free(folder.resolve().name, found)] = {result.layer: result for result in results}
     return found
 

@@ -15,10 +15,10 @@ from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Images, image_folder
 from torchprobe.dissection.walk import clear_checkpoint
-from torchprobe.dissection.words import CAVEAT, SoftLabels, WordDissection, dissect_words
-from torchprobe.dissection.words.report import WordsReport
-from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, text
-from torchprobe.studies.dissect import CALIBRATION, SHOWN_UNITS, file_names
+from torchprobe.dissection.words import SoftLabels, WordDissection, dissect_words
+from torchprobe.dissection.words.report import COMPARISON, OWN, WordsReport
+from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, shown_columns, text
+from torchprobe.studies.dissect import CALIBRATION, SHOWN_UNITS, earlier_results, file_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,15 +27,8 @@ _CHECKPOINT = "checkpoint"
 LABELS = "soft-labels.safetensors"
 """The soft labels of a run, for ``--labels`` of another."""
 
-LAYERS = (
-    Column("layer", "layer", "name of the layer", "text"),
-    Column("units", "units", "units, directions or latents", "count"),
-    Column("matched_units", "matched", "units whose best word is significant for all units and words together", "count"),
-    Column("matched_concepts", "words", "distinct best words of these units", "count"),
-    Column("undefined_units", "undefined", "units without a score: their activations are equal for all images", "count", optional=True),
-    Column("density", "density", "share of positions where a latent is active, median over latents", "share", optional=True),
-    Column("dead", "dead", "latents that are active in no image", "count", optional=True),
-)
+Nulls = Mapping[str, Mapping[str, WordDissection]]
+"""Name → layer → result."""
 
 
 def words_folder(
@@ -93,6 +86,7 @@ def write_word_pages(
     folder: str | os.PathLike[str],
     results: Mapping[str, WordDissection],
     images: Images,
+    nulls: Nulls | None = None,
     top_images: int = 5,
     progress: CountCallback | None = None,
 ) -> dict[str, Path]:
@@ -102,42 +96,51 @@ def write_word_pages(
         folder: where to write.
         results: see :func:`words_folder`.
         images: those of the results.
+        nulls: results to compare with; each is shown for the layers that it has.
         top_images: top images of each unit.
         progress: called with (pages done, pages in all).
     """
     names, files = file_names(results), {}
     for done, (layer, result) in enumerate(results.items(), 1):
-        files[layer or "(output)"] = result.report(Path(folder) / f"{names[layer]}.html", images, top_images=top_images)
+        path = Path(folder) / f"{names[layer]}.html"
+        files[layer or "(output)"] = result.report(path, images, nulls=_of_layer(nulls or {}, layer), top_images=top_images)
         if progress is not None:
             progress(done, len(results))
     return files
 
 
-def print_words(results: Mapping[str, WordDissection], out: Console) -> None:
-    """Prints each layer; for a single layer also the most significant units; and the caveat.
+def print_words(results: Mapping[str, WordDissection], out: Console, nulls: Nulls | None = None) -> None:
+    """Prints each layer and its nulls; for a single layer also the most significant units; and the caveat.
 
     Args:
         results: layer → result.
         out: where to print.
+        nulls: results to compare with.
     """
+    reports = [WordsReport(result, _of_layer(nulls or {}, layer)) for layer, result in results.items()]
     rows = []
-    for layer, result in results.items():
-        row = {**result.summary(), "layer": layer or "(output)"}
-        if result.density is not None:
-            row |= {"density": row["density"]["median"], "dead": row["density"]["dead"]}
-        rows.append(row)
-    _print([column for column in LAYERS if not column.optional or any(row.get(column.key) for row in rows)], rows, out)
-    if len(results) == 1:
-        report = WordsReport(next(iter(results.values())))
-        units = [unit.values for unit in report.units()[:SHOWN_UNITS]]
-        columns = [c for c in report.columns() if c.key != "others" and not (c.optional and all(row[c.key] == "words" for row in units))]
-        _print(columns, units, out)
-    facts = next(iter(results.values())).metadata
+    for report in reports:
+        name = report.dissection.layer or "(output)"
+        rows += [{**row, "layer": name if row["layer"] == OWN else f"  {row['layer']}"} for row in report.comparison()]
+    _print(shown_columns(rows, COMPARISON), rows, out)
+    if len(reports) == 1:
+        units = [unit.values for unit in reports[0].units()[:SHOWN_UNITS]]
+        _print([column for column in reports[0].columns() if column.key != "others"], units, out)
+    facts = reports[0].dissection.metadata
     if facts.get("unreadable"):
         out.print(text(f"{number(len(facts['unreadable']))} files could not be read; metadata and page name them."))
-    out.print(text(f"Labeler: {facts.get('labeler', 'unknown')}. {CAVEAT}"))
-    if facts.get("labeler_is_model"):
-        out.print(text("Here the labeler is the network itself, so it may agree with itself."))
+    if not nulls:
+        out.print(text("No null was given. Run with --random-init and with --rotate as well, and name those folders with --null."))
+    out.print(text(reports[0].notice()))
+
+
+def earlier_words(folders: Iterable[str | os.PathLike[str]]) -> dict[str, dict[str, WordDissection]]:
+    """Earlier results, by the name of their folder and by layer; see :func:`words_folder`.
+
+    Raises:
+        ValueError: a folder does not hold finished results, or holds damaged ones.
+    """
+    return earlier_results(folders, WordDissection.load)
 
 
 def recalibrate_on(encoder: nn.Module, images: Images, batch_size: int = 32, limit: int = CALIBRATION) -> None:
@@ -146,6 +149,10 @@ def recalibrate_on(encoder: nn.Module, images: Images, batch_size: int = 32, lim
     first = Images(list(images.paths)[:limit], images.root)
     preprocess: Any = encoder.preprocess
     recalibrate_batch_norms(encoder, (batch.pixels for batch in first.batches(preprocess, batch_size) if batch.names))
+
+
+def _of_layer(nulls: Nulls, layer: str) -> dict[str, WordDissection]:
+    return {name: layers[layer] for name, layers in nulls.items() if layer in layers}
 
 
 def _print(columns: Sequence[Column], rows: Sequence[Row], out: Console) -> None:

@@ -246,13 +246,13 @@ class _Reordered:
     def __init__(self, scores: Tensor, labels: Tensor, count: int, power: float, label_power: float) -> None:
         images = labels.shape[0]
         self.power, self.label_power = power, label_power
-        self.labels = labels.double().T.contiguous()
-        # Of equal soft labels the first image has the lower rank.
-        rank = torch.empty_like(self.labels, dtype=torch.int64)
-        index = torch.arange(images).expand_as(rank)
-        rank.scatter_(1, self.labels.argsort(dim=1, stable=True), index)
-        self.rank = rank
-        self._typical = self.labels.abs().mean(1)
+        self.labels = labels.double().contiguous()
+        # Of equal soft labels the first image has the lower rank. Rank times count, plus a position, must fit into the type.
+        kind = torch.int32 if images * count < 2**31 else torch.int64
+        self.rank = torch.empty(labels.shape, dtype=kind)
+        index = torch.arange(images, dtype=kind)[:, None].expand_as(self.rank)
+        self.rank.scatter_(0, self.labels.argsort(dim=0, stable=True), index)
+        self._typical = self.labels.abs().mean(0)
         self.top = top_images(scores, torch.arange(images), count)[0]
         values = scores.double().gather(1, self.top)
         values = values - values[:, -1:]
@@ -291,11 +291,13 @@ class _Reordered:
         """E of a unit for each concept, with these images in place of its top images; and their mean soft label."""
         values, count = self.values[unit], len(images)
         # Rank and position in one integer: sorting these alone is several times as fast as sorting with indices.
-        keys = self.rank[:, images].mul_(count).add_(torch.arange(count)).numpy()
+        positions = torch.arange(count, dtype=self.rank.dtype)[:, None]
+        keys = self.rank[images].mul_(count).add_(positions).T.contiguous().numpy()
         keys.sort(axis=1)
         position = torch.from_numpy(keys).remainder_(count)
-        error = (values[position] - values.flip(0)).abs().pow_(self.power).mean(1)
-        return error / self._baseline[unit], self.labels[:, images].mean(1)
+        moved = values.index_select(0, position.flatten()).view(position.shape)
+        error = (moved - values.flip(0)).abs_().pow_(self.power).mean(1)
+        return error / self._baseline[unit], self.labels[images].mean(0)
 
 
 # -- average precision -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,13 @@ SUMMARY = (
     "image shows each word. The word of a unit is the one that it agrees with most."
 )
 
+CHANCE = (
+    "The p-values say that units agree with the labeler more than they would if the images were permuted. Units of a network with random "
+    "weights do, too: they respond to color and contrast. What training adds shows in comparison with such a network, and with a random "
+    "rotation."
+)
+NO_NULL = "No null was given for this page."
+
 MEASURE_TERMS = {
     "soft_wpmi": "Soft weighted pointwise mutual information: how probable the top images of the unit are if the word is the concept, "
     "compared with the average unit. The first images count as more certain.",
@@ -53,6 +60,18 @@ MEASURE_TERMS = {
     "average_precision": "Average precision of the activations, if the images with the highest soft labels show the word.",
 }
 
+OWN = "this layer"
+COMPARISON = (
+    Column("layer", "", "which network", "text"),
+    Column("units", "units", "units, directions or latents", "count"),
+    Column("matched_units", "matched", "units whose best word is significant for all units and words together", "count"),
+    Column("share", "share", "their share of all units", "share"),
+    Column("matched_concepts", "words", "distinct best words of these units", "count"),
+    Column("undefined_units", "undefined", "units without a score: their activations are equal for all images", "count", optional=True),
+    Column("density", "density", "share of positions where a latent is active, median over latents", "share", optional=True),
+    Column("dead", "dead", "latents that are active in no image", "count", optional=True),
+)
+
 CONCEPT_COLUMNS = (
     Column("concept", "word", "best word of these units, significantly", "text"),
     Column("kind", "kind", "kind of the word", "text"),
@@ -63,9 +82,16 @@ CONCEPT_COLUMNS = (
 
 @dataclass
 class WordsReport:
-    """The tables of a page. ``alpha``: the level at which a unit matches a word, for all units and words together."""
+    """The tables of a page.
+
+    Attributes:
+        dissection: of the layer.
+        nulls: name → the same layer in conditions where its units cannot know the words: random weights, a random rotation.
+        alpha: the level at which a unit matches a word, for all units and words together.
+    """
 
     dissection: WordDissection
+    nulls: Mapping[str, WordDissection] = field(default_factory=dict)
     alpha: float = 0.05
 
     @cached_property
@@ -132,6 +158,17 @@ class WordsReport:
             for word, units in self.dissection.named(self.alpha).items()
         ]
 
+    def comparison(self) -> list[Row]:
+        """The layer and its nulls, one row for each, with the columns :data:`COMPARISON`."""
+        rows: list[Row] = []
+        for name, d in {OWN: self.dissection, **self.nulls}.items():
+            row: dict[str, Any] = {**d.summary(self.alpha), "layer": name}
+            row["share"] = row["matched_units"] / row["units"]
+            if d.density is not None:
+                row |= {"density": row["density"]["median"], "dead": row["density"]["dead"]}
+            rows.append(row)
+        return rows
+
     def facts(self) -> list[Fact]:
         """The numbers at the head of the page."""
         d, summary = self.dissection, self.dissection.summary(self.alpha)
@@ -193,6 +230,8 @@ class WordsReport:
         d = self.dissection
         concepts = self.concepts()
         lead = [Section("Words and their units", tables=[Table(concepts, CONCEPT_COLUMNS)])] if concepts else []
+        chance = [CHANCE] if self.nulls else [CHANCE, NO_NULL]
+        lead.append(Section("Compared with chance", chance, tables=[Table(self.comparison(), COMPARISON)] if self.nulls else []))
         note = "All units, the most significant first; click on a column head to sort. A number in the search field is the index of a unit."
         pictures = (
             " The pictures are the images with the highest activations of the unit." if shown else " The page was made without pictures."
@@ -223,6 +262,7 @@ def write_words_report(
     path: str | os.PathLike[str],
     images: Images | None = None,
     *,
+    nulls: Mapping[str, WordDissection] | None = None,
     top_images: int = 5,
     units: Sequence[int] | None = None,
     alpha: float = 0.05,
@@ -234,6 +274,7 @@ def write_words_report(
         dissection: of the layer.
         path: the file.
         images: those of the dissection; without them the page has no pictures.
+        nulls: name → the same layer in conditions to compare with: random weights, a random rotation.
         top_images: how many of the top images are shown for each unit.
         units: units whose pictures are shown; default: all.
         alpha: the level at which a unit matches a word.
@@ -252,7 +293,7 @@ def write_words_report(
     if images is not None and dissection.top is not None and top_images > 0:
         wanted = range(dissection.units) if units is None else units
         thumbnails, shown = _pictures(dissection, images, wanted, top_images, progress)
-    return write_dissection(WordsReport(dissection, alpha).page(thumbnails, shown), path)
+    return write_dissection(WordsReport(dissection, nulls or {}, alpha).page(thumbnails, shown), path)
 
 
 def _pictures(
