@@ -114,12 +114,22 @@ LAYOUTS = {
         lambda p: renamed(p, W_enc="encoder.weight", b_enc="encoder.bias", W_dec="decoder.weight")
         | {"k": torch.tensor(4), "threshold": torch.tensor(0.5)},
         {"trainer": {"dict_class": "BatchTopKSAE", "k": 4}},
-        ("jumprelu", False),
+        ("jumprelu", True),
     ),
-    "sparsify": (lambda p: renamed(p, W_enc="encoder.weight", b_enc="encoder.bias"), {"k": 4}, ("topk", True)),
-    "OpenAI": (
-        lambda p: renamed(p, W_enc="encoder.weight", b_enc="latent_bias", W_dec="decoder.weight", b_dec="pre_bias"), None, ("relu", True),
+    "dictionary_learning batch topk, without its configuration": (
+        lambda p: renamed(p, W_enc="encoder.weight", b_enc="encoder.bias", W_dec="decoder.weight") | {"threshold": torch.tensor(0.5)},
+        None,
+        ("jumprelu", True),
     ),
+    "dictionary_learning jumprelu": (
+        lambda p: p | {"threshold": torch.full((K,), 0.5)}, {"trainer": {"dict_class": "JumpReluAutoEncoder"}}, ("jumprelu", False),
+    ),
+    "dictionary_learning, decoder with its own bias": (
+        lambda p: renamed(p, W_enc="encoder.weight", b_enc="encoder.bias", W_dec="decoder.weight", b_dec="decoder.bias"), None,
+        ("relu", False),
+    ),
+    "rows": (lambda p: p | {"W_enc": p["W_enc"].T}, None, ("relu", True)),
+    "sparsify": (lambda p: renamed(p, W_enc="encoder.weight", b_enc="encoder.bias"), {"k": 4, "activation": "topk"}, ("topk", True)),
 }  # fmt: skip
 
 
@@ -162,6 +172,9 @@ def test_decoder_norms_are_folded_in(tmp_path):
         (lambda p: {"a": p["W_dec"], "b": p["b_dec"]}, None, {}, "no encoder, which is called W_enc or encoder.weight; it has a, b"),
         (lambda p: p | {"r_mag": torch.ones(K)}, None, {}, r"a gated encoder \(r_mag\)"),
         (lambda p: p | {"k": torch.tensor(4), "threshold": torch.ones(K)}, None, {}, "both k = 4 and thresholds: say which"),
+        (lambda p: p | {"log_threshold": torch.ones(K)}, None, {}, "it is unknown what log_threshold does to the latents"),
+        (lambda p: p, {"activation": "groupmax"}, {}, r"an encoder of this kind \(groupmax\) cannot be read"),
+        (lambda p: p, {"k": 4, "signed": True}, {}, r"an encoder of this kind \(signed\) cannot be read"),
         (lambda p: p, {"normalize_activations": "layer_norm"}, {}, r"activations are scaled before it \(layer_norm\)"),
         (lambda p: p, {"architecture": "topk"}, {}, "how many latents may be active is not in the file"),
         (lambda p: p, None, {"activation": "jumprelu"}, "no threshold for JumpReLU"),
@@ -170,7 +183,7 @@ def test_decoder_norms_are_folded_in(tmp_path):
         (lambda p: p | {"W_enc": p["W_enc"] * torch.nan}, None, {}, "the weight of the encoder is not finite"),
         (lambda p: p | {"threshold": torch.linspace(-1, 1, K)}, None, {}, "a threshold of the encoder is negative"),
         (lambda p: p, None, {"top_k": 31}, "top_k must be between 1 and the number of latents, 30; got 31"),
-        (lambda p: {"W_enc": p["W_enc"]} | {"b": torch.ones(1)}, {"rescale_acts_by_decoder_norm": True}, {}, "it has no decoder"),
+        (lambda p: {"W_enc": p["W_enc"], "b_enc": p["b_enc"]}, {"rescale_acts_by_decoder_norm": True}, {}, "it has no decoder"),
         (lambda p: {"directions": torch.eye(3)}, None, {"top_k": 3}, "holds directions, which have no top_k"),
     ],
 )
@@ -466,7 +479,7 @@ def test_density_of_any_shape():
 
 
 def test_state_dicts_of_modules_are_read():
-    """What dictionary_learning keeps in memory."""
+    """Those of dictionary_learning, for example."""
     module = nn.Module()
     module.encoder, module.decoder = nn.Linear(D, K), nn.Linear(K, D, bias=False)
     module.b_dec, module.k = nn.Parameter(torch.randn(D)), torch.tensor(5)

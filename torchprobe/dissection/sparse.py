@@ -102,6 +102,7 @@ class SparseBasis:
     name: str = "encoder"
     facts: Mapping[str, Any] = field(default_factory=dict)
     _copies: dict[torch.device, nn.Module] = field(default_factory=dict, init=False, repr=False)
+    _units: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def units(self, features: int, layer: str) -> int:
         """The number of latents for a layer of this width.
@@ -109,6 +110,8 @@ class SparseBasis:
         Raises:
             ValueError: the encoder does not take vectors of this width, or does not give one vector for each.
         """
+        if features in self._units:
+            return self._units[features]
         try:
             with torch.no_grad():
                 found = self._call(torch.zeros(2, features))
@@ -116,6 +119,7 @@ class SparseBasis:
             raise ValueError(f"the basis {self.name!r} does not take the {features} features of layer {layer!r}: {error}") from error
         if found.dim() != 2 or len(found) != 2 or found.shape[1] < 1:
             raise ValueError(f"the basis {self.name!r} gives {tuple(found.shape)} for 2 vectors of layer {layer!r}; expected (2, latents)")
+        self._units[features] = found.shape[1]
         return found.shape[1]
 
     def encode(self, maps: Tensor) -> Tensor:

@@ -18,12 +18,15 @@ from torchprobe.dissection.sparse import SparseBasis, SparseEncoder
 from torchprobe.encoders.checkpoint import read_checkpoint
 from torchprobe.encoders.errors import EncoderError
 
-_ROWS = ("encoder.weight", "encoder_linear.weight")  # (latents, features), as in nn.Linear
+_ROWS = ("encoder.weight",)  # (latents, features), as in nn.Linear
 _COLUMNS = ("W_enc", "w_enc")  # (features, latents)
-_BIAS = ("b_enc", "encoder.bias", "encoder_linear.bias", "latent_bias")
-_CENTER = ("b_dec", "pre_bias", "bias", "decoder.bias")
+_BIAS = ("b_enc", "encoder.bias")
+_CENTER = ("b_dec", "bias", "decoder.bias")
 _DECODER = {"W_dec": 1, "w_dec": 1, "decoder.weight": 0}  # key → the dimension of the features
 _GATED = ("W_gate", "b_gate", "r_mag", "b_mag", "gate_bias", "mag_bias")
+_IGNORED = ("num_batches_not_active", "scaling_factor")  # do not change the latents
+_KNOWN = {*_ROWS, *_COLUMNS, *_BIAS, *_CENTER, *_DECODER, *_IGNORED, "threshold", "k"}
+_UNSUPPORTED = ("gated", "groupmax", "abstopk", "tanh", "matchingpursuit", "temporal")
 
 ACTIVATIONS = ("relu", "jumprelu", "topk")
 
@@ -64,21 +67,22 @@ def sparse_basis(
     name: str = "sparse autoencoder",
     config: Mapping[str, Any] | None = None,
 ) -> SparseBasis:
-    """The encoder of a sparse autoencoder from its weights, as SAELens, dictionary_learning, sparsify, Gemma Scope and OpenAI name them.
+    """The encoder of a sparse autoencoder from its weights, as SAELens, dictionary_learning, sparsify and Gemma Scope name them.
 
     Args:
-        weights: name → tensor: ``W_enc`` (features, latents) or ``encoder.weight`` (latents, features); ``b_enc``, ``encoder.bias`` or
-            ``latent_bias``; ``b_dec``, ``bias`` or ``pre_bias``; ``threshold``; ``k``.
+        weights: name → tensor: ``W_enc`` (features, latents) or ``encoder.weight`` (latents, features); ``b_enc`` or ``encoder.bias``;
+            ``b_dec``, ``bias`` or ``decoder.bias``; ``threshold``; ``k``; and the decoder.
         activation: "relu", "jumprelu" or "topk". Default: what ``config`` says; else top-k if ``k`` is known, JumpReLU if there are
             thresholds, and ReLU otherwise.
         top_k: latents that may be active in one vector. Default: that of the file or of ``config``.
         subtract_center: whether the bias of the decoder is subtracted from the features. Default: what ``config`` says; else no for
-            JumpReLU (Gemma Scope, dictionary_learning) and yes otherwise.
+            thresholds of each latent (Gemma Scope, JumpReLU of dictionary_learning) and for ``decoder.bias``, and yes otherwise.
         name: for metadata and messages.
         config: the configuration of the autoencoder.
 
     Raises:
-        EncoderError: no encoder among the weights, a gated one, activations that the library scaled, or a choice that only you can make.
+        EncoderError: no encoder among the weights, or weights of unknown use; a gated encoder; activations that the library scaled; or a
+            choice that only you can make.
         ValueError: the parts do not fit together.
 
     >>> basis = sparse_basis({"W_enc": torch.eye(3), "b_enc": torch.zeros(3), "b_dec": torch.ones(3), "threshold": torch.ones(3)})
@@ -93,7 +97,11 @@ def sparse_basis(
         columns = _first(weights, _COLUMNS)
         if columns is None or columns.dim() != 2:
             raise EncoderError(f"no encoder, which is called {_COLUMNS[0]} or {_ROWS[0]}; it has {listing(sorted(weights)) or 'nothing'}")
-        weight = columns.T
+        bias = _first(weights, _BIAS)
+        turned = bias is not None and len(bias) == columns.shape[0] != columns.shape[1]  # some keep it as rows
+        weight = columns if turned else columns.T
+    if unknown := sorted(weights.keys() - _KNOWN):
+        raise EncoderError(f"it is unknown what {listing(unknown)} does to the latents: leave it out, or give the module itself as basis=")
     bias, center, threshold = _first(weights, _BIAS), _first(weights, _CENTER), weights.get("threshold")
     scaling = config.get("normalize_activations", "none")
     if scaling not in (None, "none"):
@@ -110,7 +118,9 @@ def sparse_basis(
     if kind == "jumprelu" and threshold is None:
         raise EncoderError("it has no threshold for JumpReLU")
     if subtract_center is None:
-        subtract_center = bool(config.get("apply_b_dec_to_input", kind != "jumprelu"))
+        # One threshold for all latents is that of batch top-k, whose encoders subtract.
+        each = kind == "jumprelu" and threshold is not None and threshold.numel() > 1
+        subtract_center = bool(config.get("apply_b_dec_to_input", not each and not weights.keys().isdisjoint(_CENTER[:2])))
     encoder = SparseEncoder(
         weight, bias, center if subtract_center else None, threshold if kind == "jumprelu" else None, k if kind == "topk" else None
     )
@@ -119,7 +129,12 @@ def sparse_basis(
 
 
 def _activation(threshold: Tensor | None, k: int | None, config: Mapping[str, Any]) -> str:
-    said = str(config.get("architecture") or config.get("activation_fn") or config.get("dict_class") or "").lower()
+    keys = ("architecture", "activation_fn", "activation_fn_str", "activation", "dict_class")
+    said = " ".join(str(config[key]) for key in keys if config.get(key)).lower()
+    if config.get("signed") or any(part in said for part in _UNSUPPORTED):
+        raise EncoderError(
+            f"an encoder of this kind ({said or 'signed'}) cannot be read from its weights: give the module itself as basis="
+        )
     for part, kind in (("batchtopk", "jumprelu"), ("jump", "jumprelu"), ("topk", "topk"), ("relu", "relu"), ("standard", "relu")):
         if part in said and not (kind == "jumprelu" and threshold is None):
             return kind
