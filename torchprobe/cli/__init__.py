@@ -37,6 +37,7 @@ from torchprobe.cli.tools import (
     workers_option,
     working,
 )
+from torchprobe.cli.words_command import words
 from torchprobe.common.messages import counted
 from torchprobe.rendering.tables import plain_table, text
 
@@ -223,7 +224,7 @@ def demo(out: Path, as_json: bool) -> None:
     print_files(pages | files)
 
 
-for command in (dissect, concepts, interpret, compare):
+for command in (dissect, words, concepts, interpret, compare):
     cli.add_command(command)
 
 

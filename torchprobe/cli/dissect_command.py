@@ -105,6 +105,13 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
     help="Which tokens; class and all only for ap.",
 )
 @click.option("--rotate", is_flag=True, help="Dissect a random rotation of each layer (--seed): the control for its axes.")
+@click.option(
+    "--basis",
+    "basis_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A sparse autoencoder, or directions, instead of the units.",
+)
 @click.option("--shuffle-labels", type=int, metavar="SEED", help="Shuffle the labels of the images: a null.")
 @click.option(
     "--null",
@@ -136,6 +143,8 @@ def dissect(model: str | None, layers: tuple[str, ...], folder: Path, check: boo
         raise click.UsageError("Missing argument 'MODEL'; only --check works without it.")
     if not layers:
         raise click.UsageError("--layers is missing; torchprobe layers MODEL lists the layers")
+    if options["rotate"] and options["basis_file"]:
+        raise click.UsageError("--rotate and --basis exclude each other")
     if options["checkpoint"] and options["random_init"]:
         raise click.UsageError("--checkpoint and --random-init exclude each other")
     _dissect(model, layers, folder, as_json, **options)
@@ -170,6 +179,7 @@ def _dissect(
     categories: tuple[str, ...],
     limit: int | None,
     rotate: bool,
+    basis_file: Path | None,
     nulls: tuple[Path, ...],
     checkpoint: Path | None,
     random_init: bool,
@@ -185,12 +195,14 @@ def _dissect(
 
     from torchprobe.common.ranks import torchrun
     from torchprobe.datasets import Broden
+    from torchprobe.dissection.sparse_file import read_basis
     from torchprobe.encoders import load_encoder
     from torchprobe.rendering import page
     from torchprobe.studies.dissect import dissect_folder, earlier, print_dissections, recalibrate, write_pages
 
     page.require()
     check_output(out)
+    basis = None if basis_file is None else read_basis(basis_file)
     broden: Broden = Broden(folder, split, categories or None, index=index)
     broden.require_images()
     against = earlier(nulls)
@@ -202,7 +214,7 @@ def _dissect(
             if random_init:
                 recalibrate(encoder, broden, options["batch_size"])
         options["rows"] = None if limit is None else range(min(limit, len(broden)))
-        options["basis"] = "rotation" if rotate else None
+        options["basis"] = "rotation" if rotate else basis
         if memory is not None:
             options["memory"] = memory << 20
         try:
@@ -214,7 +226,7 @@ def _dissect(
         if rank > 0:
             return
         with progress_bar("pages") as tell:
-            files = write_pages(out, results, broden, encoder, against, pictures, evidence, rotate, tell, gain_threshold)
+            files = write_pages(out, results, broden, encoder, against, pictures, evidence, rotate, tell, gain_threshold, basis)
     if as_json:
         print_json(
             {"layers": [result.summary() for result in results.values()], "files": {kind: str(path) for kind, path in files.items()}}

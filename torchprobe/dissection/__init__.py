@@ -3,7 +3,9 @@
 ==========================  ====================================================================
 :func:`dissect`             a model, some layers and Broden: a :class:`Dissection` for each layer
 :class:`Dissection`         what the units of a layer detect; saved, merged, summarized
+:func:`dissect_words`       a model, some layers, images and a labeler: a :class:`WordDissection` for each layer
 :func:`singular_vectors`    directions of a head; :func:`random_rotation` is their control
+:func:`read_basis`          directions or a sparse autoencoder from a file; :class:`SparseBasis`
 :class:`Overlap`            counts of pixels over a data set; mergeable; their :class:`Counts`
 :class:`LabelBatch`         the labels of a batch of images
 :func:`as_maps`             an activation as maps with positions
@@ -24,7 +26,10 @@ file                   subject
 ``run``                its stages: two passes over the images, then the tables
 ``walk``               one pass, shared by ranks; its checkpoint and how it is resumed
 ``batches``            images and labels in batches
-``taps``               activations as maps, in units or along directions
+``taps``               activations as maps, in units, along directions, or as latents
+``sparse``             encoders of latents, and how often these are active; ``sparse_file`` reads them
+``bases``              what the argument ``basis`` stands for
+``words``              words as concepts, for images without labels
 ``overlap``            intersection over union, from counts of pixels
 ``average_precision``  average precision of units; images that show a concept
 ``ranking``            images ranked by units
@@ -49,16 +54,25 @@ from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.nulls import correct, p_values, permutation_test
 from torchprobe.dissection.overlap import Counts, Overlap
 from torchprobe.dissection.scores import UnitConcept
+from torchprobe.dissection.sparse import SparseBasis, SparseEncoder
+from torchprobe.dissection.sparse_file import read_basis, sparse_basis
 from torchprobe.dissection.summaries import best_labels, encoded, polysemanticity, unique_concepts, unique_detectors
 from torchprobe.dissection.taps import as_maps, random_rotation, singular_vectors
+from torchprobe.dissection.words import WordDissection, dissect_words
 
 __all__ = [
     "dissect",
     "Dissection",
     "UnitConcept",
+    "dissect_words",
+    "WordDissection",
     "Progress",
     "singular_vectors",
     "random_rotation",
+    "SparseBasis",
+    "SparseEncoder",
+    "read_basis",
+    "sparse_basis",
     "Overlap",
     "Counts",
     "LabelBatch",

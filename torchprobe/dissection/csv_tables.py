@@ -27,6 +27,8 @@ def write_csv(dissection: LayerScores, path: str | os.PathLike[str], score: str 
     overall, first = first_best(best.iou)
     order = overall.argsort(descending=True, stable=True).tolist()
     header = [*UNIT_COLUMNS, *(f"{name}-{column}" for name in dissection.categories for column in columns)]
+    shares = None if dissection.density is None else dissection.density.rows()
+    header += [] if shares is None else ["density", "dead_share"]
     tables = _tables(dissection, score)
     cells = [  # by category and unit
         list(zip(_names(dissection, label), *(_pick(table, label) for table in tables), strict=True)) for label in best.label.unbind(1)
@@ -38,7 +40,8 @@ def write_csv(dissection: LayerScores, path: str | os.PathLike[str], score: str 
             label = int(best.label[unit, first[unit]])
             category = dissection.categories[int(first[unit])] if label >= 0 else ""
             name = dissection.labels[label].name if label >= 0 else ""
-            writer.writerow([unit + 1, category, name, float(overall[unit]), *(cell for part in cells for cell in part[unit])])
+            last = [] if shares is None else [*shares[unit].values()]
+            writer.writerow([unit + 1, category, name, float(overall[unit]), *(cell for part in cells for cell in part[unit]), *last])
     return Path(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,16 @@ from torchprobe.common.runs import ProgressCallback, RunOptions
 from torchprobe.common.storage import digest
 from torchprobe.datasets.broden import Broden
 from torchprobe.datasets.geometry import Box, Geometry, fingerprint
+from torchprobe.dissection.bases import Basis, basis_of, check_layers, describe_basis, fitting_batch_size
 from torchprobe.dissection.batches import Batches, Preprocess, find_preprocess
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.run import Run, Settings
 from torchprobe.dissection.scores import SCORES
-from torchprobe.dissection.taps import Site, find_sites, random_rotation
+from torchprobe.dissection.taps import Site, find_sites
 from torchprobe.dissection.walk import Checkpoint
 from torchprobe.recording.layers import Selection, select_layers
 from torchprobe.recording.reader import LayerReader
 from torchprobe.statistics.quantile import MEMORY, NETDISSECT
-
-Basis = Tensor | Mapping[str, Tensor] | str | None
 
 
 @renamed_arguments(images="rows")
@@ -91,7 +90,8 @@ def dissect(
             5/999, as in the original.
         thresholds: {layer: (units,)}: use these instead of computing them. Then the counts of parts of a data set can be merged.
         basis: directions instead of units, as rows (k, features): a tensor, ``{layer: tensor}``, or "rotation" for a random rotation with
-            ``seed``, which is the control. See :func:`singular_vectors`.
+            ``seed``, which is the control. See :func:`singular_vectors`. Or latents: a :class:`SparseBasis`, or a module from features
+            to latents; the result then has their ``density``.
         positions: which tokens: "patch" (without class token and registers), "class" or "all". The last two work only for "ap".
         feature_dim: see :func:`torchprobe.record`.
         pooling: how a map becomes a score for average precision and top images: "max" or "mean".
@@ -103,6 +103,7 @@ def dissect(
         geometry: which part of a picture ``preprocess`` shows, if that cannot be found out: "whole", or a function (width, height) →
             :class:`torchprobe.datasets.geometry.Box`.
         batch_size: images in a batch. The result depends on it: a network gives slightly different numbers in batches of another size.
+            It is lowered if the maps of latents would need more than 256 MiB; ``metadata`` has the size used.
         device: where the model runs; default: where it is.
         workers: threads that decode images.
         memory: bytes for the thresholds of one layer, see :class:`torchprobe.statistics.Quantile`.
@@ -159,6 +160,8 @@ def dissect(
     with Ranks() as ranks, LayerReader(model, select_layers(model, layers, feature_dim)) as reader:
         image = batches.image(chosen[0])
         sites = _sites(reader, image[None], settings, basis)
+        batches.size = fitting_batch_size(sites.values(), batch_size)
+        settings = replace(settings, batch_size=batches.size)
         given = _given(thresholds, sites) if thresholds is not None else None
         facts = _facts(model, broden, chosen, settings, sites, given, looked)
         saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)
@@ -177,8 +180,8 @@ def _chosen(broden: Broden, rows: Iterable[int] | None) -> list[int]:
 def _sites(reader: LayerReader, image: Tensor, settings: Settings, basis: Basis) -> dict[str, Site]:
     """How to read each layer, in its basis; for IoU, layers without positions are refused."""
     sites = find_sites(reader, image, settings.positions)
-    bases = _bases(basis, {name: site.features for name, site in sites.items()}, settings.seed)
-    sites = {name: site.in_basis(bases.get(name)) for name, site in sites.items()}
+    check_layers(basis, sites)
+    sites = {name: site.in_basis(basis_of(basis, name, site.features, settings.seed)) for name, site in sites.items()}
     for site in sites.values():
         if "iou" in settings.score and not site.has_map:
             dims = site.layout.dims
@@ -187,20 +190,6 @@ def _sites(reader: LayerReader, image: Tensor, settings: Settings, basis: Basis)
                 'is no overlap with label maps: score it by average precision (score="ap"), or choose a layer before the pooling'
             )
     return sites
-
-
-def _bases(basis: Basis, widths: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    if basis is None:
-        return {}
-    if isinstance(basis, str):
-        if basis != "rotation":
-            raise ValueError(f'basis must be a tensor, {{layer: tensor}} or "rotation", got {basis!r}')
-        return {layer: random_rotation(width, seed) for layer, width in widths.items()}
-    if isinstance(basis, Tensor):
-        return dict.fromkeys(widths, basis)
-    if unknown := sorted(basis.keys() - widths.keys()):
-        raise ValueError(f"basis has directions for layer {unknown[0]!r}, which is not dissected")
-    return dict(basis)
 
 
 def _given(thresholds: Mapping[str, Tensor], sites: Mapping[str, Site]) -> dict[str, Tensor]:
@@ -233,7 +222,7 @@ def _facts(
         name: {
             "units": site.units,
             "grid": None if site.grid is None else list(site.grid),
-            "basis": None if site.basis is None else digest([site.basis]),
+            "basis": describe_basis(site.basis),
             "thresholds": None if thresholds is None else digest([thresholds[name]]),
         }
         for name, site in sites.items()

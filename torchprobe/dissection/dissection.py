@@ -24,6 +24,7 @@ from torchprobe.dissection.ranking import Ranking
 from torchprobe.dissection.report import write_report
 from torchprobe.dissection.result_file import ResultFile, read_csv
 from torchprobe.dissection.scores import LayerScores
+from torchprobe.dissection.sparse import read_density
 
 if TYPE_CHECKING:
     from torchprobe.datasets.broden import Broden
@@ -65,7 +66,7 @@ class Dissection(LayerScores):
         The columns are ``unit`` (from 1, as in the original), and ``category``, ``label`` and ``score`` of its best label. Then come, for
         each category, the columns of the best label there, with the prefix ``<category>-``: those of the original, ``label``, ``truth``,
         ``activation``, ``intersect`` and ``iou``, or ``label``, ``images``, ``positives``, ``ap``, ``prevalence`` and ``p``. If all scores
-        of a category are 0 or nan, its label is empty and its numbers are 0.
+        of a category are 0 or nan, its label is empty and its numbers are 0. For latents, ``density`` and ``dead_share`` come last.
 
         Args:
             path: the file.
@@ -127,6 +128,8 @@ def _save(dissection: LayerScores, path: str | os.PathLike[str]) -> None:
             tensors |= {f"{prefix}/{name}": part for name, part in group._asdict().items()}
     if dissection.top is not None:
         tensors["top/ids"], tensors["top/scores"] = dissection.top
+    if dissection.density is not None:
+        tensors |= dissection.density.tensors()
     values = {
         "layer": dissection.layer,
         "units": dissection.units,
@@ -173,6 +176,7 @@ def _load(path: str | os.PathLike[str], kind: type[Scores]) -> Scores:
     if "top/ids" in file.keys:
         ids = file.tensor("top/ids", torch.int64, (units, None))
         dissection.top = ids, file.tensor("top/scores", torch.float32, (units, ids.shape[1]))
+    dissection.density = read_density(file, units)
     if dissection.scores is not None:
         dissection.ranking = _ranking(file, category, len(categories), len(images))
     return dissection

@@ -12,6 +12,7 @@ from torchprobe.common.messages import install_hint
 from torchprobe.dissection.average_precision import pooled
 from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
 from torchprobe.dissection.scores import LayerScores
+from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.taps import find_sites
 from torchprobe.recording.layers import select_layers
 from torchprobe.recording.reader import LayerReader, device_of, eval_mode
@@ -47,7 +48,7 @@ def attribute(
     images: Tensor,
     *,
     method: str | type = METHOD,
-    basis: Tensor | None = None,
+    basis: Tensor | SparseBasis | None = None,
     positions: str = "patch",
     pooling: str = "max",
     feature_dim: int | None = None,
@@ -120,7 +121,7 @@ def evidence(
     top_images: int = 5,
     *,
     method: str | type = METHOD,
-    basis: Tensor | None = None,
+    basis: Tensor | SparseBasis | None = None,
     **options: Any,
 ) -> Evidence:
     """Which pixels of its top images contribute to a unit.

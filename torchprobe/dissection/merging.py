@@ -29,6 +29,8 @@ def add_images(mine: LayerScores, other: LayerScores) -> None:
         k = mine.top[0].shape[1]
         scores, ids = ranked(torch.cat([mine.top[1], other.top[1]], 1), torch.cat([mine.top[0], other.top[0]], 1))
         mine.top = ids[:, :k], scores[:, :k]
+    if mine.density is not None and other.density is not None:
+        mine.density.merge(other.density)
     mine.images = torch.cat([mine.images, other.images])
 
 
@@ -38,7 +40,7 @@ def _require_alike(mine: LayerScores, other: LayerScores) -> None:
             raise ValueError(f"cannot merge the {name} {getattr(mine, name)!r} and {getattr(other, name)!r}")
     if tuple(mine.labels) != tuple(other.labels) or not torch.equal(mine.category, other.category):
         raise ValueError(f"layer {mine.layer!r}: the labels differ")
-    for name in ("thresholds", "counts", "average_precision", "top"):
+    for name in ("thresholds", "counts", "average_precision", "top", "density"):
         if (getattr(mine, name) is None) != (getattr(other, name) is None):
             raise ValueError(f"layer {mine.layer!r}: only one of the two has {name}")
     if mine.counts is not None and not same(mine.thresholds, other.thresholds):

@@ -18,8 +18,10 @@ from torchprobe.common.runs import CountCallback
 from torchprobe.dissection import report_text
 from torchprobe.dissection.concepts import concept_units
 from torchprobe.dissection.report_pictures import Pictures, show_pictures
+from torchprobe.dissection.report_sparse import DENSITY_COLUMNS, UNITS_OF, density_facts, kind_of
 from torchprobe.dissection.report_text import Limits
 from torchprobe.dissection.scores import LayerScores, UnitConcept
+from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.summaries import THRESHOLD, default_gain
 from torchprobe.rendering.dissection_page import CategoryBar, ConceptRow, DissectionPage, UnitRow, write_dissection
 from torchprobe.rendering.page import Fact, require
@@ -103,6 +105,8 @@ class Report:
                 Column("p", "p", "probability that a random ranking reaches this AP; for this pair alone, without correction"),
                 Column("encodes", "encodes", f"concepts that the unit encodes: {self.limits.rule}", "text"),
             ]
+        if self.dissection.density is not None:
+            columns += list(DENSITY_COLUMNS)
         columns += [
             Column("active", "active", "share of the values of the unit that exceed its threshold", "share", optional=True),
             Column("threshold", "threshold", "the level that an active position exceeds", optional=True),
@@ -120,6 +124,7 @@ class Report:
         for unit, i in [] if self.encoded is None else self.encoded.nonzero().tolist():
             encodes.setdefault(unit, []).append(i)
         thresholds = None if d.thresholds is None else d.thresholds.tolist()
+        shares: list[dict[str, float]] = [{}] * d.units if d.density is None else d.density.rows()
         active = None if d.level is None else d.level.above.tolist()
         silence = d.silence()
         rows = []
@@ -140,6 +145,7 @@ class Report:
                 "threshold": None if thresholds is None else thresholds[row.unit],
                 "others": ", ".join(f"{title[i]} {number(score, 2)}" for i, score in others),
                 "detector": self.detects(row),
+                **shares[row.unit],
             }
             if silence and silence[row.unit] and thresholds is not None:
                 cells["others"] = report_text.silent(silence[row.unit], thresholds[row.unit])
@@ -191,7 +197,7 @@ class Report:
     def facts(self) -> list[Fact]:
         """The numbers at the head of the page."""
         d = self.dissection
-        facts = [Fact("Directions" if d.metadata.get("basis") else "Units", number(d.units))]
+        facts = [Fact(UNITS_OF[kind_of(d.metadata.get("basis"))], number(d.units)), *density_facts(d.density)]
         if d.counts is not None:
             report, paper = d.unique_detectors("report", self.threshold), d.unique_detectors("paper", self.threshold)
             silent = sum(map(bool, d.silence()))
@@ -258,7 +264,7 @@ def write_report(
     nulls: Mapping[str, LayerScores] | None = None,
     top_images: int = 5,
     evidence: int = 0,
-    basis: Tensor | None = None,
+    basis: Tensor | SparseBasis | None = None,
     units: Sequence[int] | None = None,
     progress: CountCallback | None = None,
     **choices: Any,
@@ -273,7 +279,7 @@ def write_report(
         nulls: name → dissection of the same layer to compare with: random weights, shuffled labels.
         top_images: how many of the top images are shown for each unit.
         evidence: units, best first, for which the page also shows evidence by integrated gradients; needs captum.
-        basis: the directions, if the units are directions.
+        basis: the directions or the encoder, if the units are directions or latents.
         units: units whose pictures are shown; default: all.
         progress: called with (steps done, steps in all). The evidence of a unit is one step; all other pictures together are one step.
         choices: ``threshold``, ``ap_threshold``, ``gain_threshold``, ``alpha``, ``score``; see :class:`Report`.

@@ -16,6 +16,7 @@ from torchprobe.datasets.broden import ImageLabels
 from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
 from torchprobe.dissection.evidence import attribute_dissected
 from torchprobe.dissection.scores import LayerScores
+from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.taps import Site, find_sites
 from torchprobe.ops.overlap import upsample
 from torchprobe.recording.layers import select_layers
@@ -54,7 +55,7 @@ def show_pictures(
     labels: Mapping[int, int],
     count: int,
     encoder: nn.Module | None = None,
-    basis: Tensor | None = None,
+    basis: Tensor | SparseBasis | None = None,
     evidence: Sequence[int] = (),
     tell: Callable[[int], object] = lambda done: None,
 ) -> Pictures:
@@ -66,7 +67,7 @@ def show_pictures(
         labels: unit → column of its concept, or −1; the units to show.
         count: images for each unit.
         encoder: the network; without it the pictures do not show where units are active.
-        basis: the directions, if the units are directions.
+        basis: the directions or the encoder, if the units are directions or latents.
         evidence: the units whose evidence is shown; needs the encoder.
         tell: called with the steps done, before the evidence of each unit; all images together are the first step.
 
@@ -124,14 +125,14 @@ def _decoded(broden: Broden, rows: Sequence[int], size: int) -> Iterator[tuple[S
             yield part, list(threads.map(broden.image, part))
 
 
-def _can_be_drawn(dissection: LayerScores, basis: Tensor | None) -> bool:
+def _can_be_drawn(dissection: LayerScores, basis: Tensor | SparseBasis | None) -> bool:
     return dissection.thresholds is not None and (basis is not None or not dissection.metadata.get("basis"))
 
 
 class _Regions:
     """Where units are above their thresholds, as it was counted, and drawn on a coarser grid."""
 
-    def __init__(self, dissection: LayerScores, broden: Broden, reader: LayerReader, basis: Tensor | None) -> None:
+    def __init__(self, dissection: LayerScores, broden: Broden, reader: LayerReader, basis: Tensor | SparseBasis | None) -> None:
         self.dissection, self.broden, self.reader, self.basis = dissection, broden, reader, basis
         self._site: Site | None = None
 

@@ -13,6 +13,7 @@ import torch
 import torchprobe
 from torchprobe.common.messages import counted
 from torchprobe.dissection import activity
+from torchprobe.dissection.report_sparse import ACTIVE, kind_of
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.summaries import THRESHOLD
 from torchprobe.rendering.page import Section, Table
@@ -220,6 +221,8 @@ def _mode(name: Any) -> str:
 
 
 def _units(m: dict[str, Any]) -> str:
+    if kind_of(m.get("basis")) == "latents":
+        return f"Latents of the encoder {m['basis'].get('name', '')}; {ACTIVE}"
     return "Directions of a given basis or of a random rotation" if m.get("basis") else "Coordinates of the output of the layer"
 
 

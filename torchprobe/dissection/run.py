@@ -23,6 +23,7 @@ from torchprobe.dissection.overlap import MODES, Counts, Overlap
 from torchprobe.dissection.ranking import Ranking, top_images
 from torchprobe.dissection.scores import SCORES
 from torchprobe.dissection.shown import ShownLabels
+from torchprobe.dissection.sparse import Density, SparseBasis
 from torchprobe.dissection.spool import Spool, worthwhile
 from torchprobe.dissection.taps import POSITIONS, Site
 from torchprobe.dissection.walk import Checkpoint, ImageVectors, Mergeable, Walk
@@ -104,7 +105,8 @@ class Run:
     def __post_init__(self) -> None:
         self.broden, self.device = self.batches.broden, self.reader.device
         self.ap, self.iou = "ap" in self.settings.score, "iou" in self.settings.score
-        self.first_pass = self.ap or bool(self.settings.top) or self.thresholds is None
+        self.sparse = any(isinstance(site.basis, SparseBasis) for site in self.sites.values())  # their density is counted
+        self.first_pass = self.ap or bool(self.settings.top) or self.thresholds is None or self.sparse
         self.clock = Clock(self.options.progress, int(self.first_pass) + 1)
         self.spools = self._spools() if self.iou and self.first_pass else {}
 
@@ -156,6 +158,8 @@ class Run:
                 make[f"{i}/quantile"] = partial(Quantile, site.units, quantile, self.device, memory, seed)
             if settings.top and not self.ap:  # with scores the top images follow from them
                 make[f"{i}/top"] = partial(TopInputs, site.units, settings.top, "cpu", settings.pooling)
+            if isinstance(site.basis, SparseBasis):
+                make[f"{i}/density"] = partial(Density, site.units)
             if self.ap:
                 vectors[str(i)] = ImageVectors(total, site.units)
         walk = Walk("thresholds", make, vectors, len(self.batches), self.batches.size, self.ranks, self.checkpoint, self.spools)
@@ -169,6 +173,8 @@ class Run:
             layer = list(self.sites)[i]
             if f"{i}/quantile" in make:
                 walk.statistic(f"{i}/quantile", Quantile).update(maps, feature_dim=1)
+            if f"{i}/density" in make:
+                walk.statistic(f"{i}/density", Density).update(maps)
             if layer in self.spools:
                 known = self.thresholds
                 bound = walk.statistic(f"{i}/quantile", Quantile).bound if known is None else known[layer]
@@ -318,6 +324,7 @@ class Run:
                 level=self.levels.get(layer),
                 counts=counts,
                 outside=shown.outside[numbers],
+                density=first.statistic(f"{i}/density", Density) if first is not None and isinstance(site.basis, SparseBasis) else None,
                 metadata={**self.facts, **own},
             )
             if first is not None and ranking is not None:

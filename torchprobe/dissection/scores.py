@@ -17,6 +17,7 @@ from torchprobe.dissection.concepts import ConceptUnits, concept_units
 from torchprobe.dissection.merging import add_images, same
 from torchprobe.dissection.overlap import Counts
 from torchprobe.dissection.ranking import Ranking
+from torchprobe.dissection.sparse import Density
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,6 +80,7 @@ class LayerScores:
         p_values: float64 (U, L), of average precision, for each pair alone; see :meth:`adjusted_p_values`.
         top: the images with the highest scores: their rows in the data set, int64 (U, k), and their scores, float32 (U, k); −1 if there are
             fewer than k images. None if they were not kept.
+        density: how often the units are active, if they are the latents of an encoder, or None.
         scores: float32 (U, N) if they were kept, else None; and with them ``ranking``.
         metadata: model, data set and settings: plain values. ``threshold_error``: by how much the share of values above a threshold may be
             off, the largest standard deviation over units (:meth:`torchprobe.statistics.Quantile.error`). It is 0 for exact thresholds and
@@ -99,6 +101,7 @@ class LayerScores:
     support: Support | None = None
     p_values: Tensor | None = None
     top: tuple[Tensor, Tensor] | None = None
+    density: Density | None = None
     scores: Tensor | None = None
     ranking: Ranking | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -198,18 +201,24 @@ class LayerScores:
         return rows
 
     def rows(self, score: str | None = None) -> list[dict[str, Any]]:
-        """:meth:`best` as dicts, one for each unit; ``score``: default "iou" if it was computed, else "gain"."""
-        return [asdict(row) for row in self.best(score or ("gain" if self.counts is None else "iou"))]
+        """:meth:`best` as dicts, one for each unit, with the density of latents; ``score``: default "iou" if it was computed, else
+        "gain"."""
+        rows = [asdict(row) for row in self.best(score or ("gain" if self.counts is None else "iou"))]
+        if self.density is None:
+            return rows
+        shares = self.density.rows()
+        return [{**row, **shares[row["unit"]]} for row in rows]
 
     def summary(self, thresholds: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)) -> dict[str, Any]:
         """The layer as plain numbers.
 
         Returns:
-            ``layer``, ``units``, ``images``, ``labels``, ``metadata``. With IoU: ``detectors`` by both rules, ``never_active``, the number
-            of units without any active pixel for each cause, and the 20 ``best`` units. With average precision: ``rule`` and ``encoded``,
-            what "encodes" means and the concepts that units encode by that rule (see :meth:`concepts`); ``concepts``, one entry for
-            each of ``thresholds``, and the 20 units ``best_by_gain``. In ``concepts``, ``unique`` is the number of concepts encoded,
-            ``units`` the number of units that encode at least one, ``polysemanticity`` the concepts per unit, mean over all units.
+            ``layer``, ``units``, ``images``, ``labels``, ``metadata``. For latents: ``density``. With IoU: ``detectors`` by both rules,
+            ``never_active``, the number of units without any active pixel for each cause, and the 20 ``best`` units. With average
+            precision: ``rule`` and ``encoded``, what "encodes" means and the concepts that units encode by that rule (see
+            :meth:`concepts`); ``concepts``, one entry for each of ``thresholds``, and the 20 units ``best_by_gain``. In ``concepts``,
+            ``unique`` is the number of concepts encoded, ``units`` the number of units that encode at least one, ``polysemanticity`` the
+            concepts per unit, mean over all units.
         """
         found: dict[str, Any] = {
             "layer": self.layer,
@@ -218,6 +227,8 @@ class LayerScores:
             "labels": len(self.labels),
             "metadata": self.metadata,
         }
+        if self.density is not None:
+            found["density"] = self.density.summary()
         if self.counts is not None:
             found["detectors"] = {rule: self.unique_detectors(rule)._asdict() for rule in summaries.RULES}
             silence = self.silence()

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.ops.positions import vectors_of
 from torchprobe.recording.reader import LayerReader, Layout, map_sizes
 
@@ -138,8 +139,9 @@ def as_maps(x: Tensor, grid: tuple[int, int] | None = None, feature_dim: int | N
 class Site:
     """How to read the activation of one layer.
 
-    ``layout`` of the activation; ``features``: how many it has; ``grid``: rows and columns of the patches among tokens; ``basis``
-    (k, features) or None for the units themselves; ``places``: positions of an image, those of other tokens included.
+    ``layout`` of the activation; ``features``: how many it has; ``grid``: rows and columns of the patches among tokens; ``basis``:
+    directions (k, features), the encoder of latents, or None for the units themselves; ``places``: positions of an image, those of other
+    tokens included.
     """
 
     layer: str
@@ -147,12 +149,14 @@ class Site:
     features: int
     grid: tuple[int, int] | None = None
     positions: str = "patch"
-    basis: Tensor | None = None
+    basis: Tensor | SparseBasis | None = None
     places: int = 1
 
     @property
     def units(self) -> int:
-        """Units or directions."""
+        """Units, directions or latents."""
+        if isinstance(self.basis, SparseBasis):
+            return self.basis.units(self.features, self.layer)
         return self.features if self.basis is None else len(self.basis)
 
     @property
@@ -160,12 +164,15 @@ class Site:
         """Whether the units have positions on a plane. Pooled vectors and the class token do not."""
         return self.layout.dims == 4 or (self.layout.dims == 3 and self.positions == "patch")
 
-    def in_basis(self, basis: Tensor | None) -> Site:
-        """The same layer in directions (k, features); None: in its units.
+    def in_basis(self, basis: Tensor | SparseBasis | None) -> Site:
+        """The same layer in directions (k, features) or in latents; None: in its units.
 
         Raises:
-            ValueError: the directions do not fit the layer, or are nonfinite or zero.
+            ValueError: the directions or the encoder do not fit the layer, or directions are nonfinite or zero.
         """
+        if isinstance(basis, SparseBasis):
+            basis.units(self.features, self.layer)
+            return replace(self, basis=basis)
         return self if basis is None else replace(self, basis=check_basis(basis, self.features, self.layer))
 
     def read(self, x: Tensor, images: int) -> Tensor:
@@ -182,6 +189,8 @@ class Site:
         if dims == 3 and self.positions != "all":
             tokens = rearrange(x, "images features tokens -> images tokens features")
             x = vectors_of(tokens, "class", -1)[:, 0] if self.positions == "class" else self._maps(tokens)
+        if isinstance(self.basis, SparseBasis):
+            return self.basis.encode(x)
         return x if self.basis is None else project(x, self.basis)
 
     def _maps(self, tokens: Tensor) -> Tensor:

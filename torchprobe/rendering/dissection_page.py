@@ -111,6 +111,8 @@ class DissectionPage(Page):
         units_note: how to read the table and the pictures.
         columns: of the table.
         thumbnails: the pictures.
+        annotated: whether the pictures have labels, so that a picture without the concept of a unit says so.
+        detectors: what the box says that hides all other units.
     """
 
     bars: Sequence[CategoryBar] = ()
@@ -123,6 +125,8 @@ class DissectionPage(Page):
     columns: Sequence[Column] = ()
     thumbnails: Sequence[Thumbnail] = ()
     lead: Sequence[Section] = ()
+    annotated: bool = True
+    detectors: str = "detectors only"
 
     @property
     def linked(self) -> int:
@@ -142,6 +146,7 @@ class DissectionPage(Page):
     def data(self) -> dict[str, Any]:
         """The data that the script draws. Every text is data: the script sets it as text, never as markup."""
         return {
+            "annotated": self.annotated,
             "thumbnails": [
                 [printable(t.name), base64.b64encode(t.jpeg).decode(), t.width, t.height, t.rows, t.columns] for t in self.thumbnails
             ],

@@ -6,11 +6,11 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchprobe.analysis.interpolation import recalibrate_batch_norms
 from torchprobe.common.deprecation import renamed
@@ -19,11 +19,12 @@ from torchprobe.common.messages import listing
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Broden
-from torchprobe.dissection import Dissection, dissect, random_rotation
+from torchprobe.dissection import Dissection, WordDissection, dissect, random_rotation
 from torchprobe.dissection.activity import explanation
 from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
 from torchprobe.dissection.report import Report, write_report
 from torchprobe.dissection.report_text import COMPARISON, OWN
+from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.walk import clear_checkpoint
 from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, shown_columns, text
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["dissect_folder", "earlier", "file_names", "print_dissections", "recalibrate", "write", "write_pages"]
 
 _CHECKPOINT = "checkpoint"
+
+Result = TypeVar("Result", Dissection, WordDissection)
 
 Nulls = Mapping[str, Mapping[str, Dissection]]
 """Name → layer → dissection."""
@@ -142,6 +145,7 @@ def write_pages(
     rotated: bool = False,
     progress: CountCallback | None = None,
     gain_threshold: float | None = None,
+    basis: Tensor | SparseBasis | None = None,
 ) -> dict[str, Path]:
     """Writes ``<layer>.html`` for each layer; returns {layer: path}.
 
@@ -155,11 +159,12 @@ def write_pages(
         rotated: whether the units are those of a random rotation with the seed of the metadata.
         progress: called with (steps done, steps in all): a page is one step, and the evidence of each unit is one step.
         gain_threshold: the smallest gain over prevalence with which a unit encodes a concept; default: 0.8.
+        basis: the directions or the encoder, if the units are directions or latents.
     """
     names = file_names(results)
     files = {}
     for before, (layer, dissection) in enumerate(results.items()):
-        basis = random_rotation(dissection.units, int(dissection.metadata.get("seed", 0))) if rotated else None
+        own = random_rotation(dissection.units, int(dissection.metadata.get("seed", 0))) if rotated else basis
         path = Path(folder) / f"{names[layer]}.html"
 
         def tell(done: int, steps: int, before: int = before) -> None:
@@ -168,7 +173,7 @@ def write_pages(
 
         files[layer or "(output)"] = write_report(
             dissection, path, broden, encoder,
-            nulls=_of_layer(nulls or {}, layer), top_images=top_images, evidence=evidence, basis=basis, progress=tell,
+            nulls=_of_layer(nulls or {}, layer), top_images=top_images, evidence=evidence, basis=own, progress=tell,
             gain_threshold=gain_threshold,
         )  # fmt: skip
     return files
@@ -219,7 +224,16 @@ def earlier(folders: Iterable[str | os.PathLike[str]]) -> dict[str, dict[str, Di
     Raises:
         ValueError: a folder does not hold a finished dissection, or holds a damaged one.
     """
-    found: dict[str, dict[str, Dissection]] = {}
+    return earlier_results(folders, Dissection.load)
+
+
+def earlier_results(folders: Iterable[str | os.PathLike[str]], load: Callable[[Path], Result]) -> dict[str, dict[str, Result]]:
+    """The results that the summaries of some folders name, by the name of the folder and by layer; ``load`` reads one.
+
+    Raises:
+        ValueError: as for :func:`earlier`.
+    """
+    found: dict[str, dict[str, Result]] = {}
     for folder in map(Path, folders):
         try:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -228,7 +242,7 @@ def earlier(folders: Iterable[str | os.PathLike[str]]) -> dict[str, dict[str, Di
             raise ValueError(f"{folder} does not hold a finished dissection: summary.json is missing or damaged ({error})") from error
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{folder}: summary.json names {outside[0]!r}, which is not a file of the folder")
-        results = [Dissection.load(folder / f"{name}.safetensors") for name in names]
+        results = [load(folder / f"{name}.safetensors") for name in names]
         found[_free(folder.resolve().name, found)] = {result.layer: result for result in results}
     return found
 

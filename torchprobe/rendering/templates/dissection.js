@@ -23,10 +23,10 @@
   const picture = ([index, score, region, concept, whole, evidence], label) => {
     const [name, , , , rows, columns] = data.thumbnails[index];
     const frame = `M0 0h${columns}v${rows}h-${columns}z`;
-    const panels = [panel(index, `${name}, where the unit is above its threshold`, ...(region ? [["casing", region], ["region", region]] : []))];
+    const panels = [panel(index, region ? `${name}, where the unit is above its threshold` : name, ...(region ? [["casing", region], ["region", region]] : []))];
     if (whole) panels.push(blank(`“${label}” is a label of the whole picture`));
     else if (concept) panels.push(panel(index, `${name}, where “${label}” is`, ["outside", frame + concept]));
-    else if (label) panels.push(blank(concept === "" ? `no “${label}” here` : "not annotated for this category"));
+    else if (label && data.annotated) panels.push(blank(concept === "" ? `no “${label}” here` : "not annotated for this category"));
     if (evidence !== null) panels.push(panel(evidence, `${name}, evidence for the unit`));
     const caption = (score === null ? "" : `${score.toPrecision(3)} · `) + name;
     return element("figure", {}, element("div", { class: "panels" }, ...panels), element("figcaption", { title: name }, caption));
