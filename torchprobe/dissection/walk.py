@@ -69,7 +69,8 @@ class Checkpoint:
             if other := [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]:
                 key = min(other, key=lambda key: (key in before, key))
                 if key not in before:
-                    return f"{self.folder} was started by another version of torchprobe, which did not note the {key}: delete it and start again"
+                    other_version = f"was started by another version of torchprobe, which did not note the {key}"
+                    return f"{self.folder} {other_version}: delete it and start again"
                 return f"{self.folder} was started with another {key}: {before.get(key)!r}, now it is {now.get(key)!r}"
             return None
         with replacing(path) as temporary:

@@ -126,7 +126,7 @@ class LayerReader:
         """One forward pass: the activation of each layer with its layout, in the order of :attr:`layers`.
 
         For a layer that runs several times this is the activation of its last call, as the layer gave it. It is copied only if something
-        after the layer overwrites it in place, such as ``nn.ReLU(inplace=True)`` or ``+=``. The first pass in which that is seen is repeated.
+        after the layer overwrites it in place, such as ``nn.ReLU(inplace=True)`` or ``+=``. The first pass that shows this is repeated.
 
         Raises:
             ValueError: see :meth:`read`.
