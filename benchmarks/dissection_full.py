@@ -47,7 +47,15 @@ def main(images: int, units: int, size: int, checkpoints: bool, path: Path | Non
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint" if checkpoints else None
         result = dissect(
-            model, "maps", broden, feature_dim=1, preprocess=number, progress=on_progress, checkpoint=checkpoint, batch_size=32
+            model,
+            "maps",
+            broden,
+            feature_dim=1,
+            preprocess=number,
+            geometry="whole",
+            progress=on_progress,
+            checkpoint=checkpoint,
+            batch_size=32,
         )["maps"]
     seconds = time.perf_counter() - start
     found = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from einops import repeat
+from PIL import Image
 from torch import Tensor, nn
 
 from torchprobe.datasets.broden import Broden, Label, Presence, Row
@@ -39,7 +40,7 @@ _FIRST = {name: 1 + sum(list(CATEGORIES.values())[:i]) for i, name in enumerate(
 
 
 class SyntheticBroden(Broden):
-    """``images`` rows with the labels of 512 pictures in turn, and different scenes so that rows differ. A "picture" is its number."""
+    """``images`` rows with the labels of 512 pictures in turn, and different scenes so that rows differ. A "picture" is one pixel, whose color is its number."""
 
     def __init__(self, images: int = IMAGES, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -58,7 +59,16 @@ class SyntheticBroden(Broden):
         return len(self.rows)
 
     def image(self, index: int) -> Any:
+        return Image.new("RGB", (1, 1), (index & 255, index >> 8 & 255, index >> 16))
+
+    def content(self, index: int, labels: bool = False) -> int:
         return index
+
+    def annotated(self) -> Tensor:
+        known = torch.zeros(len(self), len(CATEGORIES), dtype=torch.bool)
+        for index in range(len(self)):
+            known[index, [self.categories.index(name) for name, _ in self._templates[index * 7919 % _TEMPLATES]]] = True
+        return known
 
     def image_labels(self, index: int) -> list[tuple[str, Tensor]]:
         *planes, (_, scene) = self._templates[index * 7919 % _TEMPLATES]
@@ -101,6 +111,7 @@ def smooth_maps(images: int, units: int, size: int, seed: int = 0) -> Tensor:
     return (nn.functional.avg_pool2d(noise, 3, 1, 1) * 3 - 1).relu_()
 
 
-def number(index: int) -> Tensor:
-    """The preprocessing: a picture's number as a tensor (1, 1, 1)."""
-    return torch.tensor([[[float(index)]]])
+def number(picture: Any) -> Tensor:
+    """The preprocessing: a picture's number, which is its color, as a tensor (1, 1, 1)."""
+    red, green, blue = picture.getpixel((0, 0))
+    return torch.tensor([[[float(red + (green << 8) + (blue << 16))]]])

@@ -61,7 +61,7 @@ def test_the_synthetic_data_set_resembles_broden():
     entries = presence.number[presence.crow[7] : presence.crow[8]].tolist()
     assert entries == sorted({int(n) for _, found in broden.image_labels(7) for n in found.unique()})
     model = synthetic_broden.GeneratedMaps(8)
-    found = dissect(model, "maps", broden, feature_dim=1, preprocess=synthetic_broden.number, rows=range(50))["maps"]
+    found = dissect(model, "maps", broden, feature_dim=1, preprocess=synthetic_broden.number, geometry="whole", rows=range(50))["maps"]
     assert found.counts.truth.sum() > 0 and found.scores is None and len(found.scores or []) == 0
 
 
