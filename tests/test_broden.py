@@ -245,6 +245,7 @@ def test_presence_reads_only_the_rows_asked_for(pristine, tmp_path, monkeypatch)
         broden.presence(rows=[len(broden)])
 
 
+@pytest.mark.slow("starts a process to measure its memory")
 def test_presence_needs_little_memory(tmp_path):
     """Kept results among large buffers once held 50 to 90 kB for each row. 1,500 rows that share a few maps."""
     with BrodenWriter(tmp_path / "set", {"object": [f"thing {i}" for i in range(1200)]}, size=224, image_format="png") as writer:

@@ -111,6 +111,10 @@ def test_another_index(trap, tmp_path):
     assert torch.equal(small.presence().number, whole.presence().take(kept).number)
     assert validate(trap.root, index="index_sm.csv") == []
 
+    assert [str(f) for f in validate(trap.root, index="index_md.csv")] == [
+        "index_md.csv: the file is missing; did you mean index_sm.csv or index.csv?"
+    ]
+    assert "the folder" in validate(tmp_path / "nowhere")[0].what
     (trap.root / "index.csv").unlink()
     assert len(Broden(trap.root, index="index_sm.csv")) == len(kept)
     with pytest.raises(DatasetError, match=r"has no index.csv.*; there are index_sm.csv"):

@@ -11,6 +11,7 @@ from dissection_models import Net, preprocess
 
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, dissect
+from torchprobe.dissection.report import Report, write_report
 
 # Three lines of caffe_reference_imagenet, conv5, as published for Network Dissection (Bau et al., CVPR 2017), and two categories of them.
 PUBLISHED = """unit,category,label,score,object-label,object-truth,object-activation,object-intersect,object-iou,part-label,part-truth,part-activation,part-intersect,part-iou
@@ -66,13 +67,13 @@ def test_what_a_file_does_not_hold_is_unknown(published, layer):
     result = Dissection.from_csv(published, layer="conv5")
     summary = result.summary()
     assert summary["images"] is None and summary["labels"] is None and summary["detectors"]["report"]["unique"] == 2
-    assert len(result.images) == 0 and result.thresholds is None and result.average_precision is None and result.never_active is None
+    assert result.thresholds is None and result.average_precision is None and result.never_active is None
     assert result.rows()[0]["label"] == "wheel" and result.rows()[0]["never_active"] is None and result.silence() == []
     for method in (
         lambda: result.adjusted_p_values(), lambda: result.encoded(), lambda: result.unique_concepts(), lambda: result.polysemanticity(),
         lambda: result.concepts(), lambda: result.permutation_test(), lambda: result.merge(layer), lambda: result.overlap(layer),
         lambda: layer.overlap(result), lambda: result.save("x"), lambda: result.report("x", None), lambda: result.table("gain"),
-        lambda: result.best("ap"), lambda: result.to_csv("x", score="ap"),
+        lambda: result.best("ap"), lambda: result.images, lambda: write_report(result, "x", None), lambda: result.to_csv("x", score="ap"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"layer 'conv5': conv5-result.csv holds only the best label of each unit.*is unknown: use"):
             method()
@@ -84,6 +85,7 @@ def test_what_a_file_does_not_hold_is_unknown(published, layer):
 def test_our_own_files_come_back(layer, score, tmp_path):
     path = layer.to_csv(tmp_path / f"{score}.csv", score=score)
     read = Dissection.from_csv(path, layer="norm")
+    assert read == Dissection.from_csv(path, layer="norm") != layer != read
     assert read.best_by == score and read.to_csv(tmp_path / "again.csv").read_bytes() == path.read_bytes()
     given = Dissection.from_csv(path, layer="norm", labels=layer.labels)
     assert given.to_csv(tmp_path / "again.csv").read_bytes() == path.read_bytes() and given.labels == tuple(layer.labels)
@@ -205,8 +207,6 @@ def test_ap_files_that_contradict_themselves(layer, tmp_path):
 
 def test_a_result_file_beside_a_new_dissection_on_a_page(layer, tmp_path):
     """As a condition to compare with: its units count, its images are unknown."""
-    from torchprobe.dissection.report import Report
-
     old = Dissection.from_csv(layer.to_csv(tmp_path / "old.csv"), layer="norm")
     own, other = Report(layer, {"published": old}).comparison()
     assert (other["detectors"], other["concepts"], other["paper"]) == (own["detectors"], own["concepts"], own["paper"])

@@ -9,7 +9,7 @@ import csv
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,6 +20,7 @@ from torchprobe.datasets.broden import Label
 from torchprobe.dissection import summaries
 from torchprobe.dissection.average_precision import Support
 from torchprobe.dissection.csv_tables import AP_COLUMNS, IOU_COLUMNS, UNIT_COLUMNS, write_csv
+from torchprobe.dissection.merging import same
 from torchprobe.dissection.overlap import Counts
 from torchprobe.dissection.scores import TABLES, LayerScores, UnitConcept
 
@@ -37,7 +38,7 @@ class ResultFile(LayerScores):
 
     The tables have nan for the pairs that the file does not hold; their counts are −1. ``best``, ``rows``, ``unique_detectors`` and
     ``to_csv`` give what they give for the dissection that the file was written from. Methods that need other pairs or the images raise
-    ``ValueError``. ``images`` is empty, and ``thresholds`` is None: the file does not say.
+    ``ValueError``; so does ``images``. ``thresholds`` is None.
 
     Labels that were not given have the number, frequency and coverage −1.
 
@@ -81,6 +82,15 @@ class ResultFile(LayerScores):
             found["detectors"] = {rule: self.unique_detectors(rule)._asdict() for rule in summaries.RULES}
         return {**found, "best": self.rows()[:20]}
 
+    @property  # type: ignore[misc]
+    def images(self) -> Tensor:
+        """Unknown: an error."""
+        self._unknown("which images were read")
+
+    @images.setter
+    def images(self, value: Tensor) -> None:
+        """Leaves it unknown; the class above sets it."""
+
     @property
     def never_active(self) -> Tensor | None:
         """Unknown: None."""
@@ -111,6 +121,11 @@ class ResultFile(LayerScores):
         source = self.metadata.get("source", "a result file")
         held = f"only the best label of each unit and category by {self.best_by}, and no images"
         raise ValueError(f"layer {self.layer!r}: {source} holds {held}, so that {what} is unknown: use the dissection (Dissection.load)")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ResultFile):
+            return NotImplemented
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "images")
 
     def __repr__(self) -> str:
         return f"ResultFile({self.layer!r}: {self.units} units, {len(self.labels)} labels, best by {self.best_by})"

@@ -356,7 +356,7 @@ class LayerScores:
         return f"{type(self).__name__}({self.layer!r}: {size}, {', '.join(found)})"
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, LayerScores):
+        if not isinstance(other, LayerScores) or type(other) is not type(self):
             return NotImplemented
         return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -241,7 +242,9 @@ def _lines(root: Path, file: str, columns: Sequence[str], report: OnFinding, nee
                 elif values:
                     report(Finding(reader.line_num, file, f"{len(values)} fields", f"write {len(header)}, as in the header"))
     except FileNotFoundError:
-        report(Finding(None, file, "the file is missing", "copy it from the release, or write the data set with BrodenWriter"))
+        near = difflib.get_close_matches(file, sorted(path.name for path in root.glob("*.csv")))
+        fix = f"did you mean {' or '.join(near)}?" if near else "copy it from the release, or write the data set with BrodenWriter"
+        report(Finding(None, file, "the file is missing", fix))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         report(Finding(None, file, f"the table cannot be read ({type(error).__name__}: {error})", "it must be CSV in UTF-8"))
 

@@ -315,7 +315,8 @@ class Broden(Dataset[Sample]):
     # -- errors and display ----------------------------------------------------------------------------------------
 
     def _refuse(self, finding: Finding) -> NoReturn:
-        raise DatasetError(f"{self.root}: {finding}. {self._advice}")
+        end = "" if str(finding).endswith("?") else "."
+        raise DatasetError(f"{self.root}: {finding}{end} {self._advice}")
 
     def _unusable(self, row: Row, name: str, error: FileError) -> DatasetError:
         what = f"{self.root}: {self.index} line {row.line}: images/{name}: {error}"

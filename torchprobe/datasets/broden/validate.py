@@ -49,6 +49,8 @@ def validate(
     root = Path(root)
     findings: list[Finding] = []
     check_index(root, index)
+    if not root.is_dir():
+        findings.append(Finding(None, ".", f"the folder {root} is not there", "give the folder that holds the index"))
     tables = read_tables(root, findings.append)
     findings += _table_problems(root, tables)
     known = known_labels(tables.labels)

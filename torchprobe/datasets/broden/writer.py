@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchprobe.common.deprecation import renamed_arguments
-from torchprobe.datasets.broden.image_files import MAX_LABEL, MAX_SIDE, read_image, read_labels, size_problem, unsafe
+from torchprobe.datasets.broden.image_files import MAX_LABEL, MAX_SIDE, FileError, read_image, read_labels, size_problem, unsafe
 from torchprobe.datasets.broden.index import ROW_COLUMNS, LabelCounts, WrittenRow, write_tables
 from torchprobe.datasets.broden.presence import pixel_counts
 from torchprobe.datasets.images import DatasetError, rgb
@@ -325,7 +325,7 @@ def _picture(name: str, image: Any) -> Image:
             return rgb(image)
     except ValueError as error:
         source = "" if isinstance(image, pil.Image) else f"{os.fspath(image)}: "
-        raise ValueError(f"{name}: {source}{error}") from None
+        raise FileError(f"{name}: {source}{error}") from None
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or array.size == 0:
         raise ValueError(f"{name}: the image is an array of {array.dtype} of shape {array.shape}; expected uint8 (H, W, 3) or (H, W)")
