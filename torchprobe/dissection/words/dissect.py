@@ -112,7 +112,9 @@ def dissect_words(
     ...     Image.new("RGB", (8, 8), (6 * i, 0, 0)).save(folder / f"{i:02}.png")
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     >>> labels = SoftLabels(torch.stack([torch.arange(40.0), -torch.arange(40.0)], 1), ["bright red", "black"])
-    >>> to_tensor = lambda image: torch.frombuffer(bytearray(image.resize((8, 8)).tobytes()), dtype=torch.uint8).view(8, 8, 3).movedim(2, 0) / 255
+    >>> def to_tensor(image):
+    ...     pixels = torch.tensor(list(image.resize((8, 8)).tobytes()), dtype=torch.float32)
+    ...     return pixels.view(8, 8, 3).movedim(2, 0) / 255
     >>> found = dissect_words(net, "1", folder, labels, measure="cosine_cubed", preprocess=to_tensor)["1"]
     >>> found.score.shape
     torch.Size([2, 2])
