@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 
 import numpy as np
@@ -338,6 +339,18 @@ def test_interrupted_and_resumed(folder, tmp_path, stage):
         dissect_words(model, "maps", folder, PlantedClip(), WORDS[:-1], checkpoint=tmp_path / "c", resume=True, **options)
     with pytest.raises(ValueError, match="started with another pooling: 'mean', now it is 'max'"):
         dissect_words(model, "maps", folder, PlantedClip(), WORDS, checkpoint=tmp_path / "c", resume=True, pooling="max", **options)
+    other = {**options, "preprocess": lambda image: preprocess(image) * 0.5}
+    with pytest.raises(ValueError, match="started with another fingerprint"):
+        dissect_words(model, "maps", folder, PlantedClip(), WORDS, checkpoint=tmp_path / "c", resume=True, **other)
+    with pytest.raises(ValueError, match="preprocess is random"):
+        dissect_words(
+            model, "maps", folder, PlantedClip(), WORDS, **options | {"preprocess": lambda image: preprocess(image) * torch.rand(1)}
+        )
+    times = os.stat(folder / "0003.png")
+    os.utime(folder / "0003.png", ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))  # written again
+    with pytest.raises(ValueError, match="started with another files"):
+        dissect_words(model, "maps", folder, PlantedClip(), WORDS, checkpoint=tmp_path / "c", resume=True, **options)
+    os.utime(folder / "0003.png", ns=(times.st_atime_ns, times.st_mtime_ns))
     labeler = PlantedClip()
     again = dissect_words(model, "maps", folder, labeler, WORDS, checkpoint=tmp_path / "c", resume=True, **options)["maps"]
     assert (
@@ -417,7 +430,9 @@ def test_saved_and_loaded(result, tmp_path):
         assert torch.equal(getattr(back, name), getattr(result, name))
     assert all(torch.equal(a, b) for a, b in zip(back.top, result.top, strict=True))
     assert back.concepts == result.concepts and list(back.images) == list(result.images) and back.metadata == result.metadata
-    assert back.best() == result.best() and repr(back) == "WordDissection('maps': 10 units, 8 concepts, 120 images, cosine_cubed)"
+    assert back == result and back != Concepts(["a"])
+    back.score[0, 0] += 1
+    assert back != result and repr(back) == "WordDissection('maps': 10 units, 8 concepts, 120 images, cosine_cubed)"
 
 
 def test_undefined_units(folder, tmp_path):

@@ -285,6 +285,23 @@ def test_planted_units_are_found(name):
     assert int(significant.sum()) == 4
 
 
+@pytest.mark.parametrize("name", ["soft_wpmi", "wpmi", "cosine_cubed", "average_precision"])
+def test_true_pairs_do_not_make_others_significant(name):
+    """Two units of six are functions of two concepts: they are found, and any other pair is in at most 5 % of the data sets."""
+    repeats, false, hits = 50, 0, 0
+    for seed in range(repeats):
+        generator = torch.Generator().manual_seed(seed)
+        labels, scores = 0.2 + 0.04 * torch.randn(150, 8, generator=generator), torch.randn(6, 150, generator=generator)
+        scores[:2] = (labels[:, [1, 4]].T - 0.2) / 0.04 + 0.5 * torch.randn(2, 150, generator=generator)
+        found = match(scores, labels, name, permutations=19, seed=seed).adjusted <= 0.05
+        true = torch.zeros_like(found)
+        true[0, 1] = true[1, 4] = True
+        hits += int((found & true).sum())
+        false += bool((found & ~true).any())
+    assert hits >= 1.9 * repeats
+    assert stats.binom.sf(false - 1, repeats, 0.05) > 0.0005, false
+
+
 def test_the_same_seed_gives_the_same_numbers():
     scores, labels = drawn()
     first, again, other = (match(scores, labels, "soft_wpmi", permutations=9, seed=seed) for seed in (0, 0, 1))

@@ -17,6 +17,7 @@ from torch import nn
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import Clock, ProgressCallback
 from torchprobe.common.storage import digest
+from torchprobe.datasets.geometry import fingerprint
 from torchprobe.datasets.images import DatasetError, Images, image_folder
 from torchprobe.dissection.bases import Basis, basis_of, check_layers, describe_basis
 from torchprobe.dissection.batches import Preprocess
@@ -87,7 +88,7 @@ def dissect_words(
         feature_dim: see :func:`torchprobe.record`.
         pooling: how a map becomes one activation for an image: "mean", as in CLIP-Dissect, or "max".
         top: top images to keep for each unit; 0 for none.
-        preprocess: PIL image → tensor (3, H, W). Default: that of the encoder.
+        preprocess: PIL image → tensor (3, H, W), without random steps. Default: that of the encoder.
         batch_size: images in a batch. A network gives slightly different numbers in batches of another size.
         device: where model and labeler run; default: where each is.
         workers: threads that decode images.
@@ -111,7 +112,9 @@ def dissect_words(
     ...     Image.new("RGB", (8, 8), (6 * i, 0, 0)).save(folder / f"{i:02}.png")
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     >>> labels = SoftLabels(torch.stack([torch.arange(40.0), -torch.arange(40.0)], 1), ["bright red", "black"])
-    >>> to_tensor = lambda image: torch.tensor(list(image.tobytes())).view(8, 8, 3).movedim(2, 0) / 255
+    >>> def to_tensor(image):
+    ...     pixels = torch.tensor(list(image.resize((8, 8)).tobytes()), dtype=torch.float32)
+    ...     return pixels.view(8, 8, 3).movedim(2, 0) / 255
     >>> found = dissect_words(net, "1", folder, labels, measure="cosine_cubed", preprocess=to_tensor)["1"]
     >>> found.score.shape
     torch.Size([2, 2])
@@ -133,7 +136,8 @@ def dissect_words(
         sites = _sites(reader, files, preprocess, positions, basis, seed)
         settings = {"positions": positions, "pooling": pooling, "batch_size": batch_size, "seed": seed}
         facts = {**_facts(model, labeler, words, templates, files, preprocess, sites), **settings}
-        saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)
+        state = {**facts, "files": _state(files)}
+        saved = None if checkpoint is None else Checkpoint(Path(checkpoint), state, resume, checkpoint_every, ranks)
         images_pass = ImagePass(files, batch_size, workers, ranks, saved, clock, stop)
         labels = labeler if isinstance(labeler, SoftLabels) else label_images(labeler, words, templates, images_pass)
         if save_labels is not None and ranks.first:
@@ -216,6 +220,12 @@ def _sites(reader: LayerReader, files: Images, preprocess: Preprocess, positions
     return {name: site.in_basis(basis_of(basis, name, site.features, seed)) for name, site in sites.items()}
 
 
+def _state(files: Images) -> str:
+    """Changes if a file is written again. Not part of the metadata: copies of a data set are the same data set."""
+    times = [path.stat().st_mtime_ns if path.exists() else None for path in files.paths]
+    return hashlib.sha256(json.dumps(times).encode()).hexdigest()
+
+
 def _facts(
     model: nn.Module,
     labeler: Any,
@@ -240,6 +250,7 @@ def _facts(
         },
         "labeler": labeler.labeler if given else labeler_name(labeler),
         "labeler_weights": own,
+        "labeler_fingerprint": None if given else fingerprint(labeler.preprocess),
         "labeler_is_model": not given and digest([*labeler.parameters(), *labeler.buffers()]) == weights,
         "concepts": {
             "count": len(concepts),
@@ -249,6 +260,7 @@ def _facts(
         },
         "templates_given": None if templates is None else hashlib.sha256(repr(templates).encode()).hexdigest(),
         "preprocess": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(preprocess)),
+        "fingerprint": fingerprint(preprocess),
         "sites": {
             name: {
                 "units": site.units,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchprobe.common import storage
 from torchprobe.common.files import replacing
+from torchprobe.dissection.merging import same
 from torchprobe.dissection.sparse import Density, read_density
 from torchprobe.dissection.summaries import first_best
 from torchprobe.dissection.words.concepts import Concepts
@@ -46,7 +47,7 @@ class UnitWord:
     adjusted: float | None
 
 
-@dataclass
+@dataclass(eq=False)
 class WordDissection:
     """The units U of one layer against concepts C, over N images.
 
@@ -236,6 +237,13 @@ class WordDissection:
     def report(self, path: str | os.PathLike[str], images: Images | None = None, **options: Any) -> Path:
         """Writes one self-contained HTML page; see :func:`torchprobe.dissection.words.report.write_words_report`."""
         return write_words_report(self, path, images, **options)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WordDissection):
+            return NotImplemented
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         measure = self.metadata.get("measure", {}).get("name", "")

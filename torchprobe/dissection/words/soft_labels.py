@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +40,6 @@ class Labeler(Protocol):
         """Texts → embeddings (texts, d)."""
 
 
-@dataclass
 class SoftLabels:
     """The soft labels of images.
 
@@ -59,12 +57,6 @@ class SoftLabels:
     ('cat', 'dog')
     """
 
-    values: Tensor
-    concepts: Concepts
-    images: Sequence[str] | None = None
-    labeler: str = "given soft labels"
-    metadata: dict[str, Any] = field(default_factory=dict)
-
     def __init__(
         self,
         values: Tensor,
@@ -75,7 +67,8 @@ class SoftLabels:
     ) -> None:
         self.values, self.concepts = values.detach().cpu().float(), find_concepts(concepts)
         self.images = None if images is None else tuple(images)
-        self.labeler, self.metadata = labeler, dict(metadata or {})
+        self.labeler = labeler
+        self.metadata: dict[str, Any] = dict(metadata or {})
         if self.values.dim() != 2 or self.values.shape[1] != len(self.concepts) or not len(self.values):
             raise ValueError(f"expected soft labels (images, {len(self.concepts)} concepts), got {tuple(values.shape)}")
         if self.images is not None and len(self.images) != len(self.values):
