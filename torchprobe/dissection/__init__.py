@@ -7,6 +7,7 @@
 :func:`singular_vectors`    directions of a head; :func:`random_rotation` is their control
 :func:`read_basis`          directions or a sparse autoencoder from a file; :class:`SparseBasis`
 :class:`Overlap`            counts of pixels over a data set; mergeable; their :class:`Counts`
+:class:`ShuffledOverlap`    the same for exchanged labels: the null of IoU, :class:`IoUNull`
 :class:`LabelBatch`         the labels of a batch of images
 :func:`as_maps`             an activation as maps with positions
 :func:`average_precision`   how well each unit ranks the images of each concept
@@ -31,6 +32,7 @@ file                   subject
 ``bases``              what the argument ``basis`` stands for
 ``words``              words as concepts, for images without labels
 ``overlap``            intersection over union, from counts of pixels
+``iou_null``           IoU against its null
 ``average_precision``  average precision of units; images that show a concept
 ``ranking``            images ranked by units
 ``nulls``              p-values and their correction
@@ -51,6 +53,7 @@ from torchprobe.dissection.average_precision import average_precision, concept_m
 from torchprobe.dissection.batches import LabelBatch
 from torchprobe.dissection.dissect import dissect
 from torchprobe.dissection.dissection import Dissection
+from torchprobe.dissection.iou_null import IoUNull, ShuffledOverlap
 from torchprobe.dissection.nulls import correct, p_values, permutation_test
 from torchprobe.dissection.overlap import Counts, Overlap
 from torchprobe.dissection.scores import UnitConcept
@@ -75,6 +78,8 @@ __all__ = [
     "sparse_basis",
     "Overlap",
     "Counts",
+    "ShuffledOverlap",
+    "IoUNull",
     "LabelBatch",
     "as_maps",
     "average_precision",

@@ -28,6 +28,7 @@ OWN = "this layer"
 COMPARISON = (
     Column("layer", "", "which network and labels", "text"),
     Column("detectors", "detectors", "units whose best IoU reaches the threshold", "count"),
+    Column("beyond", "beyond chance", "those of them whose IoU is significant after correction", "count"),
     Column("concepts", "concepts", "distinct best labels of these units", "count"),
     Column("paper", "paper's rule", "distinct labels above the threshold, counted within each category and added up", "count"),
     Column("median", "median IoU", "median over units of their best IoU"),
@@ -125,6 +126,8 @@ def reading_section(d: LayerScores, limits: Limits) -> Section:
                 f"category, distinct labels above {limits.iou:g}, and adds up the categories. The threshold is a convention.",
             ),
         ]
+    if d.iou_null is not None:
+        terms.append(("chance IoU", _exchanged(d, limits)))
     if d.average_precision is not None:
         among = "annotated for the category of the concept" if m.get("negatives") == "category" else "of the data set"
         area = f" over at least {m['minimum_area']:.1%} of their area" if m.get("minimum_area") else ""
@@ -181,6 +184,22 @@ def _silence(d: LayerScores) -> str:
             text += f" {counted(held, 'unit')} {'is' if held == 1 else 'are'} active on less than half of that share, because many values "
             text += "equal the threshold, as where an activation function clips."
     return text
+
+
+def _exchanged(d: LayerScores, limits: Limits) -> str:
+    """The null of IoU."""
+    assert d.iou_null is not None
+    draws, margin = len(d.iou_null.largest), d.iou_null.margin(limits.alpha)
+    text = (
+        "The mean IoU when the labels of the images of a batch are exchanged, each image's labels as a whole. The null is that the active "
+    )
+    text += "regions have nothing to do with the labels of the same image; where both tend to be in a picture is part of it. The p-value "
+    text += f"is that of {draws} permutations, at least 1/{draws + 1}, and corrected for all units and labels by the largest excess over "
+    text += "chance. "
+    if margin == math.inf:
+        return text + f"That is too few permutations to be significant at {limits.alpha:g}."
+    text += f"An IoU of {number(margin, 2)} above chance is significant at {limits.alpha:g}. " if margin > -math.inf else ""
+    return text + "Labels that only a few images show were not tested."
 
 
 def silent(cause: str, threshold: float) -> str:
