@@ -23,10 +23,10 @@ def images_of(rng, n, sizes=(5, 9)):
     return [image(rng, *rng.integers(*sizes, 2), int(rng.integers(0, 3)), int(rng.integers(0, 3)), used=5) for _ in range(n)]
 
 
-def observed_and_null(maps, labels, thresholds, batch, permutations=19, seed=0, **options):
+def observed_and_null(maps, labels, thresholds, batch, permutations=19, seed=0, category=CATEGORY, **options):
     """Batches of maps (n, U, h, w) and label planes (n, rows, columns)."""
-    observed = Overlap(thresholds, CATEGORY, 2)
-    null = ShuffledOverlap(thresholds, CATEGORY, 2, permutations=permutations, seed=seed)
+    observed = Overlap(thresholds, category, 2)
+    null = ShuffledOverlap(thresholds, category, 2, permutations=permutations, seed=seed)
     for start in range(0, len(maps), batch):
         part = slice(start, start + batch)
         packed = LabelBatch.pack([[("c", plane)] for plane in labels[part]], [labels.shape[1:]] * len(labels[part]))
@@ -64,14 +64,19 @@ def test_against_an_independent_count(mode):
     shows = [{int(n) for plane in planes for n in np.unique(plane)} | set(whole) for planes, whole, _ in images]
     tested = np.array([n > 0 and sum(n in shown for shown in shows) >= 2 for n in range(len(primary))])
     assert 3 < tested.sum() < 12
-    mean = (ious.sum(0) + own) / (draws + 1)
-    largest = np.array([(one - mean)[:, tested].max() for one in ious])
     np.testing.assert_allclose(found.chance, ious.mean(0), atol=1e-15)
-    np.testing.assert_allclose(found.largest, largest * (draws + 1) / draws, atol=1e-14)
+    every = np.concatenate([own[None], ious])
+    excess = np.array([one - np.delete(every, b, 0).mean(0) for b, one in enumerate(every)])  # over the mean of the others
+    highest = np.maximum(excess, 0).max(1)[:, tested]
+    floor = np.quantile(highest.mean(0), 0.25)
+    scale = np.maximum([np.delete(highest, b, 0).mean(0) for b in range(draws + 1)], floor)
+    largest = (highest / scale).max(1)[1:]
+    np.testing.assert_allclose(found.scale[tested], scale[0], atol=1e-14)
+    np.testing.assert_allclose(found.largest, largest, rtol=1e-12)
     p = (1 + (ious >= own).sum(0)) / (1 + draws)
-    adjusted = (1 + (largest[:, None, None] >= own - mean - 1e-13).sum(0)) / (1 + draws)
+    adjusted = (1 + (largest[:, None, None] >= excess[0][:, tested] / scale[0] - 1e-11).sum(0)) / (1 + draws)
     np.testing.assert_array_equal(found.p[:, tested], p[:, tested])
-    np.testing.assert_array_equal(found.adjusted[:, tested], adjusted[:, tested])
+    np.testing.assert_array_equal(found.adjusted[:, tested], adjusted)
     assert found.p[:, ~tested].isnan().all() and found.adjusted[:, ~tested].isnan().all()
 
 
@@ -148,6 +153,21 @@ def test_a_planted_unit_is_found_and_only_it():
     assert found == 20 and others <= 4
 
 
+def test_a_rare_label_does_not_decide_for_the_others():
+    """Six images are annotated for the category of label 4: by chance it overlaps some unit far more than other labels do."""
+    rng = np.random.default_rng(2)
+    maps, labels = unrelated(rng, images=128)
+    labels[labels == 4] = 0
+    labels[:60:10, :, :3] = 4
+    maps[:, 2] += 0.6 * (labels == 1)
+    observed, _, null = observed_and_null(maps, labels, torch.full((UNITS,), 2.0), 32, 59, category=torch.tensor([-1, 0, 0, 0, 1]))
+    highest = [float((null.chance + null.margin())[:, label].amin()) for label in (1, 4)]
+    assert null.scale[1] < null.scale[4] / 2 and highest[0] < highest[1]
+    iou = observed.counts().iou()
+    assert iou[2, 1] - null.chance[2, 1] < null.margin()[4]  # not enough for a label that is rare
+    assert null.adjusted[2, 1] <= 0.05 and (null.adjusted[:, 4] > 0.05).all()
+
+
 def test_the_margin_decides_as_the_adjusted_p_values():
     maps, labels = unrelated(np.random.default_rng(5))
     maps[:, 1] += 2.0 * (labels == 2)
@@ -155,7 +175,7 @@ def test_the_margin_decides_as_the_adjusted_p_values():
     iou = observed.counts().iou()
     for alpha in (0.025, 0.05, 0.1, 0.5):
         assert torch.equal((iou > null.chance + null.margin(alpha))[:, 1:], (null.adjusted <= alpha)[:, 1:])
-    assert null.margin(0.01) == float("inf") and bool(null.adjusted[1, 2] == 1 / 40)
+    assert null.margin(0.01)[1:].isinf().all() and null.margin(0.01)[0].isnan() and bool(null.adjusted[1, 2] == 1 / 40)
 
 
 def test_rare_labels_are_not_tested_and_nothing_to_exchange_is_never_significant():
@@ -167,7 +187,7 @@ def test_rare_labels_are_not_tested_and_nothing_to_exchange_is_never_significant
     alone = observed_and_null(maps, labels, torch.full((UNITS,), 1.0), 1)[2]
     assert (alone.p[:, 1:] == 1).all() and (alone.adjusted[:, 1:] == 1).all()
     none = null.test(Overlap(torch.zeros(UNITS), CATEGORY, 2).counts(), minimum_positives=100)
-    assert none.adjusted.isnan().all() and none.margin() == -float("inf")
+    assert none.adjusted.isnan().all() and none.margin().isnan().all() and (none.chance >= 0).all()
 
 
 # -- the contract of a statistic ---------------------------------------------------------------------------------------------

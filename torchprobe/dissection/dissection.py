@@ -177,7 +177,8 @@ def _load(path: str | os.PathLike[str], kind: type[Scores]) -> Scores:
         dissection.level = Level(_counts(file, "level/values", (units,)), above, equal)
     if "iou_null/chance" in file.keys:
         chance, p, adjusted = (_shares(file, f"iou_null/{name}", pairs) for name in ("chance", "p", "adjusted"))
-        dissection.iou_null = IoUNull(chance, p, adjusted, file.tensor("iou_null/largest", torch.float64, (None,)))
+        scale, largest = file.tensor("iou_null/scale", torch.float64, (count,)), file.tensor("iou_null/largest", torch.float64, (None,))
+        dissection.iou_null = IoUNull(chance, p, adjusted, scale, largest)
     if dissection.average_precision is not None:
         if dissection.p_values is None:
             raise file.error("p_values", "missing")

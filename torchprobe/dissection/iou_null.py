@@ -7,9 +7,11 @@ which labels occur together stays as it is. So a unit that is active at the bott
 
 **The p-values** are those of a permutation test: valid for any number of permutations B, and at least 1 / (1 + B). B random permutations
 stand for all of them, so a p-value has a standard error of √(p (1 − p) / B) about that of all permutations. For all pairs together, the
-largest excess IoU − chance of all tested pairs is compared in each permutation (single-step maxT; Westfall & Young 1993). The excess is
-not divided by its spread. So the margin is one number in units of IoU, and chance + margin is the IoU that a pair needs. A label that a
-few images show overlaps some unit by chance in some permutation, and would decide the margin for all: labels of fewer than
+largest statistic of any tested pair is compared in each permutation (single-step maxT; Westfall & Young 1993). The statistic of a pair is
+its excess IoU − chance, divided by the scale of its label: the largest excess of any unit for this label, mean over permutations. Without
+the scale the rarest labels would decide for all, because a label of five images overlaps some unit by chance. The least scale is the
+lower quartile of all labels. Chance and scale of a permutation are means over the others, so all permutations, and what was observed, are
+treated alike. A pair needs an IoU of chance + margin, where the margin is a multiple of the scale of the label. Labels of fewer than
 ``minimum_positives`` images are not tested.
 """
 
@@ -25,8 +27,8 @@ from torch import Tensor
 from torchprobe.dissection.batches import LabelBatch
 from torchprobe.dissection.overlap import Counts, Overlap
 
-MINIMUM_POSITIVES = 10
-"""Images that show a label that is tested. The labels of Broden have at least as many."""
+MINIMUM_POSITIVES = 5
+"""Images that show a label that is tested. The labels of Broden have twice as many at least."""
 
 _COUNTS = ("intersection", "activation", "truth")
 _EQUAL = 1e-12
@@ -36,28 +38,30 @@ class IoUNull(NamedTuple):
     """IoU against its null, for U units, L labels and B permutations.
 
     ``chance`` float64 (U, L): the mean IoU over the permutations. ``p`` float64 (U, L): the probability of at least this IoU, for each pair
-    alone. ``adjusted`` float64 (U, L): the probability that any pair exceeds its chance by as much as this one does. Both are nan for
-    labels that were not tested. ``largest`` float64 (B,): the largest excess over chance in each permutation, −inf without a tested label.
+    alone. ``adjusted`` float64 (U, L): the probability that any pair exceeds its chance by as much as this one does, in units of the scale
+    of its label. ``scale`` float64 (L,): the largest excess over chance of any unit, mean over the permutations. All but ``chance`` are nan
+    for labels that were not tested. ``largest`` float64 (B,): the largest excess of any pair in each permutation, in units of the scale.
     """
 
     chance: Tensor
     p: Tensor
     adjusted: Tensor
+    scale: Tensor
     largest: Tensor
 
-    def margin(self, alpha: float = 0.05) -> float:
-        """An IoU more than this above chance is significant at ``alpha`` among all pairs; inf if there are too few permutations.
+    def margin(self, alpha: float = 0.05) -> Tensor:
+        """An IoU more than this above chance is significant at ``alpha`` among all pairs: float64 (L,). inf: too few permutations.
 
         ``chance + margin(alpha)`` is a threshold of IoU for each unit and label.
 
-        >>> null = IoUNull(*torch.zeros(3, 1, 1), largest=torch.arange(19, dtype=torch.float64) / 100)
-        >>> null.margin(0.05), null.margin(0.1), null.margin(0.01)
-        (0.18, 0.17, inf)
+        >>> null = IoUNull(*torch.zeros(3, 1, 2), torch.tensor([0.01, 0.02]), torch.arange(19.0))
+        >>> null.margin(0.05), null.margin(0.01)
+        (tensor([0.1800, 0.3600]), tensor([inf, inf]))
         """
-        allowed = math.floor(alpha * (1 + len(self.largest)) + 1e-9)  # permutations, the observed one among them, that reach it
+        allowed = math.floor(alpha * (1 + len(self.largest)) + 1e-9)  # of all, what was observed among them, may reach it
         if allowed < 1:
-            return math.inf
-        return float(self.largest.sort(descending=True).values[allowed - 1])
+            return torch.full_like(self.scale, math.inf).where(~self.scale.isnan(), torch.nan)
+        return self.scale * self.largest.sort(descending=True).values[allowed - 1]
 
 
 class ShuffledOverlap:
@@ -122,16 +126,17 @@ class ShuffledOverlap:
             total += drawn
             reached += drawn >= iou
         draws = len(self.drawn)
-        # The observed assignment counts as one of them, so that all are treated alike; the factor makes the mean that of the others.
-        mean, scale = (total + iou) / (1 + draws), (1 + draws) / draws
-        largest = torch.full((draws,), -torch.inf, dtype=torch.float64)
-        if bool(tested.any()) and len(iou):
-            largest = torch.stack([((drawn - mean) * scale)[:, tested].amax() for drawn in self._draws(columns)])
-        excess = (iou - mean) * scale
-        rising = largest.sort().values
-        above = draws - torch.searchsorted(rising, (excess - _EQUAL).contiguous())
-        p, adjusted = (count.double() / (1 + draws) for count in (reached, 1 + above))
-        return IoUNull(total / draws, p.where(tested, torch.nan), adjusted.where(tested, torch.nan), largest)
+        mean, others = (total + iou) / (1 + draws), (1 + draws) / draws  # (x − mean) · others is x − the mean of the others
+        excess = (iou - mean) * others
+        highest = torch.stack([_highest(excess), *(_highest((drawn - mean) * others) for drawn in self._draws(columns))])[:, tested]
+        scale = (highest.sum(0) - highest) / draws
+        scale = scale.clamp(min=_quartile(highest.mean(0)))
+        largest = _ratio(highest, scale)[1:].amax(1) if bool(tested.any()) else torch.zeros(draws, dtype=torch.float64)
+        own = torch.full((len(columns),), torch.nan, dtype=torch.float64)
+        own[tested] = scale[0]
+        below = torch.searchsorted(largest.sort().values, (_ratio(excess, own) - _EQUAL).contiguous())
+        p, adjusted = (count.double() / (1 + draws) for count in (reached, 1 + draws - below))
+        return IoUNull(total / draws, p.where(tested, torch.nan), adjusted.where(tested, torch.nan), own, largest)
 
     def _draws(self, columns: Tensor) -> Any:
         """The IoU of each permutation, one after the other, float64 (U, labels)."""
@@ -190,6 +195,20 @@ class ShuffledOverlap:
 
     def __repr__(self) -> str:
         return f"ShuffledOverlap({len(self.drawn)} permutations of {self.drawn[0]!r})"
+
+
+def _highest(excess: Tensor) -> Tensor:
+    """The highest of each label, (L,); 0 if none is above chance."""
+    return torch.cat([excess, excess.new_zeros(1, excess.shape[1])]).amax(0)
+
+
+def _quartile(values: Tensor) -> float:
+    return float(values.quantile(0.25)) if len(values) else 0.0
+
+
+def _ratio(excess: Tensor, scale: Tensor) -> Tensor:
+    """Of an excess and its scale; 0 / 0 is 0."""
+    return (excess / scale).where(excess != 0, 0)
 
 
 def exchanged(labels: LabelBatch, order: Tensor) -> LabelBatch:

@@ -190,16 +190,19 @@ def _exchanged(d: LayerScores, limits: Limits) -> str:
     """The null of IoU."""
     assert d.iou_null is not None
     draws, margin = len(d.iou_null.largest), d.iou_null.margin(limits.alpha)
+    known = margin[~margin.isnan()]
     text = (
         "The mean IoU when the labels of the images of a batch are exchanged, each image's labels as a whole. The null is that the active "
     )
     text += "regions have nothing to do with the labels of the same image; where both tend to be in a picture is part of it. The p-value "
     text += f"is that of {draws} permutations, at least 1/{draws + 1}, and corrected for all units and labels by the largest excess over "
-    text += "chance. "
-    if margin == math.inf:
+    text += "chance of any pair. "
+    if not len(known):
+        return text + "No label was tested: all are shown by few images."
+    if bool(known.isinf().all()):
         return text + f"That is too few permutations to be significant at {limits.alpha:g}."
-    text += f"An IoU of {number(margin, 2)} above chance is significant at {limits.alpha:g}. " if margin > -math.inf else ""
-    return text + "Labels that only a few images show were not tested."
+    text += f"An IoU of {number(float(known.amin()), 2)} to {number(float(known.amax()), 2)} above chance, depending on the label, is "
+    return text + f"significant at {limits.alpha:g}. Labels that only a few images show were not tested."
 
 
 def silent(cause: str, threshold: float) -> str:

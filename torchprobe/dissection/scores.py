@@ -222,10 +222,10 @@ class LayerScores:
         Returns:
             ``layer``, ``units``, ``images``, ``labels``, ``metadata``. For latents: ``density``. With IoU: ``detectors`` by both rules,
             ``never_active``, the number of units without any active pixel for each cause, and the 20 ``best`` units; with its null
-            ``iou_null``, permutations and the detectors beyond chance at 0.05. With average precision: ``rule`` and ``encoded``, what "encodes" means and the concepts that units encode by that rule (see
-            :meth:`concepts`); ``concepts``, one entry for each of ``thresholds``, and the 20 units ``best_by_gain``. In ``concepts``,
-            ``unique`` is the number of concepts encoded, ``units`` the number of units that encode at least one, ``polysemanticity`` the
-            concepts per unit, mean over all units.
+            ``iou_null``, permutations and the detectors beyond chance at 0.05. With average precision: ``rule`` and ``encoded``, what
+            "encodes" means and the concepts that units encode by that rule (see :meth:`concepts`); ``concepts``, one entry for each of
+            ``thresholds``, and the 20 units ``best_by_gain``. In ``concepts``, ``unique`` is the number of concepts encoded, ``units`` the
+            number of units that encode at least one, ``polysemanticity`` the concepts per unit, mean over all units.
         """
         found: dict[str, Any] = {
             "layer": self.layer,
@@ -241,8 +241,7 @@ class LayerScores:
             silence = self.silence()
             found["never_active"] = {cause: silence.count(cause) for cause in activity.CAUSES}
             if self.iou_null is not None:
-                margin, permutations = self.iou_null.margin(), len(self.iou_null.largest)
-                found["iou_null"] = {"permutations": permutations, "margin": margin, "detectors": self.detectors_beyond_chance()}
+                found["iou_null"] = {"permutations": len(self.iou_null.largest), "detectors": self.detectors_beyond_chance()}
             found["best"] = self.rows("iou")[:20]
         if self.average_precision is not None:
             found["rule"] = {"ap": 0.9, "gain": summaries.default_gain(0.9), "alpha": 0.05, "method": "holm"}
@@ -286,8 +285,8 @@ class LayerScores:
         return pairs & (self.support.positives >= minimum_positives)
 
     def beyond_chance(self, alpha: float = 0.05) -> Tensor:
-        """Which unit overlaps which label significantly, bool (U, L): its IoU exceeds chance by more than any pair does, with probability
-        ``alpha``, when labels are exchanged among images; see :mod:`torchprobe.dissection.iou_null`.
+        """Which unit overlaps which label significantly, bool (U, L): its IoU exceeds chance by more than any pair does, but for a
+        probability of ``alpha``, when labels are exchanged among images; see :mod:`torchprobe.dissection.iou_null`.
 
         Raises:
             ValueError: the null was not computed.
