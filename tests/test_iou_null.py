@@ -100,8 +100,10 @@ def test_labels_are_exchanged_whole():
     images = images_of(rng, 7)
     order = torch.randperm(7)
     found, wanted = exchanged(pack(images), order), pack([images[i] for i in order])
-    for mine, other in zip(found, wanted, strict=True):
-        assert torch.equal(mine, other)
+    for name in ("planes", "sizes", "whole"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name))
+    boxes = torch.arange(28.0, dtype=torch.float64).view(7, 4)
+    assert found.boxes is None and torch.equal(exchanged(pack(images)._replace(boxes=boxes), order).boxes, boxes[order])
     annotated = pack(images)
     whole = annotated.whole.clone()
     whole[0] = -2  # an annotation without a label travels too

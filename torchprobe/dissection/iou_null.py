@@ -212,7 +212,7 @@ def _ratio(excess: Tensor, scale: Tensor) -> Tensor:
 
 
 def exchanged(labels: LabelBatch, order: Tensor) -> LabelBatch:
-    """The labels of the same images in another order.
+    """The labels of the same images in another order, each with where a map lies on its grid.
 
     >>> labels = LabelBatch.pack([[("a", [1, 2])], [("a", [3])]], [(1, 1), (2, 2)])
     >>> exchanged(labels, torch.tensor([1, 0])).whole
@@ -224,6 +224,7 @@ def exchanged(labels: LabelBatch, order: Tensor) -> LabelBatch:
         planes=torch.cat([labels.planes[:0], *(planes[i] for i in chosen)]),
         sizes=labels.sizes[order],
         whole=torch.cat([labels.whole[:0], *(whole[i] for i in chosen)]),
+        boxes=None if labels.boxes is None else labels.boxes[order],
     )
 
 
