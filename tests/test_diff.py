@@ -154,6 +154,9 @@ def test_on_the_command_line(folders):
     assert rows["red"]["units_before"] == "3" and rows["red"]["change"] == "kept"
     page = (folders / "out" / "layer.html").read_text(encoding="utf-8")
     assert "<b>x</b>" not in page and "&lt;b&gt;x" in page and "− 3, + 1" in page
+    with open(folders / "b" / "layer-concepts.csv", newline="", encoding="utf-8") as file:
+        rows = {row["label"]: row for row in csv.DictReader(file)}
+    assert rows["red"]["detected_by"] == "1" and rows["red"]["pixels"] == "1000" and rows["red"]["encoded_by"] == ""
     files = [str(folders / "a" / "only-a.safetensors"), str(folders / "b" / "only-b.safetensors")]
     done = CliRunner().invoke(cli, ["diff", *files, "--out", str(folders / "files")])
     assert done.exit_code == 0 and "The layers are only-a and only-b." in done.output and "gained: 1" in done.output

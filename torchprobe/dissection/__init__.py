@@ -1,29 +1,12 @@
 """Units against concepts: what the units of a layer detect, and what of that is beyond chance.
 
-==========================  =============================================================:func:`dissect`             a model, some layers and Broden: a :class:`Dissection` for each layer
-:class:`Dissection`         what the units of a layer detect; saved, merged, summarized
-:func:`dissect_words`       a model, some layers, images and a labeler: a :class:`WordDissection` for each layer
-:func:`singular_vectors`    directions of a head; :func:`random_rotation` is their control
-:func:`read_basis`          directions or a sparse autoencoder from a file; :class:`SparseBasis`
-:class:`Overlap`            counts of pixels over a data set; mergeable; their :class:`Counts`
-:class:`ShuffledOverlap`    the same for exchanged labels: the null of IoU, :class:`IoUNull`
-:class:`LabelBatch`         the labels of a batch of images
-:func:`as_maps`             an activation as maps with positions
-:func:`average_precision`   how well each unit ranks the images of each concept
-:func:`support`             among how many images, and how many of them show it; prevalence
-:func:`pool`                a map as one score
-:func:`concept_matrix`      which image shows which concept
-:func:`p_values`            the null; :func:`permutation_test` if scores have ties
-:func:`correct`             p-values corrected for multiple tests
-:func:`unique_detectors`    detectors and their concepts, counted as in the original
-:func:`encoded`             pairs of unit and concept beyond threshold and chance
-==========================  ====================================================================
-=======
 ============================  ====================================================================
 :func:`dissect`               a model, some layers and Broden: a :class:`Dissection` for each layer
 :class:`Dissection`           what the units of a layer detect; saved, merged, summarized
+:func:`dissect_words`         a model, some layers, images and a labeler: a :class:`WordDissection` for each layer
 :func:`compare_dissections`   two of them, unit by unit and concept by concept
 :func:`singular_vectors`      directions of a head; :func:`random_rotation` is their control
+:func:`read_basis`            directions or a sparse autoencoder from a file; :class:`SparseBasis`
 :class:`Overlap`              counts of pixels over a data set; mergeable; their :class:`Counts`
 :class:`ShuffledOverlap`      the same for exchanged labels: the null of IoU, :class:`IoUNull`
 :class:`LabelBatch`           the labels of a batch of images

@@ -253,7 +253,7 @@ class Report:
             summary=report_text.SUMMARY,
             notice=report_text.notice(d),
             facts=self.facts(),
-            lead=[report_text.nulls_section(self.comparison() if self.nulls else None)],
+            lead=[report_text.nulls_section(self.comparison() if self.nulls else None, d.iou_null is not None)],
             sections=[report_text.reading_section(d, self.limits)],
             footer=report_text.footer(d),
             bars=self.bars(),

@@ -94,15 +94,17 @@ def units_note(pictures: bool, regions: bool, evidence: bool) -> str:
     return note
 
 
-def nulls_section(comparison: Sequence[Row] | None) -> Section:
-    """The layer next to its nulls, if there are any."""
+def nulls_section(comparison: Sequence[Row] | None, tested: bool = False) -> Section:
+    """The layer next to its nulls, if there are any. ``tested``: each IoU was tested on this page."""
     paragraphs = [
         "Large concepts overlap with everything, and among many units and labels some pairs coincide by chance. A count alone says little."
     ]
+    if tested:
+        paragraphs.append("Each IoU was compared with those of exchanged labels: see the columns “chance IoU” and “p of IoU”.")
     if comparison is None:
         paragraphs.append(
-            "No null was computed for this page. Dissect the same layer with random weights (batch norms recalibrated, several seeds) and "
-            "with shuffled labels, and compare."
+            f"No {'other ' if tested else ''}null was computed for this page. Dissect the same layer with random weights (batch norms "
+            "recalibrated, several seeds) and with shuffled labels, and compare."
         )
         return Section("Compared with chance", paragraphs)
     return Section("Compared with chance", paragraphs, tables=[Table(comparison, COMPARISON, "The same layer and images")])
