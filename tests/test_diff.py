@@ -104,9 +104,23 @@ def test_labels_are_matched_by_name_and_category():
     assert rows[1].change == "other" and math.isnan(rows[1].before_now)  # no sea after
     assert rows[2].change == "gained" and (rows[2].label_after, rows[2].category_after) == ("sky", "color")
     concepts = {(row.label, row.category): row for row in found.concepts}
-    assert concepts["sky", "object"].change == "kept" and concepts["sky", "color"].change == "gained"
-    assert concepts["sea", "object"].detected_after is None
+    assert concepts["sky", "object"].change == "kept" and concepts["sky", "color"].change == "missing"
+    assert concepts["sea", "object"].detected_after is None and concepts["sea", "object"].change == "missing"
     assert found.remarks == ["2 labels only in the first: sea, <b>x</b>.", "1 label only in the second: sky."]
+
+
+def test_result_files_are_compared_by_what_they_hold(tmp_path):
+    files = [Dissection.from_csv(layer(iou).to_csv(tmp_path / f"{i}.csv"), layer="layer") for i, iou in enumerate((BEFORE, AFTER))]
+    whole, found = compare_dissections(layer(BEFORE), layer(AFTER)), compare_dissections(*files)
+    assert {row.unit: row.change for row in found.units["iou"]} == {row.unit: row.change for row in whole.units["iou"]}
+    assert [row.score_after for row in found.units["iou"]] == pytest.approx([row.score_after for row in whole.units["iou"]])
+    changes = {row.label: row.change for row in found.concepts}
+    assert changes == {row.label: row.change for row in whole.concepts}
+    assert {row.label: row.units_after for row in found.concepts} == {row.label: row.units_after for row in whole.concepts}
+    assert len(found.remarks) == 1 and "The first and the second are result files" in found.remarks[0]
+    mixed = compare_dissections(files[0], layer(AFTER))
+    assert mixed.summary()["concepts"] == whole.summary()["concepts"] and "The first is a result file" in mixed.remarks[0]
+    assert diff(tmp_path / "0.csv", tmp_path / "1.csv")["0"].summary()["units"] == whole.summary()["units"]
 
 
 def test_what_differs_is_said():

@@ -10,8 +10,8 @@ from torchprobe.cli.tools import check_output, console, exit_codes, json_option,
 
 HELP = (
     "What changed between two dissections, unit by unit and concept by concept? A and B are --out folders of torchprobe dissect, or files "
-    "of single layers. Labels are matched by name and category, units by index. Differences of data, images and settings are said, not "
-    "refused. Writes a page and tables."
+    "of single layers: .safetensors, or the .csv of Network Dissection. Labels are matched by name and category, units by index. "
+    "Differences of data, images and settings are said, not refused. Writes a page and tables."
 )
 
 

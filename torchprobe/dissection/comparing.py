@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torchprobe.common.messages import counted, listing
 from torchprobe.common.records import Record
 from torchprobe.dissection import summaries
 from torchprobe.dissection.concepts import ConceptUnits
+from torchprobe.dissection.result_file import ResultFile
 from torchprobe.dissection.scores import LayerScores
 
 CHANGES = ("kept", "other", "gained", "lost", "none")
@@ -45,7 +46,8 @@ class UnitChange(Record):
 
 @dataclass(frozen=True, eq=False)
 class ConceptChange(Record):
-    """A concept in two dissections. ``change``: it has a unit in both ("kept"), only after ("gained"), only before ("lost"), or in neither.
+    """A concept in two dissections. ``change``: it has a unit in both ("kept"), only after ("gained"), only before ("lost"), in neither
+    ("none"), or the images of one do not show it ("missing").
 
     ``units_before``, ``units_after``: units that encode or detect it, by the scores that both dissections have; ``detected`` and
     ``encoded`` are their numbers. ``iou`` and ``ap``: the highest of any unit. nan, or None for a number, where it was not computed or the
@@ -132,11 +134,10 @@ def compare_dissections(
         if before.counts is not None and after.counts is not None:
             counting = [one.table("iou") >= threshold for one in (before, after)]
             found.units["iou"] = _units(before, after, "iou", counting)
-        if before.average_precision is not None and after.average_precision is not None:
+        if _encodes(before) and _encodes(after):
             found.units["gain"] = _units(before, after, "gain", [one.encoded(*rule) for one in (before, after)])
-    both = [name for name, kind in _BY.items() if kind(before) and kind(after)]  # what only one has says nothing about a change
-    old, new = ({_key(row): row for row in one.concepts(*rule, iou_threshold=threshold)} for one in (before, after))
-    found.concepts = _concepts(old, new, both)
+    old, new = (_by_label(one, rule, threshold) for one in (before, after))
+    found.concepts = _concepts(old, new, before, after)
     return found
 
 
@@ -150,6 +151,13 @@ def remarks(before: LayerScores, after: LayerScores) -> list[str]:
         found.append(f"They have {before.units:,} and {after.units:,} units, so units are not compared one by one.")
     elif a.get("weights") is not None and a.get("weights") == b.get("weights") and before.layer == after.layer:
         found.append("The weights are the same.")
+    for name, which in (("counts", "IoU"), ("average_precision", "Average precision")):
+        if (given := getattr(before, name) is not None) != (getattr(after, name) is not None):
+            found.append(f"{which} is only in the {'first' if given else 'second'}, so it does not count.")
+    if files := [which for which, d in (("first", before), ("second", after)) if isinstance(d, ResultFile)]:
+        what = "is a result file, which holds" if len(files) == 1 else "are result files, which hold"
+        found.append(f"The {' and the '.join(files)} {what} best labels only: data set, images, settings and other scores are unknown.")
+        return found
     one, other = a.get("dataset", {}), b.get("dataset", {})
     if one.get("name") != other.get("name"):
         found.append(f"The data sets are {one.get('name')} and {other.get('name')}.")
@@ -161,9 +169,6 @@ def remarks(before: LayerScores, after: LayerScores) -> list[str]:
     if a.get("preprocessing") != b.get("preprocessing"):
         found.append("The pictures were preprocessed in different ways.")
     found += [f"{name}: {_plain(a.get(name))} and {_plain(b.get(name))}." for name in _SETTINGS if a.get(name) != b.get(name)]
-    for name, which in (("counts", "IoU"), ("average_precision", "Average precision")):
-        if (given := getattr(before, name) is not None) != (getattr(after, name) is not None):
-            found.append(f"{which} is only in the {'first' if given else 'second'}, so it does not count.")
     for which, this, that in (("first", before, after), ("second", after, before)):
         known = {_label(that, i) for i in range(len(that.labels))}
         if missing := [this.labels[i].name for i in range(len(this.labels)) if _label(this, i) not in known]:
@@ -191,44 +196,63 @@ def _units(before: LayerScores, after: LayerScores, score: str, counts: Sequence
     return sorted(rows, key=lambda row: -abs(row.difference))
 
 
-_BY: dict[str, Callable[[LayerScores], bool]] = {
-    "encoded_by": lambda one: one.average_precision is not None,
-    "detected_by": lambda one: one.counts is not None,
-}
-"""How a concept gets its units, and whether that was computed."""
-
-Concepts = dict[tuple[str, str], ConceptUnits]
+def _encodes(one: LayerScores) -> bool:
+    """Whether it is known which unit encodes which concept."""
+    return one.average_precision is not None and not isinstance(one, ResultFile)
 
 
-def _concepts(before: Concepts, after: Concepts, both: Sequence[str]) -> list[ConceptChange]:
+def _by_label(one: LayerScores, rule: tuple[float, float, str, int, float | None], threshold: float) -> dict[tuple[str, str], ConceptUnits]:
+    """(Category, label) → its units. Of a result file, only labels that are the best of some unit."""
+    if not isinstance(one, ResultFile):
+        return {(row.category, row.label): row for row in one.concepts(*rule, iou_threshold=threshold)}
+    units: dict[int, list[int]] = {i: [] for i in range(len(one.labels))}
+    for row in one.best() if one.counts is not None else ():
+        if row.index >= 0 and row.score >= threshold:
+            units[row.index].append(row.unit)
+    found = {}
+    for i, detecting in units.items():
+        category, label = key = _label(one, i)
+        found[key] = ConceptUnits(
+            i, one.labels[i].number, category, label, None, None, None, None, (), tuple(detecting), None, None, None, None, None, None
+        )  # fmt: skip
+    return found
+
+
+def _concepts(
+    old: dict[tuple[str, str], ConceptUnits], new: dict[tuple[str, str], ConceptUnits], before: LayerScores, after: LayerScores
+) -> list[ConceptChange]:
+    encoded = [_encodes(one) for one in (before, after)]
+    detected = [one.counts is not None for one in (before, after)]
+    both = [by for by, given in (("encoded_by", encoded), ("detected_by", detected)) if all(given)]  # one alone says nothing of a change
     rows = []
-    for key in dict.fromkeys([*before, *after]):
-        one, other = before.get(key), after.get(key)
-        had, has = ([*dict.fromkeys(unit for by in both for unit in getattr(row, by, ()))] for row in (one, other))
+    for key in dict.fromkeys([*old, *new]):
+        pair = one, other = old.get(key), new.get(key)
+        had, has = ([*dict.fromkeys(unit for by in both for unit in getattr(row, by, ()))] for row in pair)
         change = "kept" if had and has else "gained" if has else "lost" if had else "none"
+        if any(row is None and not isinstance(of, ResultFile) for row, of in zip(pair, (before, after), strict=True)):
+            change = "missing"
+        detecting = [_number(row, "detected_by", given, of) for row, given, of in zip(pair, detected, (before, after), strict=True)]
+        encoding = [_number(row, "encoded_by", given, of) for row, given, of in zip(pair, encoded, (before, after), strict=True)]
         rows.append(
             ConceptChange(
-                *key, change, _number(one, "detected_by", "iou"), _number(other, "detected_by", "iou"),
-                _number(one, "encoded_by", "images"), _number(other, "encoded_by", "images"),
+                *key, change, detecting[0], detecting[1], encoding[0], encoding[1],
                 _value(one, "iou"), _value(other, "iou"), _value(one, "average_precision"), _value(other, "average_precision"),
                 had, has,
             )
         )  # fmt: skip
-    order = ("gained", "lost", "kept", "none")
+    order = ("gained", "lost", "kept", "none", "missing")
     return sorted(rows, key=lambda row: (order.index(row.change), -abs(len(row.units_after) - len(row.units_before)), row.label))
-
-
-def _key(row: ConceptUnits) -> tuple[str, str]:
-    return row.category, row.label
 
 
 def _label(dissection: LayerScores, column: int) -> tuple[str, str]:
     return dissection.categories[int(dissection.category[column])], dissection.labels[column].name
 
 
-def _number(row: ConceptUnits | None, units: str, given: str) -> int | None:
-    """How many units; None if that was not computed."""
-    return None if row is None or getattr(row, given) is None else len(getattr(row, units))
+def _number(row: ConceptUnits | None, units: str, given: bool, of: LayerScores) -> int | None:
+    """How many units; None if that is unknown. A label that a result file does not hold is the best of no unit."""
+    if not given or (row is None and not isinstance(of, ResultFile)):
+        return None
+    return len(getattr(row, units, ()))
 
 
 def _value(row: ConceptUnits | None, name: str) -> float:

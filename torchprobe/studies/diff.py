@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torchprobe.common.files import replacing, to_json
 from torchprobe.common.messages import listing
 from torchprobe.dissection import Dissection, DissectionComparison, compare_dissections
 from torchprobe.dissection.comparing import CHANGES
+from torchprobe.dissection.scores import LayerScores
 from torchprobe.rendering.page import Fact, Page, Section, Table
 from torchprobe.rendering.page import write as write_page
 from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, shown_columns, text, write_csv
@@ -39,12 +40,17 @@ UNIT_COLUMNS = (
 CONCEPT_COLUMNS = (
     Column("label", "concept", "name of the concept", "text"),
     Column("category", "category", "its category", "text"),
-    Column("change", "change", "it has a unit in both (kept), only after (gained), only before (lost), or in neither", "text"),
+    Column(
+        "change",
+        "change",
+        "it has a unit in both (kept), only after (gained), only before (lost), or in neither; missing: one shows it not",
+        "text",
+    ),
     Column("units", "units lost and gained", "indices of the units that encode or detect it only before (−), only after (+)", "text"),
     Column("detected_before", "detectors", "units that detect it by IoU, before", "count"),
     Column("detected_after", "after", "units that detect it by IoU, after", "count"),
-    Column("iou_before", "IoU", "highest IoU of a unit, before"),
-    Column("iou_after", "after", "highest IoU of a unit, after"),
+    Column("iou_before", "IoU", "highest IoU of a unit, before", optional=True),
+    Column("iou_after", "after", "highest IoU of a unit, after", optional=True),
     Column("encoded_before", "encoding", "units that encode it, before", "count", optional=True),
     Column("encoded_after", "after", "units that encode it, after", "count", optional=True),
     Column("ap_before", "AP", "highest average precision of a unit, before", optional=True),
@@ -56,8 +62,8 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str], **rule: 
     """Compares dissections on disk.
 
     Args:
-        first, second: files of :meth:`Dissection.save`, or folders of ``torchprobe dissect``. Of folders, the layers that both have are
-            compared; if each has one layer only, these two.
+        first, second: files of :meth:`Dissection.save`, result files as CSV (see :meth:`Dissection.from_csv`), or folders of
+            ``torchprobe dissect``. Of folders, the layers that both have are compared; if each has one layer only, these two.
         rule: the thresholds of :func:`torchprobe.dissection.compare_dissections`.
 
     Returns:
@@ -76,10 +82,10 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str], **rule: 
     return {layer: compare_dissections(*pair, **rule) for layer, pair in pairs.items()}
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Dissection]:
+def _read(path: str | os.PathLike[str]) -> Mapping[str, LayerScores]:
     if Path(path).is_dir():
         return next(iter(earlier([path]).values()))
-    found = Dissection.load(path)
+    found: LayerScores = Dissection.from_csv(path) if Path(path).suffix.lower() == ".csv" else Dissection.load(path)
     return {found.layer: found}
 
 
