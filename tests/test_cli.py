@@ -57,7 +57,7 @@ def test_help_documents_the_exit_codes(run, command):
     assert (re.search(r"^ +3 ", out, re.MULTILINE) is not None) == (command in ([], ["dissect"], ["doctor"]))
 
 
-COMMANDS = ["scan", "layers", "concepts", "dissect", "words", "interpret", "compare", "doctor", "demo"]
+COMMANDS = ["scan", "layers", "concepts", "dissect", "words", "interpret", "compare", "diff", "doctor", "demo"]
 
 
 def test_help_fits_80_columns(run, monkeypatch):
@@ -298,14 +298,17 @@ def test_dissect_prints_and_writes(run, broden, tmp_path):
     for phrase in ("visual.blocks.0, 64 units", "  null", "detectors", "paper's rule", "encoded"):
         assert phrase in out, phrase
     assert out.strip().endswith(str(tmp_path / "out" / "visual.blocks.1.html"))
-    kinds = ("visual.blocks.0.csv", "visual.blocks.0-ap.csv", "visual.blocks.0.safetensors", "visual.blocks.0.html", "summary.json")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {name.replace("0", n) for name in kinds for n in "01"}
+    ends = (".csv", "-ap.csv", "-concepts.csv", ".safetensors", ".html")
+    files = {f"visual.blocks.{n}{end}" for n in "01" for end in ends}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files | {"summary.json"}
     page = (tmp_path / "out" / "visual.blocks.0.html").read_text(encoding="utf-8")
     assert "random weights" in page
     assert "<img" not in page
     code, _, err = run(*dissecting(broden, tmp_path / "out", "--resume"))
     assert code == 1
     assert "nothing to resume" in err
+    code, out, _ = run("diff", tmp_path / "out", tmp_path / "null", "--out", tmp_path / "diff")
+    assert code == 0 and "shuffle_labels: none and 1." in out and (tmp_path / "diff" / "visual.blocks.1.html").exists()
     code, _, err = run(*dissecting(broden, tmp_path / "out", "--null", broden))
     assert code == 1
     assert "does not hold a finished dissection" in err

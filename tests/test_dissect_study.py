@@ -22,7 +22,9 @@ def root(tmp_path_factory):
 def test_a_folder_for_a_folder(root, tmp_path):
     told = []
     found = dissect_folder(Net(), root, ["conv", "norm"], tmp_path / "out", preprocess=preprocess, progress=told.append)
-    files = {f"{layer}{end}" for layer in ("conv", "norm") for end in (".safetensors", ".csv", "-ap.csv")} | {"summary.json"}
+    files = {f"{layer}{end}" for layer in ("conv", "norm") for end in (".safetensors", ".csv", "-ap.csv", "-concepts.csv")} | {
+        "summary.json"
+    }
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # whoever may read one may read all
     for layer, dissection in found.items():
@@ -38,7 +40,7 @@ def test_a_folder_for_a_folder(root, tmp_path):
 
 def test_one_score_alone(root, tmp_path):
     dissect_folder(Net(), root, "", tmp_path, preprocess=preprocess, score="ap")
-    assert {path.name for path in tmp_path.iterdir()} == {"output.safetensors", "output-ap.csv", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"output.safetensors", "output-ap.csv", "output-concepts.csv", "summary.json"}
 
 
 def test_interrupted_and_resumed(root, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchprobe.dissection import Counts, Dissection, best_labels, unique_detectors
+from torchprobe.dissection import Counts, Dissection, best_labels, compare_dissections, unique_detectors
 
 FOLDER = os.environ.get("TORCHPROBE_GOLDEN", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="TORCHPROBE_GOLDEN does not name the folder of the published results")
@@ -106,3 +106,11 @@ def test_published_table_by_category(golden):
     got = unique_detectors(counts.iou(), category, categories, "paper")
     published = dict(zip(table["columns"], zip(row["unique"], row["detectors"], strict=True), strict=True))
     assert {"all": (got.unique, got.detectors), **got.by_category} == published
+
+
+def test_two_published_results_compared():
+    """AlexNet trained on ImageNet and on Places365: 50 and 72 concepts by the rule of the report."""
+    first, second = (Dissection.from_csv(Path(FOLDER, "netdissect", f"caffe_reference_{name}.csv")) for name in ("imagenet", "places365"))
+    concepts = compare_dissections(first, second).summary()["concepts"]
+    assert len(concepts["kept"]) + len(concepts["lost"]) == 50
+    assert len(concepts["kept"]) + len(concepts["gained"]) == 72

@@ -1,5 +1,6 @@
 """The page of a dissection: outlines, what it says and shows, untrusted names, and the page at work in a browser."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from torchprobe.dissection.report import Report, write_report
 from torchprobe.ops.overlap import upsample
 from torchprobe.rendering.dissection_page import (
     CategoryBar,
+    ConceptRow,
     DissectionPage,
     Shown,
     UnitRow,
@@ -94,6 +96,8 @@ COLUMNS = [
     Column("iou", "IoU", "overlap"),
 ]
 
+CONCEPT_COLUMNS = [COLUMNS[1], COLUMNS[2], Column("positives", "positives", "images that show it", "count")]
+
 
 def plain_page(units=12, name=HOSTILE):
     rng = np.random.default_rng(0)
@@ -115,6 +119,12 @@ def plain_page(units=12, name=HOSTILE):
         summary=name,
         bars=[CategoryBar("object", [(name, 3), ("sea", 2)]), CategoryBar("scene", [("sky", 3)])],
         bars_note=name,
+        concepts=[
+            ConceptRow({"label": name, "category": "object", "positives": 7}, encoded_by=tuple(range(30)), detected_by=(3, 1)),
+            ConceptRow({"label": "sea", "category": "object", "positives": 2}),
+        ],
+        concepts_note=name,
+        concept_columns=CONCEPT_COLUMNS,
         units=rows,
         units_note=name,
         columns=COLUMNS,
@@ -145,6 +155,15 @@ def test_labels_and_file_names_stay_text(name):
     assert "img" not in hostile.tags
     assert [a[:2] for a in hostile.attributes] == [a[:2] for a in harmless.attributes]
     assert not [a for a in hostile.attributes if a[1].startswith("on")]
+
+
+def test_a_concept_links_to_its_units():
+    text = render_dissection(plain_page())
+    links = re.findall(r'<a href="#unit-(\d+)">(\d+)</a>', text)
+    assert links == [(str(i), str(i)) for i in [*range(12), 3, 1]] and "… and 18 more" in text
+    assert text.index("1 concept without a unit") < text.rindex(">sea<")
+    nothing = dataclasses.replace(plain_page(), concepts=plain_page().concepts[1:])
+    assert "No unit encodes or detects a concept." in render_dissection(nothing)
 
 
 def test_the_data_are_read_back():
@@ -254,10 +273,44 @@ def test_the_bars_count_units_as_the_original_report(made):
         assert [bar.name for bar in bars] == [name for name in d.categories if expected.by_category[name][1]]
 
 
+def test_the_page_names_concepts_and_the_rule(made):
+    d = made[2]
+    report = Report(d, ap_threshold=0.6, alpha=1.0, gain_threshold=0.1)
+    pairs = d.encoded(0.6, 1.0, gain_threshold=0.1)
+    assert 0 < int(pairs.sum()) < int(d.encoded(0.6, 1.0, gain_threshold=-math.inf).sum())
+    title, seen = report.titles(), {}
+    for row, concept in zip(report.concept_rows(), report.concepts, strict=True):
+        i = concept.index
+        seen[i] = row
+        assert set(row.encoded_by) == set(pairs[:, i].nonzero().flatten().tolist())
+        gains = [float(d.gain[unit, i]) for unit in row.encoded_by]
+        assert gains == sorted(gains, reverse=True)
+        assert (row.values["positives"], row.values["images"]) == (int(d.support.positives[i]), int(d.support.images[i]))
+        assert row.values["pixels"] == int(d.counts.truth[i]) and row.values["label"] == title[i]
+        assert all(best.index == i and best.score >= 0.04 for best in d.best() if best.unit in row.detected_by)
+    assert {i for i, row in seen.items() if row.encoded_by} == set(pairs.any(0).nonzero().flatten().tolist())
+    assert sum(len(row.detected_by) for row in seen.values()) == d.unique_detectors("report").detectors
+    named = {row.values["unit"]: row.values["encodes"] for row in report.units()}
+    unit = int(pairs.sum(1).argmax())
+    assert all(title[i] in named[unit] for i in pairs[unit].nonzero().flatten().tolist()[:4])
+    page = report.page()
+    assert "gain ≥ 0.1" in page.concepts_note and "AP ≥ 0.6" in page.concepts_note
+    assert [row["label"] for row in d.summary()["encoded"]] == [row.label for row in d.concepts() if row.encoded_by]
+
+
 def test_the_page_states_its_choices(made, tmp_path):
     broden, _, d = made
     text = Tags(write_report(d, tmp_path / "a.html", broden).read_text(encoding="utf-8")).text
-    for phrase in ("0.005", "mode default", "0.04", "AP ≥ 0.9", "Holm", "No null was computed", "without the network", "primary category"):
+    for phrase in (
+        "0.005",
+        "mode default",
+        "0.04",
+        "AP ≥ 0.9, gain ≥ 0.8",
+        "Holm",
+        "No null was computed",
+        "without the network",
+        "primary category",
+    ):
         assert phrase in text, phrase
     shuffled = dissect(made[1], ["1"], broden, batch_size=5, shuffle_labels=0)["1"]
     text = Tags(write_report(d, tmp_path / "a.html", broden, nulls={"shuffled <b>": shuffled}).read_text(encoding="utf-8")).text
@@ -413,10 +466,11 @@ const type = (text) => { const box = document.getElementById("search"); box.valu
   category.value = ""; category.dispatchEvent(new Event("change"));
   document.querySelector(".bar").click(); seen.bar = visible(); seen.found = document.getElementById("found").value;
   category.value = ""; document.getElementById("detectors").checked = false; type("");
-  const head = document.querySelector("th.iou button");
+  type("sea"); document.querySelector(".concepts a").click(); seen.linked = visible();
+  const head = document.querySelector("#table th.iou button");
   head.click(); seen.down = visible();
   head.click(); seen.up = visible();
-  document.querySelector("th.label button").click(); seen.byName = visible();
+  document.querySelector("#table th.label button").click(); seen.byName = visible();
   const pictures = document.getElementById("pictures");
   pictures.checked = false; pictures.dispatchEvent(new Event("change"));
   await wait();
@@ -469,6 +523,7 @@ def test_in_a_browser_search_and_sort_work_and_names_stay_text(tmp_path):
     assert seen["nothing"] == [] and seen["none"]
     assert seen["scene"] == ["1", "4", "7", "10"]
     assert seen["bar"] == ["6", "9"] and seen["found"] == "2 of 12 units"
+    assert seen["linked"] == every
     assert seen["down"] == every[::-1]
     assert seen["up"] == every
     assert seen["byName"][4:] == ["2", "5", "8", "11", "1", "4", "7", "10"]
@@ -480,7 +535,7 @@ def test_in_a_browser_only_what_is_near_the_window_is_drawn(tmp_path):
     page = write_dissection(plain_page(units=2048), tmp_path / "page.html")
     found, said = browse(page, tmp_path / "profile", "--virtual-time-budget=5000", "--window-size=1200,900")
     assert said == ""
-    assert found.count("<tbody") == 2048
+    assert found.count('<tbody id="unit-') == 2048
     assert 0 < found.count("<figure>") < 200
 
 

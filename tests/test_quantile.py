@@ -232,11 +232,19 @@ def test_the_level_of_network_dissection():
 @pytest.mark.parametrize("kind", ["normal", "rectified", "ties", "constant", "offset", "huge"])
 def test_interpolated_as_network_dissection(n, kind):
     """Hazen's rule in float64; on a plateau it has the value of the plateau."""
-    x = VALUES[kind](n, 3)
+    x = VALUES[kind](n, 3).clamp(-3e38, 3e38)
     for quantile in (0.005, NETDISSECT, 0.02, 0.3):
         q = observed(x, parts=2, quantile=quantile)
         exact = np.quantile(x.double().numpy(), float(1 - Fraction(str(quantile))), axis=0, method="hazen")
         np.testing.assert_allclose(q.value(method="hazen").numpy(), exact, rtol=2e-7, atol=1e-45)
+
+
+@pytest.mark.parametrize("n", [150, 190, 500, 790, 999, 3000])
+def test_interpolated_with_no_more_memory_than_needed(n):
+    x = torch.randperm(n).float()[:, None]
+    q = observed(x, parts=n // 10, quantile=NETDISSECT, memory=memory_for(1, n, NETDISSECT))
+    exact = np.quantile(x.double().numpy(), float(1 - NETDISSECT), method="hazen")
+    assert q.exact and q.value(method="hazen").item() == pytest.approx(exact, rel=1e-6)
 
 
 def test_an_interpolated_threshold_leaves_active_what_an_order_statistic_does_not():

@@ -78,7 +78,7 @@ def in_basis(units: Dissection, directions: Tensor) -> Dissection:
     if units.scores is None or units.ranking is None:
         raise ValueError("the scores of the images were not kept: dissect with keep_scores=True")
     directions = check_basis(directions, units.units, units.layer)
-    rotated = replace(units, units=len(directions), thresholds=None, level=None, counts=None, top=None)
+    rotated = replace(units, units=len(directions), thresholds=None, level=None, counts=None, iou_null=None, top=None)
     rotated.rank(units.ranking, project(units.scores.T, directions).T.contiguous(), keep=True)
     return rotated
 

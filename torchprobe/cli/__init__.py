@@ -12,6 +12,7 @@ import click
 
 import torchprobe
 from torchprobe.cli.concepts_command import concepts
+from torchprobe.cli.diff_command import diff
 from torchprobe.cli.dissect_command import dissect
 from torchprobe.cli.interpret_command import compare, interpret
 from torchprobe.cli.tools import (
@@ -224,7 +225,7 @@ def demo(out: Path, as_json: bool) -> None:
     print_files(pages | files)
 
 
-for command in (dissect, words, concepts, interpret, compare):
+for command in (dissect, diff, words, concepts, interpret, compare):
     cli.add_command(command)
 
 

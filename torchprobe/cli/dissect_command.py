@@ -112,6 +112,14 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
     metavar="FILE",
     help="A sparse autoencoder, or directions, instead of the units.",
 )
+@click.option(
+    "--iou-permutations",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="B",
+    help="Test IoU against labels exchanged among images, B times; 99 is a good number. Each time costs as much as counting.",
+)
 @click.option("--shuffle-labels", type=int, metavar="SEED", help="Shuffle the labels of the images: a null.")
 @click.option(
     "--null",

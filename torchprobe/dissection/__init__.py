@@ -1,23 +1,25 @@
 """Units against concepts: what the units of a layer detect, and what of that is beyond chance.
 
-==========================  ====================================================================
-:func:`dissect`             a model, some layers and Broden: a :class:`Dissection` for each layer
-:class:`Dissection`         what the units of a layer detect; saved, merged, summarized
-:func:`dissect_words`       a model, some layers, images and a labeler: a :class:`WordDissection` for each layer
-:func:`singular_vectors`    directions of a head; :func:`random_rotation` is their control
-:func:`read_basis`          directions or a sparse autoencoder from a file; :class:`SparseBasis`
-:class:`Overlap`            counts of pixels over a data set; mergeable; their :class:`Counts`
-:class:`LabelBatch`         the labels of a batch of images
-:func:`as_maps`             an activation as maps with positions
-:func:`average_precision`   how well each unit ranks the images of each concept
-:func:`support`             among how many images, and how many of them show it; prevalence
-:func:`pool`                a map as one score
-:func:`concept_matrix`      which image shows which concept
-:func:`p_values`            the null; :func:`permutation_test` if scores have ties
-:func:`correct`             p-values corrected for multiple tests
-:func:`unique_detectors`    detectors and their concepts, counted as in the original
-:func:`encoded`             pairs of unit and concept beyond threshold and chance
-==========================  ====================================================================
+============================  ====================================================================
+:func:`dissect`               a model, some layers and Broden: a :class:`Dissection` for each layer
+:class:`Dissection`           what the units of a layer detect; saved, merged, summarized
+:func:`dissect_words`         a model, some layers, images and a labeler: a :class:`WordDissection` for each layer
+:func:`compare_dissections`   two of them, unit by unit and concept by concept
+:func:`singular_vectors`      directions of a head; :func:`random_rotation` is their control
+:func:`read_basis`            directions or a sparse autoencoder from a file; :class:`SparseBasis`
+:class:`Overlap`              counts of pixels over a data set; mergeable; their :class:`Counts`
+:class:`ShuffledOverlap`      the same for exchanged labels: the null of IoU, :class:`IoUNull`
+:class:`LabelBatch`           the labels of a batch of images
+:func:`as_maps`               an activation as maps with positions
+:func:`average_precision`     how well each unit ranks the images of each concept
+:func:`support`               among how many images, and how many of them show it; prevalence
+:func:`pool`                  a map as one score
+:func:`concept_matrix`        which image shows which concept
+:func:`p_values`              the null; :func:`permutation_test` if scores have ties
+:func:`correct`               p-values corrected for multiple tests
+:func:`unique_detectors`      detectors and their concepts, counted as in the original
+:func:`encoded`               pairs of unit and concept beyond threshold and chance
+============================  ====================================================================
 
 =====================  =========================================================================
 file                   subject
@@ -31,6 +33,7 @@ file                   subject
 ``bases``              what the argument ``basis`` stands for
 ``words``              words as concepts, for images without labels
 ``overlap``            intersection over union, from counts of pixels
+``iou_null``           IoU against its null
 ``average_precision``  average precision of units; images that show a concept
 ``ranking``            images ranked by units
 ``nulls``              p-values and their correction
@@ -41,6 +44,7 @@ file                   subject
 ``csv_tables``         the same as CSV, with the columns of the original; ``result_file`` reads it
 ``summaries``          detectors, concepts, concepts per unit
 ``concepts``           from each concept to its units
+``comparing``          two dissections, unit by unit and concept by concept
 ``report``             the page; ``report_text`` has its words, ``report_pictures`` its pictures
 ``evidence``           the pixels that contribute to a unit
 =====================  =========================================================================
@@ -49,8 +53,10 @@ file                   subject
 from torchprobe.common.runs import Progress
 from torchprobe.dissection.average_precision import average_precision, concept_matrix, gain, pool, support
 from torchprobe.dissection.batches import LabelBatch
+from torchprobe.dissection.comparing import DissectionComparison, compare_dissections
 from torchprobe.dissection.dissect import dissect
 from torchprobe.dissection.dissection import Dissection
+from torchprobe.dissection.iou_null import IoUNull, ShuffledOverlap
 from torchprobe.dissection.nulls import correct, p_values, permutation_test
 from torchprobe.dissection.overlap import Counts, Overlap
 from torchprobe.dissection.scores import UnitConcept
@@ -63,6 +69,8 @@ from torchprobe.dissection.words import WordDissection, dissect_words
 __all__ = [
     "dissect",
     "Dissection",
+    "compare_dissections",
+    "DissectionComparison",
     "UnitConcept",
     "dissect_words",
     "WordDissection",
@@ -75,6 +83,8 @@ __all__ = [
     "sparse_basis",
     "Overlap",
     "Counts",
+    "ShuffledOverlap",
+    "IoUNull",
     "LabelBatch",
     "as_maps",
     "average_precision",

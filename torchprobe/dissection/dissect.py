@@ -60,6 +60,7 @@ def dissect(
     disk: float = 8.0,
     seed: int = 0,
     shuffle_labels: int | None = None,
+    iou_permutations: int = 0,
     keep_scores: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
@@ -111,6 +112,8 @@ def dissect(
             at the end. At most half of what is free is used. 0: the images pass the network twice.
         seed: of the rotation, and of the sampling of values if the thresholds are not exact.
         shuffle_labels: give every image the labels of another image, at random with this seed: the null of both scores.
+        iou_permutations: read IoU against its null, with labels exchanged among the images of a batch so many times; 99 is a good number.
+            Each time costs as much as counting for IoU, and 8 bytes for each unit and label. See :mod:`torchprobe.dissection.iou_null`.
         keep_scores: keep scores and labels in the result. Merging of average precision and permutation tests need them.
         checkpoint: a folder to save to, for ``resume=True`` after an interruption; all ranks must see it.
         checkpoint_every: seconds between two checkpoints.
@@ -147,7 +150,20 @@ def dissect(
     if quantile is None:
         quantile = NETDISSECT if mode == "netdissect" else 0.005
     settings = Settings(
-        scores, mode, str(quantile), positions, pooling, sign, negatives, float(minimum_area), top, batch_size, memory, seed, shuffle_labels
+        scores,
+        mode,
+        str(quantile),
+        positions,
+        pooling,
+        sign,
+        negatives,
+        float(minimum_area),
+        top,
+        batch_size,
+        memory,
+        seed,
+        shuffle_labels,
+        iou_permutations,
     )
     options = RunOptions(batch_size, device, workers, seed, resume, progress, stop)
     chosen = _chosen(broden, rows)
@@ -227,6 +243,7 @@ def _facts(
         }
         for name, site in sites.items()
     }
+    unused = () if settings.iou_permutations else ("iou_permutations",)  # runs and files of before do not have it
     data = hashlib.sha256((broden.root / broden.index).read_bytes())
     data.update(repr((broden.split, broden.categories, rows)).encode())
     first = broden.image(rows[0]).size
@@ -246,7 +263,7 @@ def _facts(
             "categories": [*broden.categories],
         },
         "preprocessing": preprocessing,
-        **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()},
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items() if key not in unused},
         "sites": described,
     }
 

@@ -19,6 +19,7 @@ from torchprobe.datasets.broden import Label
 from torchprobe.dissection.activity import Level
 from torchprobe.dissection.average_precision import NEGATIVES, SIGNS, Support
 from torchprobe.dissection.csv_tables import write_csv
+from torchprobe.dissection.iou_null import IoUNull
 from torchprobe.dissection.overlap import Counts
 from torchprobe.dissection.ranking import Ranking
 from torchprobe.dissection.report import write_report
@@ -123,7 +124,12 @@ def _save(dissection: LayerScores, path: str | os.PathLike[str]) -> None:
     for name in ("thresholds", "outside", "average_precision", "p_values", "scores"):
         if (part := getattr(dissection, name)) is not None:
             tensors[name] = part
-    for prefix, group in (("counts", dissection.counts), ("support", dissection.support), ("level", dissection.level)):
+    for prefix, group in (
+        ("counts", dissection.counts),
+        ("support", dissection.support),
+        ("level", dissection.level),
+        ("iou_null", dissection.iou_null),
+    ):
         if group is not None:
             tensors |= {f"{prefix}/{name}": part for name, part in group._asdict().items()}
     if dissection.top is not None:
@@ -169,6 +175,10 @@ def _load(path: str | os.PathLike[str], kind: type[Scores]) -> Scores:
     if "level/values" in file.keys:
         above, equal = (_shares(file, f"level/{name}", (units,)) for name in ("above", "equal"))
         dissection.level = Level(_counts(file, "level/values", (units,)), above, equal)
+    if "iou_null/chance" in file.keys:
+        chance, p, adjusted = (_shares(file, f"iou_null/{name}", pairs) for name in ("chance", "p", "adjusted"))
+        scale, largest = file.tensor("iou_null/scale", torch.float64, (count,)), file.tensor("iou_null/largest", torch.float64, (None,))
+        dissection.iou_null = IoUNull(chance, p, adjusted, scale, largest)
     if dissection.average_precision is not None:
         if dissection.p_values is None:
             raise file.error("p_values", "missing")

@@ -40,6 +40,10 @@ def _require_alike(mine: LayerScores, other: LayerScores) -> None:
             raise ValueError(f"cannot merge the {name} {getattr(mine, name)!r} and {getattr(other, name)!r}")
     if tuple(mine.labels) != tuple(other.labels) or not torch.equal(mine.category, other.category):
         raise ValueError(f"layer {mine.layer!r}: the labels differ")
+    if mine.iou_null is not None or other.iou_null is not None:
+        raise ValueError(
+            f"layer {mine.layer!r}: permutations of parts cannot be added: dissect all images with iou_permutations, or without"
+        )
     for name in ("thresholds", "counts", "average_precision", "top", "density"):
         if (getattr(mine, name) is None) != (getattr(other, name) is None):
             raise ValueError(f"layer {mine.layer!r}: only one of the two has {name}")

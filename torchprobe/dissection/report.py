@@ -97,6 +97,13 @@ class Report:
         ]
         if self.dissection.counts is not None:
             columns.append(Column("iou", "IoU", "pixels where the unit is active and the concept is, over pixels where either is"))
+        if self.dissection.iou_null is not None:
+            columns += [
+                Column("iou_chance", "chance IoU", "mean IoU with the labels exchanged among images"),
+                Column(
+                    "iou_p", "p of IoU", "probability that any unit and concept exceed their chance by as much; corrected for all pairs"
+                ),
+            ]
         if self.dissection.average_precision is not None:
             columns += [
                 Column("ap", "AP", "average precision: how well the score of the unit ranks the images that show the concept first"),
@@ -136,6 +143,8 @@ class Report:
                 "label": title[row.index] if row.index >= 0 else "",
                 "category": row.category,
                 "iou": row.iou,
+                "iou_chance": row.iou_chance,
+                "iou_p": row.iou_p_value,
                 "ap": row.average_precision,
                 "prevalence": row.prevalence,
                 "p": row.p_value,
@@ -155,7 +164,7 @@ class Report:
         return rows
 
     def concept_columns(self) -> list[Column]:
-        """The columns of the table of concepts; its units follow."""
+        """The columns of the table of concepts; the units come after the first two."""
         columns = [Column("label", "concept", "name of the concept", "text"), Column("category", "category", "its category", "text")]
         if self.encoded is not None:
             among = "annotated for its category" if self.dissection.metadata.get("negatives") == "category" else "of the data set"
@@ -208,6 +217,9 @@ class Report:
                 Fact("Detectors", number(report.detectors), share),
                 Fact("Concepts with a detector", number(report.unique), f"best label of each unit; {paper.unique} by the paper's rule"),
             ]
+            if d.iou_null is not None:
+                note = f"IoU significant at {self.alpha:g} after correction; {len(d.iou_null.largest)} permutations"
+                facts.append(Fact("Detectors beyond chance", number(d.detectors_beyond_chance(self.threshold, self.alpha)), note))
             if silent:
                 facts.append(Fact("Never active", number(silent), "units without a pixel above their threshold; see “active” below"))
         if self.encoded is not None:
@@ -224,6 +236,8 @@ class Report:
                 found, best = d.unique_detectors("report", self.threshold), d.table("iou").nan_to_num(nan=0).amax(1)
                 row |= {"detectors": found.detectors, "concepts": found.unique, "paper": d.unique_detectors("paper", self.threshold).unique}
                 row |= {"never_active": sum(map(bool, d.silence())), "median": float(best.median()), "highest": float(best.amax())}
+            if d.iou_null is not None:
+                row["beyond"] = d.detectors_beyond_chance(self.threshold, self.alpha)
             if d.average_precision is not None:
                 row["encoded"] = int(self._encoded(d).any(0).sum())
             rows.append(row)
@@ -239,7 +253,7 @@ class Report:
             summary=report_text.SUMMARY,
             notice=report_text.notice(d),
             facts=self.facts(),
-            lead=[report_text.nulls_section(self.comparison() if self.nulls else None)],
+            lead=[report_text.nulls_section(self.comparison() if self.nulls else None, d.iou_null is not None)],
             sections=[report_text.reading_section(d, self.limits)],
             footer=report_text.footer(d),
             bars=self.bars(),

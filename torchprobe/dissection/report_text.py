@@ -28,6 +28,7 @@ OWN = "this layer"
 COMPARISON = (
     Column("layer", "", "which network and labels", "text"),
     Column("detectors", "detectors", "units whose best IoU reaches the threshold", "count"),
+    Column("beyond", "beyond chance", "those of them whose IoU is significant after correction", "count"),
     Column("concepts", "concepts", "distinct best labels of these units", "count"),
     Column("paper", "paper's rule", "distinct labels above the threshold, counted within each category and added up", "count"),
     Column("median", "median IoU", "median over units of their best IoU"),
@@ -93,15 +94,17 @@ def units_note(pictures: bool, regions: bool, evidence: bool) -> str:
     return note
 
 
-def nulls_section(comparison: Sequence[Row] | None) -> Section:
-    """The layer next to its nulls, if there are any."""
+def nulls_section(comparison: Sequence[Row] | None, tested: bool = False) -> Section:
+    """The layer next to its nulls, if there are any. ``tested``: each IoU was tested on this page."""
     paragraphs = [
         "Large concepts overlap with everything, and among many units and labels some pairs coincide by chance. A count alone says little."
     ]
+    if tested:
+        paragraphs.append("Each IoU was compared with those of exchanged labels: see the columns “chance IoU” and “p of IoU”.")
     if comparison is None:
         paragraphs.append(
-            "No null was computed for this page. Dissect the same layer with random weights (batch norms recalibrated, several seeds) and "
-            "with shuffled labels, and compare."
+            f"No {'other ' if tested else ''}null was computed for this page. Dissect the same layer with random weights (batch norms "
+            "recalibrated, several seeds) and with shuffled labels, and compare."
         )
         return Section("Compared with chance", paragraphs)
     return Section("Compared with chance", paragraphs, tables=[Table(comparison, COMPARISON, "The same layer and images")])
@@ -125,6 +128,8 @@ def reading_section(d: LayerScores, limits: Limits) -> Section:
                 f"category, distinct labels above {limits.iou:g}, and adds up the categories. The threshold is a convention.",
             ),
         ]
+    if d.iou_null is not None:
+        terms.append(("chance IoU", _exchanged(d, limits)))
     if d.average_precision is not None:
         among = "annotated for the category of the concept" if m.get("negatives") == "category" else "of the data set"
         area = f" over at least {m['minimum_area']:.1%} of their area" if m.get("minimum_area") else ""
@@ -181,6 +186,25 @@ def _silence(d: LayerScores) -> str:
             text += f" {counted(held, 'unit')} {'is' if held == 1 else 'are'} active on less than half of that share, because many values "
             text += "equal the threshold, as where an activation function clips."
     return text
+
+
+def _exchanged(d: LayerScores, limits: Limits) -> str:
+    """The null of IoU."""
+    assert d.iou_null is not None
+    draws, margin = len(d.iou_null.largest), d.iou_null.margin(limits.alpha)
+    known = margin[~margin.isnan()]
+    text = (
+        "The mean IoU when the labels of the images of a batch are exchanged, each image's labels as a whole. The null is that the active "
+    )
+    text += "regions have nothing to do with the labels of the same image; where both tend to be in a picture is part of it. The p-value "
+    text += f"is that of {draws} permutations, at least 1/{draws + 1}, and corrected for all units and labels by the largest excess over "
+    text += "chance of any pair. "
+    if not len(known):
+        return text + "No label was tested: all are shown by few images."
+    if bool(known.isinf().all()):
+        return text + f"That is too few permutations to be significant at {limits.alpha:g}."
+    text += f"An IoU of {number(float(known.amin()), 2)} to {number(float(known.amax()), 2)} above chance, depending on the label, is "
+    return text + f"significant at {limits.alpha:g}. Labels that only a few images show were not tested."
 
 
 def silent(cause: str, threshold: float) -> str:

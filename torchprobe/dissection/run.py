@@ -19,6 +19,7 @@ from torchprobe.dissection.activity import Level, explanation
 from torchprobe.dissection.average_precision import NEGATIVES, SIGNS, pooled
 from torchprobe.dissection.batches import Batch, Batches
 from torchprobe.dissection.dissection import Dissection
+from torchprobe.dissection.iou_null import ShuffledOverlap
 from torchprobe.dissection.overlap import MODES, Counts, Overlap
 from torchprobe.dissection.ranking import Ranking, top_images
 from torchprobe.dissection.scores import SCORES
@@ -54,6 +55,7 @@ class Settings:
     memory: int
     seed: int
     shuffle_labels: int | None
+    iou_permutations: int = 0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -63,6 +65,8 @@ class Settings:
             raise ValueError(f"score must be some of {', '.join(SCORES)}, got {', '.join(self.score)!r}")
         if not 0 <= self.minimum_area <= 1:
             raise ValueError(f"minimum_area is a share between 0 and 1, got {self.minimum_area}")
+        if self.iou_permutations < 0 or (self.iou_permutations and "iou" not in self.score):
+            raise ValueError(f'iou_permutations={self.iou_permutations}: expected 0 or more, and the score "iou"')
         if self.top < 0:
             raise ValueError(f"top must be at least 0, got {self.top}")
 
@@ -202,6 +206,9 @@ class Run:
             if self.iou:
                 at = thresholds[layer].to(self.device)
                 make[str(i)] = partial(Overlap, at, self.broden.primary, categories, self.settings.mode)
+                if self.settings.iou_permutations:
+                    given = (at, self.broden.primary, categories, self.settings.mode, self.settings.iou_permutations, self.settings.seed)
+                    make[f"{i}/null"] = partial(ShuffledOverlap, *given)
         contents = ImageVectors(total, 1, torch.int64)
         walk = Walk("overlap", make, {"contents": contents}, len(self.batches), self.batches.size, self.ranks, self.checkpoint)
         kept = self._kept(walk.mine(), thresholds)
@@ -211,6 +218,8 @@ class Run:
         def see(i: int, maps: Tensor, batch: Batch) -> None:
             assert batch.labels is not None
             walk.statistic(str(i), Overlap).update(maps, batch.labels, self.input_size)
+            if f"{i}/null" in make:
+                walk.statistic(f"{i}/null", ShuffledOverlap).update(maps, batch.labels, self.input_size, batch.rows)
 
         def note(batch: Batch) -> None:
             assert batch.areas is not None and batch.outside is not None
@@ -309,9 +318,11 @@ class Run:
         ranking = self.ranking(category, shown) if self.ap else None
         results = {}
         for i, (layer, site) in enumerate(self.sites.items()):
-            counts = None
+            counts, null = None, None
             if self.iou:
                 counts = Counts(*(part.cpu()[..., numbers] for part in second.statistic(str(i), Overlap).counts()))
+                if self.settings.iou_permutations:
+                    null = second.statistic(f"{i}/null", ShuffledOverlap).test(counts, numbers)
             own = {"layer": layer, "basis": self.facts["sites"][layer]["basis"], "threshold_error": self.errors.get(layer)}
             dissection = Dissection(
                 layer=layer,
@@ -325,6 +336,7 @@ class Run:
                 counts=counts,
                 outside=shown.outside[numbers],
                 density=first.statistic(f"{i}/density", Density) if first is not None and isinstance(site.basis, SparseBasis) else None,
+                iou_null=null,
                 metadata={**self.facts, **own},
             )
             if first is not None and ranking is not None:
@@ -336,7 +348,7 @@ class Run:
                 dissection.top = top.ids, top.scores.float()
             results[layer] = dissection
             if layer in self.levels and (message := explanation(layer, dissection.silence(), dissection.quantile)):
-                warnings.warn(message, stacklevel=4)
+                warnings.warn(message, stacklevel=5)
         return results
 
     def ranking(self, category: Tensor, shown: ShownLabels) -> Ranking:

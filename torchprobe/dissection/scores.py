@@ -14,6 +14,7 @@ from torchprobe.datasets.broden import Label
 from torchprobe.dissection import activity, nulls, summaries
 from torchprobe.dissection.average_precision import Support, gain
 from torchprobe.dissection.concepts import ConceptUnits, concept_units
+from torchprobe.dissection.iou_null import IoUNull
 from torchprobe.dissection.merging import add_images, same
 from torchprobe.dissection.overlap import Counts
 from torchprobe.dissection.ranking import Ranking
@@ -34,8 +35,9 @@ class UnitConcept:
     """A unit and the label with its best score.
 
     ``unit`` counts from 0. ``index`` is the column of the label in the tables, ``number`` its number in the data set. ``iou``,
-    ``average_precision``, ``prevalence``, ``p_value`` and ``gain`` are those of this pair, or None if they were not computed. If all scores
-    of the unit are 0 or nan, ``index`` is −1, ``label`` and ``category`` are empty. ``never_active``: no pixel exceeds its threshold.
+    ``average_precision``, ``prevalence``, ``p_value`` and ``gain`` are those of this pair, and so are ``iou_chance`` and ``iou_p_value``,
+    which is corrected for all pairs; None if they were not computed. If all scores of the unit are 0 or nan, ``index`` is −1, ``label`` and
+    ``category`` are empty. ``never_active``: no pixel exceeds its threshold.
     """
 
     unit: int
@@ -50,6 +52,8 @@ class UnitConcept:
     p_value: float | None
     gain: float | None = None
     never_active: bool | None = None
+    iou_chance: float | None = None
+    iou_p_value: float | None = None
 
 
 class ConceptOverlap(NamedTuple):
@@ -75,6 +79,7 @@ class LayerScores:
         level: where the thresholds lie among the values of the units, or None; None too for given thresholds.
         counts: pixels, see :class:`Counts`, or None.
         outside: int64 (L,), pixels of label maps that the network was not shown: they are in no other number. None: unknown.
+        iou_null: IoU against its null, see :class:`IoUNull`, or None.
         average_precision: float64 (U, L), nan for a label that no image shows, or None.
         support: among how many images each label was ranked, and how many of them show it, or None.
         p_values: float64 (U, L), of average precision, for each pair alone; see :meth:`adjusted_p_values`.
@@ -97,6 +102,7 @@ class LayerScores:
     level: activity.Level | None = None
     counts: Counts | None = None
     outside: Tensor | None = None
+    iou_null: IoUNull | None = None
     average_precision: Tensor | None = None
     support: Support | None = None
     p_values: Tensor | None = None
@@ -188,15 +194,16 @@ class LayerScores:
         value, index = summaries.first_best(table.nan_to_num(nan=-torch.inf))
         index = index.where(value > 0, -1)
         prevalence = None if self.prevalence is None else self.prevalence.expand(self.units, -1)
-        tables = (self.iou, self.average_precision, prevalence, self.p_values, self.gain)
-        iou, ap, rarity, p, above = (_picked(part, index) for part in tables)
+        null = (None, None) if self.iou_null is None else (self.iou_null.chance, self.iou_null.adjusted)
+        tables = (self.iou, self.average_precision, prevalence, self.p_values, self.gain, *null)
+        iou, ap, rarity, p, above, chance, adjusted = (_picked(part, index) for part in tables)
         never = [None] * self.units if self.never_active is None else self.never_active.tolist()
         rows = []
         for unit in value.argsort(descending=True, stable=True).tolist():
             i = int(index[unit])
             category, label = (self.categories[int(self.category[i])], self.labels[i]) if i >= 0 else ("", None)
             name, score_of, number = ("", 0.0, 0) if label is None else (label.name, float(value[unit]), label.number)
-            own = (iou[unit], ap[unit], rarity[unit], p[unit], above[unit], never[unit])
+            own = (iou[unit], ap[unit], rarity[unit], p[unit], above[unit], never[unit], chance[unit], adjusted[unit])
             rows.append(UnitConcept(unit, category, name, score_of, i, number, *own))
         return rows
 
@@ -214,11 +221,11 @@ class LayerScores:
 
         Returns:
             ``layer``, ``units``, ``images``, ``labels``, ``metadata``. For latents: ``density``. With IoU: ``detectors`` by both rules,
-            ``never_active``, the number of units without any active pixel for each cause, and the 20 ``best`` units. With average
-            precision: ``rule`` and ``encoded``, what "encodes" means and the concepts that units encode by that rule (see
-            :meth:`concepts`); ``concepts``, one entry for each of ``thresholds``, and the 20 units ``best_by_gain``. In ``concepts``,
-            ``unique`` is the number of concepts encoded, ``units`` the number of units that encode at least one, ``polysemanticity`` the
-            concepts per unit, mean over all units.
+            ``never_active``, the number of units without any active pixel for each cause, and the 20 ``best`` units; with its null
+            ``iou_null``, permutations and the detectors beyond chance at 0.05. With average precision: ``rule`` and ``encoded``, what
+            "encodes" means and the concepts that units encode by that rule (see :meth:`concepts`); ``concepts``, one entry for each of
+            ``thresholds``, and the 20 units ``best_by_gain``. In ``concepts``, ``unique`` is the number of concepts encoded, ``units`` the
+            number of units that encode at least one, ``polysemanticity`` the concepts per unit, mean over all units.
         """
         found: dict[str, Any] = {
             "layer": self.layer,
@@ -233,6 +240,8 @@ class LayerScores:
             found["detectors"] = {rule: self.unique_detectors(rule)._asdict() for rule in summaries.RULES}
             silence = self.silence()
             found["never_active"] = {cause: silence.count(cause) for cause in activity.CAUSES}
+            if self.iou_null is not None:
+                found["iou_null"] = {"permutations": len(self.iou_null.largest), "detectors": self.detectors_beyond_chance()}
             found["best"] = self.rows("iou")[:20]
         if self.average_precision is not None:
             found["rule"] = {"ap": 0.9, "gain": summaries.default_gain(0.9), "alpha": 0.05, "method": "holm"}
@@ -274,6 +283,23 @@ class LayerScores:
         assert self.support is not None
         pairs = summaries.encoded(ap, self.adjusted_p_values(method), threshold, alpha, prevalence, gain_threshold)
         return pairs & (self.support.positives >= minimum_positives)
+
+    def beyond_chance(self, alpha: float = 0.05) -> Tensor:
+        """Which unit overlaps which label significantly, bool (U, L): its IoU exceeds chance by more than any pair does, but for a
+        probability of ``alpha``, when labels are exchanged among images; see :mod:`torchprobe.dissection.iou_null`.
+
+        Raises:
+            ValueError: the null was not computed.
+        """
+        if self.iou_null is None:
+            raise ValueError(f"layer {self.layer!r} has no null of IoU: dissect(…, iou_permutations=99)")
+        return self.iou_null.adjusted <= alpha
+
+    def detectors_beyond_chance(self, threshold: float = summaries.THRESHOLD, alpha: float = 0.05) -> int:
+        """The number of units that are detectors, by the rule "report", and overlap that label significantly."""
+        value, index = summaries.first_best(self.table("iou"))
+        significant = self.beyond_chance(alpha)[torch.arange(self.units), index] if len(self.labels) else value > 0
+        return int((significant & (value >= threshold)).sum())
 
     def unique_concepts(
         self,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEMPLATE = "dissection.html.jinja"
-LINKED = 24
+LINKED = 12
 """Units that a concept links to."""
 THUMBNAIL = 112
 """Longer side of an embedded picture, in pixels."""
@@ -106,7 +106,7 @@ class DissectionPage(Page):
         bars_note: what counts as detected.
         concepts: each with its units; those without units are folded away.
         concepts_note: what it means that a unit encodes or detects a concept.
-        concept_columns: of the table of concepts; the units follow.
+        concept_columns: of the table of concepts; the units come after the first two.
         units: in the order first shown.
         units_note: how to read the table and the pictures.
         columns: of the table.

@@ -21,7 +21,7 @@ NETDISSECT = Fraction(5, 999)
 """The true level of Network Dissection's thresholds: they take entry 5 of 1000 evenly spaced levels from the top, which is 994/999."""
 
 METHODS = ("inverted_cdf", "hazen")
-"""How a quantile between two values is chosen, as NumPy calls it: the larger share above it is not exceeded, or linear interpolation."""
+"""How a quantile between two values is chosen, in NumPy's names: one of the values, or linear between two of them."""
 
 MEMORY = 256 << 20
 """Default budget in bytes. At 0.5 %, 2048 features are exact up to 3.5 million positions."""
@@ -144,7 +144,8 @@ class Quantile(DynamicStatistic):
         self.positions = 0
         self._generator = torch.Generator("cpu").manual_seed(self.seed)
         sample_capacity = max(self.capacity // _SHARE, 1)
-        sizes = [(self.capacity, 0), *((sample_capacity, thinning) for thinning in _SAFETY)]
+        # One more value than the rank needs, for what is between two ranks.
+        sizes = [(self.capacity + 1, 0), *((sample_capacity, thinning) for thinning in _SAFETY)]
         self._tails = [Tail(self.features, capacity, thinning, self._device) for capacity, thinning in sizes]
 
     def state_dict(self) -> dict[str, Any]:
@@ -262,8 +263,7 @@ class Quantile(DynamicStatistic):
         level = self._level_of(quantile)
         ranks = [max(level * n - Fraction(1, 2), Fraction(0)) for n in self.count.tolist()]  # from the largest value, which has 0
         before = torch.tensor([_floor(rank) for rank in ranks], device=self.device)
-        last = (self.count - 1).clamp(min=0)
-        upper, lower = (self._at(rank)[0].double() for rank in (torch.minimum(before, last), torch.minimum(before + 1, last)))
+        upper, lower = (self._at(torch.minimum(rank, self.count.clamp(min=1) - 1))[0].double() for rank in (before, before + 1))
         share = torch.tensor([float(rank - _floor(rank)) for rank in ranks], dtype=torch.float64, device=self.device)
         between = upper + share * (lower - upper)
         return between.where((share > 0) & (upper != lower) & upper.isfinite(), upper).float()
@@ -273,8 +273,7 @@ class Quantile(DynamicStatistic):
         return self._read(quantile)[1]
 
     def shares(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Shares of the values above and equal to ``value``, float32 (features,): float64 (features,) each; as exact as :meth:`value`. nan
-        where nothing was seen, or ``value`` is so low that the statistic does not know."""
+        """Shares of the values above and equal to ``value``, float64 (features,) each, as exact as :meth:`value`; nan: unknown."""
         above = torch.full_like(value, torch.nan, dtype=torch.float64)
         equal, missing = above.clone(), self.count > 0
         for tail in self._tails:

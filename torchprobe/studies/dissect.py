@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +27,7 @@ from torchprobe.dissection.report import Report, write_report
 from torchprobe.dissection.report_text import COMPARISON, OWN
 from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.walk import clear_checkpoint
-from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, shown_columns, text
+from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, shown_columns, text, write_csv
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["dissect_folder", "earlier", "file_names", "print_dissections", "recalibrate", "write", "write_pages"]
 
 _CHECKPOINT = "checkpoint"
+_UNITS = ("encoded_by", "detected_by")
 
 Result = TypeVar("Result", Dissection, WordDissection)
 
@@ -57,7 +59,8 @@ def dissect_folder(
     **options: Any,
 ) -> dict[str, Dissection]:
     """Dissects layers of an encoder and writes its files: for each layer ``<layer>.safetensors`` (see :meth:`Dissection.load`),
-    ``<layer>.csv`` (IoU, with the columns of the original) and ``<layer>-ap.csv``; for all layers one ``summary.json``.
+    ``<layer>.csv`` (IoU, with the columns of the original) and ``<layer>-ap.csv``, and
+    ``<layer>-concepts.csv`` with the units of each concept; for all layers one ``summary.json``.
 
     During the run, checkpoints are in ``out/checkpoint``; they are deleted at the end. Under ``torchrun`` all ranks call this with a folder
     that all of them see; the first rank writes.
@@ -76,15 +79,15 @@ def dissect_folder(
 
     >>> import tempfile, numpy as np, torch
     >>> from torchprobe.datasets import BrodenWriter
-    >>> folder, out = tempfile.mkdtemp(), Path(tempfile.mkdtemp())
+    >>> folder, out, rng = tempfile.mkdtemp(), Path(tempfile.mkdtemp()), np.random.default_rng(0)
     >>> with BrodenWriter(folder, {"object": ["sky", "sea"]}, size=32) as writer:
     ...     for i in range(4):
-    ...         writer.add(f"mine/{i}", np.full((32, 32, 3), 50 * i, np.uint8), {"object": np.eye(16, dtype=int) + i % 2})
+    ...         writer.add(f"mine/{i}", rng.integers(0, 256, (32, 32, 3), np.uint8), {"object": np.eye(16, dtype=int) + i % 2})
     >>> def to_tensor(image):
     ...     return torch.from_numpy(np.array(image)).movedim(2, 0) / 255
     >>> _ = dissect_folder(nn.Sequential(nn.Conv2d(3, 8, 5, stride=4)), folder, "0", out, preprocess=to_tensor, quantile=0.05)
     >>> sorted(path.name for path in out.iterdir())
-    ['0-ap.csv', '0.csv', '0.safetensors', 'summary.json']
+    ['0-ap.csv', '0-concepts.csv', '0.csv', '0.safetensors', 'summary.json']
     """
     broden = broden if isinstance(broden, Broden) else Broden(broden)
     selected = layers if isinstance(layers, str) else list(layers)
@@ -108,6 +111,10 @@ def write(folder: Path, results: Mapping[str, Dissection]) -> dict[str, Path]:
             dissection.to_csv(folder / f"{names[layer]}.csv")
         if dissection.average_precision is not None:
             dissection.to_csv(folder / f"{names[layer]}-ap.csv", score="ap")
+        concepts = [asdict(row) for row in dissection.concepts()]
+        write_csv(
+            [{**row, **{by: " ".join(map(str, row[by])) for by in _UNITS}} for row in concepts], folder / f"{names[layer]}-concepts.csv"
+        )
         dissection.save(folder / f"{names[layer]}.safetensors")
     with replacing(folder / "summary.json") as temporary:
         temporary.write_text(to_json({"layers": [{"file": names[name], **d.summary()} for name, d in results.items()]}), encoding="utf-8")

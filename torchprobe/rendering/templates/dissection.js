@@ -84,6 +84,14 @@
         document.getElementById("units").scrollIntoView();
       });
     }
+    for (const link of document.querySelectorAll(".concepts a")) {
+      link.addEventListener("click", () => { // a unit that is filtered out cannot come into view
+        exact = null;
+        search.value = category.value = "";
+        detectors.checked = false;
+        filter();
+      });
+    }
     show();
     filter();
     for (const strip of table.querySelectorAll(".strip")) watcher.observe(strip);
