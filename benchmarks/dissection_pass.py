@@ -1,4 +1,4 @@
-"""``python -m benchmarks.dissection_pass``: a whole dissection with its network, compared with the bare forward passes over the same loader.
+"""``python -m benchmarks.dissection_pass``: a whole dissection with its network, against the bare forward passes over the same loader.
 
 The contestants take turns in one process. Networks have random weights and pictures are generated, which changes neither the work of the
 network nor that of the decoder. The floor is the bare forward: the same batches, read by the same threads, through the same network.

@@ -40,13 +40,14 @@ _FIRST = {name: 1 + sum(list(CATEGORIES.values())[:i]) for i, name in enumerate(
 
 
 class SyntheticBroden(Broden):
-    """``images`` rows with the labels of 512 pictures in turn, and different scenes so that rows differ. A "picture" is one pixel, whose color is its number."""
+    """``images`` rows with the labels of 512 pictures in turn, and different scenes so that rows differ. A "picture" is one pixel, whose
+    color is its number."""
 
     def __init__(self, images: int = IMAGES, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.root = Path(tempfile.mkdtemp(prefix="torchprobe-"))
         (self.root / "index.csv").write_text(f"synthetic {images} {seed}\n")
-        self.split, self.transform, self._presence = None, None, None
+        self.index, self.split, self.transform, self._presence = "index.csv", None, None, None
         self.categories = tuple(CATEGORIES)
         names = [(name, first + i) for name, first in _FIRST.items() for i in range(CATEGORIES[name])]
         self.labels = tuple(Label(number, f"{name} {number}", name, (name,), 10, 1.0) for name, number in names)

@@ -46,7 +46,7 @@ def instances():
         {"id": 3, "file_name": "sub folder/é 2.jpg", "height": 6, "width": 8},
         {"id": 4, "file_name": "nothing.png", "height": 6, "width": 8},
     ]
-    return {"info": {"year": 2017}, "annotations": annotations, "images": images, "categories": CATEGORIES}
+    return {"info": {"year": 2017}, "annotations": annotations, "images": images, "categories": copy.deepcopy(CATEGORIES)}
 
 
 @pytest.fixture
@@ -379,7 +379,7 @@ def panoptic():
             {"image_id": 10, "file_name": "a.png", "segments_info": segments},
             {"image_id": 3, "file_name": "b.png", "segments_info": []},
         ],
-        "categories": CATEGORIES,
+        "categories": copy.deepcopy(CATEGORIES),
     }
 
 

@@ -22,7 +22,7 @@ from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, WordDissection, dissect, random_rotation
 from torchprobe.dissection.activity import explanation
-from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
+from torchprobe.dissection.batches import Preprocess, find_preprocess, stack, to_tensor
 from torchprobe.dissection.report import Report, write_report
 from torchprobe.dissection.report_text import COMPARISON, OWN
 from torchprobe.dissection.sparse import SparseBasis
@@ -254,12 +254,14 @@ def earlier_results(folders: Iterable[str | os.PathLike[str]], load: Callable[[P
     return found
 
 
-def recalibrate(encoder: nn.Module, broden: Broden, batch_size: int = 32, limit: int = CALIBRATION) -> None:
+def recalibrate(
+    encoder: nn.Module, broden: Broden, batch_size: int = 32, limit: int = CALIBRATION, preprocess: Preprocess | str | None = None
+) -> None:
     """Measures the statistics of all batch norms anew, in place, on the first images of ``broden``, whose order is random.
 
-    Otherwise the layers of an untrained network would have very different scales.
+    Otherwise the layers of an untrained network would have very different scales. ``preprocess``: as for the dissection.
     """
-    preprocess = find_preprocess(broden, encoder)
+    preprocess = find_preprocess(broden, encoder, preprocess)
     parts = (range(start, min(start + batch_size, limit, len(broden))) for start in range(0, min(limit, len(broden)), batch_size))
     recalibrate_batch_norms(encoder, (stack([to_tensor(preprocess, broden.image(row)) for row in part], broden, part) for part in parts))
 
