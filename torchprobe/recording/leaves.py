@@ -42,7 +42,8 @@ def is_bare(module: nn.Module) -> bool:
 
 def keeps_layout(module: nn.Module) -> bool:
     """Whether a module is known to give each number at the place of one that it takes: activation functions, dropout, ``nn.Identity``."""
-    return (is_bare(module) and type(module).__module__ in _ELEMENTWISE) or type(module) is nn.Identity
+    known = type(module).__module__ in _ELEMENTWISE and not isinstance(module, nn.GLU)
+    return (is_bare(module) and known) or type(module) is nn.Identity
 
 
 def hides_children(module: nn.Module) -> bool:
@@ -109,6 +110,10 @@ def typed_dim(module: nn.Module, dims: int) -> int | None:
         return None
     if kind in _LAST or isinstance(module, (nn.Linear, nn.Embedding, nn.TransformerEncoderLayer)):
         return dims - 1 if dims else None
+    if kind is nn.GLU:  # it takes two halves along this dimension
+        return int(module.dim) % dims if dims else None  # type: ignore[arg-type]
+    if kind.__name__ == "Conv1D" and hasattr(module, "nf"):  # of transformers: a linear layer
+        return dims - 1 if dims else None
     if kind is nn.Flatten and dims == 2:
         return 1
     return None
@@ -156,10 +161,11 @@ def declared_features(module: nn.Module) -> int | None:
 
 
 def _by_name(module: nn.Module, fits: list[int], dims: int) -> list[int]:
-    """A class for maps, such as ``LayerNorm2d``, has its channels before the map."""
-    spatial = {"1d": 1, "2d": 2, "3d": 3}.get(type(module).__name__[-2:].lower())
+    """A class for maps, such as ``LayerNorm2d``, has its channels before the map. ``Conv1D`` of transformers is a linear layer."""
+    spatial = {"1d": 1, "2d": 2, "3d": 3}.get(type(module).__name__[-2:])
     if spatial is not None and dims - 1 - spatial in fits:
         return [dims - 1 - spatial]
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and spatial is None and dims <= 3 and dims - 1 in fits:
+    own_forward = type(module).forward not in (nn.LayerNorm.forward, nn.RMSNorm.forward)  # it may transpose
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and not own_forward and spatial is None and dims <= 3 and dims - 1 in fits:
         return [dims - 1]
     return fits

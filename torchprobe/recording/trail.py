@@ -338,10 +338,10 @@ class Trail:
             if size is None or size == 1:
                 continue
             dims_found = fits(shape, size)
-            if len(dims_found) == 1 and (len(shape) > 3 or dims_found[0] == typed_dim(leaf.module, len(shape))):
+            if len(dims_found) == 1 and ((leaves and len(shape) > 3) or dims_found[0] == typed_dim(leaf.module, len(shape))):
                 return square(Axis(dims_found[0], f"width {size} of {leaf.name!r}", sure=len(shape) > 2 and bool(leaves)), shape)
             if dims_found:
-                return Axis(None, UNSURE, tuple(dims_found), size, sure=False)
+                return Axis(None, UNSURE, tuple(dims_found) if leaves or len(dims_found) > 1 else (), size, sure=False)
         return None if leaves else self._before(layer, shape, 1)
 
     def _before(self, layer: Layer, shape: tuple[int, ...], skip: int) -> Axis | None:
