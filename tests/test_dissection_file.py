@@ -109,7 +109,7 @@ def as_before(found, saved):
     """A dissection as the version before wrote it: without the place of the thresholds and what the network was shown, and with p-values
     that were drawn."""
     torch.testing.assert_close(found.p_values, saved.p_values, atol=0.01, rtol=0, equal_nan=True)
-    found.level, found.outside, found.p_values = None, None, saved.p_values
+    found.level, found.outside, found.top_maps, found.p_values = None, None, None, saved.p_values
     data = {key: found.metadata["dataset"][key] for key in saved.metadata["dataset"]}
     found.metadata = {key: value for key, value in found.metadata.items() if key in saved.metadata} | {"dataset": data}
     return found
@@ -140,5 +140,5 @@ def test_a_checkpoint_of_the_version_before_is_refused(tmp_path):
     """It does not know which files it has read."""
     broden = before.write_set(tmp_path)
     shutil.copytree(before.DATA / "checkpoint", tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="by another version of torchprobe, which did not note the preprocessing"):
+    with pytest.raises(ValueError, match="by another version of torchprobe, which did not note the input"):
         dissect(before.Pixels(), "maps", broden, checkpoint=tmp_path / "checkpoint", resume=True, **before.OPTIONS)

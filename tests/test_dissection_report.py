@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -298,9 +299,14 @@ def test_the_page_names_concepts_and_the_rule(made):
     assert [row["label"] for row in d.summary()["encoded"]] == [row.label for row in d.concepts() if row.encoded_by]
 
 
+def without_maps(dissection):
+    """As after merging, or for a layer whose maps are too large."""
+    return replace(dissection, top_maps=None)
+
+
 def test_the_page_states_its_choices(made, tmp_path):
     broden, _, d = made
-    text = Tags(write_report(d, tmp_path / "a.html", broden).read_text(encoding="utf-8")).text
+    text = Tags(write_report(without_maps(d), tmp_path / "a.html", broden).read_text(encoding="utf-8")).text
     for phrase in (
         "0.005",
         "mode default",
@@ -338,18 +344,26 @@ def test_average_precision_alone_on_a_pooled_vector(made, tmp_path):
 
 def test_directions_need_their_basis_for_regions(made, tmp_path):
     broden, net, _ = made
-    d = dissect(net, ["1"], broden, basis="rotation", seed=3, batch_size=5)["1"]
+    kept = dissect(net, ["1"], broden, basis="rotation", seed=3, batch_size=5)["1"]
+    d = without_maps(kept)
     text, data, _ = shown_units(write_report(d, tmp_path / "a.html", broden, net))
     assert "Directions" in Tags(text).text
     assert all(region is None for unit in data["units"] for _, _, region, *_ in unit)
     _, data, _ = shown_units(write_report(d, tmp_path / "a.html", broden, net, basis=random_rotation(12, 3)))
     assert any(region for unit in data["units"] for _, _, region, *_ in unit)
+    assert data == shown_units(write_report(kept, tmp_path / "a.html", broden))[1]  # the same from the maps that were kept
+
+
+def test_another_preprocessing_is_refused(made, tmp_path):
+    broden, net, d = made
+    with pytest.raises(ValueError, match="made with another preprocessing"):
+        write_report(without_maps(d), tmp_path / "a.html", broden, net, preprocess=lambda image: broden.transform(image) * 2)
 
 
 def test_another_network_is_refused(made, tmp_path):
     broden, _, d = made
     with pytest.raises(ValueError, match="another network"):
-        write_report(d, tmp_path / "a.html", broden, nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()))
+        write_report(without_maps(d), tmp_path / "a.html", broden, nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()))
     assert not (tmp_path / "a.html").exists()
 
 

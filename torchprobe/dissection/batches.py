@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchprobe.datasets.broden import Broden
 from torchprobe.datasets.broden.presence import image_areas
-from torchprobe.datasets.geometry import Box, Geometry, whole_picture
+from torchprobe.datasets.geometry import Box, Geometry, fingerprint, whole_picture
 from torchprobe.dissection.framing import Framed, frame
 
 Preprocess = Callable[[Any], Tensor]
@@ -255,6 +255,32 @@ def find_preprocess(broden: Broden, model: nn.Module, preprocess: Preprocess | s
     if (preprocess or "whole") not in PREPROCESSING:
         raise ValueError(f"preprocess must be a function or one of {', '.join(PREPROCESSING)}, got {preprocess!r}")
     return own if preprocess == "encoder" else whole_picture(own)
+
+
+def same_preprocess(
+    metadata: Mapping[str, Any], broden: Broden, model: nn.Module, preprocess: Preprocess | str | None = None
+) -> Preprocess:
+    """The preprocessing that a dissection was made with: the given one, else that of the data set, or one of :data:`PREPROCESSING`.
+
+    Args:
+        metadata: of the dissection.
+        broden, model, preprocess: see :func:`find_preprocess`.
+
+    Raises:
+        ValueError: none of them does the same.
+    """
+    made = metadata.get("preprocessing")
+    if made is None:  # of a version that knew only the transform of the encoder
+        return find_preprocess(broden, model, preprocess or (None if broden.transform is not None else "encoder"))
+    choices: list[Preprocess | str | None] = [preprocess]
+    if preprocess is None:
+        choices = [broden.transform] if broden.transform is not None else []
+        choices += PREPROCESSING if hasattr(model, "preprocess") else ()
+    for choice in choices:
+        if fingerprint(found := find_preprocess(broden, model, choice)) == made.get("fingerprint"):
+            return found
+    brief = " ".join(str(made.get("transform")).split())[:200]
+    raise ValueError(f"the dissection was made with another preprocessing ({brief}): give it as preprocess=")
 
 
 def to_tensor(preprocess: Preprocess, image: Any) -> Tensor:

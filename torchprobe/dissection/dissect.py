@@ -179,9 +179,9 @@ def dissect(
         batches.size = fitting_batch_size(sites.values(), batch_size)
         settings = replace(settings, batch_size=batches.size)
         given = _given(thresholds, sites) if thresholds is not None else None
-        facts = _facts(model, broden, chosen, settings, sites, given, looked)
-        saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)
         size = image.shape[-2], image.shape[-1]
+        facts = _facts(model, broden, chosen, settings, sites, given, looked, size)
+        saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)
         return Run(reader, sites, batches, settings, options, facts, ranks, saved, given, keep_scores, size, disk).result()
 
 
@@ -232,6 +232,7 @@ def _facts(
     sites: Mapping[str, Site],
     thresholds: Mapping[str, Tensor] | None,
     geometry: Geometry,
+    input_size: tuple[int, int],
 ) -> dict[str, Any]:
     """What the result depends on: the metadata, which must be the same in a resumed run."""
     described = {
@@ -263,6 +264,7 @@ def _facts(
             "categories": [*broden.categories],
         },
         "preprocessing": preprocessing,
+        "input": list(input_size),
         **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items() if key not in unused},
         "sites": described,
     }

@@ -134,6 +134,8 @@ def _save(dissection: LayerScores, path: str | os.PathLike[str]) -> None:
             tensors |= {f"{prefix}/{name}": part for name, part in group._asdict().items()}
     if dissection.top is not None:
         tensors["top/ids"], tensors["top/scores"] = dissection.top
+    if dissection.top_maps is not None:
+        tensors["top/maps"], tensors["top/boxes"] = dissection.top_maps
     if dissection.density is not None:
         tensors |= dissection.density.tensors()
     values = {
@@ -186,6 +188,9 @@ def _load(path: str | os.PathLike[str], kind: type[Scores]) -> Scores:
     if "top/ids" in file.keys:
         ids = file.tensor("top/ids", torch.int64, (units, None))
         dissection.top = ids, file.tensor("top/scores", torch.float32, (units, ids.shape[1]))
+        if "top/maps" in file.keys:
+            maps = file.tensor("top/maps", torch.float32, (*ids.shape, None, None))
+            dissection.top_maps = maps, file.tensor("top/boxes", torch.float64, (*ids.shape, 4))
     dissection.density = read_density(file, units)
     if dissection.scores is not None:
         dissection.ranking = _ranking(file, category, len(categories), len(images))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.messages import install_hint
 from torchprobe.dissection.average_precision import pooled
-from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
+from torchprobe.dissection.batches import Preprocess, same_preprocess, stack, to_tensor
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.taps import find_sites
@@ -122,6 +122,7 @@ def evidence(
     *,
     method: str | type = METHOD,
     basis: Tensor | SparseBasis | None = None,
+    preprocess: Preprocess | str | None = None,
     **options: Any,
 ) -> Evidence:
     """Which pixels of its top images contribute to a unit.
@@ -133,10 +134,11 @@ def evidence(
         model: the network of the dissection.
         top_images: how many of the top images.
         method, basis, options: see :func:`attribute`.
+        preprocess: that of the dissection, if it was given there.
 
     Raises:
         ImportError: captum is not installed.
-        ValueError: no top images were kept, or no such unit.
+        ValueError: no top images were kept, no such unit, or the dissection was made with another preprocessing.
     """
     if dissection.top is None:
         raise ValueError(f"layer {dissection.layer!r}: no top images were kept: dissect with top=20")
@@ -144,7 +146,7 @@ def evidence(
         raise ValueError(f"layer {dissection.layer!r} has the units 0 to {dissection.units - 1}, got {unit}")
     ids, scores = (part[unit, :top_images] for part in dissection.top)
     ids, scores = ids[ids >= 0], scores[ids >= 0]
-    preprocess = find_preprocess(broden, model)
+    preprocess = same_preprocess(dissection.metadata, broden, model, preprocess)
     rows = ids.tolist()
     pixels = stack([to_tensor(preprocess, broden.image(row)) for row in rows], broden, rows)
     attribution = attribute_dissected(dissection, unit, model, pixels, method=method, basis=basis, **options)

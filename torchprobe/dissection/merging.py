@@ -28,7 +28,7 @@ def add_images(mine: LayerScores, other: LayerScores) -> None:
     if mine.top is not None and other.top is not None:
         k = mine.top[0].shape[1]
         scores, ids = ranked(torch.cat([mine.top[1], other.top[1]], 1), torch.cat([mine.top[0], other.top[0]], 1))
-        mine.top = ids[:, :k], scores[:, :k]
+        mine.top, mine.top_maps = (ids[:, :k], scores[:, :k]), None
     if mine.density is not None and other.density is not None:
         mine.density.merge(other.density)
     mine.images = torch.cat([mine.images, other.images])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.messages import listing
 from torchprobe.common.runs import CountCallback
+from torchprobe.datasets.geometry import Box
 from torchprobe.dissection import report_text
+from torchprobe.dissection.batches import Preprocess
 from torchprobe.dissection.concepts import concept_units
 from torchprobe.dissection.report_pictures import Pictures, show_pictures
 from torchprobe.dissection.report_sparse import DENSITY_COLUMNS, UNITS_OF, density_facts, kind_of
@@ -280,6 +282,8 @@ def write_report(
     evidence: int = 0,
     basis: Tensor | SparseBasis | None = None,
     units: Sequence[int] | None = None,
+    preprocess: Preprocess | str | None = None,
+    geometry: str | Callable[[int, int], Box] | None = None,
     progress: CountCallback | None = None,
     **choices: Any,
 ) -> Path:
@@ -289,19 +293,22 @@ def write_report(
         dissection: of the layer.
         path: the file.
         broden: the data set of the dissection; without it the page has no pictures.
-        encoder: the network of the dissection; without it the pictures show where the concept is, but not where the unit is active.
+        encoder: the network of the dissection. Its maps of the top images are usually kept in the dissection; otherwise, without the
+            network, the pictures show where the concept is, but not where the unit is active. Evidence needs it.
         nulls: name → dissection of the same layer to compare with: random weights, shuffled labels.
         top_images: how many of the top images are shown for each unit.
         evidence: units, best first, for which the page also shows evidence by integrated gradients; needs captum.
         basis: the directions or the encoder, if the units are directions or latents.
         units: units whose pictures are shown; default: all.
+        preprocess, geometry: those of the dissection, if they were given there; needed only if pictures pass the network again.
         progress: called with (steps done, steps in all). The evidence of a unit is one step; all other pictures together are one step.
         choices: ``threshold``, ``ap_threshold``, ``gain_threshold``, ``alpha``, ``score``; see :class:`Report`.
 
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is missing; the message has the command.
         DatasetError: an image or a label map cannot be read.
-        ValueError: ``encoder`` has another number of units than the dissection.
+        ValueError: pictures pass the network again, and ``encoder`` has another number of units than the dissection, or the dissection was
+            made with another preprocessing.
     """
     require()
 
@@ -315,7 +322,7 @@ def write_report(
         wanted = None if units is None else set(units)
         labels = {row.unit: row.index for row in report.best if wanted is None or row.unit in wanted}
         explained = list(labels)[:evidence] if encoder is not None else []
-        pictures = show_pictures(dissection, broden, labels, top_images, encoder, basis, explained, tell)
+        pictures = show_pictures(dissection, broden, labels, top_images, encoder, basis, explained, tell, preprocess, geometry)
     written = write_dissection(report.page(pictures), path)
     tell(1 + evidence)
     return written

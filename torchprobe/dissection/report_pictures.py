@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.datasets.broden import ImageLabels
-from torchprobe.dissection.batches import find_preprocess, stack, to_tensor
+from torchprobe.datasets.geometry import Box, Geometry
+from torchprobe.dissection.batches import Preprocess, same_preprocess, stack, to_tensor
 from torchprobe.dissection.evidence import attribute_dissected
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.sparse import SparseBasis
@@ -58,8 +59,11 @@ def show_pictures(
     basis: Tensor | SparseBasis | None = None,
     evidence: Sequence[int] = (),
     tell: Callable[[int], object] = lambda done: None,
+    preprocess: Preprocess | str | None = None,
+    geometry: str | Callable[[int, int], Box] | None = None,
 ) -> Pictures:
-    """The top images of some units. Each image is decoded once and passes the network once, however many units show it.
+    """The top images of some units. Each image is decoded once, however many units show it. If the maps of the top images were not kept, it
+    passes the network once more.
 
     Args:
         dissection: with top images.
@@ -70,6 +74,7 @@ def show_pictures(
         basis: the directions or the encoder, if the units are directions or latents.
         evidence: the units whose evidence is shown; needs the encoder.
         tell: called with the steps done, before the evidence of each unit; all images together are the first step.
+        preprocess, geometry: those of the dissection, if they were given there.
 
     Raises:
         ValueError: the encoder does not fit the dissection.
@@ -86,14 +91,22 @@ def show_pictures(
     found: dict[tuple[int, int], Shown] = {}  # (unit, row)
     pictures = Pictures()
     with ExitStack() as opened:
-        regions = None
-        if encoder is not None and units_of and _can_be_drawn(dissection, basis):
+        regions: _Kept | _Regions | None = None
+        if dissection.top_maps is not None and dissection.thresholds is not None:
+            regions = _Kept(dissection, broden)
+        elif encoder is not None and units_of and _can_be_drawn(dissection, basis):
             reader = opened.enter_context(LayerReader(encoder, select_layers(encoder, [dissection.layer])))
             regions = _Regions(dissection, broden, reader, basis)
-        preprocess = None if encoder is None or (regions is None and not kept) else find_preprocess(broden, encoder)
+        needed = isinstance(regions, _Regions) or bool(kept)
+        preprocess = same_preprocess(dissection.metadata, broden, encoder, preprocess) if needed and encoder is not None else None
+        looked = None if preprocess is None else Geometry(preprocess, geometry)
         for rows, images in _decoded(broden, sorted(units_of), dissection.metadata.get("batch_size", 32)):
             inputs = None if preprocess is None else stack([to_tensor(preprocess, image) for image in images], broden, rows)
-            outlines = [{}] * len(rows) if regions is None or inputs is None else regions.outlines(inputs, rows, units_of)
+            outlines: Sequence[Mapping[int, str]] = [{}] * len(rows)
+            if isinstance(regions, _Kept):
+                outlines = regions.outlines(rows, units_of)
+            elif regions is not None and inputs is not None and looked is not None:
+                outlines = regions.outlines(inputs, [looked.box(*image.size) for image in images], rows, units_of)
             for i, (row, image) in enumerate(zip(rows, images, strict=True)):
                 described = broden.rows[row]
                 pictures.thumbnails.append(thumbnail(image, described.image, _grid(described.label_height, described.label_width)))
@@ -129,6 +142,42 @@ def _can_be_drawn(dissection: LayerScores, basis: Tensor | SparseBasis | None) -
     return dissection.thresholds is not None and (basis is not None or not dissection.metadata.get("basis"))
 
 
+def _outline(dissection: LayerScores, broden: Broden, row: int, maps: Tensor, box: Box, units: list[int]) -> dict[int, str]:
+    """The outline of the active region of each unit on an image, from their maps (units, h, w) and where these lie on the picture."""
+    described = broden.rows[row]
+    assert dissection.thresholds is not None
+    rows, columns = described.label_height, described.label_width
+    levels = dissection.thresholds[units, None, None]
+    if dissection.metadata.get("mode") == "netdissect":
+        active = upsample(maps, rows, columns, "anchored", *dissection.metadata.get("input", (0, 0))) > levels
+    else:
+        placed = box.on(rows, columns)
+        active = upsample(maps, rows, columns, box=placed) > levels
+        if not box.whole:  # outside of what the network was shown, nothing is known
+            y, x = torch.arange(rows) + 0.5, torch.arange(columns) + 0.5
+            active &= ((y >= placed[0]) & (y < placed[2]))[:, None] & ((x >= placed[1]) & (x < placed[3]))
+    return {unit: outline(reduced(mask, GRID)) for unit, mask in zip(units, active.numpy(), strict=True)}
+
+
+class _Kept:
+    """Where units are above their thresholds, from the maps that the dissection kept."""
+
+    def __init__(self, dissection: LayerScores, broden: Broden) -> None:
+        self.dissection, self.broden = dissection, broden
+
+    def outlines(self, rows: Sequence[int], units_of: UnitsOf) -> list[dict[int, str]]:
+        """For each image, the outline of the active region by unit."""
+        d = self.dissection
+        assert d.top is not None and d.top_maps is not None
+        found = []
+        for row in rows:
+            units = list(units_of[row])
+            place = (d.top[0][units] == row).int().argmax(1)
+            maps, boxes = (part[units, place] for part in d.top_maps)
+            found.append(_outline(d, self.broden, row, maps, Box(*boxes[0].tolist()), units))
+        return found
+
+
 class _Regions:
     """Where units are above their thresholds, as it was counted, and drawn on a coarser grid."""
 
@@ -136,13 +185,15 @@ class _Regions:
         self.dissection, self.broden, self.reader, self.basis = dissection, broden, reader, basis
         self._site: Site | None = None
 
-    def outlines(self, inputs: Tensor, rows: Sequence[int], units_of: UnitsOf) -> list[dict[int, str]]:
-        """For each image (n, 3, H, W), the outline of the active region by unit."""
+    def outlines(self, inputs: Tensor, boxes: Sequence[Box], rows: Sequence[int], units_of: UnitsOf) -> list[dict[int, str]]:
+        """For each image (n, 3, H, W), which shows a box of its picture, the outline of the active region by unit."""
         layer = self.dissection.layer
         site = self._site = self._site or self._find_site(inputs[:1])
         maps = site.read(self.reader.activations(inputs)[layer][0], len(rows)).float().cpu()
-        size = inputs.shape[-2], inputs.shape[-1]
-        return [self._image_outlines(row, own, list(units_of[row]), size) for row, own in zip(rows, maps, strict=True)]
+        return [
+            _outline(self.dissection, self.broden, row, own[list(units_of[row])], box, list(units_of[row]))
+            for row, own, box in zip(rows, maps, boxes, strict=True)
+        ]
 
     def _find_site(self, image: Tensor) -> Site:
         d = self.dissection
@@ -150,15 +201,6 @@ class _Regions:
         if site.units != d.units:
             raise ValueError(f"layer {d.layer!r} has {site.units} units here and {d.units} in the dissection: this is another network")
         return site
-
-    def _image_outlines(self, row: int, maps: Tensor, units: list[int], input_size: tuple[int, int]) -> dict[int, str]:
-        described = self.broden.rows[row]
-        assert self.dissection.thresholds is not None
-        levels = self.dissection.thresholds[units, None, None]
-        anchored = self.dissection.metadata.get("mode") == "netdissect"
-        grid = ("anchored", *input_size) if anchored else ("half_pixel", 0, 0)
-        active = upsample(maps[units], described.label_height, described.label_width, *grid) > levels
-        return {unit: outline(reduced(mask, GRID)) for unit, mask in zip(units, active.numpy(), strict=True)}
 
 
 class _Concepts:

@@ -27,6 +27,7 @@ from torchprobe.dissection.shown import ShownLabels
 from torchprobe.dissection.sparse import Density, SparseBasis
 from torchprobe.dissection.spool import Spool, worthwhile
 from torchprobe.dissection.taps import POSITIONS, Site
+from torchprobe.dissection.top_maps import MOST, TopMaps
 from torchprobe.dissection.walk import Checkpoint, ImageVectors, Mergeable, Walk
 from torchprobe.recording.reader import LayerReader
 from torchprobe.statistics import Quantile, TopInputs
@@ -129,8 +130,9 @@ class Run:
             self.levels = {layer: Level(q.count.cpu(), *(s.cpu() for s in q.shares(thresholds[layer]))) for layer, q in quantiles.items()}
             self.errors = {layer: float(quantile.error().amax()) for layer, quantile in quantiles.items()}
         boxes = None if first is None else self.ranks.from_first(first.vectors["boxes"].vectors)
-        second = self.count(thresholds, boxes)
-        results = self.assemble(first, second, thresholds) if self.ranks.first else None
+        tops = {} if first is None or not self.settings.top else self.ranks.from_first(self.tops(first) if self.ranks.first else None)
+        second = self.count(thresholds, boxes, tops)
+        results = self.assemble(first, second, thresholds, tops) if self.ranks.first else None
         found: dict[str, Dissection] = self.ranks.from_first(results)
         for spool in self.spools.values():
             spool.give_up()
@@ -197,7 +199,18 @@ class Run:
         self.walk(walk, see, range(len(self.sites)), labels=False)
         return walk
 
-    def count(self, thresholds: Mapping[str, Tensor], boxes: Tensor | None) -> Walk:
+    def tops(self, first: Walk) -> dict[str, tuple[Tensor, Tensor]]:
+        """The top images of each layer and their scores."""
+        found = {}
+        for i, layer in enumerate(self.sites):
+            if self.ap:
+                found[layer] = top_images(first.vectors[str(i)].vectors.T, torch.tensor(self.batches.rows), self.settings.top)
+            else:
+                top = first.statistic(f"{i}/top", TopInputs)
+                found[layer] = top.ids, top.scores.float()
+        return found
+
+    def count(self, thresholds: Mapping[str, Tensor], boxes: Tensor | None, tops: Mapping[str, tuple[Tensor, Tensor]]) -> Walk:
         """The labels: which image shows which, and the pixels that they share with units. Layers whose maps were kept are read from the
         disk; the others pass the network again."""
         total, categories = len(self.batches.rows), len(self.broden.categories)
@@ -206,6 +219,9 @@ class Run:
             if self.iou:
                 at = thresholds[layer].to(self.device)
                 make[str(i)] = partial(Overlap, at, self.broden.primary, categories, self.settings.mode)
+                size = self.sites[layer].size
+                if layer in tops and tops[layer][0].numel() * size[0] * size[1] * 4 <= MOST:
+                    make[f"{i}/maps"] = partial(TopMaps, tops[layer][0], thresholds[layer].cpu(), size)
                 if self.settings.iou_permutations:
                     given = (at, self.broden.primary, categories, self.settings.mode, self.settings.iou_permutations, self.settings.seed)
                     make[f"{i}/null"] = partial(ShuffledOverlap, *given)
@@ -218,6 +234,8 @@ class Run:
         def see(i: int, maps: Tensor, batch: Batch) -> None:
             assert batch.labels is not None
             walk.statistic(str(i), Overlap).update(maps, batch.labels, self.input_size)
+            if f"{i}/maps" in make:
+                walk.statistic(f"{i}/maps", TopMaps).update(batch.rows, maps, self._boxes(batch))
             if f"{i}/null" in make:
                 walk.statistic(f"{i}/null", ShuffledOverlap).update(maps, batch.labels, self.input_size, batch.rows)
 
@@ -310,7 +328,9 @@ class Run:
 
     # -- the results ---------------------------------------------------------------------------------------------------
 
-    def assemble(self, first: Walk | None, second: Walk, thresholds: Mapping[str, Tensor]) -> dict[str, Dissection]:
+    def assemble(
+        self, first: Walk | None, second: Walk, thresholds: Mapping[str, Tensor], tops: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, Dissection]:
         """The results, on the first rank."""
         numbers = torch.tensor([label.number for label in self.broden.labels], dtype=torch.int64)
         category = self.broden.primary[numbers]
@@ -342,10 +362,10 @@ class Run:
             if first is not None and ranking is not None:
                 scores = first.vectors.pop(str(i)).vectors.T
                 dissection.rank(ranking, scores, keep=self.keep_scores)
-                dissection.top = top_images(scores, dissection.images, self.settings.top) if self.settings.top else None
-            elif first is not None and self.settings.top:
-                top = first.statistic(f"{i}/top", TopInputs)
-                dissection.top = top.ids, top.scores.float()
+            dissection.top = tops.get(layer)
+            if f"{i}/maps" in second.statistics:
+                kept = second.statistic(f"{i}/maps", TopMaps)
+                dissection.top_maps = kept.maps, kept.boxes
             results[layer] = dissection
             if layer in self.levels and (message := explanation(layer, dissection.silence(), dissection.quantile)):
                 warnings.warn(message, stacklevel=5)

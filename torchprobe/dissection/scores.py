@@ -86,6 +86,8 @@ class LayerScores:
         top: the images with the highest scores: their rows in the data set, int64 (U, k), and their scores, float32 (U, k); −1 if there are
             fewer than k images. None if they were not kept.
         density: how often the units are active, if they are the latents of an encoder, or None.
+        top_maps: the maps of the units on their top images, float32 (U, k, h, w), and where they lie on the pictures, float64 (U, k, 4),
+            as in :class:`torchprobe.dissection.top_maps.TopMaps`. None if they were not kept.
         scores: float32 (U, N) if they were kept, else None; and with them ``ranking``.
         metadata: model, data set and settings: plain values. ``threshold_error``: by how much the share of values above a threshold may be
             off, the largest standard deviation over units (:meth:`torchprobe.statistics.Quantile.error`). It is 0 for exact thresholds and
@@ -108,6 +110,7 @@ class LayerScores:
     p_values: Tensor | None = None
     top: tuple[Tensor, Tensor] | None = None
     density: Density | None = None
+    top_maps: tuple[Tensor, Tensor] | None = None
     scores: Tensor | None = None
     ranking: Ranking | None = None
     metadata: dict[str, Any] = field(default_factory=dict)

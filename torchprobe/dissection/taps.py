@@ -141,7 +141,7 @@ class Site:
 
     ``layout`` of the activation; ``features``: how many it has; ``grid``: rows and columns of the patches among tokens; ``basis``:
     directions (k, features), the encoder of latents, or None for the units themselves; ``places``: positions of an image, those of other
-    tokens included.
+    tokens included; ``size``: rows and columns of a map.
     """
 
     layer: str
@@ -151,6 +151,7 @@ class Site:
     positions: str = "patch"
     basis: Tensor | SparseBasis | None = None
     places: int = 1
+    size: tuple[int, int] = (1, 1)
 
     @property
     def units(self) -> int:
@@ -235,4 +236,8 @@ def _site(name: str, x: Tensor, layout: Layout, grids: list[tuple[int, int]], po
         fitting = [(h, w) for h, w in grids if h * w <= tokens < h * w + max(64, h * w // 4)]
         grid = max(fitting, key=lambda size: size[0] * size[1], default=None)
     places = x.numel() // max(x.shape[layout.batch_dim] * x.shape[layout.feature_dim], 1)
-    return Site(name, layout, x.shape[layout.feature_dim], grid, positions, places=places)
+    site = Site(name, layout, x.shape[layout.feature_dim], grid, positions, places=places)
+    if not site.has_map:
+        return site
+    shape = site.read(x, x.shape[layout.batch_dim]).shape
+    return replace(site, size=(shape[2], shape[3]))
