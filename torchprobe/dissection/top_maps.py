@@ -24,7 +24,7 @@ class TopMaps:
         size: rows and columns of a map.
 
     >>> top = TopMaps(torch.tensor([[7, 3]]), torch.tensor([0.5]), (1, 2))
-    >>> top.update([3, 4], torch.tensor([[[[1.0, 0.0]]], [[[9.0, 9.0]]]]), torch.tensor([[0.0, 0, 1, 1]] * 2))
+    >>> top.update([3, 4], torch.tensor([[[[1.0, 0.0]]], [[[9.0, 9.0]]]]), torch.tensor([[0.0, 0, 1, 1]] * 2).double())
     >>> top.maps.tolist()
     [[[[nan, nan]], [[1.0, 0.0]]]]
     """

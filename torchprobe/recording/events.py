@@ -50,6 +50,33 @@ def same_tensor(events: Sequence[Event], x: Tensor) -> Axis | None:
     return None if event is None else Axis(event.dim, f"the output of {event.name!r}")
 
 
+def permuted(events: Sequence[Event], x: Tensor) -> int | None:
+    """Where the features are in a tensor that is what a layer gave, or that with its dimensions in another order; None if it is neither."""
+    for event in reversed(events):
+        source = event.tensor()
+        if source is None or not event.strides or source.numel() != x.numel() or not shares_memory(source, x):
+            continue
+        if tuple(x.shape) == event.shape and x.stride() == event.strides:
+            return event.dim
+        there = [dim for dim in range(x.dim()) if x.stride(dim) == event.strides[event.dim] and x.shape[dim] == event.width]
+        if sorted(x.shape) == sorted(event.shape) and len(there) == 1:
+            return there[0]
+    return None
+
+
+def outside(events: Sequence[Event], inside: Sequence[Event]) -> list[Event]:
+    """The events that are not among those inside of a block."""
+    known = {id(event) for event in inside}  # comparing two events would compare their tensors
+    return [event for event in events if id(event) not in known]
+
+
+def contradicted(event: Event, shape: tuple[int, ...], dims_found: list[int], others: Sequence[Event]) -> bool:
+    """Whether the one dimension that is as wide as what a layer gave is another one than there, and other activations of this very shape
+    have their features elsewhere: then a layer mixes positions, or a vector for each input scales and shifts what passes."""
+    moved = len(dims_found) == 1 and (dims_found[0] != event.dim or len(event.shape) != len(shape))
+    return moved and any(other.shape == shape and other.dim != dims_found[0] for other in others)
+
+
 def same_shape(events: Sequence[Event], x: Tensor) -> Axis | None:
     shape = tuple(x.shape)
     alike = [event for event in events if event.shape == shape]

@@ -11,7 +11,19 @@ from torch import Tensor, nn
 
 from torchprobe.recording.axes import UNSURE, Axis, fits, square
 from torchprobe.recording.compiled import OwnHook, at_trace_time, never_compile_alone, register
-from torchprobe.recording.events import Event, is_same, moved_or_resized, multiplied, resized, same_shape, same_tensor, shares_memory
+from torchprobe.recording.events import (
+    Event,
+    contradicted,
+    is_same,
+    moved_or_resized,
+    multiplied,
+    outside,
+    permuted,
+    resized,
+    same_shape,
+    same_tensor,
+    shares_memory,
+)
 from torchprobe.recording.layers import Layer, named_layers
 from torchprobe.recording.leaves import (
     declared_features,
@@ -231,9 +243,7 @@ class Trail:
     # -- evidence ----------------------------------------------------------------------------------------------------------
 
     def _events_of(self, layer: Layer) -> list[Event]:
-        if not self.events:
-            return []
-        inside = {id(module) for module in layer.module.modules()}
+        inside = {id(module) for module in layer.module.modules()} if self.events else set()
         return [event for event in self.events if event.module in inside]
 
     def _contained(self, layer: Layer, x: Tensor) -> Axis | None:
@@ -241,9 +251,10 @@ class Trail:
         inside = self._events_of(layer)
         if not inside:
             return self._followed(layer, x, [])
-        if (found := same_tensor(inside, x)) is not None:
-            return found
         shape, last = tuple(x.shape), inside[-1]
+        if (found := same_tensor(inside, x)) is not None:
+            given = self._given_dim(shape, inside)
+            return found if given in (None, found.dim) else Axis(given, "as its input: its layers mix positions")
         seen: set[tuple[int, tuple[int, ...]]] = set()
         for event in reversed(inside):
             if (event.dim, event.shape) in seen:
@@ -253,9 +264,8 @@ class Trail:
             if not same and (event.width == 1 or (event is not last and len(event.shape) != len(shape))):
                 continue
             dims_found = fits(shape, event.width, 0 if last.dim == 0 else 1)
-            if len(event.shape) != len(shape) and self._others_differ(shape, dims_found, inside):
-                return Axis(None, UNSURE)
-            if len(dims_found) == 1 and moved_or_resized(event, shape, dims_found[0]):
+            around = inside if len(event.shape) == len(shape) else outside(self.events, inside)
+            if contradicted(event, shape, dims_found, around) or (len(dims_found) == 1 and moved_or_resized(event, shape, dims_found[0])):
                 return Axis(None, UNSURE)
             if len(dims_found) == 1:
                 by = f"as {event.name!r}" if same else f"width {event.width} of {event.name!r}"
@@ -264,13 +274,6 @@ class Trail:
                 return self._tie(event, inside, x, dims_found)
         return multiplied(layer.module, last, shape) or resized(last, shape, inside) or same_shape(self.events, x)
 
-    def _others_differ(self, shape: tuple[int, ...], dims_found: list[int], inside: Sequence[Event]) -> bool:
-        """Whether outside of a block an activation of this shape had its features elsewhere. A vector for each input, which only scales and
-        shifts what passes the block, may be as wide as another dimension."""
-        return len(dims_found) == 1 and any(
-            event.shape == shape and event.dim != dims_found[0] for event in self.events if event not in inside
-        )
-
     def _followed(self, layer: Layer, x: Tensor, allowed: Sequence[int]) -> Axis | None:
         """By what ran before a layer that keeps the layout of its input, such as an activation function."""
         events = [event for event in self.events if event.module != id(layer.module)] if self.fresh else []
@@ -278,6 +281,8 @@ class Trail:
             return None
         if (found := same_tensor(events, x)) is not None:
             return found._replace(sure=False)  # another width may come from another place in the model
+        if keeps_layout(layer.module) and (there := permuted(events, x)) is not None:
+            return Axis(there, "its input, in another order of dimensions", sure=False)
         shape, last = tuple(x.shape), events[-1]
         keeps_shape = keeps_layout(layer.module)
         if last.shape == shape:
@@ -288,7 +293,8 @@ class Trail:
             return axis if keeps_shape else square(axis, shape)
         if last.width > 1 and (len(shape) < len(last.shape) or (len(shape) == len(last.shape) and shape[0] == last.shape[0])):
             dims_found = [dim for dim in fits(shape, last.width) if not allowed or dim in allowed]
-            if len(dims_found) == 1 and moved_or_resized(last, shape, dims_found[0]):
+            mixed = len(shape) == len(last.shape) and contradicted(last, shape, dims_found, events)
+            if mixed or (len(dims_found) == 1 and moved_or_resized(last, shape, dims_found[0])):
                 return Axis(None, UNSURE)
             if len(dims_found) == 1:
                 return square(Axis(dims_found[0], f"width {last.width} of {last.name!r}", sure=False), shape)
@@ -312,10 +318,7 @@ class Trail:
     def _given_dim(self, shape: tuple[int, ...], inside: Sequence[Event]) -> int | None:
         """The dimension of the features in the input of the layer, if it has the same shape as the output."""
         given = first_tensor(self.given)
-        if given is None or tuple(given.shape) != shape:
-            return None
-        found = same_tensor([event for event in self.events if event not in inside], given)
-        return None if found is None else found.dim
+        return None if given is None or tuple(given.shape) != shape else permuted(outside(self.events, inside), given)
 
     # -- evidence without an order of running ------------------------------------------------------------------------------
 
