@@ -57,7 +57,7 @@ def test_help_documents_the_exit_codes(run, command):
     assert (re.search(r"^ +3 ", out, re.MULTILINE) is not None) == (command in ([], ["dissect"], ["doctor"]))
 
 
-COMMANDS = ["scan", "layers", "concepts", "dissect", "words", "interpret", "compare", "diff", "doctor", "demo"]
+COMMANDS = ["scan", "layers", "concepts", "dissect", "segment", "words", "interpret", "compare", "diff", "doctor", "demo"]
 
 
 def test_help_fits_80_columns(run, monkeypatch):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchprobe.cli.segment_command import draw_units
 from torchprobe.cli.tools import (
     CHECK_FAILED,
     INTERRUPTED,
@@ -37,7 +38,7 @@ HELP = (
     "What do the units of MODEL detect? Compares every unit of some layers with every concept of a labeled data set in the format of "
     "Broden. The scores are the overlap of the activated region with the concept (iou), and the ranking of the images by the unit (ap). "
     "Writes tables, results and a page for each layer. --resume continues an interrupted run.\n\n"
-    f"{MODEL} Not needed with --check."
+    f"{MODEL} Not needed with --check, and with --segment only if the dissection does not name it."
 )
 
 
@@ -58,11 +59,20 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
 )
 @click.argument("model", required=False)
 @click.option("--layers", multiple=True, metavar="PATTERN", help="Name or glob of layers; may be repeated. See torchprobe layers.")
-@click.option("--broden", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder in the format of Broden.")
+@click.option("--broden", "folder", type=click.Path(path_type=Path), metavar="DIR", help="A folder in the format of Broden.")
 @output_option("torchprobe-dissection")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in --out.")
 @click.option("--score", type=Scores(), default="iou,ap", show_default=True, help="iou needs layers with positions.")
 @click.option("--check", is_flag=True, help="Only list every problem of the data set.")
+@click.option(
+    "--segment",
+    "pictures_to_segment",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PICTURE",
+    help="Draw the units of the finished dissection in --out on this picture, or on those of a folder; may be repeated. torchprobe segment "
+    "has more options.",
+)
 @click.option("--index", default="index.csv", show_default=True, metavar="FILE", help="Another index in the folder of --broden.")
 @click.option("--split", type=click.Choice(["train", "val"]), help="Only this part of the images.")
 @click.option("--category", "categories", multiple=True, metavar="NAME", help="Only this category; may be repeated.")
@@ -130,6 +140,11 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
     help="An earlier --out to compare with.",
 )
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights: .safetensors, .pt, .pth, .ckpt.")
+@click.option(
+    "--preprocess",
+    type=click.Choice(["whole", "encoder"]),
+    help="Show the network the whole picture, resized, or what its own transform shows, which may crop.  [default: whole]",
+)
 @click.option("--random-init", is_flag=True, help="Random weights from --seed, batch norms calibrated on the images: a null.")
 @click.option("--pictures", type=click.IntRange(min=0), default=5, show_default=True, help="Top images of each unit on the page.")
 @click.option("--evidence", type=click.IntRange(min=0), default=0, show_default=True, help="Units with integrated gradients on the page.")
@@ -140,11 +155,36 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
     metavar="MIB",
     help="Memory for the thresholds of a layer; if it is too small, they are estimated.  [default: 256]",
 )
+@click.option(
+    "--disk",
+    type=click.FloatRange(min=0),
+    default=8.0,
+    show_default=True,
+    metavar="GB",
+    help="Room for maps that wait for their thresholds; 0: the images pass the network twice.",
+)
 @device_option
 @workers_option
 @click.option("--seed", type=int, default=0, show_default=True, help="For --random-init and --rotate.")
 @json_option
-def dissect(model: str | None, layers: tuple[str, ...], folder: Path, check: bool, as_json: bool, **options: Any) -> None:
+def dissect(
+    model: str | None,
+    layers: tuple[str, ...],
+    folder: Path | None,
+    check: bool,
+    pictures_to_segment: tuple[Path, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    if pictures_to_segment:
+        if check or folder:
+            raise click.UsageError("--segment draws the units of a finished dissection: it needs --out, and neither --broden nor --check")
+        out, basis = options["out"], options["basis_file"]
+        return draw_units(
+            out, pictures_to_segment, model, options["checkpoint"], layers, out / "segments", options["device"], as_json, basis_file=basis
+        )
+    if folder is None:
+        raise click.UsageError("Missing option '--broden'.")
     if check:
         return _check(folder, options["index"], options["workers"], as_json)
     if model is None:
