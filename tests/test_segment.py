@@ -155,13 +155,13 @@ def test_what_lies_outside_the_crop_is_not_marked(root: Path) -> None:
 def test_a_large_picture_has_a_smaller_grid(root: Path) -> None:
     model = Colors(TRANSFORMS["resize"])
     found = dissected(root, model)
-    (made,) = segment_pictures(found, model, [Image.fromarray(picture(1500, 3000, (300, 600, 900, 1500)))], longest=300)
+    (made,) = segment_pictures(found, model, [Image.fromarray(picture(1500, 3000, (300, 600, 900, 1500)))], units=[0], longest=300)
     planted = np.zeros((150, 300), bool)
     planted[30:90, 60:150] = True
     assert made.size == (3000, 1500) and made.image.size == (300, 150)
     assert overlap(made.regions[0].mask, planted) > 0.9
     for size in ((1, 1), (1, 400), (400, 1)):
-        (tiny,) = segment_pictures(found, model, [Image.new("RGB", size, "red")])
+        (tiny,) = segment_pictures(found, model, [Image.new("RGB", size, "red")], units=[0])
         assert tiny.regions[0].mask.shape == size[::-1] and tiny.regions[0].mask.all()
 
 
@@ -362,6 +362,12 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
 def test_a_folder_of_pictures(root: Path, photos: Path, tmp_path: Path) -> None:
     model = Colors(TRANSFORMS["crop"])
     found, told = dissected(root, model, preprocess="encoder"), []
@@ -379,16 +385,14 @@ def test_a_folder_of_pictures(root: Path, photos: Path, tmp_path: Path) -> None:
     assert [unit["concept"] for unit in by_name["more/a.png"]["units"]] == ["green-c (color)"]
     assert len({one["file"] for one in value["pictures"]}) == 4
     for one in value["pictures"]:
-        drawn, concepts = Image.open(tmp_path / "out" / one["file"]), Image.open(tmp_path / "out" / one["concepts"])
+        drawn, concepts = opened(tmp_path / "out" / one["file"]), opened(tmp_path / "out" / one["concepts"])
         names = json.loads((tmp_path / "out" / one["concepts"]).with_suffix(".json").read_text())
         numbers = np.asarray(concepts)
         assert concepts.mode == "P" and concepts.size == (150, 100) and drawn.size[0] == 150 and drawn.size[1] >= 100
         assert {int(n) for n in np.unique(numbers)} <= {int(n) for n in names}
         assert names["0"] == "unsure" and names[str(numbers[50, 0])] == "not shown to the network"
     red = json.loads((tmp_path / "out" / by_name["a.png"]["concepts"]).with_suffix(".json").read_text())
-    marked = np.asarray(Image.open(tmp_path / "out" / by_name["a.png"]["concepts"])) == next(
-        int(n) for n in red if red[n] == "red-c (color)"
-    )
+    marked = np.asarray(opened(tmp_path / "out" / by_name["a.png"]["concepts"])) == next(int(n) for n in red if red[n] == "red-c (color)")
     planted = np.zeros((100, 150), bool)
     planted[40:70, 60:90] = True
     assert overlap(marked, planted) > 0.6
@@ -409,7 +413,7 @@ def test_many_concepts_need_16_bits(tmp_path: Path) -> None:
 
     numbers = np.arange(600, dtype=np.uint16).reshape(20, 30)
     write_concept_map(ConceptMap(numbers, {i: str(i) for i in range(600)}), tmp_path / "a.b")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.b.png")), numbers)
+    assert np.array_equal(np.asarray(opened(tmp_path / "a.b.png")), numbers)
     assert len(json.loads((tmp_path / "a.b.json").read_text())) == 600
 
 

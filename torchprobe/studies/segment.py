@@ -18,6 +18,7 @@ from torchprobe.common.files import replacing, to_json
 from torchprobe.common.messages import counted, listing
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import DatasetError, image_folder
+from torchprobe.datasets.geometry import GeometryError
 from torchprobe.datasets.photos import read_photo
 from torchprobe.dissection import Dissection
 from torchprobe.dissection.detectors import Detector, caution
@@ -162,12 +163,10 @@ class Segments:
     def draw(self, segmenter: Segmenter, name: str, path: Path) -> None:
         """Adds one picture and writes its files."""
         try:
-            image = read_photo(path)
-        except DatasetError as error:
+            picture = segmenter.segment(read_photo(path), name)
+        except (DatasetError, GeometryError) as error:
             self.unreadable.append((name, str(error)))
             return
-        picture = segmenter.segment(image, name)
-        del image
         concepts, stem = picture.concept_map(), self._free(name)
         folder = self.folder / self.name
         folder.mkdir(parents=True, exist_ok=True)
