@@ -388,7 +388,7 @@ def test_a_folder_of_pictures(root: Path, photos: Path, tmp_path: Path) -> None:
         drawn, concepts = opened(tmp_path / "out" / one["file"]), opened(tmp_path / "out" / one["concepts"])
         names = json.loads((tmp_path / "out" / one["concepts"]).with_suffix(".json").read_text())
         numbers = np.asarray(concepts)
-        assert concepts.mode == "P" and concepts.size == (150, 100) and drawn.size[0] == 150 and drawn.size[1] >= 100
+        assert concepts.mode == "P" and concepts.size == (150, 100) and drawn.size[0] >= 150 and drawn.size[1] >= 100
         assert {int(n) for n in np.unique(numbers)} <= {int(n) for n in names}
         assert names["0"] == "unsure" and names[str(numbers[50, 0])] == "not shown to the network"
     red = json.loads((tmp_path / "out" / by_name["a.png"]["concepts"]).with_suffix(".json").read_text())

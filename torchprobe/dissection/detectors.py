@@ -130,6 +130,8 @@ def _detector(dissection: LayerScores, unit: int, label: int) -> Detector:
     p = None if null is None or bool(null.adjusted[unit, label].isnan()) else float(null.adjusted[unit, label])
     if iou < THRESHOLD:
         caveats.append(f"an IoU below {THRESHOLD:g} does not count as detection")
+    if null is not None and p is None:
+        caveats.append("too few images show the concept to compare with chance")
     if p is not None and p > ALPHA:
         caveats.append(f"not beyond chance at {ALPHA:g}")
     precise = None if ap is None or bool(ap[unit, label].isnan()) else float(ap[unit, label])

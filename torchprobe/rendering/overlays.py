@@ -31,7 +31,7 @@ def color(index: int) -> str:
 
 
 def overlay(image: Image, numbers: NDArray[np.uint16], legend: Mapping[int, str], shown: NDArray[np.bool_] | None = None) -> Image:
-    """A picture with the concept of each pixel as a color, and a legend below it.
+    """A picture with the concept of each pixel as a color, and below it a legend, which may be wider.
 
     Args:
         image: PIL, RGB.
@@ -40,8 +40,8 @@ def overlay(image: Image, numbers: NDArray[np.uint16], legend: Mapping[int, str]
         shown: bool (rows, columns); pixels that are False are dark.
 
     >>> from PIL import Image
-    >>> overlay(Image.new("RGB", (40, 30)), np.ones((30, 40), np.uint16), {1: "dog"}).size
-    (40, 60)
+    >>> overlay(Image.new("RGB", (90, 30)), np.ones((30, 90), np.uint16), {1: "dog"}).size
+    (90, 60)
     """
     from PIL import Image as pil
     from PIL import ImageDraw
@@ -57,13 +57,15 @@ def overlay(image: Image, numbers: NDArray[np.uint16], legend: Mapping[int, str]
     drawn = pil.fromarray(pixels.round().astype(np.uint8))
     if not legend:
         return drawn
-    whole = pil.new("RGB", (drawn.width, drawn.height + 8 + _LINE * len(legend)), "white")
+    lines = [printable(text).encode("latin-1", "replace").decode("latin-1")[:200] for text in legend.values()]  # the font has no more
+    longest = max(ImageDraw.Draw(drawn).textlength(line) for line in lines)
+    whole = pil.new("RGB", (max(drawn.width, round(longest) + 34), drawn.height + 8 + _LINE * len(legend)), "white")
     whole.paste(drawn, (0, 0))
     pen = ImageDraw.Draw(whole)
-    for line, (number, text) in enumerate(legend.items()):
-        top = drawn.height + 6 + _LINE * line
+    for at, (number, line) in enumerate(zip(legend, lines, strict=True)):
+        top = drawn.height + 6 + _LINE * at
         pen.rectangle((6, top + 3, 18, top + 15), color(number - 1), "black")
-        pen.text((26, top + 3), printable(text).encode("latin-1", "replace").decode("latin-1"), "black")  # the built-in font has no more
+        pen.text((26, top + 3), line, "black")
     return whole
 
 

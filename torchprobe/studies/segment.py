@@ -170,7 +170,8 @@ class Segments:
         concepts, stem = picture.concept_map(), self._free(name)
         folder = self.folder / self.name
         folder.mkdir(parents=True, exist_ok=True)
-        legend = {n: self._line(concepts.names[n]) for n in np.unique(concepts.numbers).tolist() if 0 < n <= len(self._concepts())}
+        lines = {region.detector.concept: _line(region.detector) for region in reversed(picture.active)}
+        legend = {n: lines[concepts.names[n]] for n in np.unique(concepts.numbers).tolist() if concepts.names[n] in lines}
         _save(overlay(picture.image, concepts.numbers, legend, picture.shown), folder / f"{stem}.png")
         record = {"name": name, "width": picture.size[0], "height": picture.size[1], "file": f"{self.name}/{stem}.png"}
         if self.maps:
@@ -257,11 +258,6 @@ class Segments:
     def _concepts(self) -> list[str]:
         return list(dict.fromkeys(detector.concept for detector in self.detectors))
 
-    def _line(self, concept: str) -> str:
-        """A line of the legend of a picture."""
-        first = next(detector for detector in self.detectors if detector.concept == concept)
-        return f"{concept}: unit {first.unit}, IoU {number(first.iou, 2)}" + (f" ({first.caveat})" if first.caveat else "")
-
     def _free(self, name: str) -> str:
         """A file name without suffix that is valid on every system and not taken yet."""
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", Path(name).with_suffix("").as_posix()).strip(".")[:100] or "picture"
@@ -300,6 +296,12 @@ def print_segments(found: Mapping[str, Segments], out: Console) -> None:
             table.add_row(*(text(shown(row, column)) for column in columns))
         out.print(table)
         out.print(text(caution(segments.dissection)))
+
+
+def _line(detector: Detector) -> str:
+    """A line of the legend of a picture."""
+    caveat = f" ({detector.caveat})" if detector.caveat else ""
+    return f"{detector.concept}: unit {detector.unit}, IoU {number(detector.iou, 2)}{caveat}"
 
 
 def _reading() -> Section:
