@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -426,3 +428,55 @@ def test_dissections_are_found(root: Path, tmp_path: Path) -> None:
         find_dissections(tmp_path / "b")
     with pytest.raises(ValueError, match="does not hold a finished dissection"):
         find_dissections(tmp_path)
+
+
+# -- in a browser ------------------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+VISITOR = """
+addEventListener("load", () => {
+  const large = document.querySelector(".all svg").getBoundingClientRect(), seen = { alerted: window.alerted === true };
+  seen.image = document.querySelector(".all image").getBoundingClientRect().width === large.width;
+  const region = document.querySelector(".all path.line").getBoundingClientRect();
+  const share = (edge, start, size) => (region[edge] - large[start]) / large[size];
+  seen.region = [["left", "left"], ["top", "top"], ["right", "left"], ["bottom", "top"]].map(
+    ([edge, start]) => share(edge, start, start === "left" ? "width" : "height"),
+  );
+  seen.used = [...document.querySelectorAll(".one use")].map((use) => use.getBoundingClientRect().width > 50);
+  seen.names = [...document.querySelectorAll(".picture h2")].map((head) => head.textContent);
+  const out = document.createElement("pre"); out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
+});
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_in_a_browser_outlines_lie_on_the_object(root: Path, tmp_path: Path) -> None:
+    model = Colors(TRANSFORMS["crop"])
+    found = dissected(root, model, preprocess="encoder")
+    name = "<img src=x onerror=alert(1)>.png".replace("/", "")
+    Image.fromarray(picture(200, 400, (60, 160, 120, 260))).save(tmp_path / name)
+    page = segment_folder({"pool": found}, model, [tmp_path / name], tmp_path / "out", concepts=["red"])["pool"].files["page"]
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace("</body>", f"<script>window.alert = () => {{ window.alerted = true; }};{VISITOR}</script></body>"))
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
+    command = [
+        CHROMIUM,
+        *options.split(),
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+    ]
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=3000", "--window-size=1200,1500", "--dump-dom", f"file://{page}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    match = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert match is not None
+    seen = json.loads(match[1].replace("&lt;", "<").replace("&gt;", ">"))
+    assert seen["names"] == [name] and not seen["alerted"] and seen["image"] and seen["used"] == [True]
+    assert seen["region"] == pytest.approx([160 / 400, 60 / 200, 260 / 400, 120 / 200], abs=0.02)  # where the rectangle was planted
