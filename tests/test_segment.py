@@ -248,20 +248,23 @@ def test_the_preprocessing_is_found_or_refused(root: Path) -> None:
         (made,) = segment_pictures(found, model, image)
         assert made.box.whole == (preprocess == "whole")
         assert segment_pictures(found, model, image, preprocess=preprocess)[0].box == made.box
-        with pytest.raises(ValueError, match="were prepared by"):
+        with pytest.raises(ValueError, match="made with another preprocessing"):
             segment_pictures(found, model, image, preprocess="encoder" if preprocess == "whole" else "whole")
     own = dissected(root, model, preprocess=resize)
-    with pytest.raises(ValueError, match="none of the network's: give preprocess="):
+    with pytest.raises(ValueError, match="another preprocessing .*Compose.*give it as preprocess="):
         segment_pictures(own, model, image)
     assert segment_pictures(own, model, image, preprocess=resize)[0].box.whole
     assert segment_pictures(own, Colors(), image, preprocess=resize)[0].box.whole
-    with pytest.raises(ValueError, match="does not say how a picture becomes a tensor"):
+    with pytest.raises(ValueError, match="another preprocessing"):
         segment_pictures(own, Colors(), image)
-    with pytest.raises(ValueError, match="must be a function or one of whole, encoder, got 'hole'"):
+    with pytest.raises(ValueError, match="a function or one of whole, encoder, got 'hole'"):
         segment_pictures(own, model, image, preprocess="hole")
-    del own.metadata["preprocessing"]  # a file of before
-    with pytest.raises(ValueError, match="does not say how its images were prepared"):
-        segment_pictures(own, model, image)
+    del own.metadata["preprocessing"]  # a file of before, which knew only the transform of the encoder
+    assert not segment_pictures(own, model, image)[0].box.whole
+    gray = dissected(
+        root, Colors(v2.Compose([v2.Grayscale(3), crop])), preprocess="encoder"
+    )  # the whole picture with its colors: impossible
+    assert not segment_pictures(gray, Colors(v2.Compose([v2.Grayscale(3), crop])), image)[0].box.whole
     # A picture may be resized a little differently by another version of Pillow.
     found = dissected(root, model)
     found.metadata["preprocessing"]["fingerprint"] = "of another version"
@@ -407,6 +410,15 @@ def test_a_folder_of_pictures(root: Path, photos: Path, tmp_path: Path) -> None:
         segment_folder({"pool": found}, model, [photos / "z.jpg"], tmp_path / "none")
     with pytest.raises(DatasetError, match="there is no picture at"):
         find_pictures([photos / "nothing.png"])
+
+
+def test_a_layer_without_detectors_is_left_out(root: Path, photos: Path, tmp_path: Path) -> None:
+    model = Colors(TRANSFORMS["resize"])
+    none, some = dissected(root, model, thresholds={"pool": torch.full((4,), 9.0)}), dissected(root, model)
+    with pytest.warns(UserWarning, match="no unit of layer 'pool' has an IoU of 0.04"):
+        assert [*segment_folder({"a": none, "b": some}, model, [photos / "a.png"], tmp_path / "out")] == ["b"]
+    with pytest.raises(ValueError, match="no unit of layer 'pool'"):
+        segment_folder({"a": none}, model, [photos / "a.png"], tmp_path / "out")
 
 
 def test_many_concepts_need_16_bits(tmp_path: Path) -> None:

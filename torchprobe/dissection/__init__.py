@@ -47,7 +47,7 @@ file                   subject
 ``concepts``           from each concept to its units
 ``comparing``          two dissections, unit by unit and concept by concept
 ``report``             the page; ``report_text`` has its words, ``report_pictures`` its pictures
-``segment``            units on new pictures; ``same_run`` finds the preprocessing of the dissection again
+``segment``            units on new pictures
 ``detectors``          which units are drawn there, for which concepts
 ``evidence``           the pixels that contribute to a unit
 =====================  =========================================================================

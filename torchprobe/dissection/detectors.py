@@ -17,6 +17,10 @@ MOST = 20
 ALPHA = 0.05
 
 
+class NoDetectorError(ValueError):
+    """No unit of a layer is a detector, and none was named."""
+
+
 @dataclass(frozen=True)
 class Detector:
     """A unit, and a label of the data set that it overlaps.
@@ -63,7 +67,8 @@ def choose_detectors(
         most: how many.
 
     Raises:
-        ValueError: no thresholds, an unknown unit or concept, or no unit with an IoU of 0.04.
+        NoDetectorError: none was named, and no unit has an IoU of 0.04.
+        ValueError: no thresholds, or an unknown unit or concept.
     """
     if most < 1:
         raise ValueError(f"most must be at least 1, got {most}")
@@ -87,7 +92,9 @@ def choose_detectors(
         order = value.argsort(descending=True, stable=True).tolist()
         pairs = [(unit, int(best[unit])) for unit in order if value[unit] >= THRESHOLD][:most]
     if not pairs:
-        raise ValueError(f"no unit of layer {dissection.layer!r} has an IoU of {THRESHOLD:g} or more: name units or concepts to draw them")
+        raise NoDetectorError(
+            f"no unit of layer {dissection.layer!r} has an IoU of {THRESHOLD:g} or more: name units or concepts to draw them"
+        )
     return [_detector(dissection, *pair) for pair in dict.fromkeys(pairs)]
 
 

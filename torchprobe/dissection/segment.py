@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torchprobe.common.storage import digest
 from torchprobe.datasets.geometry import Box, Geometry
 from torchprobe.datasets.photos import read_photo
-from torchprobe.dissection.bases import Basis
-from torchprobe.dissection.batches import Preprocess, to_tensor
+from torchprobe.dissection.bases import Basis, same_basis
+from torchprobe.dissection.batches import Preprocess, same_preprocess, to_tensor
 from torchprobe.dissection.detectors import MOST, Detector, choose_detectors
-from torchprobe.dissection.same_run import same_basis, same_preprocess
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.taps import Site, find_sites
 from torchprobe.ops.overlap import upsample
@@ -124,7 +123,7 @@ class Segmenter:
             raise ValueError(f"longest must be at least 1, got {longest}")
         self.detectors = choose_detectors(dissection, units, concepts, most)
         _check_weights(dissection, model)
-        self.preprocess = same_preprocess(dissection, model, preprocess)
+        self.preprocess = same_preprocess(dissection.metadata, None, model, preprocess)
         self.dissection, self.model, self.basis, self.longest = dissection, model, basis, longest
         self.geometry = Geometry(self.preprocess, geometry)
         self._layers = select_layers(model, [dissection.layer], feature_dim)
@@ -170,7 +169,7 @@ class Segmenter:
     def _site(self, image: Tensor) -> Site:
         d = self.dissection
         site = find_sites(self._reader, image, str(d.metadata.get("positions", "patch")))[d.layer]
-        site = site.in_basis(same_basis(d, site.features, self.basis))
+        site = site.in_basis(same_basis(d.metadata, d.layer, site.features, self.basis))
         if site.units != d.units:
             raise ValueError(f"layer {d.layer!r} has {site.units} units here and {d.units} in the dissection: this is another network")
         return site

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from torchprobe.datasets import DatasetError, image_folder
 from torchprobe.datasets.geometry import GeometryError
 from torchprobe.datasets.photos import read_photo
 from torchprobe.dissection import Dissection
-from torchprobe.dissection.detectors import Detector, caution
+from torchprobe.dissection.detectors import Detector, NoDetectorError, caution
 from torchprobe.dissection.segment import ConceptMap, SegmentedPicture, Segmenter
 from torchprobe.rendering.dissection_page import outline, reduced, thumbnail
 from torchprobe.rendering.overlays import color, overlay, palette
@@ -120,7 +121,7 @@ def segment_folder(
         options: for :func:`torchprobe.dissection.segment.segment_pictures`.
 
     Returns:
-        Layer → :class:`Segments`.
+        Layer → :class:`Segments`. A layer without any detector is left out with a warning, if another layer has some.
 
     Raises:
         DatasetError: no picture can be read. If some can, the others are named in the result and on the page.
@@ -128,16 +129,25 @@ def segment_folder(
     """
     found = find_pictures(pictures)
     folder, results = Path(out), {}
-    names = file_names(dissections)
+    names, missing = file_names(dissections), list[NoDetectorError]()
     for before, (layer, dissection) in enumerate(dissections.items()):
+        try:
+            segmenter = Segmenter(dissection, model, **options)
+        except NoDetectorError as error:
+            missing.append(error)
+            continue
         segments = results[layer] = Segments(dissection, folder, names[layer], maps)
-        with Segmenter(dissection, model, **options) as segmenter:
-            segments.detectors = segmenter.detectors
+        segments.detectors = segmenter.detectors
+        with segmenter:
             for done, (name, path) in enumerate(found, 1):
                 segments.draw(segmenter, name, path)
                 if progress is not None:
                     progress(before * len(found) + done, len(dissections) * len(found))
         segments.finish()
+    if not results and missing:
+        raise missing[0]
+    for error in missing:
+        warnings.warn(str(error), stacklevel=2)
     return results
 
 
