@@ -46,7 +46,8 @@ file                   subject
 ``summaries``          detectors, concepts, concepts per unit
 ``concepts``           from each concept to its units
 ``comparing``          two dissections, unit by unit and concept by concept
-``report``             the page; ``report_text`` has its words, ``report_pictures`` its pictures
+``report``             the page; ``report_text`` has its words, ``report_images`` what it says of the images, ``report_pictures`` its
+                       pictures
 ``segment``            units on new pictures
 ``detectors``          which units are drawn there, for which concepts
 ``evidence``           the pixels that contribute to a unit

@@ -20,7 +20,7 @@ from torchprobe.common.messages import listing
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Broden
-from torchprobe.dissection import Dissection, WordDissection, dissect, random_rotation
+from torchprobe.dissection import Dissection, WordDissection, dissect, random_rotation, report_images
 from torchprobe.dissection.activity import explanation
 from torchprobe.dissection.batches import Preprocess, find_preprocess, stack, to_tensor
 from torchprobe.dissection.report import Report, write_report
@@ -212,6 +212,8 @@ def print_dissections(results: Mapping[str, Dissection], nulls: Nulls, out: Cons
         if report.encoded is not None:
             named = [row.values["label"] for row in report.concept_rows() if row.encoded_by]
             out.print(text(f"{report.dissection.layer or '(output)'} encodes {listing(named, 20) or 'no concept'} ({report.limits.rule})."))
+    for line in dict.fromkeys(report_images.caption(dissection) for dissection in results.values()):
+        out.print(text(line))  # layers of one run have the same images
     if not nulls:
         advice = "Dissect with random weights and with shuffled labels as well, and name those folders with --null."
         out.print(text(f"No null was given. {advice}"))

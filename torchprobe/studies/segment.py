@@ -146,8 +146,8 @@ def segment_folder(
         segments.finish()
     if not results and missing:
         raise missing[0]
-    for error in missing:
-        warnings.warn(str(error), stacklevel=2)
+    for problem in missing:
+        warnings.warn(str(problem), stacklevel=2)
     return results
 
 
