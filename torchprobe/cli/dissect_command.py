@@ -66,7 +66,6 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
 @click.option("--check", is_flag=True, help="Only list every problem of the data set.")
 @click.option(
     "--segment",
-    "pictures_to_segment",
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="PICTURE",
@@ -140,14 +139,16 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
     help="An earlier --out to compare with.",
 )
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights: .safetensors, .pt, .pth, .ckpt.")
-@click.option(
-    "--preprocess",
-    type=click.Choice(["whole", "encoder"]),
-    help="Show the network the whole picture, resized, or what its own transform shows, which may crop.  [default: whole]",
-)
 @click.option("--random-init", is_flag=True, help="Random weights from --seed, batch norms calibrated on the images: a null.")
 @click.option("--pictures", type=click.IntRange(min=0), default=5, show_default=True, help="Top images of each unit on the page.")
 @click.option("--evidence", type=click.IntRange(min=0), default=0, show_default=True, help="Units with integrated gradients on the page.")
+@click.option(
+    "--preprocess",
+    type=click.Choice(["whole", "encoder"]),
+    default="whole",
+    show_default=True,
+    help="What the network is shown: the whole picture, resized, or what the encoder's own transform shows, which may crop.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option(
     "--memory",
@@ -161,28 +162,20 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
     default=8.0,
     show_default=True,
     metavar="GB",
-    help="Room for maps that wait for their thresholds; 0: the images pass the network twice.",
+    help="Space in --out for maps during the run; layers that need more pass the network twice.",
 )
 @device_option
 @workers_option
 @click.option("--seed", type=int, default=0, show_default=True, help="For --random-init and --rotate.")
 @json_option
-def dissect(
-    model: str | None,
-    layers: tuple[str, ...],
-    folder: Path | None,
-    check: bool,
-    pictures_to_segment: tuple[Path, ...],
-    as_json: bool,
-    **options: Any,
-) -> None:
-    if pictures_to_segment:
+def dissect(model: str | None, layers: tuple[str, ...], folder: Path | None, check: bool, as_json: bool, **options: Any) -> None:
+    pictures = options.pop("segment")
+    if pictures:
         if check or folder:
             raise click.UsageError("--segment draws the units of a finished dissection: it needs --out, and neither --broden nor --check")
         out, basis = options["out"], options["basis_file"]
-        return draw_units(
-            out, pictures_to_segment, model, options["checkpoint"], layers, out / "segments", options["device"], as_json, basis_file=basis
-        )
+        weights, device = options["checkpoint"], options["device"]
+        return draw_units(out, pictures, model, weights, layers, out / "segments", device, as_json, basis_file=basis)
     if folder is None:
         raise click.UsageError("Missing option '--broden'.")
     if check:
@@ -233,6 +226,7 @@ def _dissect(
     random_init: bool,
     pictures: int,
     evidence: int,
+    preprocess: str,
     memory: int | None,
     gain_threshold: float | None,
     device: str,
@@ -259,6 +253,8 @@ def _dissect(
         torch.manual_seed(seed)
         with loading(model, fetch=not (checkpoint or random_init), quiet=rank > 0):
             encoder = load_encoder(model, checkpoint, pretrained=not random_init).to(place)
+            if preprocess == "encoder":
+                broden.transform = encoder.preprocess  # for everything that follows, the page too
             if random_init:
                 recalibrate(encoder, broden, options["batch_size"])
         options["rows"] = None if limit is None else range(min(limit, len(broden)))

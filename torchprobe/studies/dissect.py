@@ -206,14 +206,14 @@ def print_dissections(results: Mapping[str, Dissection], nulls: Nulls, out: Cons
     if len(reports) == 1:
         columns = [column for column in reports[0].columns() if column.key not in ("threshold", "active", "others")]
         _print(columns, [unit.values for unit in reports[0].units()[:SHOWN_UNITS]], out)
+    for line in dict.fromkeys(report_images.caption(dissection) for dissection in results.values()):
+        out.print(text(line))  # layers of one run have the same images
     for report in reports:
         if message := explanation(report.dissection.layer, report.dissection.silence(), report.dissection.quantile):
             out.print(text(f"{message[0].upper()}{message[1:]}."))
         if report.encoded is not None:
             named = [row.values["label"] for row in report.concept_rows() if row.encoded_by]
             out.print(text(f"{report.dissection.layer or '(output)'} encodes {listing(named, 20) or 'no concept'} ({report.limits.rule})."))
-    for line in dict.fromkeys(report_images.caption(dissection) for dissection in results.values()):
-        out.print(text(line))  # layers of one run have the same images
     if not nulls:
         advice = "Dissect with random weights and with shuffled labels as well, and name those folders with --null."
         out.print(text(f"No null was given. {advice}"))
