@@ -180,6 +180,43 @@ def test_the_most_certain_unit_names_a_pixel(root: Path) -> None:
     assert numbers[100, 100] == 1 and {numbers[60, 60], numbers[140, 140]} == {1, 2} and numbers[10, 10] == 0
 
 
+class Tokens(nn.Module):
+    """Unit 0 is the red of patches of 8 × 4 pixels, after a class token and a register; batch first or not."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 2, (8, 4), (8, 4), bias=False)
+        self.block = nn.Identity()
+        self.batch_first = batch_first
+        with torch.no_grad():
+            self.embed.weight.zero_()[0, 0] = 1 / 32
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.embed(x).flatten(2).movedim(1, 2)
+        tokens = torch.cat([torch.full_like(patches[:, :2], 9.0), patches], 1)
+        return self.block(tokens if self.batch_first else tokens.movedim(0, 1))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_and_other_precisions(root: Path, batch_first: bool, dtype: torch.dtype) -> None:
+    model = Tokens(batch_first).to(dtype)
+    options = {"preprocess": TRANSFORMS["crop"], "feature_dim": 2}
+    found = dissect(model, "block", Broden(root), thresholds={"block": torch.tensor([0.55, 1.0])}, **options)["block"]  # type: ignore[arg-type]
+    planted = np.zeros((200, 320), bool)
+    planted[90:140, 120:180] = True
+    (made,) = segment_pictures(found, model, [Image.fromarray(picture(200, 320, (90, 120, 140, 180)))], units=[0], **options)
+    assert overlap(made.regions[0].mask, planted) > 0.6
+    assert made.regions[0].largest < 1  # not the class token
+
+
+def test_outside_of_its_block_it_says_so(root: Path) -> None:
+    model = Colors(TRANSFORMS["resize"])
+    segmenter = Segmenter(dissected(root, model), model)
+    with pytest.raises(RuntimeError, match="in a block"):
+        segmenter.segment(Image.new("RGB", (20, 20)))
+
+
 # -- which units -------------------------------------------------------------------------------------------------------------
 
 

@@ -129,24 +129,29 @@ class Segmenter:
         self._layers = select_layers(model, [dissection.layer], feature_dim)
         self._sites: dict[tuple[int, ...], Site] = {}
         self._stack = ExitStack()
+        self._reader: LayerReader | None = None
 
     def __enter__(self) -> Segmenter:
         self._reader = self._stack.enter_context(LayerReader(self.model, self._layers))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._reader = None
         self._stack.close()
 
     def segment(self, picture: Image, name: str = "picture") -> SegmentedPicture:
         """One picture (PIL, RGB); it passes the network once.
 
         Raises:
+            RuntimeError: outside of the block.
             ValueError: the layer gives something else than in the dissection, or it cannot be told which part of the picture the network
                 was shown.
         """
+        if self._reader is None:
+            raise RuntimeError("use a Segmenter in a block: with Segmenter(…) as segmenter")
         tensor = to_tensor(self.preprocess, picture)
         box = self.geometry.box(*picture.size)
-        maps = self._maps(tensor[None])
+        maps = self._maps(self._reader, tensor[None])
         columns, rows = (max(1, round(side * min(1.0, self.longest / max(picture.size)))) for side in picture.size)
         edges = box.on(rows, columns)
         shown = _between(edges[0], edges[2], rows)[:, None] & _between(edges[1], edges[3], columns)
@@ -158,17 +163,17 @@ class Segmenter:
         small = picture.convert("RGB").resize((columns, rows))
         return SegmentedPicture(name, small, picture.size, box, shown, regions)
 
-    def _maps(self, image: Tensor) -> Tensor:
+    def _maps(self, reader: LayerReader, image: Tensor) -> Tensor:
         """The maps of all units, float32 (units, h, w)."""
         layer = self.dissection.layer
         shape = tuple(image.shape)
         if shape not in self._sites:
-            self._sites[shape] = self._site(image)
-        return self._sites[shape].read(self._reader.activations(image)[layer][0], 1)[0].float().cpu()
+            self._sites[shape] = self._site(reader, image)
+        return self._sites[shape].read(reader.activations(image)[layer][0], 1)[0].float().cpu()
 
-    def _site(self, image: Tensor) -> Site:
+    def _site(self, reader: LayerReader, image: Tensor) -> Site:
         d = self.dissection
-        site = find_sites(self._reader, image, str(d.metadata.get("positions", "patch")))[d.layer]
+        site = find_sites(reader, image, str(d.metadata.get("positions", "patch")))[d.layer]
         site = site.in_basis(same_basis(d.metadata, d.layer, site.features, self.basis))
         if site.units != d.units:
             raise ValueError(f"layer {d.layer!r} has {site.units} units here and {d.units} in the dissection: this is another network")
