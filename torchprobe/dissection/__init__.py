@@ -44,12 +44,11 @@ file                   subject
 ``dissection``         the same, saved and loaded
 ``csv_tables``         the same as CSV, with the columns of the original; ``result_file`` reads it
 ``summaries``          detectors, concepts, concepts per unit
+``segment``            units on new pictures; ``detectors``: which units, for which concepts
+``report_images``      what a report says of the images
 ``concepts``           from each concept to its units
 ``comparing``          two dissections, unit by unit and concept by concept
-``report``             the page; ``report_text`` has its words, ``report_images`` what it says of the images, ``report_pictures`` its
-                       pictures
-``segment``            units on new pictures
-``detectors``          which units are drawn there, for which concepts
+``report``             the page; ``report_text`` has its words, ``report_pictures`` its pictures
 ``evidence``           the pixels that contribute to a unit
 =====================  =========================================================================
 """
