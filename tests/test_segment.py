@@ -261,6 +261,15 @@ def test_chance_is_a_caveat(root: Path) -> None:
     assert {one.caveat for one in choose_detectors(found, concepts=["red"])} == {"not beyond chance at 0.05"}  # 3 permutations: p ≥ 1/4
 
 
+def test_precision_is_a_share_also_where_pixels_count_several_times(root: Path) -> None:
+    found = dissected(root, Colors(TRANSFORMS["resize"]), mode="netdissect")
+    before = choose_detectors(found, units=[0])[0]
+    assert 0 < before.precision <= 1 and found.counts is not None
+    column = [label.name for label in found.labels].index(before.label)
+    found.counts.intersection[0, column] = found.counts.activation[0, column] + 1  # as if two planes had the label
+    assert np.isnan(choose_detectors(found, units=[0])[0].precision)
+
+
 # -- what does not fit -------------------------------------------------------------------------------------------------------
 
 

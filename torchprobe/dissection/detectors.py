@@ -30,7 +30,8 @@ class Detector:
         label, category: of the data set; "" for a unit that overlaps nothing.
         iou: of both.
         precision: share of the active pixels of the unit that have the label; recall: share of the pixels of the label where the unit is
-            active. Over all images that count; nan if there are no such pixels.
+            active. Over all images that count; nan if there are no such pixels. ``mode="netdissect"`` counts a pixel once for each plane
+            that gives it the label; where that leads beyond 1, precision is nan.
         average_precision: of the unit for the label, or None.
         p_value: of the IoU, corrected for all pairs; None if it was not tested.
         threshold: the level that active values exceed.
@@ -144,5 +145,5 @@ def _detector(dissection: LayerScores, unit: int, label: int) -> Detector:
     precise = None if ap is None or bool(ap[unit, label].isnan()) else float(ap[unit, label])
     described = dissection.labels[label]
     category = dissection.categories[int(dissection.category[label])]
-    shares = (common / active if active else float("nan"), common / truth if truth else float("nan"))
+    shares = (common / active if active and common <= active else float("nan"), common / truth if truth else float("nan"))
     return Detector(unit, described.name, category, iou, *shares, precise, p, threshold, "; ".join(caveats))
