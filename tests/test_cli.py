@@ -325,7 +325,7 @@ def weights(tmp_path):
     return tmp_path / "weights.safetensors"
 
 
-def test_units_are_drawn_on_new_pictures(run, broden, photos, weights, tmp_path):
+def test_units_are_drawn_on_new_pictures(run, broden, photos, weights, tmp_path, monkeypatch):
     out, picture = tmp_path / "out", photos / "0.png"
     options = ["--layers", "visual.blocks.*", "--broden", broden, "--out", out, "--device", "cpu", "--pictures", 0]
     code, _, err = run("dissect", MODEL, "--checkpoint", weights, *options, "--preprocess", "encoder", "--disk", 0, "--json")
@@ -358,6 +358,10 @@ def test_units_are_drawn_on_new_pictures(run, broden, photos, weights, tmp_path)
     ):
         code, _, err = run(*arguments)
         assert code == 1 and message in err, (arguments, err)
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        code, _, err = run("segment", out, picture, *own)
+    assert code == 130 and "Interrupted: pictures so far are in" in err
     from safetensors.torch import load_file, save_file
 
     save_file({key: value + 0.01 for key, value in load_file(weights).items()}, weights)

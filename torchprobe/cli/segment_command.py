@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from torchprobe.cli.tools import (
+    INTERRUPTED,
     check_output,
     console,
     device_named,
@@ -98,10 +99,13 @@ def draw_units(
     name = model or _named(str(next(iter(found.values())).metadata.get("model", "")), checkpoint)
     with loading(name, fetch=checkpoint is None):
         encoder = load_encoder(name, checkpoint).to(device_named(device))
-    with progress_bar("pictures") as tell:
-        drawn = segment_folder(
-            found, encoder, pictures, out, maps=maps, progress=tell, units=units or None, concepts=concepts or None, most=most, basis=basis
-        )
+    chosen = {"units": units or None, "concepts": concepts or None, "most": most, "basis": basis}
+    try:
+        with progress_bar("pictures") as tell:
+            drawn = segment_folder(found, encoder, pictures, out, maps=maps, progress=tell, **chosen)
+    except KeyboardInterrupt:
+        say(f"Interrupted: pictures so far are in {out}, without a page.")
+        raise click.exceptions.Exit(INTERRUPTED) from None
     for _, why in next(iter(drawn.values())).unreadable:
         say(f"Note: {why}")
     files = {f"{layer or '(output)'} {kind}": path for layer, one in drawn.items() for kind, path in one.files.items()}
