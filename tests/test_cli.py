@@ -57,7 +57,7 @@ def test_help_documents_the_exit_codes(run, command):
     assert (re.search(r"^ +3 ", out, re.MULTILINE) is not None) == (command in ([], ["dissect"], ["doctor"]))
 
 
-COMMANDS = ["scan", "layers", "concepts", "dissect", "words", "interpret", "compare", "diff", "doctor", "demo"]
+COMMANDS = ["scan", "layers", "concepts", "dissect", "segment", "words", "interpret", "compare", "diff", "doctor", "demo"]
 
 
 def test_help_fits_80_columns(run, monkeypatch):
@@ -312,6 +312,68 @@ def test_dissect_prints_and_writes(run, broden, tmp_path):
     code, _, err = run(*dissecting(broden, tmp_path / "out", "--null", broden))
     assert code == 1
     assert "does not hold a finished dissection" in err
+
+
+@pytest.fixture
+def weights(tmp_path):
+    from safetensors.torch import save_file
+
+    from torchprobe.encoders import load_encoder
+
+    encoder = load_encoder(MODEL, pretrained=False)
+    save_file({key: value.contiguous() for key, value in encoder.visual.state_dict().items()}, tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def test_units_are_drawn_on_new_pictures(run, broden, photos, weights, tmp_path, monkeypatch):
+    out, picture = tmp_path / "out", photos / "0.png"
+    options = ["--layers", "visual.blocks.*", "--broden", broden, "--out", out, "--device", "cpu", "--pictures", 0]
+    code, _, err = run("dissect", MODEL, "--checkpoint", weights, *options, "--preprocess", "encoder", "--disk", 0, "--json")
+    assert code == 0, err
+    metadata = json.loads((out / "summary.json").read_text())["layers"][0]["metadata"]
+    assert "Whole" not in metadata["preprocessing"]["transform"]
+    code, printed, err = run("dissect", "--segment", picture, "--segment", photos, "--checkpoint", weights, "--out", out, "--device", "cpu")
+    assert code == 0, err
+    assert "visual.blocks.1: 6 pictures" in printed and printed.strip().endswith(".html")
+    assert len([*(out / "segments" / "visual.blocks.0").iterdir()]) == 6
+    own = ["--checkpoint", weights, "--out", tmp_path / "own", "--device", "cpu"]
+    code, printed, err = run(
+        "segment", out / "visual.blocks.0.safetensors", picture, "--model", MODEL, "--unit", 3, "--maps", "--json", *own
+    )
+    assert code == 0, err
+    (layer,) = json.loads(printed)["layers"]
+    assert [unit["unit"] for unit in layer["units"]] == [3] and (tmp_path / "own" / layer["pictures"][0]["concepts"]).exists()
+    assert run("segment", out, photos, *own, "--layers", "visual.blocks.1", "--concept", layer["units"][0]["label"], "--most", 2)[0] == 0
+    (photos / "bad.png").write_bytes(b"no picture")
+    code, _, err = run("segment", out, photos, *own)
+    assert code == 0 and "bad.png is not a picture" in err
+    for arguments, message in (
+        (["segment", out, photos / "bad.png", *own], "bad.png is not a picture"),
+        (["segment", out, photos / "none.png", *own], "there is no picture at"),
+        (["segment", tmp_path / "none", picture, *own], "there is no dissection at"),
+        (["segment", broden, picture, *own], "does not hold a finished dissection"),
+        (["segment", out, picture, *own, "--layers", "visual.blocks.7"], "has no layer"),
+        (["segment", out, picture, *own, "--concept", "nothing like it"], "has no concept"),
+        (["segment", out, picture, *own, "--model", "timm:test_resnet"], ""),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 1 and message in err, (arguments, err)
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        code, _, err = run("segment", out, picture, *own)
+    assert code == 130 and "Interrupted: pictures so far are in" in err
+    from safetensors.torch import load_file, save_file
+
+    save_file({key: value + 0.01 for key, value in load_file(weights).items()}, weights)
+    code, _, err = run("segment", out, picture, *own)
+    assert code == 1 and "another network" in err and "weights.safetensors" in err
+    for arguments, message in (
+        (["segment", out, picture], "--checkpoint"),
+        (["segment", out, picture, *own, "--unit", 3], "--unit needs one layer"),
+        (["dissect", "--segment", picture, "--broden", broden], "neither --broden"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2 and message in err, (arguments, err)
 
 
 def test_dissect_as_json_by_average_precision(run, broden, tmp_path):

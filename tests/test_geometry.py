@@ -65,6 +65,11 @@ def test_known_boxes() -> None:
     assert Geometry(TRANSFORMS["border"]).box(200, 100) == pytest.approx((-9 / 75, -5 / 150, 1 + 3 / 75, 1 + 7 / 150))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (3, 2), (16384, 1)])
+def test_the_whole_picture_is_known_without_a_look(size: tuple[int, int]) -> None:
+    assert Geometry(whole_picture(TRANSFORMS["v2"])).box(*size).whole
+
+
 @pytest.mark.parametrize(
     "kind", ["CLIPImageProcessor", "SiglipImageProcessor", "ViTImageProcessor", "ConvNextImageProcessor", "BitImageProcessor"]
 )

@@ -15,6 +15,7 @@ from torchprobe.cli.concepts_command import concepts
 from torchprobe.cli.diff_command import diff
 from torchprobe.cli.dissect_command import dissect
 from torchprobe.cli.interpret_command import compare, interpret
+from torchprobe.cli.segment_command import segment
 from torchprobe.cli.tools import (
     CHECK_FAILED,
     FAILED,
@@ -225,7 +226,7 @@ def demo(out: Path, as_json: bool) -> None:
     print_files(pages | files)
 
 
-for command in (dissect, diff, words, concepts, interpret, compare):
+for command in (dissect, segment, diff, words, concepts, interpret, compare):
     cli.add_command(command)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchprobe.cli.segment_command import draw_units
 from torchprobe.cli.tools import (
     CHECK_FAILED,
     INTERRUPTED,
@@ -37,7 +38,7 @@ HELP = (
     "What do the units of MODEL detect? Compares every unit of some layers with every concept of a labeled data set in the format of "
     "Broden. The scores are the overlap of the activated region with the concept (iou), and the ranking of the images by the unit (ap). "
     "Writes tables, results and a page for each layer. --resume continues an interrupted run.\n\n"
-    f"{MODEL} Not needed with --check."
+    f"{MODEL} Not needed with --check, and with --segment only if the dissection does not name it."
 )
 
 
@@ -58,11 +59,19 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
 )
 @click.argument("model", required=False)
 @click.option("--layers", multiple=True, metavar="PATTERN", help="Name or glob of layers; may be repeated. See torchprobe layers.")
-@click.option("--broden", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A folder in the format of Broden.")
+@click.option("--broden", "folder", type=click.Path(path_type=Path), metavar="DIR", help="A folder in the format of Broden.")
 @output_option("torchprobe-dissection")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in --out.")
 @click.option("--score", type=Scores(), default="iou,ap", show_default=True, help="iou needs layers with positions.")
 @click.option("--check", is_flag=True, help="Only list every problem of the data set.")
+@click.option(
+    "--segment",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PICTURE",
+    help="Draw the units of the finished dissection in --out on this picture, or on those of a folder; may be repeated. torchprobe segment "
+    "has more options.",
+)
 @click.option("--index", default="index.csv", show_default=True, metavar="FILE", help="Another index in the folder of --broden.")
 @click.option("--split", type=click.Choice(["train", "val"]), help="Only this part of the images.")
 @click.option("--category", "categories", multiple=True, metavar="NAME", help="Only this category; may be repeated.")
@@ -133,6 +142,13 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
 @click.option("--random-init", is_flag=True, help="Random weights from --seed, batch norms calibrated on the images: a null.")
 @click.option("--pictures", type=click.IntRange(min=0), default=5, show_default=True, help="Top images of each unit on the page.")
 @click.option("--evidence", type=click.IntRange(min=0), default=0, show_default=True, help="Units with integrated gradients on the page.")
+@click.option(
+    "--preprocess",
+    type=click.Choice(["whole", "encoder"]),
+    default="whole",
+    show_default=True,
+    help="What the network is shown: the whole picture, resized, or what the encoder's own transform shows, which may crop.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option(
     "--memory",
@@ -140,11 +156,28 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
     metavar="MIB",
     help="Memory for the thresholds of a layer; if it is too small, they are estimated.  [default: 256]",
 )
+@click.option(
+    "--disk",
+    type=click.FloatRange(min=0),
+    default=8.0,
+    show_default=True,
+    metavar="GB",
+    help="Space in --out for maps during the run; layers that need more pass the network twice.",
+)
 @device_option
 @workers_option
 @click.option("--seed", type=int, default=0, show_default=True, help="For --random-init and --rotate.")
 @json_option
-def dissect(model: str | None, layers: tuple[str, ...], folder: Path, check: bool, as_json: bool, **options: Any) -> None:
+def dissect(model: str | None, layers: tuple[str, ...], folder: Path | None, check: bool, as_json: bool, **options: Any) -> None:
+    pictures = options.pop("segment")
+    if pictures:
+        if check or folder:
+            raise click.UsageError("--segment draws the units of a finished dissection: it needs --out, and neither --broden nor --check")
+        out, basis = options["out"], options["basis_file"]
+        weights, device = options["checkpoint"], options["device"]
+        return draw_units(out, pictures, model, weights, layers, out / "segments", device, as_json, basis_file=basis)
+    if folder is None:
+        raise click.UsageError("Missing option '--broden'.")
     if check:
         return _check(folder, options["index"], options["workers"], as_json)
     if model is None:
@@ -193,6 +226,7 @@ def _dissect(
     random_init: bool,
     pictures: int,
     evidence: int,
+    preprocess: str,
     memory: int | None,
     gain_threshold: float | None,
     device: str,
@@ -219,6 +253,8 @@ def _dissect(
         torch.manual_seed(seed)
         with loading(model, fetch=not (checkpoint or random_init), quiet=rank > 0):
             encoder = load_encoder(model, checkpoint, pretrained=not random_init).to(place)
+            if preprocess == "encoder":
+                broden.transform = encoder.preprocess  # for everything that follows, the page too
             if random_init:
                 recalibrate(encoder, broden, options["batch_size"])
         options["rows"] = None if limit is None else range(min(limit, len(broden)))

@@ -4,6 +4,7 @@
 :func:`dissect`               a model, some layers and Broden: a :class:`Dissection` for each layer
 :class:`Dissection`           what the units of a layer detect; saved, merged, summarized
 :func:`dissect_words`         a model, some layers, images and a labeler: a :class:`WordDissection` for each layer
+:func:`segment_pictures`      its units on new pictures, each a :class:`SegmentedPicture`
 :func:`compare_dissections`   two of them, unit by unit and concept by concept
 :func:`singular_vectors`      directions of a head; :func:`random_rotation` is their control
 :func:`read_basis`            directions or a sparse autoencoder from a file; :class:`SparseBasis`
@@ -43,6 +44,8 @@ file                   subject
 ``dissection``         the same, saved and loaded
 ``csv_tables``         the same as CSV, with the columns of the original; ``result_file`` reads it
 ``summaries``          detectors, concepts, concepts per unit
+``segment``            units on new pictures; ``detectors``: which units, for which concepts
+``report_images``      what a report says of the images
 ``concepts``           from each concept to its units
 ``comparing``          two dissections, unit by unit and concept by concept
 ``report``             the page; ``report_text`` has its words, ``report_pictures`` its pictures
@@ -60,6 +63,7 @@ from torchprobe.dissection.iou_null import IoUNull, ShuffledOverlap
 from torchprobe.dissection.nulls import correct, p_values, permutation_test
 from torchprobe.dissection.overlap import Counts, Overlap
 from torchprobe.dissection.scores import UnitConcept
+from torchprobe.dissection.segment import SegmentedPicture, Segmenter, segment_pictures
 from torchprobe.dissection.sparse import SparseBasis, SparseEncoder
 from torchprobe.dissection.sparse_file import read_basis, sparse_basis
 from torchprobe.dissection.summaries import best_labels, encoded, polysemanticity, unique_concepts, unique_detectors
@@ -69,6 +73,9 @@ from torchprobe.dissection.words import WordDissection, dissect_words
 __all__ = [
     "dissect",
     "Dissection",
+    "segment_pictures",
+    "SegmentedPicture",
+    "Segmenter",
     "compare_dissections",
     "DissectionComparison",
     "UnitConcept",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -50,6 +51,28 @@ def describe_basis(basis: Tensor | SparseBasis | None) -> Any:
     if isinstance(basis, SparseBasis):
         return {"name": basis.name, **basis.facts, "digest": basis.digest()}
     return None if basis is None else digest([basis])
+
+
+def same_basis(metadata: Mapping[str, Any], layer: str, features: int, basis: Basis = None) -> Tensor | SparseBasis | None:
+    """The basis of one layer of a dissection, checked; a random rotation is made again.
+
+    Args:
+        metadata: of the dissection.
+        layer, features: of the layer.
+        basis: that of the dissection, if it was given there.
+
+    Raises:
+        ValueError: it is another one, or it is needed.
+    """
+    noted, seed = metadata.get("basis"), int(metadata.get("seed", 0))
+    if basis is None and isinstance(noted, str) and noted == digest([rotation := random_rotation(features, seed)]):
+        return rotation
+    found = basis_of(basis, layer, features, seed)
+    described = json.loads(json.dumps(describe_basis(found)))  # as it comes out of a file
+    if described != json.loads(json.dumps(noted)):
+        given = "give the same basis=" if found is None else "another basis was given" if noted else "no basis belongs to it"
+        raise ValueError(f"layer {layer!r} was dissected {'along directions or latents' if noted else 'in its units'}: {given}")
+    return found
 
 
 def fitting_batch_size(sites: Iterable[Site], batch_size: int) -> int:

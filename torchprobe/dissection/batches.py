@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchprobe.datasets.broden import Broden
 from torchprobe.datasets.broden.presence import image_areas
-from torchprobe.datasets.geometry import Box, Geometry, fingerprint, whole_picture
+from torchprobe.datasets.geometry import Box, Geometry, WholePicture, fingerprint, whole_picture
 from torchprobe.dissection.framing import Framed, frame
 
 Preprocess = Callable[[Any], Tensor]
@@ -234,11 +234,11 @@ PREPROCESSING = ("whole", "encoder")
 """The whole picture, resized, with the colors of the encoder's transform; or the transform of the encoder itself."""
 
 
-def find_preprocess(broden: Broden, model: nn.Module, preprocess: Preprocess | str | None = None) -> Preprocess:
+def find_preprocess(broden: Broden | None, model: nn.Module, preprocess: Preprocess | str | None = None) -> Preprocess:
     """What makes tensors of the images.
 
     Args:
-        broden: the data set.
+        broden: the data set, or None for other pictures.
         model: the network; its transform is ``model.preprocess``.
         preprocess: a function, or one of :data:`PREPROCESSING`. Default: the transform of the data set if it has one, else "whole".
 
@@ -247,8 +247,9 @@ def find_preprocess(broden: Broden, model: nn.Module, preprocess: Preprocess | s
     """
     if preprocess is not None and not isinstance(preprocess, str):
         return preprocess
-    if preprocess is None and broden.transform is not None:
-        return broden.transform
+    if preprocess is None and broden is not None and broden.transform is not None:
+        transform: Preprocess = broden.transform
+        return transform
     own: Preprocess | None = getattr(model, "preprocess", None)
     if own is None:
         raise ValueError("it is unknown how an image becomes a tensor: give preprocess=, or give Broden a transform")
@@ -258,7 +259,7 @@ def find_preprocess(broden: Broden, model: nn.Module, preprocess: Preprocess | s
 
 
 def same_preprocess(
-    metadata: Mapping[str, Any], broden: Broden, model: nn.Module, preprocess: Preprocess | str | None = None
+    metadata: Mapping[str, Any], broden: Broden | None, model: nn.Module, preprocess: Preprocess | str | None = None
 ) -> Preprocess:
     """The preprocessing that a dissection was made with: the given one, else that of the data set, or one of :data:`PREPROCESSING`.
 
@@ -270,14 +271,24 @@ def same_preprocess(
         ValueError: none of them does the same.
     """
     made = metadata.get("preprocessing")
+    given = None if broden is None else broden.transform
     if made is None:  # of a version that knew only the transform of the encoder
-        return find_preprocess(broden, model, preprocess or (None if broden.transform is not None else "encoder"))
-    choices: list[Preprocess | str | None] = [preprocess]
+        return find_preprocess(broden, model, preprocess or (None if given is not None else "encoder"))
+    choices: list[Preprocess | str] = [] if preprocess is None else [preprocess]
     if preprocess is None:
-        choices = [broden.transform] if broden.transform is not None else []
+        choices = [] if given is None else [given]
         choices += PREPROCESSING if hasattr(model, "preprocess") else ()
     for choice in choices:
-        if fingerprint(found := find_preprocess(broden, model, choice)) == made.get("fingerprint"):
+        try:
+            found = find_preprocess(broden, model, choice)
+        except ValueError:  # the colors of this network cannot be told, so this is not what was done
+            if preprocess is not None:
+                raise
+            continue
+        # Another version of Pillow may resize a little differently. This transform is known by what it says of itself.
+        if isinstance(found, WholePicture) and repr(found) == made.get("transform"):
+            return found
+        if fingerprint(found) == made.get("fingerprint"):
             return found
     brief = " ".join(str(made.get("transform")).split())[:200]
     raise ValueError(f"the dissection was made with another preprocessing ({brief}): give it as preprocess=")

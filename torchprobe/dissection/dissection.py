@@ -6,7 +6,7 @@ On disk, a dissection is a safetensors file with everything, which is checked wh
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,9 +25,12 @@ from torchprobe.dissection.ranking import Ranking
 from torchprobe.dissection.report import write_report
 from torchprobe.dissection.result_file import ResultFile, read_csv
 from torchprobe.dissection.scores import LayerScores
+from torchprobe.dissection.segment import SegmentedPicture, segment_pictures
 from torchprobe.dissection.sparse import read_density
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from torchprobe.datasets.broden import Broden
 
 _KIND = "torchprobe.dissection"
@@ -113,6 +116,11 @@ class Dissection(LayerScores):
     def report(self, path: str | os.PathLike[str], broden: Broden, encoder: nn.Module | None = None, **options: Any) -> Path:
         """Writes one self-contained HTML page; options and errors as for :func:`torchprobe.dissection.report.write_report`."""
         return write_report(self, path, broden, encoder, **options)
+
+    def segment(self, model: nn.Module, pictures: Iterable[str | os.PathLike[str] | Image], **options: Any) -> list[SegmentedPicture]:
+        """Where units are above their thresholds on new pictures; options and errors as for
+        :func:`torchprobe.dissection.segment.segment_pictures`."""
+        return segment_pictures(self, model, pictures, **options)
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------------

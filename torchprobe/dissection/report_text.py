@@ -12,7 +12,7 @@ import torch
 
 import torchprobe
 from torchprobe.common.messages import counted
-from torchprobe.dissection import activity
+from torchprobe.dissection import activity, report_images
 from torchprobe.dissection.report_sparse import ACTIVE, kind_of
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.summaries import THRESHOLD
@@ -64,10 +64,11 @@ def dataset(d: LayerScores) -> str:
 
 
 def notice(d: LayerScores) -> str:
-    """A warning that the page shows first."""
+    """A warning that the page shows first: that this is a null, and that labels lie where the network did not look."""
     if d.metadata.get("shuffle_labels") is not None:
-        return "A null: the labels of the images were shuffled. Everything that is found here is found by chance."
-    return ""
+        null = "A null: the labels of the images were shuffled. Everything that is found here is found by chance."
+        return " ".join(filter(None, [null, report_images.outside(d)]))
+    return report_images.outside(d)
 
 
 def bars_note(score: str, limits: Limits) -> str:
@@ -251,10 +252,11 @@ def _units(m: dict[str, Any]) -> str:
 
 
 def footer(d: LayerScores) -> list[str]:
-    """Versions and settings."""
+    """Versions, images and settings."""
     keys = ("score", "mode", "quantile", "positions", "pooling", "sign", "negatives", "minimum_area", "batch_size", "seed")
     settings = [f"{key} {_plain(d.metadata[key])}" for key in (*keys, "shuffle_labels") if d.metadata.get(key) is not None]
     lines = [f"torchprobe {torchprobe.__version__}, torch {torch.__version__}, Python {platform.python_version()}."]
+    lines += report_images.images(d)
     return [*lines, f"Settings: {', '.join(settings)}."] if settings else lines
 
 

@@ -8,6 +8,8 @@
 :mod:`torchprobe.rendering.axes`             what all figures share: colors, axes, legends, scales, names
 :mod:`torchprobe.rendering.page`             one self-contained HTML file (jinja2)
 :mod:`torchprobe.rendering.dissection_page`  the page of a dissection: bars, units, and the pictures that drive a unit
+:mod:`torchprobe.rendering.segment_page`     the page of units on new pictures
+:mod:`torchprobe.rendering.overlays`         regions over a picture, as a picture
 ===========================================  ===========================================================================
 
 No file here knows a recording or a model. matplotlib and jinja2 belong to the ``report`` extra. They are imported when a

@@ -3,6 +3,7 @@
 ====================================  =====================================================================================
 :mod:`torchprobe.studies.scan`        does an encoder have outlier features? One pass over a folder of images
 :mod:`torchprobe.studies.dissect`     what do its units detect? From a folder in the format of Broden to tables and pages
+:mod:`torchprobe.studies.segment`     the units of a dissection on new pictures
 :mod:`torchprobe.studies.words`       which words do its units agree with? From images without labels to tables and pages
 :mod:`torchprobe.studies.diff`        two dissections, compared unit by unit and concept by concept
 :mod:`torchprobe.studies.interpret`   the measures of the paper for one encoder

@@ -24,6 +24,7 @@ from torchprobe.dissection import Dissection, WordDissection, dissect, random_ro
 from torchprobe.dissection.activity import explanation
 from torchprobe.dissection.batches import Preprocess, find_preprocess, stack, to_tensor
 from torchprobe.dissection.report import Report, write_report
+from torchprobe.dissection.report_images import caption
 from torchprobe.dissection.report_text import COMPARISON, OWN
 from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.walk import clear_checkpoint
@@ -206,6 +207,8 @@ def print_dissections(results: Mapping[str, Dissection], nulls: Nulls, out: Cons
     if len(reports) == 1:
         columns = [column for column in reports[0].columns() if column.key not in ("threshold", "active", "others")]
         _print(columns, [unit.values for unit in reports[0].units()[:SHOWN_UNITS]], out)
+    for line in dict.fromkeys(caption(dissection) for dissection in results.values()):
+        out.print(text(line))  # layers of one run have the same images
     for report in reports:
         if message := explanation(report.dissection.layer, report.dissection.silence(), report.dissection.quantile):
             out.print(text(f"{message[0].upper()}{message[1:]}."))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torchprobe.datasets.geometry.carried import carried
 from torchprobe.datasets.geometry.measured import GeometryError, measured
+from torchprobe.datasets.geometry.whole import WholePicture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,7 @@ class Geometry:
         return self._boxes[width, height]
 
     def _look(self, width: int, height: int) -> Box:
-        if self.given == "whole":
+        if self.given == "whole" or (self.given is None and isinstance(self.transform, WholePicture)):
             return Box()
         if callable(self.given):
             return Box(*self.given(width, height))
