@@ -15,6 +15,7 @@ from torch import multiprocessing as mp
 from torch.utils.data import TensorDataset
 
 from torchprobe.analysis.embeddings import Embeddings, embed
+from torchprobe.common.messages import stable_repr
 from torchprobe.common.storage import digest
 from torchprobe.datasets import DatasetError, Images, LabeledImages, image_folder, labeled_folder
 from torchprobe.encoders import Encoder
@@ -49,6 +50,10 @@ def same(a, b):
     assert torch.equal(a.h.nan_to_num(7), b.h.nan_to_num(7)) and torch.equal(a.y, b.y)
     assert (a.ids, a.skipped, a.classes, a.groups, a.partial) == (b.ids, b.skipped, b.classes, b.groups, b.partial)
     return True
+
+
+FINGERPRINT = 6
+"""Pictures that a preprocessing is asked for, twice three, to tell it from others."""
 
 
 class Counting:
@@ -187,6 +192,41 @@ def test_batches_and_workers_must_be_at_least_one(photos):
             embed(small_encoder(), image_folder(photos), **given)
 
 
+def test_two_transforms_with_one_repr_are_two(photos, tmp_path):
+    def scaled(factor):
+        def transform(image):
+            return factor * to_tensor(image)
+
+        return transform
+
+    def encoder(preprocess):
+        found = small_encoder()
+        found.__dict__["preprocess"] = preprocess
+        return found
+
+    images, path = image_folder(photos), tmp_path / "e.safetensors"
+    once = embed(encoder(scaled(1)), images, path=path)
+    assert stable_repr(scaled(1)) == stable_repr(scaled(2))  # the trap
+    with pytest.raises(ValueError, match="was made with another transform: '[0-9a-f]{16}', now it is '[0-9a-f]{16}'"):
+        embed(encoder(scaled(2)), images, path=path)
+    assert same(embed(encoder(scaled(1)), images, path=path), once)
+    twice = embed(encoder(scaled(2)), images, path=path, resume=False)
+    assert not torch.equal(twice.h, once.h)
+    assert twice.provenance["transform"] != embed(encoder(scaled(1)), images).provenance["transform"]
+
+
+def test_a_random_transform_is_not_kept(photos, tmp_path):
+    def noisy(image):
+        return to_tensor(image) + torch.rand(())
+
+    encoder = small_encoder()
+    encoder.__dict__["preprocess"] = noisy
+    assert embed(encoder, image_folder(photos)).provenance["transform"] is None
+    with pytest.raises(ValueError, match="preprocess is random"):
+        embed(encoder, image_folder(photos), path=tmp_path / "e.safetensors")
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_progress_and_stop(photos, tmp_path):
     images, told = labeled_folder(photos), []
     embed(small_encoder(), images, batch_size=10, progress=lambda *done: told.append(done))
@@ -201,7 +241,7 @@ def test_progress_and_stop(photos, tmp_path):
     assert not path.exists()
     encoder = counted(small_encoder())
     assert same(embed(encoder, images, batch_size=4, path=path, resume=False), whole)
-    assert encoder.preprocess.times == 21  # from the beginning
+    assert encoder.preprocess.times == 21 + FINGERPRINT  # from the beginning
 
 
 def test_an_interruption_keeps_what_is_there(photos, tmp_path):
@@ -233,7 +273,7 @@ def test_a_file_holds_the_same_and_is_mapped(photos, tmp_path):
     if Path("/proc/self/maps").exists():
         assert str(path) in Path("/proc/self/maps").read_text()
     again = counted(small_encoder())
-    assert same(embed(again, images, batch_size=4, path=path), whole) and again.preprocess.times == 0
+    assert same(embed(again, images, batch_size=4, path=path), whole) and again.preprocess.times == FINGERPRINT
     whole.save(tmp_path / "saved.safetensors")
     assert same(Embeddings.load(tmp_path / "saved.safetensors"), whole)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchprobe.analysis.directions import feature_indices
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.evaluation import evaluate
-from torchprobe.analysis.inputs import HeadLike, blocks, representations
+from torchprobe.analysis.inputs import HeadLike, Vectors, blocks, representations
 from torchprobe.analysis.outliers import OutlierFeatures
 from torchprobe.analysis.resampling import band
 
@@ -51,7 +51,7 @@ class Ablation:
         return {**vars(self), "random": self.random.tolist(), "random_band": list(self.random_band), "features": self.features.tolist()}
 
 
-def ablate(h: Tensor, features: Features, how: str = "zero", reference: Tensor | Embeddings | None = None) -> Tensor:
+def ablate(h: Vectors, features: Features, how: str = "zero", reference: Vectors | None = None) -> Tensor:
     """A copy (n, d) of the representations, of the same type, with some features replaced.
 
     Args:
@@ -81,7 +81,7 @@ def ablation(
     how: str = "mean",
     repeats: int = 20,
     seed: int = 0,
-    reference: Tensor | Embeddings | None = None,
+    reference: Vectors | None = None,
     classes: Iterable[int] | None = None,
 ) -> Ablation:
     """Does the head need these features more than others? Accuracy without them, and without equally many random other features.
@@ -137,7 +137,7 @@ def ablation(
     )
 
 
-def _replacements(h: Tensor, index: Tensor, how: str, reference: Tensor | Embeddings | None) -> Tensor:
+def _replacements(h: Tensor, index: Tensor, how: str, reference: Vectors | None) -> Tensor:
     """The values that replace some features, float64 (k,)."""
     if how not in HOW:
         raise ValueError(f'features are replaced by their "mean" or by "zero", got how={how!r}')

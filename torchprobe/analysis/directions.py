@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchprobe.analysis.inputs import HeadLike, as_head, blocks, representations, weight_and_bias
+from torchprobe.analysis.inputs import HeadLike, Vectors, as_head, blocks, representations, weight_and_bias
 from torchprobe.analysis.outliers import OutlierFeatures
 from torchprobe.common.deprecation import renamed
 from torchprobe.encoders import Head
@@ -105,7 +105,7 @@ class Directions:
         return gap.where(gap.isfinite(), math.nan)
 
 
-def privileged_directions(head: HeadLike, h: Tensor | Embeddings) -> Directions:
+def privileged_directions(head: HeadLike, h: Vectors) -> Directions:
     """The singular directions of a head and their importance for some images.
 
     Do not measure importance on the images on which a pruned head is evaluated; :func:`split` makes two parts. Normalizing the

@@ -6,19 +6,21 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torchprobe.analysis.embeddings_file import KIND, GrowingFile, Part, labels_int32, metadata, names_tensor, require_same
+from torchprobe.analysis.given import checked_labels, checked_rows, row_names
 from torchprobe.analysis.reading import Source
 from torchprobe.common import storage
 from torchprobe.common.deprecation import RenamedAttribute, renamed_fields
-from torchprobe.common.messages import reason, stable_repr
+from torchprobe.common.messages import reason
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import CountCallback
 from torchprobe.common.storage import digest
@@ -74,6 +76,26 @@ class Embeddings:
         check_groups(self.groups)
         self.h, self.y = self.h.float(), self.y.long()
         self.classes = None if self.classes is None else tuple(self.classes)
+
+    @classmethod
+    def from_arrays(
+        cls, h: Tensor | NDArray[Any], y: Tensor | NDArray[Any] | None = None, ids: Iterable[str] | NDArray[Any] | None = None
+    ) -> Embeddings:
+        """Representations that you have already. Float32 arrays, also memory-mapped ones, are not copied.
+
+        Args:
+            h: floating point (n, d).
+            y: whole numbers (n,), rows of the head, or −1 if unknown; None: all unknown.
+            ids: names of the images; None: "row 0 of n" and so on.
+
+        Raises:
+            TypeError, ValueError: another type, shape or number of rows; a name twice.
+
+        >>> Embeddings.from_arrays(torch.ones(3, 8).numpy())
+        Embeddings(3 × 8, 0 with a label)
+        """
+        rows = checked_rows(h)
+        return cls(rows, checked_labels(y, rows), row_names(len(rows), ids))
 
     def __len__(self) -> int:
         return len(self.h)
@@ -217,16 +239,16 @@ def embed(
         device: the encoder is moved there; None: it stays where it is.
         workers: threads that decode files.
         path: of the file.
-        resume: a file of the same encoder, data and batch size is continued, or loaded if complete; skipped images stay skipped. False
-            starts over and replaces the file at the end.
+        resume: a file of the same encoder, preprocessing, data and batch size is continued, or loaded if complete; skipped images stay
+            skipped. False starts over and replaces the file at the end.
         progress: called with (images done, images in all) after every batch.
         stop: called before every batch. If it returns True, the run ends, and the result is marked as partial. KeyboardInterrupt does the
             same.
 
     Raises:
         DatasetError: the data set is empty, no image could be read, or it holds items that cannot be used.
-        ValueError: ``path`` is a file of another encoder, data set or batch size, which the message names, or not a file of embeddings; or
-            the output of the encoder is not (N, d).
+        ValueError: ``path`` is a file of another encoder, preprocessing, data set or batch size, which the message names, or not a file
+            of embeddings; the preprocessing is random; or the output of the encoder is not (N, d).
 
     >>> from torch.utils.data import TensorDataset
     >>> embed(nn.Flatten(), TensorDataset(torch.randn(5, 3, 2, 2), torch.arange(5)))
@@ -237,7 +259,7 @@ def embed(
     provenance = {
         "encoder": str(getattr(encoder, "name", type(encoder).__name__)),
         "weights": digest([*encoder.parameters(), *encoder.buffers()]),
-        "preprocessing": stable_repr(source.preprocess),
+        **source.preprocessing(saved=path is not None),
         "data": source.identity(),
         "batch_size": batch_size,
     }

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from torchprobe.common.arrays import to_tensor
 from torchprobe.encoders import Head
 
 if TYPE_CHECKING:
     from torchprobe.analysis.embeddings import Embeddings
 
-HeadLike = nn.Linear | Tensor
-"""A linear layer (features → classes), or its weight (classes, features)."""
+HeadLike: TypeAlias = "nn.Linear | Tensor | NDArray[Any]"
+"""A linear layer (features → classes), or its weight (classes, features), also as a NumPy array."""
+
+Vectors: TypeAlias = "Tensor | NDArray[Any] | Embeddings"
+"""Vectors (n, d), one in each row: a tensor, a NumPy array, or embeddings."""
 
 _ELEMENTS = 1 << 20  # of one block; 8 MB in float64
 
 
-def representations(h: Tensor | Embeddings) -> Tensor:
-    """The vectors (n, d), from a tensor or from embeddings.
+def representations(h: Vectors) -> Tensor:
+    """The vectors (n, d), from a tensor, a NumPy array or embeddings. An array shares its memory with the result where possible.
 
     Raises:
         ValueError: they are not (n, d) with d ≥ 1, or not real numbers.
     """
-    rows = h if isinstance(h, Tensor) else h.h
+    rows = h if isinstance(h, Tensor) else to_tensor(h, "h") if isinstance(h, np.ndarray) else h.h
     if rows.dim() != 2 or not rows.shape[1] or rows.is_complex():
         raise ValueError(f"expected representations (n, d), one vector per row; got {rows.dtype} of shape {tuple(rows.shape)}")
     return rows.detach()
@@ -51,7 +57,7 @@ def weight_and_bias(head: HeadLike, features: int | None = None) -> tuple[Tensor
         features: the width of the representations that the head will be applied to; None: not checked.
 
     Raises:
-        TypeError: ``head`` is neither a linear layer nor a tensor.
+        TypeError: ``head`` is neither a linear layer nor a tensor nor a NumPy array.
         ValueError: it is not a matrix of real numbers, has nan or inf, or has another width than ``features``.
 
     >>> weight, bias = weight_and_bias(nn.Linear(3, 2))
@@ -63,8 +69,8 @@ def weight_and_bias(head: HeadLike, features: int | None = None) -> tuple[Tensor
     """
     if isinstance(head, nn.Linear):
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    elif isinstance(head, Tensor):
-        weight, bias = head.detach(), None
+    elif isinstance(head, (Tensor, np.ndarray)):
+        weight, bias = (to_tensor(head, "the head") if isinstance(head, np.ndarray) else head).detach(), None
     else:
         raise TypeError(f"a head is an nn.Linear or its weight (classes, features), got {type(head).__name__}")
     if weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point():

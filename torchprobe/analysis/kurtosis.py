@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.analysis.inputs import blocks, representations
+from torchprobe.analysis.inputs import Vectors, blocks, representations
 from torchprobe.analysis.resampling import LEVEL, bootstrap_interval
 from torchprobe.common.deprecation import RenamedAttribute, renamed
 from torchprobe.dissection import random_rotation
@@ -22,7 +22,7 @@ from torchprobe.statistics import Moments
 from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
 if TYPE_CHECKING:
-    from torchprobe.analysis.embeddings import Embeddings
+    pass
 
 __getattr__ = renamed(__name__, {"summarise": "summarize", "centred_kurtosis": "centered_kurtosis"})
 
@@ -30,7 +30,7 @@ ROTATIONS = 20
 """Rotations of the control. One rotation alone misses the Gaussian value by more than 0.2 in 13–30 % of draws: images share their mean."""
 
 
-def vector_kurtosis(h: Tensor | Embeddings) -> Tensor:
+def vector_kurtosis(h: Vectors) -> Tensor:
     """Kurtosis across the features of each vector, as ``scipy.stats.kurtosis(h, axis=1, fisher=False, bias=True)``.
 
     Works block by block, so a memory-mapped ``h`` is never copied whole.
@@ -50,7 +50,7 @@ def vector_kurtosis(h: Tensor | Embeddings) -> Tensor:
     return torch.cat([_kurtosis(block) for block in blocks(representations(h))])
 
 
-def centered_kurtosis(h: Tensor | Embeddings) -> Tensor:
+def centered_kurtosis(h: Vectors) -> Tensor:
     """:func:`vector_kurtosis` of h minus its mean over images, so that features that are large in every image do not count.
 
     The mean is over the vectors without nan or inf.
@@ -72,7 +72,7 @@ def centered_kurtosis(h: Tensor | Embeddings) -> Tensor:
     return torch.cat([_kurtosis(block - shift - total / max(1, count)) for block in blocks(h)])
 
 
-def peaks(h: Tensor | Embeddings) -> Tensor:
+def peaks(h: Vectors) -> Tensor:
     """max|h_i| / mean|h_i| of each vector: the largest feature in units of the average one.
 
     h (n, d) → float64 (n,), between 1 and d; nan for a vector of zeros, or with nan or inf.
@@ -103,7 +103,7 @@ class RotationControl:
     values: Tensor
 
 
-def rotation_control(h: Tensor | Embeddings, rotations: int = ROTATIONS, seed: int = 0) -> RotationControl:
+def rotation_control(h: Vectors, rotations: int = ROTATIONS, seed: int = 0) -> RotationControl:
     """The mean vector kurtosis after random rotations of the features: does the kurtosis depend on the axes?
 
     A rotation keeps every length and angle and changes only the axes. It is uniform (Haar), see
@@ -192,7 +192,7 @@ class KurtosisSummary:
         return {"centred" if key == "centered" else key: value for key, value in plain.items() if key not in ("per_vector", "peaks")}
 
 
-def summarize(h: Tensor | Embeddings, rotations: int = ROTATIONS, seed: int = 0) -> KurtosisSummary:
+def summarize(h: Vectors, rotations: int = ROTATIONS, seed: int = 0) -> KurtosisSummary:
     """The vector kurtosis of a representation with its controls.
 
     Args:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from torchprobe.common.messages import reason, stable_repr
+from torchprobe.datasets.geometry import RandomTransformError, fingerprint
 from torchprobe.datasets.images import Batch, DatasetError, Images, rgb, stack
 from torchprobe.datasets.labeled import LabeledImages
 
@@ -74,6 +75,28 @@ class Source:
                     yield ahead.popleft().result()
             finally:
                 thread.shutdown(wait=False, cancel_futures=True)
+
+    def preprocessing(self, saved: bool) -> dict[str, Any]:
+        """Facts that tell this preprocessing from others: its repr, and its fingerprint if it turns pictures into tensors.
+
+        A repr is not enough, because two closures may share it and differ in a number.
+
+        Args:
+            saved: whether the result is kept in a file, which a later run may continue.
+
+        Raises:
+            RandomTransformError: it is random and the result is saved, so a later run could not tell whether it is the same.
+        """
+        found = None
+        if self.preprocess is not None:
+            try:
+                found = fingerprint(self.preprocess)
+            except RandomTransformError:
+                if saved:
+                    raise
+            except Exception:  # it does not take every picture, or none: a data set may hold tensors
+                found = None
+        return {"preprocessing": stable_repr(self.preprocess), "transform": found}
 
     def identity(self) -> dict[str, Any]:
         """Facts that tell this set from others: names, sizes and labels of files; type, length and repr of a PyTorch data set."""

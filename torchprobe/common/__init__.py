@@ -3,6 +3,7 @@
 =====================================  =========================================================================
 :mod:`torchprobe.common.files`         files that are written as a whole or not at all; JSON without nan
 :mod:`torchprobe.common.storage`       tensors and plain values in one safetensors file; digests of tensors
+:mod:`torchprobe.common.arrays`        arrays from NumPy and from files: .npy, .npz, .safetensors, .parquet
 :mod:`torchprobe.common.ranks`         the processes that share a run
 :mod:`torchprobe.common.runs`          the options of a long run, how far it is, and when it will end
 :mod:`torchprobe.common.records`       typed results that read as mappings and that JSON can hold

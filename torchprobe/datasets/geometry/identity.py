@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 SIZES = ((97, 64), (61, 113), (128, 128))
 
 
+class RandomTransformError(ValueError):
+    """Two runs of a transform on one picture differ."""
+
+
 def fingerprint(transform: Callable[[Image], Tensor]) -> str:
     """What a transform does, as a short text: a digest of the tensors that it makes of three fixed pictures.
 
@@ -23,7 +27,7 @@ def fingerprint(transform: Callable[[Image], Tensor]) -> str:
     differ only on other pictures have the same fingerprint.
 
     Raises:
-        ValueError: two runs differ, so the transform is random.
+        RandomTransformError: two runs differ, so the transform is random.
 
     >>> from torchvision.transforms import v2
     >>> fingerprint(v2.PILToTensor()) == fingerprint(v2.ToImage())
@@ -31,7 +35,9 @@ def fingerprint(transform: Callable[[Image], Tensor]) -> str:
     """
     first, second = (_digest(transform) for _ in range(2))
     if first != second:
-        raise ValueError("preprocess is random: two runs on one picture differ. Leave out random steps, or fix their seed in each call")
+        raise RandomTransformError(
+            "preprocess is random: two runs on one picture differ. Leave out random steps, or fix their seed in each call"
+        )
     return first
 
 
