@@ -85,10 +85,12 @@ def open_given(file: str | os.PathLike[str], labels: str | os.PathLike[str] | No
     chosen = choose(arrays, path, name, "representations", lambda one: one.kind == "float" and len(one.shape) == 2)
     h = checked_rows(chosen.tensor(), chosen.where)
     others = {key: one for key, one in arrays.items() if one is not chosen}
-    beside = _named(others, LABELS, "whole") if labels is None else None
-    names = _named(others, NAMES, "text")
-    y = _labels(labels, h) if labels is not None else checked_labels(beside and beside.tensor(), h, beside.where if beside else "")
-    ids = row_names(len(h), names and names.texts(), names.where if names else "", prefix)
+    beside, names = _named(others, LABELS), _named(others, NAMES)
+    if labels is not None:
+        y = _labels(labels, h)
+    else:
+        y = checked_labels(None, h) if beside is None else checked_labels(beside.tensor(), h, beside.where)
+    ids = row_names(len(h), prefix=prefix) if names is None else row_names(len(h), names.texts(), names.where)
     return Given(h, y, ids, {"data": {"name": f"{path.name}{':' if name else ''}{name or ''}", "images": len(h)}})
 
 
@@ -194,5 +196,6 @@ def _labels(file: str | os.PathLike[str], h: Tensor) -> Tensor:
     return checked_labels(chosen.tensor(), h, chosen.where)
 
 
-def _named(arrays: dict[str, Array], names: tuple[str, ...], kind: str) -> Array | None:
-    return next((arrays[name] for name in names if name in arrays and arrays[name].kind == kind and len(arrays[name].shape) == 1), None)
+def _named(arrays: dict[str, Array], names: tuple[str, ...]) -> Array | None:
+    """The first array of these names with one element for each row. Whether it has the right type is checked when it is read."""
+    return next((arrays[name] for name in names if name in arrays and len(arrays[name].shape) == 1), None)

@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     from torchprobe.common.runs import RunOptions
     from torchprobe.studies.compare import Comparison
     from torchprobe.studies.interpret.inputs import Inputs
+    from torchprobe.studies.interpret.results import Interpretation
 
 HELP = (
     'Repeats the analysis of "Interpreting CLIP" on MODEL: outlier features, privileged directions and pruning, concepts, effective '
     "robustness. Every section that has its input is computed; images alone give the outlier features. The others are listed as left out. "
     "Writes results.json, CSV tables, plots and one page. --resume continues an interrupted run. With --suite it interprets many encoders "
-    f"and compares them.\n\n{MODEL} Do not give MODEL with --suite."
+    f"and compares them.\n\n{MODEL} With --embeddings, everything that needs only representations is computed from yours. Give one of "
+    "MODEL, --suite and --embeddings."
 )
 
 COMPARE_HELP = (
@@ -47,12 +49,12 @@ COMPARE_HELP = (
 )
 
 
-_ABOUT = ("name", "role", "backbone", "pretraining")
+_ABOUT = ("name", "role", "backbone", "pretraining", "modality")
 """The facts about MODEL that a comparison uses."""
 
 
 class NamedFolder(click.ParamType):  # type: ignore[type-arg]
-    """NAME=DIR."""
+    """NAME=DIR, or NAME=FILE."""
 
     name = "NAME=DIR"
 
@@ -67,20 +69,29 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
 
 @click.command(epilog=exit_codes(), short_help="Repeat the analysis of “Interpreting CLIP” on an encoder.", help=HELP)
 @click.argument("model", required=False)
-@click.option("--images", required=True, type=click.Path(path_type=Path), metavar="DIR", help="One folder for each class, or just images.")
+@click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="One folder for each class, or just images.")
+@click.option(
+    "--embeddings",
+    metavar="FILE",
+    help="Representations, one in each row, instead of MODEL and --images: .npy, .npz, .safetensors, .parquet; or FILE:NAME.",
+)
+@click.option("--labels", metavar="FILE", help="With --embeddings: a whole number for each row, the row of the head; -1 if unknown.")
+@click.option("--modality", metavar="NAME", help="What the rows stand for: image, text …; compare measures the gap between two.")
 @click.option(
     "--head",
     default="auto",
     show_default=True,
     metavar="HEAD",
-    help="zero-shot, own (the trained head), none, or a file. auto takes the own head if there is one, otherwise zero-shot.",
+    help="zero-shot, own (the trained head), none, or a file, also of an array (classes, features). auto takes the own head if there is "
+    "one, otherwise zero-shot.",
 )
 @click.option(
     "--shift",
     "shifts",
     multiple=True,
     type=NamedFolder(),
-    help="Images under a shift: imagenet_v2, imagenet_r, imagenet_sketch, objectnet, imagenet_a, or any name; may be repeated.",
+    help="Images under a shift: imagenet_v2, imagenet_r, imagenet_sketch, objectnet, imagenet_a, or any name; may be repeated. With "
+    "--embeddings, a file that also holds the labels, called y.",
 )
 @click.option("--broden", "broden_folder", type=click.Path(path_type=Path), metavar="DIR", help="Concepts, in the format of Broden.")
 @click.option(
@@ -107,6 +118,8 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--layer-images", type=click.IntRange(min=0), default=1024, show_default=True, help="Number of images to record the layers on."
 )
+@click.option("--features", metavar="I,J…", help="Features to ablate and to compare directions with.  [default: the outlier features]")
+@click.option("--same-images", is_flag=True, help="Measure importance on the images that are evaluated, not on the other half.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights: .safetensors, .pt, .pth, .ckpt.")
 @click.option("--random-init", is_flag=True, help="Random weights from --seed.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N images of each set, chosen at random.")
@@ -139,16 +152,24 @@ def interpret(
     as_json: bool,
     **chosen: Any,
 ) -> None:
-    if (model is None) == (suite is None):
-        raise click.UsageError("give either MODEL or --suite")
+    given = chosen["embeddings"]
+    if [model is None, suite is None, given is None].count(False) != 1:
+        raise click.UsageError("give one of MODEL, --suite and --embeddings")
+    if given is None and chosen["images"] is None:
+        raise click.UsageError("Missing option '--images'.")
+    if given is None and chosen["labels"] is not None:
+        raise click.UsageError("--labels is for --embeddings; the labels of images are their folders")
+    network = {"images": chosen["images"], "checkpoint": checkpoint, "broden": broden_folder, "layers": layers, "template": templates}
+    if given is not None and (unused := [f"--{key}" for key, value in {**network, "random-init": random_init}.items() if value]):
+        raise click.UsageError(f"{', '.join(unused)} need a network or pictures, and with --embeddings there are none")
     if suite is not None and (checkpoint or random_init):
         raise click.UsageError("--checkpoint and --random-init are for one MODEL; the suite has its own checkpoints")
     if checkpoint and random_init:
         raise click.UsageError("--checkpoint and --random-init exclude each other")
     if only and suite is None:
         raise click.UsageError("--only needs a --suite to choose from")
-    if suite is not None and any(chosen[key] for key in _ABOUT):
-        raise click.UsageError(f"{', '.join(f'--{key}' for key in _ABOUT)} are for one MODEL; the suite has its own facts")
+    if suite is not None and (facts := [key for key in _ABOUT if chosen[key]]):
+        raise click.UsageError(f"{', '.join(f'--{key}' for key in facts)} is for one MODEL; the suite has its own facts")
     if len({name for name, _ in shifts}) < len(shifts):
         raise click.UsageError("two --shift have the same name")
 
@@ -159,14 +180,15 @@ def interpret(
     from torchprobe.common.runs import RunOptions
     from torchprobe.datasets import Broden
     from torchprobe.rendering import page
-    from torchprobe.studies.interpret.inputs import Inputs
+    from torchprobe.studies.interpret.inputs import Choices, Inputs
 
     page.require()
     check_output(out)
     with torchrun() as (rank, local):
         place = device_named(f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device)
+        choices = Choices(_features(chosen["features"]), chosen["same_images"])
         inputs = Inputs(
-            images=chosen["images"],
+            images=chosen["images"] or Path(),
             shifts=dict(shifts),
             broden=None if broden_folder is None else Broden(broden_folder),
             baseline=None if baseline_file is None else Baseline.from_csv(baseline_file),
@@ -175,12 +197,16 @@ def interpret(
             limit=chosen["limit"],
             layers=layers or None,
             layer_images=chosen["layer_images"],
+            choices=choices,
         )
         options = RunOptions(chosen["batch_size"], place, chosen["workers"], chosen["seed"], chosen["resume"])
         torch.manual_seed(options.seed)
         try:
             if suite is not None:
                 _suite(suite, only, inputs, options, rank, out, chosen["pairs"], as_json)
+            elif given is not None:
+                known = {key: chosen[key] for key in _ABOUT if chosen[key]}
+                _given(given, chosen["labels"], chosen["head"], known, inputs, options, rank, out, as_json)
             else:
                 assert model is not None
                 known = {key: chosen[key] for key in _ABOUT if chosen[key]}
@@ -203,10 +229,8 @@ def _one(
     out: Path,
     as_json: bool,
 ) -> None:
-    from torchprobe.common.records import encode
     from torchprobe.encoders import load_encoder
     from torchprobe.studies.interpret.inputs import kept_head, load_images
-    from torchprobe.studies.interpret.report import paths, print_interpretation
     from torchprobe.studies.interpret.run import interpret_subject
 
     load_images(inputs.images)  # before the weights are fetched
@@ -216,14 +240,54 @@ def _one(
         subject = inputs.subject(encoder, head, options.seed, kept_head(out, options.resume))
     with interruptible() as stop, stage_bar(quiet=rank > 0) as progress:
         found = interpret_subject(replace(subject, about={**about, **inputs.about()}), out, replace(options, progress=progress, stop=stop))
-    if rank > 0:
-        return
+    if rank == 0:
+        _print_interpretation(found, as_json)
+
+
+def _given(
+    file: str,
+    labels: str | None,
+    head: str,
+    known: dict[str, Any],
+    inputs: Inputs,
+    options: RunOptions,
+    rank: int,
+    out: Path,
+    as_json: bool,
+) -> None:
+    from torchprobe.studies.interpret.given import load_given
+    from torchprobe.studies.interpret.run import interpret_given
+
+    subject = load_given(file, labels, head, inputs, known, options.seed)
+    with working(f"analyzing {subject.name}"):
+        found = interpret_given(subject, out, options)
+    if rank == 0:
+        _print_interpretation(found, as_json)
+
+
+def _print_interpretation(found: Interpretation, as_json: bool) -> None:
+    from torchprobe.common.records import encode
+    from torchprobe.studies.interpret.report import paths, print_interpretation
+
     files = paths(found)
     if as_json:
         print_json(encode(found.results) | {"files": {kind: str(path) for kind, path in files.items()}})
         return
     print_interpretation(found, console())
     print_files(files)
+
+
+def _features(text: str | None) -> tuple[int, ...] | None:
+    """The features of "442,362"."""
+    if text is None:
+        return None
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of indices such as 442,362", param_hint="--features") from None
+    if min(found) < 0 or len(set(found)) < len(found):
+        raise click.BadParameter(f"{text!r} has an index below 0, or one twice", param_hint="--features")
+    return found
 
 
 def _suite(

@@ -5,6 +5,7 @@ Each section is a record of numbers, with a function that measures it and one th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,13 +77,24 @@ class HeadDirections(Record):
     def rows(self) -> list[dict[str, Any]]:
         """One row per direction of either head."""
         both = {"head": self.head, "centred": self.centered}
-        return [{"head": name, **direction} for name, directions in both.items() for direction in directions]
+        return [{"head": name, **row} for name, directions in both.items() for row in with_shares(directions)]
+
+
+def with_shares(found: Sequence[Direction]) -> list[dict[str, Any]]:
+    """Directions as rows, with σ² and importance as shares of their sums over all directions."""
+    energy, importance = math.fsum(one.singular_value**2 for one in found), math.fsum(one.importance for one in found)
+    return [
+        {**one, "energy_share": one.singular_value**2 / energy, "importance_share": one.importance / importance if importance else math.nan}
+        for one in found
+    ]
 
 
 DIRECTION_COLUMNS = (
     Column("direction", "direction", "index, in descending order of singular values", "index"),
     Column("singular_value", "σ", "singular value of the head"),
+    Column("energy_share", "σ² share", "σ² as a share of Σ σ², the squared length of the head", "share"),
     Column("importance", "importance", "σ · mean |cos(v, h)| over images"),
+    Column("importance_share", "of all", "importance as a share of its sum over all directions", "share"),
     Column("alignment", "alignment", "Σ v_j² over the outlier features: how far the direction lies along them", "share"),
     Column("gap", "gap", "distance to the nearest other σ, in units of the largest σ; near 1e-7 the direction is not determined"),
 )
@@ -139,7 +151,7 @@ def directions_section(found: HeadDirections) -> Section:
         pictures,
         [
             Table(
-                _by_importance(found.head)[:SHOWN],
+                sorted(with_shares(found.head), key=lambda row: row["importance_rank"])[:SHOWN],
                 DIRECTION_COLUMNS,
                 "The most important directions of the head; all are in directions.csv",
             )

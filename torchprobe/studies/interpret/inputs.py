@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
+from torchprobe.analysis.given_files import open_head
 from torchprobe.common.messages import counted
 from torchprobe.common.runs import RunOptions
 from torchprobe.common.storage import digest
@@ -32,6 +33,25 @@ _WNID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What a run may do in another way than by default.
+
+    Attributes:
+        features: the features that directions are compared with and that are ablated; None: the outlier features.
+        same_images: measure importance and the means of ablated features on the images that are evaluated, not on others. The accuracies of
+            pruning are then too high, by as much as the order of the directions fits these images.
+    """
+
+    features: tuple[int, ...] | None = None
+    same_images: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """What a stage depends on, only what is not the default."""
+        chosen = {"chosen_features": None if self.features is None else list(self.features), "same_images": self.same_images or None}
+        return {key: value for key, value in chosen.items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Subject:
     """One encoder with everything that it is measured on; see :func:`torchprobe.studies.interpret.interpret` for the fields."""
 
@@ -46,6 +66,22 @@ class Subject:
     layer_images: int = LAYER_IMAGES
     about: Mapping[str, Any] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
+    choices: Choices = field(default_factory=Choices)
+
+    @property
+    def name(self) -> str:
+        """The name of the encoder."""
+        return self.encoder.name
+
+    @property
+    def features(self) -> int:
+        """The width of the representation."""
+        return self.encoder.features
+
+    def remarks(self, name: str) -> list[str]:
+        """What is unexpected in the folders of a set."""
+        images = self.sets[name]
+        return list(images.remarks) if isinstance(images, LabeledImages) else []
 
     @property
     def sets(self) -> dict[str, Images]:
@@ -66,6 +102,7 @@ class Inputs:
         limit: number of images of each set, chosen at random; None: all.
         layers: the layers to record and to compare; None: the blocks.
         layer_images: see :func:`torchprobe.studies.interpret.interpret`.
+        choices: see :class:`Choices`.
     """
 
     images: Path
@@ -77,6 +114,7 @@ class Inputs:
     limit: int | None = None
     layers: Sequence[str] | None = None
     layer_images: int = LAYER_IMAGES
+    choices: Choices = field(default_factory=Choices)
 
     def about(self) -> dict[str, Any]:
         """The folders, to keep with the results."""
@@ -137,6 +175,7 @@ class Inputs:
             imagenet_classes=self.imagenet_classes,
             layers=self.layers,
             layer_images=self.layer_images,
+            choices=self.choices,
         )
 
     def _matched(self, images: LabeledImages, head: Head, seed: int) -> tuple[Images, Sequence[str] | None]:
@@ -232,7 +271,7 @@ def make_head(
     Args:
         encoder: the encoder below the head.
         which: "zero-shot", made from captions; "own", the trained head; "auto", the own head if there is one, otherwise zero-shot if
-            possible, otherwise none; "none"; or a file for :func:`torchprobe.encoders.load_head`.
+            possible, otherwise none; "none"; or a file for :func:`torchprobe.analysis.given_files.open_head`.
         classes: the classes of a zero-shot head; None: those of ImageNet.
         templates: the captions of a zero-shot head; None: those of ImageNet.
         keep: see :meth:`Inputs.subject`.
@@ -259,7 +298,7 @@ def make_head(
             return make()
         captions = None if templates is None else [one if isinstance(one, str) else one("{}") for one in templates]
         return keep({"name": encoder.name, "text": digest(tower.parameters()), "classes": classes, "templates": captions}, make)
-    return load_head(which, encoder.features)
+    return open_head(which, encoder.features)
 
 
 def kept_head(folder: Path, resume: bool) -> KeepHead:

@@ -133,6 +133,8 @@ def print_interpretation(found: Interpretation, out: Console) -> None:
             out.print(text(f"{name}: {remark}", "dim"))
         if data.skipped:
             out.print(text(f"{name}: {counted(len(data.skipped), 'image')} left out because they could not be read", "dim"))
+    for remark in remarks(r):
+        out.print(text(remark, "dim"))
     for section, why in r.skipped.items():
         out.print(text(f"Left out: {section} ({why})", "dim"))
 
@@ -156,7 +158,7 @@ SKIPPED_COLUMNS = (Column("section", "section", "the missing section", "text"), 
 def interpretation_page(found: Interpretation) -> Page:
     """The whole page."""
     r = found.results
-    about = ", ".join(str(r.about[key]) for key in ("role", "backbone", "pretraining") if r.about.get(key))
+    about = ", ".join(str(r.about[key]) for key in ("role", "backbone", "pretraining", "modality") if r.about.get(key))
     sections = [
         kurtosis_section(r.kurtosis, found.kurtosis),
         outlier_section(r.outliers),
@@ -168,13 +170,14 @@ def interpretation_page(found: Interpretation) -> Page:
         r.ablation and ablation_section(r.ablation),
         r.concepts and concepts_section(r.concepts),
         *left_out(r),
+        _choices(r),
         reading(r),
     ]
     return Page(
         kind="interpret",
         title=found.name,
-        summary=f"{about + ': ' if about else ''}{counted(r.data[IMAGENET].images, 'image')} through the encoder; outlier features, "
-        "privileged directions, concepts and robustness, each with the values to compare it with.",
+        summary=f"{about + ': ' if about else ''}{_measured(r)}; outlier features, privileged directions, concepts and robustness, "
+        "each with the values to compare it with.",
         facts=facts(r),
         sections=[section for section in sections if section],
         footer=footer(r),
@@ -202,6 +205,29 @@ def facts(r: Results) -> list[Fact]:
         note = f"AP ≥ {r.concepts.threshold:g}, beyond chance; {null} with shuffled labels"
         heads.append(Fact("Unique concepts", number(unique), note))
     return heads
+
+
+def _measured(r: Results) -> str:
+    images = r.data[IMAGENET].images
+    return f"{counted(images, 'given representation')}" if r.given else f"{counted(images, 'image')} through the encoder"
+
+
+def remarks(r: Results) -> list[str]:
+    """How this run differs from the default."""
+    found = []
+    if r.given:
+        found.append("The representations were given. What this page calls an image is one row of them, whatever it stands for.")
+    if r.chosen_features is not None:
+        listed = ", ".join(map(str, r.chosen_features)) or "none"
+        found.append(f"In the sections on directions and ablation, the outlier features are those that were chosen (--features): {listed}.")
+    if r.same_images:
+        found.append("Importance and the means of ablated features were measured on the images that are evaluated (--same-images).")
+    return found
+
+
+def _choices(r: Results) -> Section | None:
+    found = remarks(r)
+    return Section("This run", found) if found else None
 
 
 def left_out(r: Results) -> list[Section]:
@@ -234,7 +260,9 @@ def reading(r: Results) -> Section:
         f"a concept is encoded from AP {HEADLINE:g} on, if significant at 0.05 after Holm's correction",
         "negatives are the images annotated for the concept's category",
         "both signs of a direction are tried",
-        "importance is measured on one half of the images, chosen by their names, and the other half is evaluated",
+        "importance is measured on the images that are evaluated"
+        if r.same_images
+        else "importance is measured on one half of the images, chosen by their names, and the other half is evaluated",
         "pruning leaves out shifted images with the name of an image on which importance was measured",
     )
     return Section(

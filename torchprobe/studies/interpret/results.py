@@ -62,7 +62,11 @@ class Settings(Record):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Results(Record):
-    """The content of ``results.json``. A section that was not computed is None, and ``skipped`` says why."""
+    """The content of ``results.json``. A section that was not computed is None, and ``skipped`` says why.
+
+    ``given`` is True if the representations were given, not computed from images. ``chosen_features`` and ``same_images`` are as of
+    :class:`torchprobe.studies.interpret.inputs.Choices`; None if they are the default.
+    """
 
     format: int = FORMAT
     torchprobe: str
@@ -83,6 +87,9 @@ class Results(Record):
     layers: Layers | None = None
     concepts: Concepts | None = None
     about: dict[str, Any]
+    given: bool | None = None
+    chosen_features: list[int] | None = None
+    same_images: bool | None = None
 
     @property
     def title(self) -> str:

@@ -15,18 +15,20 @@ import torchprobe
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.directions import Directions, privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings
+from torchprobe.analysis.inputs import HeadLike, as_head
 from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import decode, encode
 from torchprobe.common.runs import Clock, Progress, ProgressCallback, RunOptions
-from torchprobe.datasets import Broden, Images, LabeledImages
+from torchprobe.datasets import Broden, Images
 from torchprobe.dissection import Dissection
 from torchprobe.encoders import Encoder, Head
 from torchprobe.recording.layers import select_layers
 from torchprobe.studies.interpret.accuracy import Accuracy, Robustness, measure_accuracy, measure_robustness
 from torchprobe.studies.interpret.concepts import Concepts, summarize_concepts
 from torchprobe.studies.interpret.directions import HeadDirections, Pruning, measure_directions, measure_pruning
-from torchprobe.studies.interpret.inputs import LAYER_IMAGES, Subject
+from torchprobe.studies.interpret.given import GivenFiles, GivenSubject
+from torchprobe.studies.interpret.inputs import LAYER_IMAGES, Choices, Subject
 from torchprobe.studies.interpret.passes import Passes, identity
 from torchprobe.studies.interpret.report import write
 from torchprobe.studies.interpret.representation import (
@@ -40,7 +42,7 @@ from torchprobe.studies.interpret.representation import (
 )
 from torchprobe.studies.interpret.results import HeadFacts, Interpretation, Results, SetFacts, Settings, Stages, Unreadable
 
-__all__ = ["Interpretation", "Progress", "interpret", "interpret_subject"]
+__all__ = ["Interpretation", "Progress", "interpret", "interpret_given", "interpret_subject"]
 
 
 @renamed_arguments(x="imagenet_classes")
@@ -49,7 +51,7 @@ def interpret(
     images: Images,
     out: str | os.PathLike[str],
     *,
-    head: Head | None = None,
+    head: HeadLike | None = None,
     shifts: Mapping[str, Images] | None = None,
     broden: Broden | None = None,
     baseline: Baseline | None = None,
@@ -58,6 +60,8 @@ def interpret(
     layer_images: int = LAYER_IMAGES,
     about: Mapping[str, Any] | None = None,
     published: Mapping[str, float] | None = None,
+    features: Sequence[int] | None = None,
+    same_images: bool = False,
     batch_size: int = 64,
     device: torch.device | str | None = None,
     workers: int = 2,
@@ -88,6 +92,8 @@ def interpret(
         layer_images: number of images to record them on, chosen at random; 0 leaves the layers out.
         about: facts to keep with the results, such as ``role``, ``backbone`` and ``pretraining``.
         published: accuracies in percent, ``"imagenet"`` and shifts, for effective robustness if no shifts are given.
+        features: the features to compare directions with and to ablate; None: the outlier features.
+        same_images: measure importance on the images that are evaluated, not on other ones.
         batch_size, device, workers: of the passes through the encoder.
         seed: of everything random.
         resume: continue an interrupted run in ``out``. Stages that were finished with the same inputs are not computed again.
@@ -105,7 +111,7 @@ def interpret(
         encoder=encoder,
         images=images,
         shifts=shifts or {},
-        head=head,
+        head=None if head is None else as_head(head),
         broden=broden,
         baseline=baseline,
         imagenet_classes=imagenet_classes,
@@ -113,6 +119,7 @@ def interpret(
         layer_images=layer_images,
         about=about or {},
         published=published or {},
+        choices=Choices(None if features is None else tuple(features), same_images),
     )
     return interpret_subject(subject, out, RunOptions(batch_size, device, workers, seed, resume, progress, stop))
 
@@ -133,7 +140,7 @@ def interpret_subject(subject: Subject, out: str | os.PathLike[str], options: Ru
     with Ranks() as ranks:
         passes = Passes(subject, folder, options, Stages(folder, options.resume), clock, ranks)
         embedded = passes.embed()
-        halves = _halves(subject.head, embedded[IMAGENET], options.seed)
+        halves = _halves(subject.head, embedded[IMAGENET], options.seed, subject.choices)
         concepts: dict[str, Dissection] = {}
         facts: dict[str, Any] = {}
         if subject.broden is not None:
@@ -149,6 +156,21 @@ def interpret_subject(subject: Subject, out: str | os.PathLike[str], options: Ru
     return result
 
 
+def interpret_given(given: GivenSubject, out: str | os.PathLike[str], options: RunOptions) -> Interpretation:
+    """As :func:`interpret_subject`, of representations that are given. Under ``torchrun``, the first rank does it all."""
+    with Ranks() as ranks:
+
+        def measure() -> Interpretation:
+            files = GivenFiles(given, Path(out), options)
+            embedded = files.embed()
+            halves = _halves(given.head, embedded[IMAGENET], options.seed, given.choices)
+            found = _Sections(files, embedded, halves).measure({}, {})
+            write(found)
+            return found
+
+        return ranks.on_first(measure)
+
+
 class _Halves(NamedTuple):
     """Two halves of the images, and the directions of the head with their importance on the first half; or why they are missing."""
 
@@ -158,11 +180,13 @@ class _Halves(NamedTuple):
     why: str = ""
 
 
-def _halves(head: Head | None, images: Embeddings, seed: int) -> _Halves:
+def _halves(head: Head | None, images: Embeddings, seed: int, choices: Choices) -> _Halves:
     if head is None:
         return _Halves(None, images, images, "no head was given")
+    if choices.features and max(choices.features) >= images.features:
+        raise ValueError(f"there is no feature {max(choices.features)}: the representation has features 0 to {images.features - 1}")
     try:
-        first, second = split(images, seed=seed)
+        first, second = (images, images) if choices.same_images else split(images, seed=seed)
         return _Halves(privileged_directions(head, first.h), first, second)
     except ValueError as error:  # too few images, a head of zeros, no finite representation
         return _Halves(None, images, images, str(error))
@@ -171,17 +195,19 @@ def _halves(head: Head | None, images: Embeddings, seed: int) -> _Halves:
 class _Sections:
     """The sections of one run, from its representations. ``skipped`` says why a section is missing."""
 
-    def __init__(self, passes: Passes, embedded: Mapping[str, Embeddings], halves: _Halves) -> None:
+    def __init__(self, passes: Passes | GivenFiles, embedded: Mapping[str, Embeddings], halves: _Halves) -> None:
         self.passes, self.subject, self.stages, self.seed = passes, passes.subject, passes.stages, passes.options.seed
         self.embedded, self.images, self.halves = embedded, embedded[IMAGENET], halves
         self.labeled = {name: one for name, one in embedded.items() if bool((one.y >= 0).any())}
         self.unlabeled = "no head was given" if self.subject.head is None else "the images have no labels"
         self.skipped: dict[str, str] = {}
-        baseline = self.subject.baseline
+        baseline, chosen = self.subject.baseline, self.subject.choices.facts()
         self.image_facts = passes.facts | {"images": identity(self.images)}
+        self.head_facts = self.image_facts | chosen
         self.set_facts = passes.facts | {
             "sets": {name: identity(one) for name, one in embedded.items()},
             "x": self.subject.imagenet_classes,
+            **chosen,
             "baseline": None if baseline is None else {name: list(map(float, row)) for name, row in baseline.accuracies.items()},
         }
 
@@ -191,26 +217,30 @@ class _Sections:
         kurtosis = self.stages.run("kurtosis", self.image_facts, Kurtosis, lambda: measure_kurtosis(self.images, self.seed))
         outliers = self.stages.run("outliers", self.image_facts, Outliers, lambda: measure_outliers(self.images))
         accuracy, correct = self.accuracy()
-        directions = self.directions(outliers.indices)
-        ablation, pruning = self.ablation_and_pruning(outliers.indices)
+        choices = subject.choices
+        features = outliers.indices if choices.features is None else choices.features
+        directions = self.directions(features)
+        ablation, pruning = self.ablation_and_pruning(features)
         robustness = self.robustness(accuracy or {})
         layers = concepts = None
-        if subject.layer_images:
+        if isinstance(self.passes, GivenFiles):
+            self.skipped |= dict.fromkeys(("layers", "concepts"), "the representations were given, not a network that computes them")
+        elif self.passes.subject.layer_images:
             layers = self.passes.layers(self.images)
         else:
             self.skipped["layers"] = "no images were asked for (layer_images = 0)"
         if dissections:
             concepts = self.stages.run("concepts", concept_facts, Concepts, lambda: summarize_concepts(dissections))
         else:
-            self.skipped["concepts"] = "no concepts were given (--broden)"
+            self.skipped.setdefault("concepts", "no concepts were given (--broden)")
         options = self.passes.options
         results = Results(
             torchprobe=torchprobe.__version__,
             torch=torch.__version__,
-            name=subject.encoder.name,
-            features=subject.encoder.features,
+            name=subject.name,
+            features=subject.features,
             head=None if head is None else HeadFacts(head.out_features, head.normalize, self.passes.facts["head"][0]),
-            data={name: _set_facts(one, subject.sets[name]) for name, one in self.embedded.items()},
+            data={name: _set_facts(one, subject.remarks(name)) for name, one in self.embedded.items()},
             settings=Settings(options.batch_size, str(options.device or "cpu"), options.seed),
             kurtosis=replace(kurtosis, per_image=None, peaks=None),
             outliers=outliers,
@@ -223,6 +253,9 @@ class _Sections:
             layers=layers,
             concepts=concepts,
             about=encode(subject.about),
+            given=isinstance(self.passes, GivenFiles) or None,
+            chosen_features=None if choices.features is None else list(choices.features),
+            same_images=choices.same_images or None,
         )
         return Interpretation(results, kurtosis.per_image or [], kurtosis.peaks or [], self.images.ids, self.passes.folder, correct)
 
@@ -243,7 +276,7 @@ class _Sections:
             self.skipped["directions"] = self.halves.why
             return None
         first = self.halves.first
-        return self.stages.run("directions", self.image_facts, HeadDirections, lambda: measure_directions(head, found, first, features))
+        return self.stages.run("directions", self.head_facts, HeadDirections, lambda: measure_directions(head, found, first, features))
 
     def ablation_and_pruning(self, features: Sequence[int]) -> tuple[Ablation | None, Pruning | None]:
         """Accuracy on the second half, without the outlier features and along pruning."""
@@ -259,9 +292,7 @@ class _Sections:
         if why_not := why_no_ablation(features, self.images.features):
             self.skipped["ablation"] = why_not
         else:
-            ablation = self.stages.run(
-                "ablation", self.image_facts, Ablation, lambda: measure_ablation(head, second, first, features, seed)
-            )
+            ablation = self.stages.run("ablation", self.head_facts, Ablation, lambda: measure_ablation(head, second, first, features, seed))
         others = {name: _without(one, first) for name, one in self.labeled.items() if name != IMAGENET}
         sets = {IMAGENET: second} | {name: one for name, one in others.items() if one is not None}
         pruning = self.stages.run(
@@ -294,13 +325,13 @@ class _Sections:
         return found
 
 
-def _set_facts(embeddings: Embeddings, images: Images) -> SetFacts:
+def _set_facts(embeddings: Embeddings, remarks: list[str]) -> SetFacts:
     return SetFacts(
         images=len(embeddings),
         labeled=int((embeddings.y >= 0).sum()),
         skipped=[Unreadable(file, reason) for file, reason in embeddings.skipped],
         classes=None if embeddings.classes is None else len(embeddings.classes),
-        remarks=list(images.remarks) if isinstance(images, LabeledImages) else [],
+        remarks=remarks,
     )
 
 
