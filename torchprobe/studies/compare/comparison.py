@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from torchprobe.analysis.concepts import UNITS, concept_overlap
 from torchprobe.analysis.resampling import rank_correlation
 from torchprobe.common.records import Key, Record, encode
+from torchprobe.studies.compare.modalities import Gap, GapFeature, gaps, modality
 from torchprobe.studies.compare.pairs import Difference, difference, pairs_within
 from torchprobe.studies.compare.saved import Saved, Summary, load_results
 
@@ -105,6 +106,8 @@ class Comparison:
         extras: pair → measures that need two networks at the same time.
         skipped: encoders that were not run, with the reason.
         remarks: how the inputs of the encoders differ.
+        gaps: one row for each gap between two modalities of one model.
+        gap_features: the features of each gap, that with the largest share first.
     """
 
     models: list[Summary]
@@ -115,10 +118,12 @@ class Comparison:
     extras: dict[str, PairMeasures] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+    gap_features: list[GapFeature] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Everything as plain values."""
-        names = ("models", "pairs", "correlations", "overlaps", "extras", "skipped", "remarks")
+        names = ("models", "pairs", "correlations", "overlaps", "extras", "skipped", "remarks", "gaps")
         return {name: encode(getattr(self, name)) for name in names}
 
 
@@ -150,6 +155,7 @@ def compare(
         raise ValueError(f"{twice[0]} is given twice")
     saved = _with_distinct_names([load_results(folder) for folder in folders])
     models = [one.summary() for one in saved]
+    between, gap_features = gaps(saved)
     concepts = {one.name: one.results.concepts.names[UNITS] for one in saved if one.results.concepts}
     return Comparison(
         models=models,
@@ -160,6 +166,8 @@ def compare(
         extras=dict(extras or {}),
         skipped=list(skipped),
         remarks=_remarks(saved),
+        gaps=between,
+        gap_features=gap_features,
     )
 
 
@@ -174,11 +182,31 @@ def _remarks(saved: Sequence[Saved]) -> list[str]:
     remarks = []
     if other := [one.name for one in saved if one.kurtosis.keys() != saved[0].kurtosis.keys()]:
         remarks.append(f"{', '.join(other)} and {saved[0].name} have not seen the same images: their numbers differ for that reason too.")
+    if any(one.results.given for one in saved) and any(name.startswith("row ") for one in saved for name in list(one.kurtosis)[:1]):
+        remarks.append("Rows without names are paired by their position: row i of one file with row i of another of the same length.")
+    remarks += _unlike(saved)
     concepts = [(one.name, one.results.concepts) for one in saved if one.results.concepts]
     if other := [name for name, found in concepts if (found.images, found.labels) != (concepts[0][1].images, concepts[0][1].labels)]:
         remarks.append(
             f"{', '.join(other)} and {concepts[0][0]} were not shown the same concepts: their counts differ for that reason too."
         )
+    return remarks
+
+
+def _unlike(saved: Sequence[Saved]) -> list[str]:
+    """What decides a vector kurtosis beside the encoder, where it differs."""
+    signs = {True: "no negative feature, as after a ReLU", False: "features of both signs"}
+    properties = {
+        "do not stand for the same kind of input": {one.name: modality(one) or "not said" for one in saved},
+        "do not have the same width": {one.name: f"{one.results.features} features" for one in saved},
+        "do not have the same signs": {one.name: signs[one.results.kurtosis.nonnegative] for one in saved},
+    }
+    remarks = []
+    for what, found in properties.items():
+        if len(set(found.values())) > 1:
+            groups = {value: [name for name in found if found[name] == value] for value in found.values()}
+            listed = "; ".join(f"{value}: {', '.join(names)}" for value, names in groups.items())
+            remarks.append(f"The representations {what} ({listed}). Their kurtosis differs for that reason too.")
     return remarks
 
 

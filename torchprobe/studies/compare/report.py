@@ -22,6 +22,8 @@ from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
 from torchprobe.rendering.page import write as write_page
 from torchprobe.rendering.tables import Column, number, text, write_csv
 from torchprobe.studies.compare.comparison import Comparison, Interpolation, LayerSimilarity, PairMeasures
+from torchprobe.studies.compare.modalities import GAP_COLUMNS, modality_sections
+from torchprobe.studies.compare.pairs import ZERO_SHOT
 from torchprobe.studies.compare.saved import Summary
 from torchprobe.studies.interpret.concepts import HEADLINE
 from torchprobe.studies.interpret.report import print_rows, write_plots
@@ -37,9 +39,11 @@ def write(found: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:
     with replacing(folder / "comparison.json") as temporary:
         temporary.write_text(to_json(found.summary()), encoding="utf-8")
     files = {"comparison": folder / "comparison.json"}
-    for name in ("models", "pairs", "correlations", "overlaps"):
+    for name in ("models", "pairs", "correlations", "overlaps", "gaps", "gap_features"):
         if rows := getattr(found, name):
             files[name] = write_csv(rows, folder / f"{name}.csv")
+        else:
+            (folder / f"{name}.csv").unlink(missing_ok=True)  # of an earlier comparison
     page = comparison_page(found)
     files["plots"] = folder / "plots"
     write_plots(files["plots"], [picture for section in page.sections for picture in section.pictures])
@@ -52,6 +56,9 @@ def print_comparison(found: Comparison, out: Console) -> None:
     print_rows("Encoders", [column for column in MODEL_COLUMNS if column.key not in ("kurtosis_low", "kurtosis_high")], found.models, out)
     if found.pairs:
         print_rows("Pairs", PAIR_COLUMNS, found.pairs, out)
+    if found.gaps:
+        terse = [column for column in GAP_COLUMNS if column.key not in ("relative", "unpaired_cosine", "within_a", "within_b")]
+        print_rows("Gaps between modalities", terse, found.gaps, out)
     if found.correlations:
         print_rows("Rank correlations", CORRELATION_COLUMNS, found.correlations, out)
     for remark in found.remarks:
@@ -67,6 +74,7 @@ MODEL_COLUMNS = (
     Column("model", "encoder", "its name in the suite", "text"),
     Column("role", "role", "its role in the comparison", "text"),
     Column("backbone", "backbone", "architecture; differences are taken within one backbone", "text"),
+    Column("modality", "modality", "what the rows of its representations stand for", "text", optional=True),
     Column("features", "d", "width of the representation", "count"),
     Column("kurtosis", "vector κ", "vector kurtosis, mean over images"),
     Column("kurtosis_low", "from", f"{LEVEL:.0%} interval over images: lower end"),
@@ -145,6 +153,7 @@ def comparison_page(found: Comparison) -> Page:
         sections=[
             _models(found),
             *_pairs(found),
+            *modality_sections(found.gaps, found.gap_features),
             *_correlations(found),
             *_pruning(found),
             *(_extra(pair, extra) for pair, extra in found.extras.items()),
@@ -193,6 +202,8 @@ def _pairs(found: Comparison) -> list[Section]:
         return []
     text = (
         "Within a backbone, the zero-shot encoder minus its twin. "
+        if any(row.role == ZERO_SHOT for row in found.models)
+        else "The first encoder minus the second. "
         if all(row.backbone for row in found.pairs)
         else "The first encoder minus the second. The backbone of some encoders is unknown, and differences between backbones say little. "
     )

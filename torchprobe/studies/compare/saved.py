@@ -29,6 +29,7 @@ class Summary(Record):
     role: str
     backbone: str
     pretraining: str
+    modality: str
     features: int
     kurtosis: float
     kurtosis_low: float
@@ -108,6 +109,7 @@ class Saved:
             role=self.about("role"),
             backbone=self.about("backbone"),
             pretraining=self.about("pretraining"),
+            modality=self.about("modality"),
             features=r.features,
             kurtosis=r.kurtosis.mean,
             kurtosis_low=r.kurtosis.interval[0],
