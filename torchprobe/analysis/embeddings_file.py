@@ -208,12 +208,13 @@ def labels_int32(y: Tensor) -> Tensor:
 
 
 def require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to continue or load a file of another provenance.
+    """Refuses to continue or load a file of another provenance. Files of earlier versions do not say what their transform does.
 
     Raises:
         ValueError: the provenance differs; the message says in what.
     """
-    if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+    compared = (before.keys() | now.keys()) - ({"transform"} - before.keys())
+    if other := sorted(key for key in compared if before.get(key) != now.get(key)):
         key = "encoder" if "encoder" in other else other[0]
         raise ValueError(
             f"{path} was made with another {key}: {before.get(key)!r}, now it is {now.get(key)!r}. "

@@ -124,7 +124,7 @@ class Comparison:
     def summary(self) -> dict[str, Any]:
         """Everything as plain values."""
         names = ("models", "pairs", "correlations", "overlaps", "extras", "skipped", "remarks", "gaps")
-        return {name: encode(getattr(self, name)) for name in names}
+        return {name: encode(getattr(self, name)) for name in names if name != "gaps" or self.gaps}
 
 
 def compare(

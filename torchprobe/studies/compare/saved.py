@@ -29,7 +29,6 @@ class Summary(Record):
     role: str
     backbone: str
     pretraining: str
-    modality: str
     features: int
     kurtosis: float
     kurtosis_low: float
@@ -43,6 +42,7 @@ class Summary(Record):
     extrapolated: bool | None
     concepts: int | None
     polysemanticity: float
+    modality: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,6 @@ class Saved:
             role=self.about("role"),
             backbone=self.about("backbone"),
             pretraining=self.about("pretraining"),
-            modality=self.about("modality"),
             features=r.features,
             kurtosis=r.kurtosis.mean,
             kurtosis_low=r.kurtosis.interval[0],
@@ -123,6 +122,7 @@ class Saved:
             extrapolated=r.robustness.extrapolated if r.robustness else None,
             concepts=units.unique if units else None,
             polysemanticity=units.polysemanticity if units else math.nan,
+            modality=self.about("modality") or None,
         )
 
 

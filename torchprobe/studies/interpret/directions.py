@@ -77,15 +77,15 @@ class HeadDirections(Record):
     def rows(self) -> list[dict[str, Any]]:
         """One row per direction of either head."""
         both = {"head": self.head, "centred": self.centered}
-        return [{"head": name, **row} for name, directions in both.items() for row in with_shares(directions)]
+        return [{"head": name, **row} for name, directions in both.items() for row in directions]
 
 
-def with_shares(found: Sequence[Direction]) -> list[dict[str, Any]]:
-    """Directions as rows, with σ² and importance as shares of their sums over all directions."""
+def by_importance(found: Sequence[Direction]) -> list[dict[str, Any]]:
+    """Directions as rows, the most important first, with σ² and importance as shares of their sums over all directions."""
     energy, importance = math.fsum(one.singular_value**2 for one in found), math.fsum(one.importance for one in found)
     return [
         {**one, "energy_share": one.singular_value**2 / energy, "importance_share": one.importance / importance if importance else math.nan}
-        for one in found
+        for one in _by_importance(found)
     ]
 
 
@@ -151,7 +151,7 @@ def directions_section(found: HeadDirections) -> Section:
         pictures,
         [
             Table(
-                sorted(with_shares(found.head), key=lambda row: row["importance_rank"])[:SHOWN],
+                by_importance(found.head)[:SHOWN],
                 DIRECTION_COLUMNS,
                 "The most important directions of the head; all are in directions.csv",
             )

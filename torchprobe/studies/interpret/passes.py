@@ -92,7 +92,7 @@ class Passes:
             "torchprobe": torchprobe.__version__,
             "weights": images.provenance["weights"],
             "preprocessing": images.provenance["preprocessing"],
-            "transform": images.provenance["transform"],
+            **{key: images.provenance[key] for key in ("transform",) if key in images.provenance},  # older files do not have it
             "directions": None if directions is None else digest([directions]),
             "data": hashlib.sha256(
                 (broden.root / broden.index).read_bytes() + repr((broden.split, broden.categories)).encode()

@@ -25,7 +25,7 @@ from torchprobe.rendering.tables import Column, Row, number, percent, plain_tabl
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret.accuracy import ACCURACY_COLUMNS, ROBUSTNESS_COLUMNS, accuracy_rows, accuracy_section, robustness_section
 from torchprobe.studies.interpret.concepts import CONCEPT_COLUMNS, HEADLINE, concepts_section
-from torchprobe.studies.interpret.directions import directions_section, pruning_section
+from torchprobe.studies.interpret.directions import DIRECTION_COLUMNS, by_importance, directions_section, pruning_section
 from torchprobe.studies.interpret.representation import (
     ABLATION_COLUMNS,
     SHOWN,
@@ -39,7 +39,7 @@ from torchprobe.studies.interpret.results import Interpretation, Results
 TABLES = ("kurtosis", "features", "layers", "accuracy", "robustness", "directions", "pruning", "ablation", "concepts")
 """The names of all CSV files."""
 
-SHOWN_FEATURES = 8
+SHOWN_FEATURES, PRINTED = 8, 3
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------
@@ -124,6 +124,8 @@ def print_interpretation(found: Interpretation, out: Console) -> None:
         print_rows("Accuracy", ACCURACY_COLUMNS, accuracy_rows(r.accuracy), out)
     if r.robustness:
         print_rows("Effective robustness", ROBUSTNESS_COLUMNS, r.robustness.rows, out)
+    if r.directions:
+        print_rows(f"The first {PRINTED} directions, by importance", DIRECTION_COLUMNS, by_importance(r.directions.head)[:PRINTED], out)
     if r.ablation:
         print_rows("Without the outlier features", ABLATION_COLUMNS, r.ablation.rows, out)
     if r.concepts:
