@@ -16,6 +16,7 @@
 :func:`interpolate`               models between two models
 :func:`rank_correlation`          do two numbers rise together over models?
 :func:`bootstrap_interval`        how certain a mean is
+:func:`modality_gap`              how far apart images and texts lie in their common space, and which features carry that
 ================================  ============================================================================================
 
 =====================  ========================================================================================
@@ -23,6 +24,7 @@ file                   subject
 =====================  ========================================================================================
 ``embeddings``         representations of images; ``embeddings_file`` is their file, written batch by batch
 ``reading``            batches of pixels and labels
+``given``              representations that are given as arrays; ``given_files`` reads them from files
 ``inputs``             the arguments that most measures share
 ``evaluation``         accuracy of a head
 ``decisions``          the class that a head decides for: an exact argmax
@@ -36,6 +38,7 @@ file                   subject
 ``robustness``         effective robustness
 ``similarity``         linear CKA of layers; ``grams`` has the Gram matrices behind it
 ``interpolation``      weights between two models; batch norms measured again
+``modality``           the gap between two modalities
 ``resampling``         bootstrap intervals, rank correlation
 =====================  ========================================================================================
 """
@@ -48,6 +51,7 @@ from torchprobe.analysis.embeddings import Embeddings, embed
 from torchprobe.analysis.evaluation import Evaluation, evaluate
 from torchprobe.analysis.interpolation import interpolate
 from torchprobe.analysis.kurtosis import KurtosisSummary, RotationControl, rotation_control, summarize, vector_kurtosis
+from torchprobe.analysis.modality import ModalityGap, modality_gap
 from torchprobe.analysis.outliers import OutlierFeatures, outlier_features
 from torchprobe.analysis.pruning import PruningBands, PruningCurve, prune, pruning_bands, pruning_curve
 from torchprobe.analysis.resampling import RankCorrelation, bootstrap_interval, rank_correlation
@@ -96,6 +100,8 @@ __all__ = [
     "similarity",
     "Similarity",
     "interpolate",
+    "modality_gap",
+    "ModalityGap",
     "rank_correlation",
     "RankCorrelation",
     "bootstrap_interval",
