@@ -143,7 +143,7 @@ def test_resume_reads_what_is_the_same_and_refuses_what_is_not(run: Run, files: 
     ("arguments", "code", "message"),
     [
         (("--embeddings", "h.npy", "--images", "."), 2, "--images need a network or pictures"),
-        (("timm:vit", "--embeddings", "h.npy"), 2, "give one of MODEL, --suite and --embeddings"),
+        (("timm:vit", "--embeddings", "h.npy"), 2, "give either MODEL or --suite, or --embeddings"),
         (("timm:vit", "--images", ".", "--labels", "y.npy"), 2, "--labels is for --embeddings"),
         (("timm:vit",), 2, "Missing option '--images'"),
         (("--embeddings", "h.npy", "--random-init"), 2, "--random-init need a network"),

@@ -154,7 +154,7 @@ def interpret(
 ) -> None:
     given = chosen["embeddings"]
     if [model is None, suite is None, given is None].count(False) != 1:
-        raise click.UsageError("give one of MODEL, --suite and --embeddings")
+        raise click.UsageError("give either MODEL or --suite, or --embeddings")
     if given is None and chosen["images"] is None:
         raise click.UsageError("Missing option '--images'.")
     if given is None and chosen["labels"] is not None:
