@@ -173,7 +173,7 @@ def test_rows_with_nan_are_counted_and_named(run: Run, files: Path) -> None:
     h[[3, 9]] = np.nan
     np.save(files / "h.npy", h)
     code, said, err = run(
-        "interpret", "--embeddings", files / "h.npy", "--labels", files / "y.npy", "--head", files / "w.npy", "--out", "out"
+        "interpret", "--embeddings", files / "h.npy", "--labels", files / "y.npy", "--head", files / "w.npy", "--out", files / "out"
     )
     assert code == 0, err
     assert "2 rows of 120 with nan or inf, left out of kurtosis and wrong in accuracy" in said
