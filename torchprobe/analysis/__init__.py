@@ -6,6 +6,7 @@
 :func:`vector_kurtosis`           the measure of outlier features; :func:`summarize` adds its controls
 :func:`rotation_control`          the same after random rotations of the axes
 :func:`outlier_features`          the outlier features, and a table of all features
+:func:`provenance`                which blocks and parameters write an outlier feature, and what happens when one of them is changed
 :func:`ablate`                    representations without some features; :func:`ablation` measures the loss of accuracy
 :func:`privileged_directions`     the singular directions of a head and their importance; :func:`centered` subtracts its class mean
 :func:`split`                     images to measure importance on, and other images to evaluate on
@@ -28,6 +29,7 @@ file                   subject
 ``decisions``          the class that a head decides for: an exact argmax
 ``kurtosis``           vector kurtosis and its controls
 ``outliers``           outlier features: our rule, LLM.int8, massive activations, registers, He et al.
+``provenance``         where outlier features come from: blocks, submodules, parameters
 ``ablation``           accuracy without some features
 ``directions``         singular directions of a head, and their importance
 ``pruning``            accuracy with fewer directions
@@ -49,6 +51,7 @@ from torchprobe.analysis.evaluation import Evaluation, evaluate
 from torchprobe.analysis.interpolation import interpolate
 from torchprobe.analysis.kurtosis import KurtosisSummary, RotationControl, rotation_control, summarize, vector_kurtosis
 from torchprobe.analysis.outliers import OutlierFeatures, outlier_features
+from torchprobe.analysis.provenance import Provenance, provenance
 from torchprobe.analysis.pruning import PruningBands, PruningCurve, prune, pruning_bands, pruning_curve
 from torchprobe.analysis.resampling import RankCorrelation, bootstrap_interval, rank_correlation
 from torchprobe.analysis.robustness import RobustnessTable, effective_robustness, mean_effective_robustness, robustness
@@ -67,6 +70,8 @@ __all__ = [
     "RotationControl",
     "outlier_features",
     "OutlierFeatures",
+    "provenance",
+    "Provenance",
     "ablate",
     "ablation",
     "Ablation",
