@@ -74,8 +74,14 @@ def hf_mean() -> nn.Module:
     return Output(transformers.Dinov2Model(transformers.Dinov2Config(**_HF, mlp_ratio=2)), lambda out: out.last_hidden_state[:, 1:].mean(1))
 
 
-def resnet(kind: str = "resnet18") -> nn.Module:
-    model = torchvision.models.get_model(kind, weights=None)
+def resnet() -> nn.Module:
+    model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 2])
+    model.fc = nn.Identity()
+    return model
+
+
+def bottlenecks() -> nn.Module:
+    model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 2], width_per_group=16)
     model.fc = nn.Identity()
     return model
 
@@ -104,8 +110,8 @@ TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
 """Pre-norm transformers whose representation is a sum along the stream."""
 
 CNNS: dict[str, Callable[[], nn.Module]] = {
-    "torchvision, ResNet-18": resnet,
-    "torchvision, ResNet-50": lambda: resnet("resnet50"),
+    "torchvision, ResNet": resnet,
+    "torchvision, bottlenecks": bottlenecks,
     "timm, ResNet": lambda: timm.create_model("resnet14t", num_classes=0),
     "transformers, ResNet": hf_resnet,
 }

@@ -1,6 +1,7 @@
 """Where features come from: the sum over parts on networks of several libraries, and planted parameters that must come first."""
 
 import copy
+import io
 import json
 import os
 from pathlib import Path
@@ -96,13 +97,18 @@ def test_parts_are_those_of_the_formula() -> None:
 def test_excess_is_the_change_of_the_direct_path(kind: str) -> None:
     """The median in place of a parameter of the last block or after it: only the scale of the LayerNorm is not held by the network."""
     model = scattered(timm_vit(init_values=0.5, global_pool="avg", fc_norm=False)).double()
-    name, index = {
-        "gain": ("norm.weight", FEATURE), "bias": ("norm.bias", FEATURE), "row": ("patch_embed.proj.weight", FEATURE),
-        "mlp bias": ("blocks.2.mlp.fc2.bias", FEATURE), "mlp row": ("blocks.2.mlp.fc2.weight", FEATURE), "scale": ("blocks.2.ls2.gamma", FEATURE),
-    }[kind]  # fmt: skip
+    name = {
+        "gain": "norm.weight",
+        "bias": "norm.bias",
+        "row": "patch_embed.proj.weight",
+        "mlp bias": "blocks.2.mlp.fc2.bias",
+        "mlp row": "blocks.2.mlp.fc2.weight",
+        "scale": "blocks.2.ls2.gamma",
+    }[kind]
+    index = FEATURE
     with torch.no_grad():
         model.get_parameter(name)[index] += 1e-3  # so small that the scale hardly changes
-    found = provenance(model, [x.double() for x in images()], [FEATURE], most=200, changes=0)
+    found = provenance(model, [x.double() for x in images()], [FEATURE], most=5000, changes=0)
     (row,) = (row for row in found.parameters if (row.parameter, row.index) == (name, index))
     values = model.get_parameter(name).detach()
     current = values.flatten(1).norm(dim=1) if values.dim() > 1 else values
@@ -133,8 +139,8 @@ PLANTED = [
     ("positions, mean", TRANSFORMERS["timm, mean"], "pos_embed", (0, slice(None), FEATURE), 60.0, "(before the blocks)"),
     ("an MLP bias, DINOv2", TRANSFORMERS["transformers, DINOv2"], "model.encoder.layer.1.mlp.fc2.bias", FEATURE, 80.0, "mlp"),
     ("an attention bias, CLIP", TRANSFORMERS["timm, CLIP"], "blocks.2.attn.proj.bias", FEATURE, 80.0, "attn"),
-    ("a batch norm gain", resnet, "layer4.1.bn2.weight", FEATURE, 90.0, "bn2"),
-    ("a batch norm bias", CNNS["torchvision, ResNet-50"], "layer4.1.bn3.bias", FEATURE, 90.0, "bn3"),
+    ("a batch norm gain", resnet, "layer4.1.bn2.weight", FEATURE, -90.0, "bn2"),
+    ("a batch norm bias", CNNS["torchvision, bottlenecks"], "layer4.1.bn3.bias", FEATURE, 90.0, "bn3"),
     ("a batch norm gain, transformers", hf_resnet, "model.encoder.stages.3.layers.1.layer.1.normalization.weight", FEATURE, 90.0, "layer"),
 ]
 
@@ -162,6 +168,8 @@ def test_a_planted_projection_row_comes_first(build) -> None:
     with torch.no_grad():
         row = model.get_parameter(name)
         (row[:, FEATURE] if name == "proj" else row[FEATURE]).mul_(30)
+        if name != "proj":  # transformers starts it 50 times as large as everything else
+            model.model.vision_model.embeddings.class_embedding.mul_(0.02)
     found = provenance(model, images(), [FEATURE])
     first = found.parameters[0]
     assert (first.parameter, first.index, first.kind) == (name, FEATURE, "row")
@@ -233,7 +241,7 @@ def test_the_file_and_the_tables(tmp_path: Path) -> None:
     found = provenance(model, images())
     found.save(tmp_path / "found.json")
     assert Provenance.load(tmp_path / "found.json") == found
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(found.table(most=3))
     text = console.export_text()
     assert "encoder.ln.bias" in text and "5 images" in text and "same decision" not in text
@@ -280,7 +288,7 @@ class PostNorm(nn.Module):
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, 50)), "it has no list of blocks"),
         (
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, 48), nn.Sequential(PostNorm(), PostNorm())),
-            r"not a known structure: the blocks of 2 \(PostNorm\) do not return",
+            r"not a known structure: the blocks of 2 \(PostNorm\) do not add",
         ),
     ],
 )

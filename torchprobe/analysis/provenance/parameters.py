@@ -89,13 +89,18 @@ def deviations(values: Tensor) -> Tensor:
 
 
 def entries(model: nn.Module, found: Attribution, feature: int, most: int) -> list[Entry]:
-    """The entries of all parameters on which a feature hangs most, by the size of their excess."""
+    """The entries of all parameters on which a feature hangs most, first the one without whose excess it would be smallest.
+
+    An excess beyond the feature itself is balanced by other parts; the median in its place would only turn the sign of the feature.
+    """
     images, sums = sum(map(len, found.h)), found.sums[feature]
+    size = float(torch.cat(found.h)[:, feature].abs().sum())
     rows = [row for branch in found.stream.branches for row in _of_branch(model, branch, sums)]
     rows += _outside(model, found, sums, stem_parts(model, found, feature) is not None)
     best: list[Entry] = []
     for peers, values, contribution, excess in rows:
-        for index in excess.abs().topk(min(most, len(excess))).indices.tolist():
+        fall = size - (size - excess).abs()
+        for index in fall.topk(min(most, len(fall))).indices.tolist():
             if float(contribution[index]) == 0:
                 continue
             current = peers.value(values)
@@ -105,7 +110,7 @@ def entries(model: nn.Module, found: Attribution, feature: int, most: int) -> li
                 float(contribution[index]) / images, float(excess[index]) / images,
             )  # fmt: skip
             best.append(entry)
-    return sorted(best, key=lambda entry: -abs(entry.excess))[:most]
+    return sorted(best, key=lambda entry: abs(size / images - entry.excess))[:most]
 
 
 _Row = tuple[Peers, Tensor, Tensor, Tensor]

@@ -62,7 +62,8 @@ class ParameterRow(Record):
         deviation: (value − median) in robust standard deviations of the peers; see :func:`deviations`.
         contribution: mean over images of what passes through it, times the sign of h_f. Gains and rows multiply what biases and other
             parts add, so contributions of parameters overlap and do not sum to anything.
-        excess: by how much the mean |h_f| would fall along the direct path, for a small change, with the median in place of the value.
+        excess: mean over images of (value − median) · ∂h_f/∂θ times the sign of h_f, along the direct path: how much of the feature is due
+            to the value's being unlike its peers. Rows are in the order of |size − excess|, what would be left of the feature.
         excess_share: excess as a share of the mean of |h_f|.
     """
 
@@ -174,7 +175,7 @@ class Provenance(Record):
         images: number of images.
         sizes: for each of the features, the mean of |h_f| over images.
         parts: what each part of the network adds, largest first, feature by feature. Exact; see ``error``.
-        parameters: the parameters on which each feature hangs most, largest excess first.
+        parameters: the parameters on which each feature hangs most, the first one first, feature by feature.
         stem: what each parameter before the blocks adds. Empty if these are not a sum, as in a convolutional stem.
         changes: what happens when one parameter is changed.
         error: the largest difference between h_f and the sum of its parts, over images and features, as a share of the largest |h_f|.
@@ -194,7 +195,7 @@ class Provenance(Record):
     remarks: list[str]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The parameters, largest excess first, feature by feature."""
+        """The parameters, in their order, feature by feature."""
         return [dict(row) for row in self.parameters]
 
     def summary(self) -> str:

@@ -49,8 +49,9 @@ def provenance(
     every image. For residual CNNs the stream runs through the last stage with the gates of its ReLUs held, and the batch norms and last
     convolutions of its blocks write it.
 
-    Parts are of the direct path: a branch may also change what later branches add, and that counts as theirs. A parameter is ranked by its
-    excess, (θ − median of its peers) · ∂h/∂θ along the direct path, which is how much of the feature is due to its being unlike its peers.
+    Parts are of the direct path: a branch may also change what later branches add, and that counts as theirs. The excess of a parameter,
+    (θ − median of its peers) · ∂h/∂θ along the direct path, is how much of the feature is due to its being unlike its peers. The parameter
+    comes first without whose excess the least would be left of the feature.
     The changes run the whole network again. They say what this network does with another parameter, not why training led there.
 
     Args:

@@ -107,10 +107,10 @@ def find_stream(model: nn.Module, inputs: Tensor) -> Stream:
         if stream := _resolve(model, [by_name[name] for name in members], inputs):
             return stream
     tried = ", ".join(f"{name} ({type(model.get_submodule(members[0])).__name__})" for name, members in candidates[:4])
-    why = f"the blocks of {tried} do not return what they read plus outputs of their children" if tried else "it has no list of blocks"
+    why = f"the blocks of {tried} do not add outputs of their children to what they read" if tried else "it has no list of blocks"
     raise UnknownStructure(
-        f"{type(model).__name__} is not a known structure: {why}. Pre-norm transformers and residual CNNs are known; post-norm transformers "
-        "are not"
+        f"{type(model).__name__} is not a known structure: {why}. Pre-norm transformers and residual CNNs are known, post-norm "
+        "transformers are not"
     )
 
 
