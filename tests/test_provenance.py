@@ -14,7 +14,8 @@ from torch import nn
 
 from torchprobe.analysis import outlier_features, provenance, vector_kurtosis
 from torchprobe.analysis.provenance import Provenance, UnknownStructure, deviations
-from torchprobe.encoders import Head
+from torchprobe.encoders import Encoder, Head
+from torchprobe.studies.interpret.provenance import provenance_section, write_provenance
 
 GOLDEN = os.environ.get("TORCHPROBE_GOLDEN", "")
 FEATURE = 11
@@ -252,6 +253,32 @@ def test_the_file_and_the_tables(tmp_path: Path) -> None:
             Provenance.load(tmp_path / "bad.json")
     with pytest.raises(FileNotFoundError):
         Provenance.load(tmp_path / "none.json")
+
+
+def test_the_page(tmp_path: Path) -> None:
+    model = plant(scattered(timm_vit()), "norm.bias", FEATURE, 60.0)
+    encoder = Encoder(model, features=48, preprocess=lambda image: image, name="<b>small</b>")
+    found = provenance(encoder, images())
+    page = write_provenance(found, tmp_path / "page.html").read_text()
+    assert "visual.norm.bias" in page and "&lt;b&gt;small" in page and "<b>small" not in page
+    assert len(provenance_section(provenance(encoder, images(), [])).tables) == 0
+
+
+def test_text_towers() -> None:
+    """Tokens are inputs like any other: the row of the token, the position, and the projection of a text tower."""
+    from open_clip.transformer import TextTransformer
+
+    tower = TextTransformer(context_length=9, vocab_size=30, width=48, heads=3, layers=2, mlp_ratio=2, output_dim=40)
+    model = plant(scattered(tower), "positional_embedding", (8, 3), 300.0)
+    with torch.no_grad():
+        model.text_projection[3] = 0
+        model.text_projection[3, FEATURE] = 5
+    tokens = torch.randint(1, 29, (6, 9))
+    tokens[:, -1] = 29
+    found = provenance(model, list(tokens))
+    assert found.features == [FEATURE] and found.error < 1e-13
+    assert ("positional_embedding", 3) in [(row.parameter, row.index) for row in found.parameters[:2]]
+    assert found.parts[0].kind == "stem" and found.stem[0].parameter == "positional_embedding"
 
 
 def test_nothing_stands_out() -> None:

@@ -107,8 +107,8 @@ class Attribution:
             raise ValueError(f"the encoder returned {type(h).__name__}; expected one vector for each image, (N, d)")
         components = [*read[:1], *(leaves[branch.key] for branch in self.stream.branches)]
         if not self.before and self.stem and components[0].grad_fn is not None:
-            found = torch.autograd.grad(components[0].sum(), self._parameters(), retain_graph=True, allow_unused=True)
-            self.before = {name for name, g in zip(self._names(), found, strict=True) if g is not None}
+            found = torch.autograd.grad(components[0].sum(), self._thawed(), retain_graph=True, allow_unused=True)
+            self.before = {name for name, g in zip(self._thawed_names(), found, strict=True) if g is not None}
         for feature in self.features:
             self._feature(h, feature, components)
         self.h.append(h.detach())
@@ -116,7 +116,7 @@ class Attribution:
     def _feature(self, h: Tensor, feature: int, components: Sequence[Tensor]) -> None:
         sums, value = self.sums[feature], h[:, feature]
         sign = torch.where(value.detach() < 0, -1.0, 1.0).to(value)
-        found = torch.autograd.grad((value * sign).sum(), [*components, *self._parameters()], retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad((value * sign).sum(), [*components, *self._thawed()], retain_graph=True, allow_unused=True)
         gradients, of_parameters = found[: len(components)], found[len(components) :]
         parts = []
         for i, (component, gradient) in enumerate(zip(components, gradients, strict=True)):
@@ -127,7 +127,7 @@ class Attribution:
                 slope = torch.zeros_like(component) if gradient is None else gradient
                 _add(sums.rows, branch.key, over_positions(product, branch.features))
                 _add(sums.slopes, branch.key, over_positions(slope, branch.features))
-        for name, gradient in zip(self._names(), of_parameters, strict=True):
+        for name, gradient in zip(self._thawed_names(), of_parameters, strict=True):
             if gradient is not None:
                 _add(sums.gradients, name, gradient)
         if not self.h:
@@ -156,10 +156,10 @@ class Attribution:
                 "activation or a normalization. No part can be attributed exactly"
             )
 
-    def _names(self) -> list[str]:
+    def _thawed_names(self) -> list[str]:
         return [name for name, p in self.outside.items() if p.requires_grad]
 
-    def _parameters(self) -> list[Tensor]:
+    def _thawed(self) -> list[Tensor]:
         return [p for p in self.outside.values() if p.requires_grad]
 
 

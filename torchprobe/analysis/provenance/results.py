@@ -144,6 +144,12 @@ PARAMETER_COLUMNS = (
     Column("contribution", "contribution", "mean over images of what passes through it; these overlap"),
     Column("excess_share", "excess", "what being unlike its peers adds to the mean |h|, as a share of it", "share"),
 )
+STEM_COLUMNS = (
+    Column("feature", "feature", "index within the representation", "index"),
+    Column("parameter", "parameter", "name of the parameter", "text"),
+    Column("contribution", "contribution", "mean over images of what it adds to |h|; they sum to the part before the blocks"),
+    Column("share", "share", "contribution as a share of the mean |h|", "share"),
+)
 CHANGE_COLUMNS = (
     Column("feature", "feature", "index within the representation", "index"),
     Column("parameter", "parameter", "name of the parameter that is changed", "text"),

@@ -231,11 +231,11 @@ class _Block:
             if gamma is not None and shaped is None:
                 continue
             written = layer.output if shaped is None else shaped * layer.output
-            if same(written, end.output) and (writer := self._parameters(layer)):
+            if same(written, end.output) and (writer := self._layer_parameters(layer)):
                 return replace(writer, scale=scale_name), features
         return None, -1
 
-    def _parameters(self, layer: Call) -> Writer | None:
+    def _layer_parameters(self, layer: Call) -> Writer | None:
         name, module = layer.name, layer.module
         if isinstance(module, nn.MultiheadAttention):
             name, module = f"{name}.out_proj", module.out_proj
