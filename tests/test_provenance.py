@@ -332,6 +332,8 @@ def test_arguments() -> None:
         provenance(model, images(), [1], most=0)
     with pytest.raises(ValueError, match="expected one vector each"):
         provenance(nn.Sequential(nn.Identity()), images(), [1])
+    with pytest.raises(ValueError, match="a feature is nan or inf in some images"):
+        provenance(model, [*images(2), torch.full((3, SIDE, SIDE), torch.nan)], [1])
     with pytest.raises(KeyboardInterrupt):
         provenance(model, images(), [1], stop=lambda: True)
     seen: list[tuple[int, int]] = []

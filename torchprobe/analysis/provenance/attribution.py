@@ -77,6 +77,7 @@ class Attribution:
 
         Raises:
             UnknownStructure: the representation is not linear in the stream, so the parts do not sum to it.
+            ValueError: the encoder does not return (N, d), or a feature is nan or inf.
         """
         leaves: dict[tuple[str, int], Tensor] = {}
         read: list[Tensor] = []
@@ -105,6 +106,8 @@ class Attribution:
             h = self.model(inputs)
         if not isinstance(h, Tensor) or h.dim() != 2:
             raise ValueError(f"the encoder returned {type(h).__name__}; expected one vector for each image, (N, d)")
+        if not bool(h[:, list(self.features)].isfinite().all()):
+            raise ValueError("a feature is nan or inf in some images, so it has no parts: leave these images out")
         components = [*read[:1], *(leaves[branch.key] for branch in self.stream.branches)]
         if not self.before and self.stem and components[0].grad_fn is not None:
             found = torch.autograd.grad(components[0].sum(), self._thawed(), retain_graph=True, allow_unused=True)

@@ -159,12 +159,13 @@ def stem_parts(model: nn.Module, found: Attribution, feature: int) -> dict[str, 
 
 def _outside(model: nn.Module, found: Attribution, sums: Sums, stem: bool) -> Iterator[_Row]:
     """The parameters after the last block, and with ``stem`` those before the first."""
+    width = len(next(iter(sums.rows.values())))
     for name, gradient in sums.gradients.items():
         if name in found.before and not stem:
             continue
         values, product = found.outside[name].detach(), gradient * found.outside[name].detach()
         peers = peers_of(model, name, values, name in found.before)
-        if peers is None:
+        if peers is None or (name in found.before and values.shape[peers.axis] != width):
             continue
         if peers.kind == "row":
             moved = product.movedim(peers.axis, -1)
