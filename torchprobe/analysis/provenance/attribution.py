@@ -22,6 +22,8 @@ from torchprobe.analysis.provenance.stream import Branch, Stream, UnknownStructu
 TOLERANCE = 1e-9
 """The largest error of the sum, as a share of the largest |h_f|. In float64, 1e-12 is usual."""
 
+NOT_FINITE = "the network has nan or inf for some images, so their features have no parts: leave these images out"
+
 
 @dataclass
 class Sums:
@@ -107,7 +109,7 @@ class Attribution:
         if not isinstance(h, Tensor) or h.dim() != 2:
             raise ValueError(f"the encoder returned {type(h).__name__}; expected one vector for each image, (N, d)")
         if not bool(h[:, list(self.features)].isfinite().all()):
-            raise ValueError("a feature is nan or inf in some images, so it has no parts: leave these images out")
+            raise ValueError(NOT_FINITE)
         components = [*read[:1], *(leaves[branch.key] for branch in self.stream.branches)]
         if not self.before and self.stem and components[0].grad_fn is not None:
             found = torch.autograd.grad(components[0].sum(), self._thawed(), retain_graph=True, allow_unused=True)
@@ -197,6 +199,8 @@ def _scales_held(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     def hook(module: Any, args: Any, output: Any) -> Any:
         x = first_tensor(args)
         assert x is not None
+        if not bool(output.isfinite().all()):
+            raise ValueError(NOT_FINITE)
         for dim in (-1, 1):
             if x.shape[dim] == module.normalized_shape[0]:
                 held = _normalized(module, x, dim)

@@ -1,8 +1,9 @@
 """Which single parameters a feature hangs on: how much of it is due to each one's being unlike its peers.
 
 h_f is linear in every parameter considered here, with everything else held as in :mod:`torchprobe.analysis.provenance.attribution`. So
-(θ − θ') ∂h_f/∂θ is by how much the direct path would change with θ' in place of θ. θ' is the median of the peers of θ: the same parameter
-of the other features. A row of weights is compared by its length, and θ' has its direction.
+(θ − θ') ∂h_f/∂θ is by how much the direct path would change with θ' in place of θ. θ' is the median of the peers of θ: the same parameter of
+the other features. What multiplies is compared by its size, because its sign can be moved into the weights before it: a gain by its
+absolute value, a row of weights by its length. θ' then has the sign or the direction of θ.
 """
 
 from __future__ import annotations
@@ -36,15 +37,19 @@ class Peers:
     axis: int
 
     def value(self, values: Tensor) -> Tensor:
-        """The entries with the axis last: (…, entries); of a row, its length (entries,)."""
+        """The entries with the axis last: (…, entries); of a gain, its absolute value; of a row, its length (entries,)."""
         moved = values.detach().double().movedim(self.axis, -1)
+        if self.kind == "gain":
+            return moved.abs()
         return moved.reshape(-1, moved.shape[-1]).norm(dim=0) if self.kind == "row" else moved
 
     def replaced(self, values: Tensor, index: int, how: str) -> Tensor:
         """A copy in which one entry has the median of its peers, or is 0.
 
-        >>> Peers("ln.weight", "gain", -1).replaced(torch.tensor([1.0, 9.0, 2.0]), 1, "median")
-        tensor([1., 2., 2.])
+        >>> Peers("ln.bias", "bias", -1).replaced(torch.tensor([1.0, -9.0, 2.0]), 1, "median")
+        tensor([1., 1., 2.])
+        >>> Peers("ln.weight", "gain", -1).replaced(torch.tensor([1.0, -9.0, 2.0]), 1, "median")
+        tensor([ 1., -2.,  2.])
         >>> Peers("proj", "row", 0).replaced(torch.tensor([[1.0, 0.0], [0.0, 8.0], [2.0, 0.0]]), 1, "median")
         tensor([[1., 0.],
                 [0., 2.],
@@ -57,7 +62,8 @@ class Peers:
         elif self.kind == "row":
             entry[..., index] *= (current.median() / current[index].clamp_min(torch.finfo(torch.float64).tiny)).to(changed)
         else:
-            entry[..., index] = current.median(-1).values.to(changed)
+            median = current.median(-1).values.to(changed)
+            entry[..., index] = median * entry[..., index].sign() if self.kind == "gain" else median
         return changed
 
 
@@ -170,6 +176,8 @@ def _outside(model: nn.Module, found: Attribution, sums: Sums, stem: bool) -> It
         if peers.kind == "row":
             moved = product.movedim(peers.axis, -1)
             yield _rows(peers, values, moved.reshape(-1, moved.shape[-1]).sum(0))
+        elif peers.kind == "gain":
+            yield _gain(model, name, product.flatten())
         else:
             unlike = gradient * (values - values.median(-1, keepdim=True).values)
             yield peers, values, product.reshape(-1, product.shape[-1]).sum(0), unlike.reshape(-1, unlike.shape[-1]).sum(0)
@@ -193,14 +201,13 @@ def peers_of(model: nn.Module, name: str, values: Tensor, before: bool) -> Peers
 
 
 def _gain(model: nn.Module, name: str, total: Tensor) -> _Row:
-    values = model.get_parameter(name).detach().flatten()
-    excess = (total * (1 - values.median() / values)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return Peers(name, "gain", -1), values, total, excess
+    return _rows(Peers(name, "gain", -1), model.get_parameter(name).detach().flatten(), total)
 
 
 def _rows(peers: Peers, values: Tensor, total: Tensor) -> _Row:
-    length = peers.value(values)
-    excess = (total * (1 - length.median() / length)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    """Of what multiplies: ``total`` is what passes through each entry."""
+    size = peers.value(values)
+    excess = (total * (1 - size.median() / size)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return peers, values, total, excess
 
 

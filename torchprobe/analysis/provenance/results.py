@@ -57,7 +57,8 @@ class ParameterRow(Record):
         parameter: the full name.
         index: the entry: a feature of the stream, or of the representation; of a matrix, its row.
         kind: "bias", which is added; "gain", which multiplies; "row", of a matrix.
-        value: of the entry; of a row, its length. Of an embedding of positions, the value that is furthest from its peers.
+        value: of the entry; of a gain, its absolute value; of a row, its length. Of an embedding of positions, the value that is furthest
+            from its peers.
         median: of its peers, the other entries of the parameter.
         deviation: (value − median) in robust standard deviations of the peers; see :func:`deviations`.
         contribution: mean over images of what passes through it, times the sign of h_f. Gains and rows multiply what biases and other
@@ -95,7 +96,7 @@ class ChangeRow(Record):
 
     Attributes:
         feature, parameter, index: as in :class:`ParameterRow`.
-        how: "median", the entry has the median of its peers (a row, their length); or "zero".
+        how: "median", the entry has the median of its peers (a gain, their size; a row, their length); or "zero".
         relative_size_before, relative_size: mean |h_f| over images, divided by its mean over features.
         outlier_share_before, outlier_share: the share of the images in which the feature is an outlier.
         feature_kurtosis_before, feature_kurtosis: kurtosis of h_f over images.
@@ -138,7 +139,7 @@ PARAMETER_COLUMNS = (
     Column("parameter", "parameter", "name of the parameter", "text"),
     Column("index", "entry", "index of the entry; of a matrix, its row", "index"),
     Column("kind", "kind", "a bias is added, a gain multiplies, a row is one of a matrix", "text"),
-    Column("value", "value", "of the entry; of a row, its length"),
+    Column("value", "value", "of the entry; of a gain, its absolute value; of a row, its length"),
     Column("median", "median", "of its peers, the other entries"),
     Column("deviation", "deviation", "distance from the median, in robust standard deviations"),
     Column("contribution", "contribution", "mean over images of what passes through it; these overlap"),
@@ -154,7 +155,7 @@ CHANGE_COLUMNS = (
     Column("feature", "feature", "index within the representation", "index"),
     Column("parameter", "parameter", "name of the parameter that is changed", "text"),
     Column("index", "entry", "index of the entry; of a matrix, its row", "index"),
-    Column("how", "set to", "the median of its peers (a row: their length), or zero", "text"),
+    Column("how", "set to", "the median of its peers (a gain: their size; a row: their length), or zero", "text"),
     Column("relative_size_before", "size", "mean |h| of the feature over that of all features, before"),
     Column("relative_size", "→", "after"),
     Column("outlier_share_before", "outlier share", "share of the images in which the feature is an outlier, before", "share"),
@@ -272,7 +273,7 @@ class Provenance(Record):
             f"{percent(row.share)} from {'.'.join(filter(None, (row.block, row.part)))}" for row in parts
         )
         for row in parameters:
-            what = "length" if row.kind == "row" else "value"
+            what = {"row": "length", "gain": "size"}.get(row.kind, "value")
             sentence += (
                 f". It hangs most on {row.parameter}[{row.index}], {what} {number(row.value)}, median of its peers {number(row.median)}"
             )
