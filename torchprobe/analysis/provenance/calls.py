@@ -54,7 +54,8 @@ def with_first_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return changed
     for i, part in enumerate(value):
         if first_tensor(part) is not None:
-            return type(value)([*value[:i], with_first_tensor(part, change), *value[i + 1 :]])
+            parts = [*value[:i], with_first_tensor(part, change), *value[i + 1 :]]
+            return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
     return value
 
 

@@ -1,8 +1,8 @@
 """Which single parameters a feature hangs on: how much of it is due to each one's being unlike its peers.
 
 h_f is linear in every parameter considered here, with everything else held as in :mod:`torchprobe.analysis.provenance.attribution`. So
-(θ − θ') ∂h_f/∂θ is by how much the direct path would change with θ' in place of θ. θ' is the median of the peers of θ: the same parameter of
-the other features. What multiplies is compared by its size, because its sign can be moved into the weights before it: a gain by its
+(θ − θ') ∂h_f/∂θ is by how much the direct path would change with θ' in place of θ. θ' is the median of the peers of θ: the same parameter
+of the other features. What multiplies is compared by its size, because its sign can be moved into the weights before it: a gain by its
 absolute value, a row of weights by its length. θ' then has the sign or the direction of θ.
 """
 
