@@ -245,7 +245,7 @@ def test_the_file_and_the_tables(tmp_path: Path) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(found.table(most=3))
     text = console.export_text()
-    assert "encoder.ln.bias" in text and "5 images" in text and "same decision" not in text
+    assert "encoder.ln.bias" in text and "5 images" in text and "= median" in text
     assert found.rows()[0]["parameter"] == "encoder.ln.bias"
     for content in ("{", "[]", "{}", json.dumps({**json.loads((tmp_path / "found.json").read_text()), "format": 2})):
         (tmp_path / "bad.json").write_text(content)
@@ -287,6 +287,12 @@ def test_nothing_stands_out() -> None:
     found = provenance(model, images())
     assert (found.features, found.parts, found.changes, found.error) == ([], [], [], 0)
     assert "none is an outlier feature" in found.summary()
+
+
+def test_a_network_as_it_starts_has_parameters_too() -> None:
+    """All gains are 1 and all biases 0, so only rows differ from their peers."""
+    found = provenance(resnet().eval(), images(), [5], changes=0)
+    assert found.parameters and all(row.contribution for row in found.parameters)
 
 
 def test_deviations_of_equal_values() -> None:

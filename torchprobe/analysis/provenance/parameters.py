@@ -105,7 +105,7 @@ def entries(model: nn.Module, found: Attribution, feature: int, most: int) -> li
     rows += _outside(model, found, sums, stem_parts(model, found, feature) is not None)
     best: list[Entry] = []
     for peers, values, contribution, excess in rows:
-        fall = size - (size - excess).abs()
+        fall = (size - (size - excess).abs()).where(contribution != 0, -math.inf)  # most entries have nothing to do with the feature
         for index in fall.topk(min(most, len(fall))).indices.tolist():
             if float(contribution[index]) == 0:
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torchprobe.common.files import replacing, to_json
 from torchprobe.common.messages import counted
 from torchprobe.common.records import Record, decode
-from torchprobe.rendering.tables import Column, number, percent, plain_table, shown, text
+from torchprobe.rendering.tables import Column, number, percent, plain_table, text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -214,19 +214,28 @@ class Provenance(Record):
         """Tables for a terminal or a notebook: the ``most`` largest parts and parameters of each feature, and all changes."""
         from rich.console import Group
 
+        parts, parameters, changes = (plain_table(*heads, right=set(heads[2:])) for heads in _TERMINAL)
+        for part in first(self.parts, most):
+            name = ".".join(filter(None, (part.block, part.part)))
+            _add(parts, part.feature, name, number(part.contribution), percent(part.share), number(part.std))
+        for row in first(self.parameters, most):
+            numbers = number(row.value), number(row.median), number(row.deviation, 3), percent(row.excess_share)
+            _add(parameters, row.feature, f"{row.parameter}[{row.index}]", *numbers)
+        for change in self.changes:
+            pairs = (
+                f"{number(change.relative_size_before, 3)} → {number(change.relative_size, 3)}",
+                f"{number(change.vector_kurtosis_before, 3)} → {number(change.vector_kurtosis, 3)}",
+            )
+            name = f"{change.parameter}[{change.index}] = {change.how}"
+            _add(changes, change.feature, name, *pairs, number(change.cosine, 3), percent(change.agreement), percent(change.accuracy))
         tables = []
-        named: tuple[tuple[str, Sequence[Mapping[str, Any]], Sequence[Column]], ...] = (
-            ("Parts of the residual stream", first(self.parts, most), PART_COLUMNS),
-            ("Parameters", first(self.parameters, most), PARAMETER_COLUMNS),
-            ("One parameter changed, everything else computed again", self.changes, CHANGE_COLUMNS),
-        )
-        for title, rows, columns in named:
-            used = [column for column in columns if not column.optional or any(shown(row, column) not in ("–", "") for row in rows)]
-            table = plain_table(*(column.title for column in used), right={column.title for column in used if column.numeric})
+        for title, table in (
+            ("Parts of the residual stream", parts),
+            ("Parameters", parameters),
+            ("One parameter changed, everything else computed again", changes),
+        ):
             table.title, table.title_justify = text(title), "left"
-            for row in rows:
-                table.add_row(*(text(shown(row, column)) for column in used))
-            tables.append(table)
+            tables += [table] if table.row_count else []
         return Group(*tables, text(self.note()))
 
     def note(self) -> str:
@@ -283,6 +292,18 @@ class Provenance(Record):
                 f"{number(change.relative_size)}"
             )
         return sentence + "."
+
+
+_TERMINAL = (
+    ("feature", "part", "adds", "share", "± std"),
+    ("feature", "parameter", "value", "median", "robust σ", "excess"),
+    ("feature", "changed", "size", "vector κ", "cosine", "same", "accuracy"),
+)
+"""The heads of the tables in a terminal."""
+
+
+def _add(table: Any, feature: int, name: str, *numbers: str) -> None:
+    table.add_row(*(text(value) for value in (str(feature), name, *numbers)))
 
 
 def first(rows: Sequence[Any], most: int) -> list[Any]:
