@@ -284,7 +284,8 @@ class Provenance(Record):
         for row in parameters:
             what = {"row": "length", "gain": "size"}.get(row.kind, "value")
             sentence += (
-                f". It hangs most on {row.parameter}[{row.index}], {what} {number(row.value)}, median of its peers {number(row.median)}"
+                f". It hangs most on {row.parameter}[{row.index}], {what} {number(row.value)}, median of its peers {number(row.median)}, "
+                f"excess {percent(row.excess_share)}"
             )
         for change in changes:
             sentence += (
