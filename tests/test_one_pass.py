@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from dissection_models import Net, preprocess
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from torchprobe.common import storage
 from torchprobe.datasets import Broden, BrodenWriter
 from torchprobe.datasets.geometry import Box
-from torchprobe.dissection import Dissection, dissect
+from torchprobe.dissection import Dissection, dissect, report_text
 from torchprobe.dissection.framing import frame
+from torchprobe.dissection.report import Report
 from torchprobe.dissection.spool import Spool, worthwhile
 
 
@@ -73,6 +76,20 @@ def test_a_disk_that_is_too_small(root: Path, budget: float, tmp_path: Path) -> 
     assert run(root, disk=budget, checkpoint=tmp_path, checkpoint_every=0.0) == run(root)
 
 
+def test_a_disk_that_fills_up(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, kind: str, *parts: object) -> None:
+        if Path(path).name.startswith("maps-1-3-"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, kind, *parts)  # type: ignore[arg-type]
+
+    write = storage.write
+    monkeypatch.setattr(storage, "write", full)
+    model = Counting()
+    assert run(root, model, checkpoint=tmp_path, checkpoint_every=0.0) == run(root, Counting())
+    assert model.calls == 2 * -(-len(Broden(root)) // 4)  # that layer passed a second time
+    assert not list(tmp_path.glob("maps-1-*"))
+
+
 @pytest.mark.parametrize("stop_at", [0, 1, 5, 9, 10, 11, 15, 17])
 @pytest.mark.parametrize("lost", [False, True])
 def test_stopped_at_any_batch(root: Path, tmp_path: Path, stop_at: int, lost: bool) -> None:
@@ -120,7 +137,7 @@ def test_another_preprocessing_is_not_resumed(root: Path, tmp_path: Path) -> Non
     told: list[object] = []
     with pytest.raises(KeyboardInterrupt):
         run(root, preprocess=scaled(1.0), checkpoint=tmp_path / "c", progress=told.append, stop=lambda: len(told) == 3)
-    with pytest.raises(ValueError, match="started with another preprocessing"):
+    with pytest.raises(ValueError, match="started with another preprocessing: [a-z]+: [^{]*, now it is [^{]*$"):
         run(root, preprocess=scaled(2.0), checkpoint=tmp_path / "c", resume=True)
     assert run(root, preprocess=scaled(1.0), checkpoint=tmp_path / "c", resume=True) == run(root, preprocess=scaled(1.0))
 
@@ -212,6 +229,16 @@ def test_a_concept_that_is_cropped_away_is_not_shown(tmp_path: Path) -> None:
     assert found.support is not None and found.outside is not None
     assert found.support.positives[names.index("left")] == 0 and found.support.positives[names.index("middle")] == 8
     assert int(found.outside[names.index("left")]) == 4 * 32 * 4 and int(found.outside[names.index("middle")]) == 0
+    assert found.counts is not None
+    assert report_text.not_shown(found) == pytest.approx(512 / (512 + int(found.counts.truth.sum())))
+    assert "columns 25.0% – 75.0% of a picture of 128 × 64 pixels" in report_text.looked(found)
+    assert "label pixels are elsewhere" in report_text.looked(found)
+    assert [fact.label for fact in Report(found).facts()].count("Labels not shown") == 1
+    whole = dissect(Red(), "pool", Broden(tmp_path), preprocess=v2.Compose(view.transforms[1:]), thresholds={"pool": torch.tensor([0.1])})[
+        "pool"
+    ]
+    assert report_text.not_shown(whole) == 0 and report_text.looked(whole).startswith("The network was shown the whole picture.")
+    assert "Labels not shown" not in [fact.label for fact in Report(whole).facts()]
 
 
 def test_the_mode_of_the_original_needs_the_whole_picture(tmp_path: Path) -> None:
