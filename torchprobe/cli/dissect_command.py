@@ -253,8 +253,6 @@ def _dissect(
         torch.manual_seed(seed)
         with loading(model, fetch=not (checkpoint or random_init), quiet=rank > 0):
             encoder = load_encoder(model, checkpoint, pretrained=not random_init).to(place)
-            if preprocess == "encoder":
-                broden.transform = encoder.preprocess  # for everything that follows, the page too
             if random_init:
                 recalibrate(encoder, broden, options["batch_size"], preprocess=preprocess)
         options["rows"] = None if limit is None else range(min(limit, len(broden)))

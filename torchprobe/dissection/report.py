@@ -224,8 +224,6 @@ class Report:
                 facts.append(Fact("Detectors beyond chance", number(d.detectors_beyond_chance(self.threshold, self.alpha)), note))
             if silent:
                 facts.append(Fact("Never active", number(silent), "units without a pixel above their threshold; see “active” below"))
-        if unseen := report_text.not_shown(d):
-            facts.append(Fact("Labels not shown", f"{unseen:.1%}", "of the label pixels: the network was shown a part of the pictures"))
         if self.encoded is not None:
             count = int(self.encoded.any(0).sum())
             facts.append(Fact("Concepts encoded", number(count), f"{self.limits.rule}; named below"))

@@ -64,29 +64,6 @@ def dataset(d: LayerScores) -> str:
     return f"{name + ': ' if name else ''}{number(len(d.labels))} label{'' if len(d.labels) == 1 else 's'} in {categories}"
 
 
-def not_shown(d: LayerScores) -> float | None:
-    """The share of the label pixels that the network was not shown; 0 if it was shown all of them, None if that is unknown."""
-    if d.outside is None or d.counts is None:
-        return None
-    outside = int(d.outside.sum())
-    return outside / max(outside + int(d.counts.truth.sum()), 1)
-
-
-def looked(d: LayerScores) -> str:
-    """What of the pictures the network was shown; "" if that is unknown."""
-    part = d.metadata.get("preprocessing", {}).get("shows")
-    if part is None:
-        return ""
-    shows = (
-        f"The network was shown {part}."
-        if part == "the whole picture"
-        else f"The network was shown a part of the pictures: {part[len('a part: ') :]}."
-    )
-    share = not_shown(d)
-    elsewhere = f" {share:.1%} of the label pixels are elsewhere; they count nowhere." if share else ""
-    return f"{shows} Maps are compared with the labels of what was shown.{elsewhere}"
-
-
 def notice(d: LayerScores) -> str:
     """A warning that the page shows first: that this is a null, and that labels lie where the network did not look."""
     if d.metadata.get("shuffle_labels") is not None:
@@ -178,7 +155,6 @@ def reading_section(d: LayerScores, limits: Limits) -> Section:
             ),
         ]
     terms += [
-        *([("pictures", text)] if (text := looked(d)) else []),
         ("units", f"{_units(m)}; positions: {m.get('positions', 'all')}."),
         (
             "limits",

@@ -20,7 +20,7 @@ from torchprobe.common.messages import listing
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Broden
-from torchprobe.dissection import Dissection, WordDissection, dissect, random_rotation, report_text
+from torchprobe.dissection import Dissection, WordDissection, dissect, random_rotation
 from torchprobe.dissection.activity import explanation
 from torchprobe.dissection.batches import Preprocess, find_preprocess, stack, to_tensor
 from torchprobe.dissection.report import Report, write_report
@@ -215,8 +215,6 @@ def print_dissections(
     for report in reports:
         if message := explanation(report.dissection.layer, report.dissection.silence(), report.dissection.quantile):
             out.print(text(f"{message[0].upper()}{message[1:]}."))
-        if report_text.not_shown(report.dissection):
-            out.print(text(report_text.looked(report.dissection)))
         if report.encoded is not None:
             named = [row.values["label"] for row in report.concept_rows() if row.encoded_by]
             out.print(text(f"{report.dissection.layer or '(output)'} encodes {listing(named, 20) or 'no concept'} ({report.limits.rule})."))
