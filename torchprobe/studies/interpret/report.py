@@ -227,9 +227,8 @@ def left_out(r: Results) -> list[Section]:
 
 def reading(r: Results) -> Section:
     """Definitions and choices."""
-    sigma, share = f"{r.outliers.sigma:g} standard deviations", percent(r.outliers.frequency)
     choices = (
-        f"an outlier feature lies more than {sigma} from the mean of its vector in at least {share} of the images",
+        f"outlier features lie {r.outliers.definition}",
         "the share kept in pruning is a share of the rank of the head",
         f"a concept is encoded from AP {HEADLINE:g} on, if significant at 0.05 after Holm's correction",
         "negatives are the images annotated for the concept's category",

@@ -15,6 +15,7 @@ import torchprobe
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.directions import Directions, privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings
+from torchprobe.analysis.outliers import Rule
 from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import decode, encode
@@ -58,6 +59,7 @@ def interpret(
     layer_images: int = LAYER_IMAGES,
     about: Mapping[str, Any] | None = None,
     published: Mapping[str, float] | None = None,
+    outlier_rule: Rule = "robust",
     batch_size: int = 64,
     device: torch.device | str | None = None,
     workers: int = 2,
@@ -88,6 +90,7 @@ def interpret(
         layer_images: number of images to record them on, chosen at random; 0 leaves the layers out.
         about: facts to keep with the results, such as ``role``, ``backbone`` and ``pretraining``.
         published: accuracies in percent, ``"imagenet"`` and shifts, for effective robustness if no shifts are given.
+        outlier_rule: "robust" or "classical", see :func:`torchprobe.analysis.outlier_features`. Ablation and alignment use its features.
         batch_size, device, workers: of the passes through the encoder.
         seed: of everything random.
         resume: continue an interrupted run in ``out``. Stages that were finished with the same inputs are not computed again.
@@ -113,6 +116,7 @@ def interpret(
         layer_images=layer_images,
         about=about or {},
         published=published or {},
+        outlier_rule=outlier_rule,
     )
     return interpret_subject(subject, out, RunOptions(batch_size, device, workers, seed, resume, progress, stop))
 
@@ -179,6 +183,7 @@ class _Sections:
         self.skipped: dict[str, str] = {}
         baseline = self.subject.baseline
         self.image_facts = passes.facts | {"images": identity(self.images)}
+        self.feature_facts = self.image_facts | {"outlier_rule": self.subject.outlier_rule}  # of what depends on the outlier features
         self.set_facts = passes.facts | {
             "sets": {name: identity(one) for name, one in embedded.items()},
             "x": self.subject.imagenet_classes,
@@ -189,10 +194,11 @@ class _Sections:
         """Every section that has its input."""
         subject, head = self.subject, self.subject.head
         kurtosis = self.stages.run("kurtosis", self.image_facts, Kurtosis, lambda: measure_kurtosis(self.images, self.seed))
-        outliers = self.stages.run("outliers", self.image_facts, Outliers, lambda: measure_outliers(self.images))
+        rule = subject.outlier_rule
+        outliers = self.stages.run("outliers", self.feature_facts, Outliers, lambda: measure_outliers(self.images, rule))
         accuracy, correct = self.accuracy()
         directions = self.directions(outliers.indices)
-        ablation, pruning = self.ablation_and_pruning(outliers.indices)
+        ablation, pruning = self.ablation_and_pruning(outliers)
         robustness = self.robustness(accuracy or {})
         layers = concepts = None
         if subject.layer_images:
@@ -243,9 +249,9 @@ class _Sections:
             self.skipped["directions"] = self.halves.why
             return None
         first = self.halves.first
-        return self.stages.run("directions", self.image_facts, HeadDirections, lambda: measure_directions(head, found, first, features))
+        return self.stages.run("directions", self.feature_facts, HeadDirections, lambda: measure_directions(head, found, first, features))
 
-    def ablation_and_pruning(self, features: Sequence[int]) -> tuple[Ablation | None, Pruning | None]:
+    def ablation_and_pruning(self, outliers: Outliers) -> tuple[Ablation | None, Pruning | None]:
         """Accuracy on the second half, without the outlier features and along pruning."""
         head, (found, first, second, why) = self.subject.head, self.halves
         if head is None or found is None:
@@ -256,11 +262,11 @@ class _Sections:
             self.skipped |= dict.fromkeys(("ablation", "pruning"), no_labels)
             return None, None
         ablation, seed, subject = None, self.seed, self.subject
-        if why_not := why_no_ablation(features, self.images.features):
+        if why_not := why_no_ablation(outliers):
             self.skipped["ablation"] = why_not
         else:
             ablation = self.stages.run(
-                "ablation", self.image_facts, Ablation, lambda: measure_ablation(head, second, first, features, seed)
+                "ablation", self.feature_facts, Ablation, lambda: measure_ablation(head, second, first, outliers.indices, seed)
             )
         others = {name: _without(one, first) for name, one in self.labeled.items() if name != IMAGENET}
         sets = {IMAGENET: second} | {name: one for name, one in others.items() if one is not None}
