@@ -18,7 +18,6 @@ from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.kurtosis import summarize
 from torchprobe.analysis.outlier_rule import CORE
 from torchprobe.analysis.outliers import Rule, llm_int8_outliers, massive_activations, outlier_columns, outlier_features, rms_kurtosis
-from torchprobe.analysis.resampling import LEVEL
 from torchprobe.common.messages import counted
 from torchprobe.common.records import Key, Record, decode
 from torchprobe.encoders import Head
@@ -155,9 +154,9 @@ class Feature(Record):
 class Outliers(Record):
     """The outlier features by index, and all features; see :class:`torchprobe.analysis.OutlierFeatures`.
 
-    ``indices`` are by ``rule``; ``classical`` and ``llm_int8`` are those of other rules, for comparison: LLM.int8() asks for |h_i| ≥ 6 at
-    6 % of the positions, here the images, so it depends on the scale of h. Results of earlier versions are by the classical rule, and do not
-    name it.
+    ``indices`` are by ``rule``; ``classical`` and ``llm_int8`` are those of other rules, for comparison. LLM.int8() asks for |h_i| ≥ 6 at
+    6 % of the positions, here the images, so it depends on the scale of h. Results of earlier versions are by the classical rule, and do
+    not name it.
     """
 
     indices: list[int]
@@ -202,7 +201,9 @@ def measure_outliers(images: Embeddings, rule: Rule = "robust") -> Outliers:
 def outlier_section(found: Outliers) -> Section:
     """Which features stand out."""
     by_index = sorted(found.rows, key=lambda row: row.feature)
-    if found.rule == "classical" and all(math.isnan(row.outlier_share) for row in found.rows):
+    if found.rule == "robust" and math.ceil(CORE * found.features) == found.features:
+        sentence = f"{found.features} features are too few for one of them to stand out."
+    elif found.rule == "classical" and all(math.isnan(row.outlier_share) for row in found.rows):
         sentence = (
             f"None of {number(found.features)} features can be {found.sigma:g} standard deviations from the mean of its vector, so no "
             "feature is an outlier feature."
@@ -215,8 +216,8 @@ def outlier_section(found: Outliers) -> Section:
     if found.rule == "robust":
         sentence += (
             f" The bulk is the vector without its outliers, so that they do not hide each other. By the classical rule, with the standard "
-            f"deviation of the whole vector, in half of the images, there are {number(len(found.classical))}; by that of LLM.int8(), |h| ≥ 6 "
-            f"in 6 % of the images, {number(len(found.llm_int8))}."
+            f"deviation of the whole vector, in half of the images, there are {number(len(found.classical))}; by that of LLM.int8(), "
+            f"|h| ≥ 6 in 6 % of the images, {number(len(found.llm_int8))}."
         )
     profile = partial(
         plots.feature_profile,
@@ -243,6 +244,7 @@ class AblationRow(Record):
     random_mean: float
     random_low: float
     random_high: float
+    random_level: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,8 +260,9 @@ ABLATION_COLUMNS = (
     Column("accuracy", "whole", "accuracy with all features", "share"),
     Column("ablated", "outliers ablated", "accuracy without the outlier features", "share"),
     Column("random_mean", "random ablated", "accuracy without equally many other features, mean over draws", "share"),
-    Column("random_low", "from", f"{LEVEL:.0%} of the draws: lower end", "share"),
-    Column("random_high", "to", f"{LEVEL:.0%} of the draws: upper end", "share"),
+    Column("random_low", "from", "range of the draws that holds one more draw with the probability on the right: lower end", "share"),
+    Column("random_high", "to", "its upper end", "share"),
+    Column("random_level", "holds", "the probability that one more draw of random features lies within the range", "share"),
 )
 
 
@@ -281,7 +284,7 @@ def measure_ablation(head: Head, images: Embeddings, reference: Embeddings, feat
     rows = []
     for how in ("zero", "mean"):
         one = ablation(head, images, index, how=how, reference=reference, seed=seed)
-        rows.append(AblationRow(how, len(features), one.accuracy, one.ablated, one.random_mean, *one.random_band))
+        rows.append(AblationRow(how, len(features), one.accuracy, one.ablated, one.random_mean, *one.random_band, one.random_level))
     return Ablation(rows)
 
 

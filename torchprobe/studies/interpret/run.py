@@ -41,6 +41,9 @@ from torchprobe.studies.interpret.representation import (
 )
 from torchprobe.studies.interpret.results import HeadFacts, Interpretation, Results, SetFacts, Settings, Stages, Unreadable
 
+MEASURES = 2
+"""Counts the definitions of outlier features and of intervals. A resumed run computes the stages of an earlier definition again."""
+
 __all__ = ["Interpretation", "Progress", "interpret", "interpret_subject"]
 
 
@@ -182,9 +185,10 @@ class _Sections:
         self.unlabeled = "no head was given" if self.subject.head is None else "the images have no labels"
         self.skipped: dict[str, str] = {}
         baseline = self.subject.baseline
-        self.image_facts = passes.facts | {"images": identity(self.images)}
+        self.image_facts = passes.facts | {"images": identity(self.images), "measures": MEASURES}
         self.feature_facts = self.image_facts | {"outlier_rule": self.subject.outlier_rule}  # of what depends on the outlier features
         self.set_facts = passes.facts | {
+            "measures": MEASURES,
             "sets": {name: identity(one) for name, one in embedded.items()},
             "x": self.subject.imagenet_classes,
             "baseline": None if baseline is None else {name: list(map(float, row)) for name, row in baseline.accuracies.items()},
@@ -196,7 +200,7 @@ class _Sections:
         kurtosis = self.stages.run("kurtosis", self.image_facts, Kurtosis, lambda: measure_kurtosis(self.images, self.seed))
         rule = subject.outlier_rule
         outliers = self.stages.run("outliers", self.feature_facts, Outliers, lambda: measure_outliers(self.images, rule))
-        accuracy, correct = self.accuracy()
+        accuracy, correct, under_shift = self.accuracy()
         directions = self.directions(outliers.indices)
         ablation, pruning = self.ablation_and_pruning(outliers)
         robustness = self.robustness(accuracy or {})
@@ -230,17 +234,24 @@ class _Sections:
             concepts=concepts,
             about=encode(subject.about),
         )
-        return Interpretation(results, kurtosis.per_image or [], kurtosis.peaks or [], self.images.ids, self.passes.folder, correct)
+        return Interpretation(
+            results, kurtosis.per_image or [], kurtosis.peaks or [], self.images.ids, self.passes.folder, correct, under_shift
+        )
 
-    def accuracy(self) -> tuple[dict[str, Accuracy] | None, list[bool | None]]:
-        """The accuracy on every labeled set, and for each unshifted image whether the head is correct."""
+    def accuracy(self) -> tuple[dict[str, Accuracy] | None, list[bool | None], dict[str, dict[str, bool]]]:
+        """The accuracy on every labeled set, for each unshifted image whether the head is correct, and for the images under each shift."""
         head = self.subject.head
         if head is None or IMAGENET not in self.labeled:
             self.skipped["accuracy"] = self.skipped["robustness"] = self.unlabeled
-            return None, []
-        found = self.stages.run("accuracy", self.set_facts, dict[str, Any], lambda: measure_accuracy(head, self.labeled, self.seed))
+            return None, [], {}
+        found = self.stages.run("accuracy", self.set_facts, dict[str, Any], lambda: measure_accuracy(head, self.labeled))
         correct = decode(list[bool | None], found.pop("right"), "right")
-        return decode(dict[str, Accuracy], found, "accuracy"), correct
+        shifted = decode(dict[str, list[bool | None]], found.pop("right_under_shift"), "right_under_shift")
+        by_image = {
+            name: {image: right for image, right in zip(self.embedded[name].ids, each, strict=True) if right is not None}
+            for name, each in shifted.items()
+        }
+        return decode(dict[str, Accuracy], found, "accuracy"), correct, by_image
 
     def directions(self, features: Sequence[int]) -> HeadDirections | None:
         """The directions of the head, with their importance on the first half."""
@@ -290,9 +301,12 @@ class _Sections:
         if not shifts:
             self.skipped.setdefault("robustness", "no shifted images were given (--shift)")
             return None
-        facts = self.set_facts | {"accuracies": accuracies, "shifts": shifts}
+        images = {name: one.images for name, one in accuracy.items()} if source == "measured" else None
+        facts = self.set_facts | {"accuracies": accuracies, "shifts": shifts, "images_of": images}
         classes, baseline = subject.imagenet_classes, subject.baseline
-        found = self.stages.run("robustness", facts, Robustness, lambda: measure_robustness(accuracies, shifts, classes, baseline, source))
+        found = self.stages.run(
+            "robustness", facts, Robustness, lambda: measure_robustness(accuracies, shifts, classes, baseline, source, images)
+        )
         if not found.rows:
             self.skipped["robustness"] = "; ".join(f"{name}: {reason}" for name, reason in found.left_out.items())
             return None
