@@ -1,6 +1,8 @@
 """The robust rule of outlier features: against a loop in numpy, on planted outliers that hide each other, and on features without any."""
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,3 +165,19 @@ def test_what_is_left_out_and_what_is_said(monkeypatch):
     assert not len(nothing) and math.isnan(nothing.rows()[0]["robust_share"])
     assert not len(outlier_features(planted(40, 9, [3], 50)))  # fewer than ten features
     assert outlier_features(planted(40, 12, [3], 50)).indices.tolist() == [3]
+
+
+# -- real CLIP -------------------------------------------------------------------------------------------------------------------
+
+GOLDEN = os.environ.get("TORCHPROBE_GOLDEN", "")
+
+
+@pytest.mark.skipif(not GOLDEN, reason="TORCHPROBE_GOLDEN does not name the folder of the published results")
+@pytest.mark.parametrize(
+    ("file", "images", "captions"), [("openai_vit_b16_coco500.npz", [442], [362]), ("random_vit_b16_coco500.npz", [], [])]
+)
+def test_the_outlier_features_of_openais_vit_b16(file, images, captions):
+    with np.load(Path(GOLDEN) / "clip" / file, allow_pickle=False) as saved:
+        for name, expected in (("images", images), ("captions", captions)):
+            found = outlier_features(torch.from_numpy(saved[name]))
+            assert found.indices.tolist() == found.classical.tolist() == expected
