@@ -312,8 +312,8 @@ def pruning_section(found: Pruning) -> Section:
     paragraphs = [
         "The head with only some of its directions: the most important ones, those with the largest singular values, or equally many at "
         f"random (mean, and the range of {found.seeds} orders, which holds one more of them with a probability of "
-        f"{percent(max(0.0, (found.seeds - 1) / (found.seeds + 1)))} at each point). Around the other two is the {LEVEL:.0%} interval of "
-        f"each accuracy over images (Wilson). {figures}.",
+        f"{percent(max(0.0, (found.seeds - 1) / (found.seeds + 1)))} at each point). Around the first is the {LEVEL:.0%} interval of "
+        f"each accuracy over images (Wilson); pruning.csv has that of the second too. {figures}.",
         "If a curve stays flat, the pruned directions were not needed on these images. Importance was not measured on any of them, shifted "
         "or not, so the right end is not exactly the accuracy on all images.",
     ]
@@ -336,5 +336,6 @@ def _robustness_figure(orders: Mapping[str, Curve], width: float) -> Any:
 
 
 def _series(order: str, curve: Curve, values: list[float] | None, scale: float) -> Series:
-    y, low, high = (None if points is None else [scale * point for point in points] for points in (values, curve.low, curve.high))
+    ends = (None, None) if order == "sigma" else (curve.low, curve.high)  # three bands in one figure would hide each other
+    y, low, high = (None if points is None else [scale * point for point in points] for points in (values, *ends))
     return Series(ORDERS[order], [100 * share for share in curve.keep], y or [], low, high)
