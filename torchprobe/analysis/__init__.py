@@ -16,7 +16,7 @@
 :func:`cka`                       the similarity of the layers of two models; :func:`similarity` adds names and a heat map
 :func:`interpolate`               models between two models
 :func:`rank_correlation`          do two numbers rise together over models?
-:func:`bootstrap_interval`        how certain a mean is
+:func:`bootstrap_interval`        how certain a mean is; :func:`share_interval`, :func:`paired_difference`: an accuracy, two accuracies
 ================================  ============================================================================================
 
 =====================  ========================================================================================
@@ -28,6 +28,7 @@ file                   subject
 ``evaluation``         accuracy of a head
 ``decisions``          the class that a head decides for: an exact argmax
 ``kurtosis``           vector kurtosis and its controls
+``outlier_rule``       the bulk of a vector, what lies outside, and what is beyond chance
 ``outliers``           outlier features: our rule, LLM.int8, massive activations, registers, He et al.
 ``provenance``         where outlier features come from: blocks, submodules, parameters
 ``ablation``           accuracy without some features
@@ -35,10 +36,11 @@ file                   subject
 ``pruning``            accuracy with fewer directions
 ``concepts``           concepts of units and directions
 ``baseline``           standard models and their line, for effective robustness
-``robustness``         effective robustness
+``robustness``         effective robustness; ``robustness_intervals``: how certain it is
 ``similarity``         linear CKA of layers; ``grams`` has the Gram matrices behind it
 ``interpolation``      weights between two models; batch norms measured again
-``resampling``         bootstrap intervals, rank correlation
+``resampling``         bootstrap intervals, bands of draws, rank correlation
+``shares``             intervals of accuracies and of their paired differences
 =====================  ========================================================================================
 """
 
@@ -55,6 +57,7 @@ from torchprobe.analysis.provenance import Provenance, provenance
 from torchprobe.analysis.pruning import PruningBands, PruningCurve, prune, pruning_bands, pruning_curve
 from torchprobe.analysis.resampling import RankCorrelation, bootstrap_interval, rank_correlation
 from torchprobe.analysis.robustness import RobustnessTable, effective_robustness, mean_effective_robustness, robustness
+from torchprobe.analysis.shares import paired_difference, share_interval
 from torchprobe.analysis.similarity import Similarity, cka, similarity
 from torchprobe.common.deprecation import renamed
 
@@ -104,6 +107,8 @@ __all__ = [
     "rank_correlation",
     "RankCorrelation",
     "bootstrap_interval",
+    "share_interval",
+    "paired_difference",
 ]
 
 __getattr__ = renamed(__name__, {"summarise": "summarize", "centred": "centered"})

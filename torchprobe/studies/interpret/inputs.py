@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
+from torchprobe.analysis.outliers import Rule
 from torchprobe.common.messages import counted
 from torchprobe.common.runs import RunOptions
 from torchprobe.common.storage import digest
@@ -46,6 +47,7 @@ class Subject:
     layer_images: int = LAYER_IMAGES
     about: Mapping[str, Any] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
+    outlier_rule: Rule = "robust"
 
     @property
     def sets(self) -> dict[str, Images]:
@@ -65,7 +67,7 @@ class Inputs:
         templates: of zero-shot heads; None: those of ImageNet.
         limit: number of images of each set, chosen at random; None: all.
         layers: the layers to record and to compare; None: the blocks.
-        layer_images: see :func:`torchprobe.studies.interpret.interpret`.
+        layer_images, outlier_rule: see :func:`torchprobe.studies.interpret.interpret`.
     """
 
     images: Path
@@ -77,6 +79,7 @@ class Inputs:
     limit: int | None = None
     layers: Sequence[str] | None = None
     layer_images: int = LAYER_IMAGES
+    outlier_rule: Rule = "robust"
 
     def about(self) -> dict[str, Any]:
         """The folders, to keep with the results."""
@@ -137,6 +140,7 @@ class Inputs:
             imagenet_classes=self.imagenet_classes,
             layers=self.layers,
             layer_images=self.layer_images,
+            outlier_rule=self.outlier_rule,
         )
 
     def _matched(self, images: LabeledImages, head: Head, seed: int) -> tuple[Images, Sequence[str] | None]:

@@ -15,6 +15,7 @@ import torchprobe
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.directions import Directions, privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings
+from torchprobe.analysis.outliers import Rule
 from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import decode, encode
@@ -40,6 +41,9 @@ from torchprobe.studies.interpret.representation import (
 )
 from torchprobe.studies.interpret.results import HeadFacts, Interpretation, Results, SetFacts, Settings, Stages, Unreadable
 
+MEASURES = 2
+"""Counts the definitions of outlier features and of intervals. A resumed run computes the stages of an earlier definition again."""
+
 __all__ = ["Interpretation", "Progress", "interpret", "interpret_subject"]
 
 
@@ -58,6 +62,7 @@ def interpret(
     layer_images: int = LAYER_IMAGES,
     about: Mapping[str, Any] | None = None,
     published: Mapping[str, float] | None = None,
+    outlier_rule: Rule = "robust",
     batch_size: int = 64,
     device: torch.device | str | None = None,
     workers: int = 2,
@@ -88,6 +93,7 @@ def interpret(
         layer_images: number of images to record them on, chosen at random; 0 leaves the layers out.
         about: facts to keep with the results, such as ``role``, ``backbone`` and ``pretraining``.
         published: accuracies in percent, ``"imagenet"`` and shifts, for effective robustness if no shifts are given.
+        outlier_rule: "robust" or "classical", see :func:`torchprobe.analysis.outlier_features`. Ablation and alignment use its features.
         batch_size, device, workers: of the passes through the encoder.
         seed: of everything random.
         resume: continue an interrupted run in ``out``. Stages that were finished with the same inputs are not computed again.
@@ -113,6 +119,7 @@ def interpret(
         layer_images=layer_images,
         about=about or {},
         published=published or {},
+        outlier_rule=outlier_rule,
     )
     return interpret_subject(subject, out, RunOptions(batch_size, device, workers, seed, resume, progress, stop))
 
@@ -178,8 +185,10 @@ class _Sections:
         self.unlabeled = "no head was given" if self.subject.head is None else "the images have no labels"
         self.skipped: dict[str, str] = {}
         baseline = self.subject.baseline
-        self.image_facts = passes.facts | {"images": identity(self.images)}
+        self.image_facts = passes.facts | {"images": identity(self.images), "measures": MEASURES}
+        self.feature_facts = self.image_facts | {"outlier_rule": self.subject.outlier_rule}  # of what depends on the outlier features
         self.set_facts = passes.facts | {
+            "measures": MEASURES,
             "sets": {name: identity(one) for name, one in embedded.items()},
             "x": self.subject.imagenet_classes,
             "baseline": None if baseline is None else {name: list(map(float, row)) for name, row in baseline.accuracies.items()},
@@ -189,10 +198,11 @@ class _Sections:
         """Every section that has its input."""
         subject, head = self.subject, self.subject.head
         kurtosis = self.stages.run("kurtosis", self.image_facts, Kurtosis, lambda: measure_kurtosis(self.images, self.seed))
-        outliers = self.stages.run("outliers", self.image_facts, Outliers, lambda: measure_outliers(self.images))
-        accuracy, correct = self.accuracy()
+        rule = subject.outlier_rule
+        outliers = self.stages.run("outliers", self.feature_facts, Outliers, lambda: measure_outliers(self.images, rule))
+        accuracy, correct, under_shift = self.accuracy()
         directions = self.directions(outliers.indices)
-        ablation, pruning = self.ablation_and_pruning(outliers.indices)
+        ablation, pruning = self.ablation_and_pruning(outliers)
         robustness = self.robustness(accuracy or {})
         layers = concepts = None
         if subject.layer_images:
@@ -224,17 +234,24 @@ class _Sections:
             concepts=concepts,
             about=encode(subject.about),
         )
-        return Interpretation(results, kurtosis.per_image or [], kurtosis.peaks or [], self.images.ids, self.passes.folder, correct)
+        return Interpretation(
+            results, kurtosis.per_image or [], kurtosis.peaks or [], self.images.ids, self.passes.folder, correct, under_shift
+        )
 
-    def accuracy(self) -> tuple[dict[str, Accuracy] | None, list[bool | None]]:
-        """The accuracy on every labeled set, and for each unshifted image whether the head is correct."""
+    def accuracy(self) -> tuple[dict[str, Accuracy] | None, list[bool | None], dict[str, dict[str, bool]]]:
+        """The accuracy on every labeled set, for each unshifted image whether the head is correct, and for the images under each shift."""
         head = self.subject.head
         if head is None or IMAGENET not in self.labeled:
             self.skipped["accuracy"] = self.skipped["robustness"] = self.unlabeled
-            return None, []
-        found = self.stages.run("accuracy", self.set_facts, dict[str, Any], lambda: measure_accuracy(head, self.labeled, self.seed))
+            return None, [], {}
+        found = self.stages.run("accuracy", self.set_facts, dict[str, Any], lambda: measure_accuracy(head, self.labeled))
         correct = decode(list[bool | None], found.pop("right"), "right")
-        return decode(dict[str, Accuracy], found, "accuracy"), correct
+        shifted = decode(dict[str, list[bool | None]], found.pop("right_under_shift"), "right_under_shift")
+        by_image = {
+            name: {image: right for image, right in zip(self.embedded[name].ids, each, strict=True) if right is not None}
+            for name, each in shifted.items()
+        }
+        return decode(dict[str, Accuracy], found, "accuracy"), correct, by_image
 
     def directions(self, features: Sequence[int]) -> HeadDirections | None:
         """The directions of the head, with their importance on the first half."""
@@ -243,9 +260,9 @@ class _Sections:
             self.skipped["directions"] = self.halves.why
             return None
         first = self.halves.first
-        return self.stages.run("directions", self.image_facts, HeadDirections, lambda: measure_directions(head, found, first, features))
+        return self.stages.run("directions", self.feature_facts, HeadDirections, lambda: measure_directions(head, found, first, features))
 
-    def ablation_and_pruning(self, features: Sequence[int]) -> tuple[Ablation | None, Pruning | None]:
+    def ablation_and_pruning(self, outliers: Outliers) -> tuple[Ablation | None, Pruning | None]:
         """Accuracy on the second half, without the outlier features and along pruning."""
         head, (found, first, second, why) = self.subject.head, self.halves
         if head is None or found is None:
@@ -256,11 +273,11 @@ class _Sections:
             self.skipped |= dict.fromkeys(("ablation", "pruning"), no_labels)
             return None, None
         ablation, seed, subject = None, self.seed, self.subject
-        if why_not := why_no_ablation(features, self.images.features):
+        if why_not := why_no_ablation(outliers):
             self.skipped["ablation"] = why_not
         else:
             ablation = self.stages.run(
-                "ablation", self.image_facts, Ablation, lambda: measure_ablation(head, second, first, features, seed)
+                "ablation", self.feature_facts, Ablation, lambda: measure_ablation(head, second, first, outliers.indices, seed)
             )
         others = {name: _without(one, first) for name, one in self.labeled.items() if name != IMAGENET}
         sets = {IMAGENET: second} | {name: one for name, one in others.items() if one is not None}
@@ -284,9 +301,12 @@ class _Sections:
         if not shifts:
             self.skipped.setdefault("robustness", "no shifted images were given (--shift)")
             return None
-        facts = self.set_facts | {"accuracies": accuracies, "shifts": shifts}
+        images = {name: one.images for name, one in accuracy.items()} if source == "measured" else None
+        facts = self.set_facts | {"accuracies": accuracies, "shifts": shifts, "images_of": images}
         classes, baseline = subject.imagenet_classes, subject.baseline
-        found = self.stages.run("robustness", facts, Robustness, lambda: measure_robustness(accuracies, shifts, classes, baseline, source))
+        found = self.stages.run(
+            "robustness", facts, Robustness, lambda: measure_robustness(accuracies, shifts, classes, baseline, source, images)
+        )
         if not found.rows:
             self.skipped["robustness"] = "; ".join(f"{name}: {reason}" for name, reason in found.left_out.items())
             return None
