@@ -170,10 +170,15 @@ def test_a_summary_of_nothing_is_nan():
 # -- intervals -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_bootstrap_is_that_of_scipy():
+def test_the_bootstrap_is_its_formula():
     values = np.random.default_rng(0).exponential(size=300)
-    theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=1).confidence_interval
-    assert bootstrap_interval(values, resamples=20_000) == pytest.approx(tuple(theirs), rel=0.01)
+    drawn = np.random.default_rng(0).choice(values, (20_000, 300))
+    ratios = (drawn.mean(1) - values.mean()) / (drawn.std(1, ddof=1))
+    high, low = np.quantile(ratios, [0.025, 0.975])
+    expected = [values.mean() - end * values.std(ddof=1) * (1 + (1.5 + 0.8 * scipy.stats.skew(values) ** 2) / 300) for end in (low, high)]
+    assert bootstrap_interval(values, resamples=20_000) == pytest.approx(expected, rel=0.01)
+    for scale in (1e-200, 1e200):
+        assert bootstrap_interval(scale * values) == pytest.approx([scale * end for end in bootstrap_interval(values)])
     narrow = bootstrap_interval(values, level=0.5)
     wide = bootstrap_interval(values)
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
@@ -187,11 +192,45 @@ def test_the_seed_decides_and_what_is_not_finite_does_not():
     assert all(map(math.isnan, bootstrap_interval([1.0, math.nan])))
 
 
-def test_bands_are_quantiles():
-    draws = np.random.default_rng(0).normal(size=(20, 3))
-    low, high = band(draws)
-    np.testing.assert_allclose([low, high], np.quantile(draws, [0.025, 0.975], axis=0))
-    assert np.isnan(band(np.empty((0, 3)))).all()
+DISTRIBUTIONS = {
+    "Gaussian": lambda rng, size: 10 + rng.normal(size=size),
+    "exponential": lambda rng, size: rng.exponential(size=size),
+    "log-normal, 0.5": lambda rng, size: rng.lognormal(0, 0.5, size),
+    "log-normal, 1": lambda rng, size: rng.lognormal(0, 1, size),
+    "Student, 3 degrees": lambda rng, size: rng.standard_t(3, size),
+}
+MEANS = {"Gaussian": 10, "exponential": 1, "log-normal, 0.5": math.exp(0.125), "log-normal, 1": math.exp(0.5), "Student, 3 degrees": 0}
+
+
+@pytest.mark.parametrize("n", [20, 36, 100])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_the_bootstrap_holds_its_level(name, n):
+    samples = DISTRIBUTIONS[name](np.random.default_rng(1), (1500, n))
+    ends = [bootstrap_interval(sample, i, resamples=500) for i, sample in enumerate(samples)]
+    assert 0.93 <= np.mean([low <= MEANS[name] <= high for low, high in ends]) <= 0.975
+
+
+def test_an_interval_that_does_not_hold_its_level_is_withheld():
+    for few in (np.arange(19.0), np.full(50, 3.0), np.arange(50.0) == 7):
+        assert all(map(math.isnan, bootstrap_interval(few)))
+
+
+def test_bands_are_ranges_between_draws():
+    draws = np.random.default_rng(0).normal(size=(99, 3))
+    found, ordered = band(draws), np.sort(draws, 0)
+    np.testing.assert_array_equal([found.low, found.high], [ordered[1], ordered[-2]])
+    assert found.level == 0.96  # 98 of 100 places would be more than needed, 96 are the fewest above 95
+    few = band(draws[:5])
+    np.testing.assert_array_equal([few.low, few.high], [draws[:5].min(0), draws[:5].max(0)])
+    assert few.level == pytest.approx(2 / 3) and band(draws[:1]).level == 0
+    assert np.isnan(band(np.empty((0, 3))).low).all() and math.isnan(band(np.empty((0, 3))).level)
+
+
+@pytest.mark.parametrize("draws", [5, 20, 39, 100])
+def test_a_band_holds_the_next_draw_as_often_as_it_says(draws):
+    each = np.random.default_rng(0).lognormal(size=(draws + 1, 20_000))
+    found = band(each[:-1])
+    assert ((found.low <= each[-1]) & (each[-1] <= found.high)).mean() == pytest.approx(found.level, abs=0.012)
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 95, math.nan])

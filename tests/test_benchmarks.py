@@ -18,7 +18,7 @@ from torchprobe import Moments
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are not part of the installed package
 
-from benchmarks import cka, formulas, model, observe, report  # noqa: E402
+from benchmarks import cka, formulas, model, observe, outliers, report  # noqa: E402
 from benchmarks.networks import HookClock, Network  # noqa: E402
 from benchmarks.timing import MIN_ROUNDS, TUNED_MALLOC, Timing, Waiting, race, total  # noqa: E402
 
@@ -241,3 +241,11 @@ def test_command(tmp_path):
     assert figures["machine"]["threads"] >= 1
     if sys.platform == "linux":
         assert figures["machine"]["allocator"] == "tuned"
+
+
+def test_tables_of_outlier_rules(monkeypatch):
+    monkeypatch.setattr(outliers, "WIDTHS", (64,))
+    false = {name: counts[64] for name, counts in outliers.false_positives(2, 40)}
+    assert false["Gaussian"] == {"classical": 0, "median": 0, "robust": 0} and false["ReLU of Gaussian"]["median"] == 2
+    found = {name: shares[64] for name, background, shares in outliers.power(1, 40) if background == "Gaussian"}
+    assert found["2 features, 60 σ, every vector"] == {"classical": 0, "median": 1, "robust": 1}

@@ -304,6 +304,7 @@ def test_dissect_prints_and_writes(run, broden, tmp_path):
     page = (tmp_path / "out" / "visual.blocks.0.html").read_text(encoding="utf-8")
     assert "random weights" in page
     assert "<img" not in page
+    assert "No null" not in run(*dissecting(broden, tmp_path / "one", "--rotate"))[1]  # it is one
     code, _, err = run(*dissecting(broden, tmp_path / "out", "--resume"))
     assert code == 1
     assert "nothing to resume" in err
@@ -397,12 +398,17 @@ def test_dissect_as_json_by_average_precision(run, broden, tmp_path):
         "all",
         "--memory",
         64,
+        "--preprocess",
+        "encoder",
+        "--disk",
+        0.5,
         "--json",
     )
     assert code == 0
     (layer,) = json.loads(out)["layers"]
     assert (layer["metadata"]["pooling"], layer["metadata"]["minimum_area"], layer["metadata"]["positions"]) == ("mean", 0.1, "all")
     assert layer["metadata"]["memory"] == 64 << 20
+    assert layer["metadata"]["preprocessing"]["shows"].startswith("a part")
     assert layer["images"] == 9
     assert "detectors" not in layer
     assert layer["metadata"]["score"] == ["ap"]

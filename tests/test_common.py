@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -127,6 +128,21 @@ def test_other_files_are_refused(stored: Path, tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "plain.safetensors")
     with pytest.raises(ValueError, match="has kind None, format None"):
         storage.File(tmp_path / "plain.safetensors", "example")
+
+
+def test_a_file_for_which_there_is_no_space(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="no limits of file sizes on this system")
+    path, limits = tmp_path / "a.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    storage.write(path, "example", {"x": torch.zeros(3)}, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*a\.safetensors") as raised:
+            storage.write(path, "example", {"x": torch.ones(1 << 16)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG
+    assert [found.name for found in tmp_path.iterdir()] == ["a.safetensors"]  # the old one, whole
+    assert storage.File(path, "example").tensor("x").tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize(("values", "message"), [("{", "the metadata is not JSON"), ("[1]", "expected a JSON object")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,16 @@ import pytest
 import torch
 from drawing import stop_drawing
 
+from torchprobe.analysis.baseline import FITS
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.resampling import bootstrap_interval, rank_correlation
+from torchprobe.analysis.robustness_intervals import paired_robustness
+from torchprobe.analysis.shares import paired_difference
 from torchprobe.datasets import Broden, labeled_folder
 from torchprobe.studies.compare import Comparison, compare, load_results, write
+from torchprobe.studies.compare.pairs import difference, unlike
 from torchprobe.studies.interpret import interpret
+from torchprobe.studies.interpret.accuracy import measure_robustness
 
 ROLES = ("zero-shot", "fine-tuned", "supervised")
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -120,7 +126,46 @@ def test_difference_of_accuracy_has_an_interval_over_images(found: Comparison, f
     row = found.pairs[0]
     each = np.array([float(a[name]) - float(b[name]) for name in a])
     assert len(each) == 24 and row["accuracy"] == pytest.approx(each.mean())
-    assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(bootstrap_interval(each, 0))
+    expected = paired_difference([a[name] for name in a], [b[name] for name in a])
+    assert (row["accuracy"], row["accuracy_low"], row["accuracy_high"]) == pytest.approx(expected)
+
+
+def test_difference_of_robustness_has_a_paired_interval(folders: list[Path]) -> None:
+    rng = np.random.default_rng(0)
+    right = {name: rng.random((2, 60)) < 0.7 for name in ("imagenet", "imagenet_v2", "objectnet")}
+    saved = []
+    for i, folder in enumerate(folders[:2]):
+        accuracies = {name: 100 * float(each[i].mean()) for name, each in right.items()}
+        measured = measure_robustness(accuracies, ["imagenet_v2", "objectnet"], "full", None, "measured", dict.fromkeys(right, 60))
+        by_image = {name: {f"{k}.png": bool(value) for k, value in enumerate(each[i])} for name, each in right.items()}
+        one = load_results(folder)
+        correct = by_image.pop("imagenet")
+        saved.append(replace(one, results=replace(one.results, robustness=measured), correct=correct, correct_under_shift=by_image))
+    row = difference(*saved)
+    lines = [FITS[name, "full"] for name in ("imagenet_v2", "objectnet")]
+    expected = paired_robustness(lines, [tuple(right["imagenet_v2"]), tuple(right["objectnet"])], tuple(right["imagenet"]))
+    assert (row.robustness, row.robustness_low, row.robustness_high) == pytest.approx(expected)
+    for other in (replace(saved[1], correct_under_shift={}), replace(saved[1], correct={"a.png": True})):  # earlier versions; other images
+        assert math.isnan(difference(saved[0], other).robustness_low)
+
+
+def test_what_is_unlike_is_said(found: Comparison, folders: list[Path], tmp_path: Path) -> None:
+    assert found.pairs[0]["remark"] == ""
+    one, other = (load_results(folder) for folder in folders[:2])
+    r = other.results
+    wide = replace(
+        r, features=9, kurtosis=replace(r.kurtosis, nonnegative=not r.kurtosis.nonnegative), about={**r.about, "modality": "text"}
+    )
+    remark = unlike(one, replace(other, results=wide, kurtosis={"another": 3.0}))
+    for part in ("64 features against 9", "never negative", "modality unknown against text", "0 of 24 and 1 are common"):
+        assert part in remark
+    unknown = tmp_path / "unknown"
+    shutil.copytree(folders[1], unknown)
+    results = json.loads((unknown / "results.json").read_text())
+    results["about"].pop("backbone")
+    (unknown / "results.json").write_text(json.dumps(results))
+    lonely = compare([folders[0], unknown])
+    assert lonely.pairs == [] and "is unknown (--backbone)" in lonely.remarks[0]
 
 
 def test_robustness_is_compared_over_the_shifts_that_both_have(folders: list[Path], tmp_path: Path) -> None:

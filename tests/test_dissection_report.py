@@ -360,6 +360,18 @@ def test_another_preprocessing_is_refused(made, tmp_path):
         write_report(without_maps(d), tmp_path / "a.html", broden, net, preprocess=lambda image: broden.transform(image) * 2)
 
 
+def test_another_data_set_is_refused(made, tmp_path):
+    broden, _, d = made
+    for other, message in (
+        (Broden(broden.root, categories=broden.categories[:1]), "made with categories"),
+        (Broden(broden.root, split="train"), "made with split None, the data set given has 'train'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_report(d, tmp_path / "a.html", other)
+    with pytest.raises(ValueError, match=f"has row {len(broden)}, the data set given only {len(broden)} rows"):
+        write_report(replace(d, images=d.images + 1), tmp_path / "a.html", broden)
+
+
 def test_another_network_is_refused(made, tmp_path):
     broden, _, d = made
     with pytest.raises(ValueError, match="another network"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dissection_models import Net, preprocess
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from torchprobe.common import storage
 from torchprobe.datasets import Broden, BrodenWriter
 from torchprobe.datasets.geometry import Box
 from torchprobe.dissection import Dissection, dissect
@@ -73,6 +75,20 @@ def test_a_disk_that_is_too_small(root: Path, budget: float, tmp_path: Path) -> 
     assert run(root, disk=budget, checkpoint=tmp_path, checkpoint_every=0.0) == run(root)
 
 
+def test_a_disk_that_fills_up(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, kind: str, *parts: object) -> None:
+        if Path(path).name.startswith("maps-1-3-"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, kind, *parts)  # type: ignore[arg-type]
+
+    write = storage.write
+    monkeypatch.setattr(storage, "write", full)
+    model = Counting()
+    assert run(root, model, checkpoint=tmp_path, checkpoint_every=0.0) == run(root, Counting())
+    assert model.calls == 2 * -(-len(Broden(root)) // 4)  # that layer passed a second time
+    assert not list(tmp_path.glob("maps-1-*"))
+
+
 @pytest.mark.parametrize("stop_at", [0, 1, 5, 9, 10, 11, 15, 17])
 @pytest.mark.parametrize("lost", [False, True])
 def test_stopped_at_any_batch(root: Path, tmp_path: Path, stop_at: int, lost: bool) -> None:
@@ -120,7 +136,7 @@ def test_another_preprocessing_is_not_resumed(root: Path, tmp_path: Path) -> Non
     told: list[object] = []
     with pytest.raises(KeyboardInterrupt):
         run(root, preprocess=scaled(1.0), checkpoint=tmp_path / "c", progress=told.append, stop=lambda: len(told) == 3)
-    with pytest.raises(ValueError, match="started with another preprocessing"):
+    with pytest.raises(ValueError, match="started with another preprocessing: [a-z]+: [^{]*, now it is [^{]*$"):
         run(root, preprocess=scaled(2.0), checkpoint=tmp_path / "c", resume=True)
     assert run(root, preprocess=scaled(1.0), checkpoint=tmp_path / "c", resume=True) == run(root, preprocess=scaled(1.0))
 

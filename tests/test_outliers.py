@@ -1,4 +1,7 @@
-"""Outlier features by our rule, with their table against numpy in float64, and the definitions of others on planted examples."""
+"""Outlier features by the classical rule, with their table against numpy in float64, and the definitions of others on planted examples.
+
+``test_outlier_rule`` has the robust rule.
+"""
 
 import math
 
@@ -31,19 +34,23 @@ def planted(n=300, d=128):
     return h
 
 
-# -- our rule ------------------------------------------------------------------------------------------------------------
+# -- the classical rule ------------------------------------------------------------------------------------------------------------
+
+
+def classical(h, **options):
+    return outlier_features(h, rule="classical", **options)
 
 
 def test_how_often_decides():
     h = planted()
-    assert outlier_features(h).indices.tolist() == [11]
-    assert outlier_features(h).indices.dtype == torch.int64
-    assert outlier_features(h, frequency=0.3).indices.tolist() == [11, 70]
-    assert outlier_features(h, frequency=0).indices.tolist() == [11, 70, 5]
-    assert outlier_features(h, frequency=299 / 300).indices.tolist() == [11]
-    assert outlier_features(h, frequency=1).indices.tolist() == []  # the 40 hides it once
-    assert outlier_features(h, sigma=12, frequency=0).indices.tolist() == []
-    assert outlier_features(torch.randn(100, 64), frequency=0).indices.tolist() == []
+    assert classical(h).indices.tolist() == [11]
+    assert classical(h).indices.dtype == torch.int64
+    assert classical(h, frequency=0.3).indices.tolist() == [11, 70]
+    assert classical(h, frequency=0).indices.tolist() == [11, 70, 5]
+    assert classical(h, frequency=299 / 300).indices.tolist() == [11]
+    assert classical(h, frequency=1).indices.tolist() == []  # the 40 hides it once
+    assert classical(h, sigma=12, frequency=0).indices.tolist() == []
+    assert classical(torch.randn(100, 64), frequency=0).indices.tolist() == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -51,7 +58,7 @@ def test_how_often_decides():
 def test_the_table_is_that_of_numpy(monkeypatch, dtype, scale):
     monkeypatch.setattr(blocks_module.blocks, "__defaults__", (128 * 50,))
     h = (planted() * scale).to(dtype)
-    found = outlier_features(h)
+    found = classical(h)
     wide = h.double().numpy()
     deviation = abs(wide - wide.mean(1, keepdims=True)) / wide.std(1, keepdims=True)
     expected = {
@@ -74,46 +81,50 @@ def test_the_table_is_that_of_numpy(monkeypatch, dtype, scale):
 
 
 def test_columns_say_what_the_rows_hold():
-    found = outlier_features(planted(), sigma=4.5)
+    found = classical(planted(), sigma=4.5)
     assert {column.key for column in found.columns} == set(found.rows()[0])
-    assert "4.5 std" in found.columns[1].help and "6 std" in FEATURE_COLUMNS[1].help
-    assert [shown(found.rows()[0], column) for column in found.columns][:2] == ["11", "100 %"]
+    assert "4.5 std" in found.columns[2].help and "6 std" in FEATURE_COLUMNS[1].help
+    assert [shown(found.rows()[0], column) for column in found.columns][:3] == ["11", "100 %", "100 %"]
     assert found.columns[-1] is PEAK
 
 
 def test_what_is_left_out_is_counted():
     h = planted()
     spoiled = torch.cat([h, torch.full((2, 128), 3.0), torch.full((1, 128), math.nan), h[:1].clone().fill_(math.inf)])
-    found, clean = outlier_features(spoiled), outlier_features(h)
+    found, clean = classical(spoiled), classical(h)
     assert (found.vectors, found.constant_vectors, found.invalid_vectors) == (302, 2, 2)
     assert found.rows()[0]["outlier_share"] == clean.rows()[0]["outlier_share"] == 299 / 300
     assert found.indices.tolist() == clean.indices.tolist()
-    one = outlier_features(h[:1], frequency=1)
+    one = classical(h[:1], frequency=1)
     assert one.indices.tolist() == [11, 70]
 
 
 def test_nothing_and_too_few_features():
-    empty = outlier_features(torch.randn(0, 64), frequency=0)
+    empty = classical(torch.randn(0, 64), frequency=0)
     assert len(empty) == 0 and math.isnan(empty.rows()[0]["peak"]) and empty.energy_share == 0
     h = torch.randn(50, 37)
     h[:, 3] = 1000
-    few = outlier_features(h, frequency=0)
+    few = classical(h, frequency=0)
     assert len(few) == 0 and math.isnan(few.rows()[0]["outlier_share"])
     assert few.rows()[0]["feature"] == 3
-    assert outlier_features(h, sigma=5).indices.tolist() == [3]
-    zeros = outlier_features(torch.zeros(4, 64))
+    assert classical(h, sigma=5).indices.tolist() == [3]
+    zeros = classical(torch.zeros(4, 64))
     assert zeros.constant_vectors == 4 and zeros.rows()[0]["peak"] == 0
 
 
 def test_embeddings_are_taken_and_nonsense_is_not():
     h = planted()
-    assert outlier_features(Embeddings(h, torch.zeros(300, dtype=torch.int64), ["x"] * 300)).indices.tolist() == [11]
+    assert classical(Embeddings(h, torch.zeros(300, dtype=torch.int64), ["x"] * 300)).indices.tolist() == [11]
     with pytest.raises(ValueError, match=r"frequency is a share of the vectors, in \[0, 1\], got 50"):
-        outlier_features(h, frequency=50)
+        classical(h, frequency=50)
+    with pytest.raises(ValueError, match="rule is one of 'robust', 'classical', got 'median'"):
+        outlier_features(h, rule="median")
+    with pytest.raises(ValueError, match="alpha is a probability above 0, got 0"):
+        outlier_features(h, alpha=0)
     with pytest.raises(ValueError, match="outlier_sigma must be positive"):
-        outlier_features(h, sigma=0)
+        classical(h, sigma=0)
     with pytest.raises(ValueError, match=r"expected representations \(n, d\)"):
-        outlier_features(h[0])
+        classical(h[0])
 
 
 # -- the definitions of others ---------------------------------------------------------------------------------------------

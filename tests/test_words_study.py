@@ -16,6 +16,7 @@ from torchprobe import cli
 from torchprobe.datasets import DatasetError, image_folder
 from torchprobe.dissection.words import CAVEAT, Concepts, SoftLabels, WordDissection, dissect_words
 from torchprobe.dissection.words.report import WordsReport
+from torchprobe.encoders.errors import library_errors
 from torchprobe.studies.words import LABELS, earlier_words, print_words, words_folder, write_word_pages
 
 for package in ("PIL", "timm", "matplotlib", "jinja2", "open_clip"):
@@ -203,6 +204,19 @@ def test_the_command(run, folder, clip, tmp_path):
     np.save(tmp_path / "labels.npy", np.random.default_rng(0).random((40, 2)))
     code, _, err = run(*common, "--layers", "visual.layer4", "--labels", tmp_path / "labels.npy", "--out", tmp_path / "c")
     assert code == 1 and "holds float64 (40, 2); expected numbers (images, 1035 concepts)" in err
+    assert "--concepts" in err
+
+
+def test_a_labeler_without_weights_names_its_own_option(run, folder, tmp_path, monkeypatch):
+    def unreachable(name, checkpoint=None, **options):
+        with library_errors(name, fetching=True):
+            raise OSError("no network")
+
+    monkeypatch.setattr("torchprobe.encoders.load_encoder", unreachable)
+    code, _, err = run(
+        "words", "timm:test_resnet", "--layers", "visual", "--images", folder, "--labeler", "open_clip:RN50/openai", "--out", tmp_path / "o"
+    )
+    assert code == 1 and "pass it with --labeler-checkpoint FILE" in err and "--checkpoint" not in err
 
 
 @pytest.mark.parametrize(

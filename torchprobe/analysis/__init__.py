@@ -6,6 +6,7 @@
 :func:`vector_kurtosis`           the measure of outlier features; :func:`summarize` adds its controls
 :func:`rotation_control`          the same after random rotations of the axes
 :func:`outlier_features`          the outlier features, and a table of all features
+:func:`provenance`                which blocks and parameters write an outlier feature, and what happens when one of them is changed
 :func:`ablate`                    representations without some features; :func:`ablation` measures the loss of accuracy
 :func:`privileged_directions`     the singular directions of a head and their importance; :func:`centered` subtracts its class mean
 :func:`split`                     images to measure importance on, and other images to evaluate on
@@ -15,7 +16,7 @@
 :func:`cka`                       the similarity of the layers of two models; :func:`similarity` adds names and a heat map
 :func:`interpolate`               models between two models
 :func:`rank_correlation`          do two numbers rise together over models?
-:func:`bootstrap_interval`        how certain a mean is
+:func:`bootstrap_interval`        how certain a mean is; :func:`share_interval`, :func:`paired_difference`: an accuracy, two accuracies
 :func:`modality_gap`              how far apart images and texts lie in their common space, and which features carry that
 ================================  ============================================================================================
 
@@ -29,17 +30,20 @@ file                   subject
 ``evaluation``         accuracy of a head
 ``decisions``          the class that a head decides for: an exact argmax
 ``kurtosis``           vector kurtosis and its controls
+``outlier_rule``       the bulk of a vector, what lies outside, and what is beyond chance
 ``outliers``           outlier features: our rule, LLM.int8, massive activations, registers, He et al.
+``provenance``         where outlier features come from: blocks, submodules, parameters
 ``ablation``           accuracy without some features
 ``directions``         singular directions of a head, and their importance
 ``pruning``            accuracy with fewer directions
 ``concepts``           concepts of units and directions
 ``baseline``           standard models and their line, for effective robustness
-``robustness``         effective robustness
+``robustness``         effective robustness; ``robustness_intervals``: how certain it is
 ``similarity``         linear CKA of layers; ``grams`` has the Gram matrices behind it
 ``interpolation``      weights between two models; batch norms measured again
 ``modality``           the gap between two modalities
-``resampling``         bootstrap intervals, rank correlation
+``resampling``         bootstrap intervals, bands of draws, rank correlation
+``shares``             intervals of accuracies and of their paired differences
 =====================  ========================================================================================
 """
 
@@ -53,9 +57,11 @@ from torchprobe.analysis.interpolation import interpolate
 from torchprobe.analysis.kurtosis import KurtosisSummary, RotationControl, rotation_control, summarize, vector_kurtosis
 from torchprobe.analysis.modality import ModalityGap, modality_gap
 from torchprobe.analysis.outliers import OutlierFeatures, outlier_features
+from torchprobe.analysis.provenance import Provenance, provenance
 from torchprobe.analysis.pruning import PruningBands, PruningCurve, prune, pruning_bands, pruning_curve
 from torchprobe.analysis.resampling import RankCorrelation, bootstrap_interval, rank_correlation
 from torchprobe.analysis.robustness import RobustnessTable, effective_robustness, mean_effective_robustness, robustness
+from torchprobe.analysis.shares import paired_difference, share_interval
 from torchprobe.analysis.similarity import Similarity, cka, similarity
 from torchprobe.common.deprecation import renamed
 
@@ -71,6 +77,8 @@ __all__ = [
     "RotationControl",
     "outlier_features",
     "OutlierFeatures",
+    "provenance",
+    "Provenance",
     "ablate",
     "ablation",
     "Ablation",
@@ -105,6 +113,8 @@ __all__ = [
     "rank_correlation",
     "RankCorrelation",
     "bootstrap_interval",
+    "share_interval",
+    "paired_difference",
 ]
 
 __getattr__ = renamed(__name__, {"summarise": "summarize", "centred": "centered"})

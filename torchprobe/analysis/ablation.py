@@ -14,7 +14,7 @@ from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.evaluation import evaluate
 from torchprobe.analysis.inputs import HeadLike, Vectors, blocks, representations
 from torchprobe.analysis.outliers import OutlierFeatures
-from torchprobe.analysis.resampling import band
+from torchprobe.analysis.resampling import DRAWS, band
 
 Features = Tensor | Sequence[int] | OutlierFeatures
 """Indices of features, each once, or the result of :func:`torchprobe.analysis.outlier_features`."""
@@ -31,7 +31,9 @@ class Ablation:
         ablated: without the given features.
         random: without equally many random other features, float64 (repeats,).
         random_mean: mean of ``random``.
-        random_band: the 95 % band of ``random``, from the 2.5 % to the 97.5 % quantile.
+        random_band: the range of ``random`` that holds one more draw with the probability ``random_level``; see
+            :func:`torchprobe.analysis.resampling.band`.
+        random_level: 95 % for 39 draws or more, less for fewer.
         features: the given features, int64 (k,).
         how: what replaced them, "mean" or "zero".
         n: number of images evaluated.
@@ -42,6 +44,7 @@ class Ablation:
     random: Tensor
     random_mean: float
     random_band: tuple[float, float]
+    random_level: float
     features: Tensor
     how: str
     n: int
@@ -79,7 +82,7 @@ def ablation(
     embeddings: Embeddings,
     features: Features,
     how: str = "mean",
-    repeats: int = 20,
+    repeats: int = DRAWS,
     seed: int = 0,
     reference: Vectors | None = None,
     classes: Iterable[int] | None = None,
@@ -124,13 +127,14 @@ def ablation(
     generator = torch.Generator().manual_seed(seed)
     draws = [others[torch.randperm(len(others), generator=generator)[: len(index)]] for _ in range(repeats)]
     random = torch.tensor([accuracy(draw) for draw in draws], dtype=torch.float64)
-    low, high = band(random.numpy())
+    low, high, level = band(random.numpy())
     return Ablation(
         accuracy=whole.accuracy,
         ablated=accuracy(index),
         random=random,
         random_mean=float(random.mean()),
         random_band=(float(low), float(high)),
+        random_level=level,
         features=index,
         how=how,
         n=whole.n,

@@ -78,16 +78,29 @@ class Fit:
         """The accuracy under the shift of a standard model with this ImageNet accuracy, percent."""
         return _accuracy(self.slope * _logit(imagenet_accuracy) + self.intercept)
 
-    def interval(self, imagenet_accuracy: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
+    def interval(
+        self, imagenet_accuracy: Floats, level: float = LEVEL, *, scatter: bool = True, x_half: float = 0.0
+    ) -> tuple[Floats, Floats]:
         """The prediction interval for the accuracy of one more standard model, symmetric in logits.
 
         ŷ ± t · s · √(1 + 1/n + (x − mean x)² / Σ (x − mean x)²), t with n − 2 degrees of freedom. Outside the range of the fitted models it
         assumes that the line continues.
+
+        Args:
+            imagenet_accuracy: percent.
+            level: of the interval.
+            scatter: False leaves out the 1 under the root: the interval of the line, not of a model.
+            x_half: half width of the interval of the logit of the ImageNet accuracy; times the slope it is added in squares.
         """
         x = _logit(imagenet_accuracy)
-        half = _student(self.n - 2, level) * self.residual_std * (1 + 1 / self.n + (x - self.x_mean) ** 2 / self.x_squares) ** 0.5
+        line = 1 / self.n + (x - self.x_mean) ** 2 / self.x_squares
+        half = ((self.student(level) * self.residual_std) ** 2 * (scatter + line) + (self.slope * x_half) ** 2) ** 0.5
         center = self.slope * x + self.intercept
         return _accuracy(center - half), _accuracy(center + half)
+
+    def student(self, level: float = LEVEL) -> float:
+        """t such that a Student variable with n − 2 degrees of freedom lies within ±t with probability ``level``."""
+        return _student(self.n - 2, level)
 
     def extrapolates(self, imagenet_accuracy: float) -> bool:
         """Whether the fitted models are all better, or all worse, on ImageNet."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from einops import reduce
 from torch import Tensor, nn
 
 from torchprobe.analysis.inputs import blocks, representations
+from torchprobe.analysis.outlier_rule import ALPHA, beyond_chance, outside_bulk
 from torchprobe.rendering.tables import Column
 from torchprobe.statistics import Moments
 from torchprobe.statistics.moments import OUTLIER_SHARE
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     from torchprobe.analysis.embeddings import Embeddings
 
 SIGMA = 6.0
-"""An outlier lies more than so many standard deviations of its vector from the mean of the vector (we chose the number)."""
+"""An outlier lies more than so many standard deviations from the mean of its vector (we chose the number)."""
+
+Rule = Literal["robust", "classical"]
+"""Whose mean and standard deviation: of the bulk of the vector, without its outliers, or of the whole vector."""
+
+FREQUENCY: dict[Rule, float] = {"robust": 0.25, "classical": OUTLIER_SHARE}
+"""Rule → share of the vectors in which an outlier feature must be an outlier (we chose the numbers)."""
 
 
 def feature_columns(sigma: float = SIGMA) -> tuple[Column, ...]:
@@ -38,6 +45,8 @@ def feature_columns(sigma: float = SIGMA) -> tuple[Column, ...]:
 
 FEATURE_COLUMNS = feature_columns()
 
+ROBUST = Column("robust_share", "robust share", "share of the vectors in which h_i lies outside the bulk of the vector", "share")
+
 PEAK = Column("peak", "max|h_i| / mean|h|", "the largest |h_i| of any image, in units of the mean |h| of that image")
 
 
@@ -51,8 +60,10 @@ class OutlierFeatures:
         sigma: standard deviations from the mean that make an outlier.
         frequency: share of the vectors in which an outlier feature is at least an outlier.
         vectors: number of vectors counted.
-        constant_vectors: number left out of ``outlier_share`` only, because their variance is 0.
+        constant_vectors: number left out of the shares of outliers only, because their variance is 0.
         invalid_vectors: number left out of everything because of nan or inf.
+        rule: "robust" or "classical".
+        classical: int64 (k,), the features by the classical rule, in half of the vectors, for comparison.
     """
 
     indices: Tensor
@@ -62,6 +73,8 @@ class OutlierFeatures:
     vectors: int
     constant_vectors: int
     invalid_vectors: int
+    rule: Rule
+    classical: Tensor
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -79,59 +92,95 @@ class OutlierFeatures:
     @property
     def columns(self) -> tuple[Column, ...]:
         """The columns of the table, with their help."""
-        return (*feature_columns(self.sigma), PEAK)
+        return outlier_columns(self.sigma)
 
     def rows(self) -> list[dict[str, Any]]:
         """The table as a list; its first ``len(indices)`` rows are the outlier features."""
         return list(self.table)
 
 
-def outlier_features(h: Tensor | Embeddings, sigma: float = SIGMA, frequency: float = OUTLIER_SHARE) -> OutlierFeatures:
-    """The features that lie more than ``sigma`` standard deviations from the mean of their vector in ``frequency`` of the vectors.
+def outlier_columns(sigma: float = SIGMA) -> tuple[Column, ...]:
+    """The columns of :attr:`OutlierFeatures.table`: the share by either rule, then the size of the feature."""
+    index, *others = feature_columns(sigma)
+    return (index, ROBUST, *others, PEAK)
 
-    We chose the rule, the 6 σ and the share of one half. The rule asks of each feature what vector kurtosis asks of a vector. Among d
-    features, none can be more than (d − 1)/√d standard deviations from the mean. If that is not more than ``sigma``, the shares are nan and
-    no feature is chosen.
+
+def outlier_features(
+    h: Tensor | Embeddings, sigma: float = SIGMA, frequency: float | None = None, rule: Rule = "robust", alpha: float = ALPHA
+) -> OutlierFeatures:
+    """The features that lie far outside the other features of their vector in many vectors.
+
+    The robust rule asks for three things. In a vector, an outlier lies more than ``sigma`` standard deviations from the mean, both of the
+    bulk of the vector, without its outliers (``outlier_rule.outside_bulk``). A feature is one in a quarter of the vectors or more. And
+    chance does not explain it (``outlier_rule.beyond_chance``), so that a few vectors with heavy tails have no outlier features; one vector
+    never has. Up to a tenth of the features can be outliers of a vector; fewer than ten features have none.
+
+    The classical rule takes mean and standard deviation of the whole vector, and half of the vectors. There outliers hide each other: more
+    than d/37 equal ones are not found, and with (d − 1)/√d ≤ ``sigma``, that is d ≤ 37, none ever is; its shares are then nan. We chose the
+    6 σ and the shares; docs/interpreting.md has the errors of both rules.
 
     Args:
         h: (n, d), or embeddings.
-        sigma: standard deviations from the mean that make an outlier.
-        frequency: share of the vectors in which a feature must be an outlier; 0 takes every feature that is an outlier once.
+        sigma: standard deviations from the mean.
+        frequency: share of the vectors in which a feature must be an outlier; None: that of the rule, :data:`FREQUENCY`. With 0, once is
+            enough.
+        rule: "robust" or "classical".
+        alpha: of the robust rule, see :data:`torchprobe.analysis.outlier_rule.ALPHA`; 1: not tested.
 
     Raises:
-        ValueError: h is not (n, d), ``sigma`` is not positive, or ``frequency`` is outside [0, 1].
+        ValueError: h is not (n, d), ``sigma`` or ``alpha`` is not positive, ``frequency`` is not in [0, 1], or the rule is another.
 
     >>> h = torch.randn(200, 64)
-    >>> h[:, 5] = 40
+    >>> h[:, 5:7] = 40
     >>> found = outlier_features(h)
-    >>> found.indices, found.rows()[0]["extreme_share"]
-    (tensor([5]), 1.0)
+    >>> found.indices.sort().values, found.classical
+    (tensor([5, 6]), tensor([], dtype=torch.int64))
     """
     h = representations(h)
+    if rule not in get_args(Rule):
+        raise ValueError(f"rule is one of {', '.join(map(repr, get_args(Rule)))}, got {rule!r}")
+    if frequency is None:
+        frequency = FREQUENCY[rule]
     if not 0 <= frequency <= 1:
         raise ValueError(f"frequency is a share of the vectors, in [0, 1], got {frequency}")
+    if not alpha > 0:
+        raise ValueError(f"alpha is a probability above 0, got {alpha}")
     d = h.shape[1]
     moments = Moments(d, h.device, outlier_sigma=sigma)
-    extreme = torch.zeros(d, dtype=torch.int64, device=h.device)
+    outside = torch.zeros(d, dtype=torch.int64, device=h.device)
+    extreme = torch.zeros_like(outside)
     peak = torch.zeros(d, dtype=torch.float64, device=h.device)
     invalid = 0
     for block in blocks(h):
         finite = block[block.isfinite().all(-1)]
         invalid += len(block) - len(finite)
         moments.update(finite)
+        outside += outside_bulk(finite, sigma).sum(0)
         size = finite.abs()
         extreme += torch.bincount(size.argmax(-1), minlength=d)
         relative = (size / size.mean(-1, keepdim=True)).nan_to_num(nan=0.0)  # a vector of zeros has no peak
         if len(relative):
             peak = torch.maximum(peak, relative.amax(0))
     seen = len(h) - invalid
+    varying = seen - moments.constant_vectors
+    passed = beyond_chance(outside, varying, alpha).tolist()
+    share = (outside.double() / varying).tolist()
     table = feature_rows(moments, extreme, seen)
     for row in table:
         row[PEAK.key] = float(peak[row["feature"]]) if seen else math.nan
-    chosen = [row["feature"] for row in table if row["outlier_share"] > 0 and row["outlier_share"] >= frequency]
-    return OutlierFeatures(
-        torch.tensor(chosen, dtype=torch.int64), tuple(table), float(sigma), float(frequency), seen, moments.constant_vectors, invalid
-    )
+        row[ROBUST.key] = share[row["feature"]]
+    chosen = classical = _frequent(table, "outlier_share", frequency if rule == "classical" else FREQUENCY["classical"])
+    if rule == "robust":
+        table.sort(key=lambda row: -_or_zero(row[ROBUST.key]))
+        chosen = [i for i in _frequent(table, ROBUST.key, frequency) if passed[i]]
+    index, by_classical = (torch.tensor(each, dtype=torch.int64) for each in (chosen, classical))
+    counts = seen, moments.constant_vectors, invalid
+    return OutlierFeatures(index, tuple(table), float(sigma), float(frequency), *counts, rule, by_classical)
+
+
+def _frequent(table: Sequence[dict[str, Any]], key: str, frequency: float) -> list[int]:
+    """The features that are an outlier at all, and in so many of the vectors."""
+    return [row["feature"] for row in table if row[key] > 0 and row[key] >= frequency]
 
 
 def feature_rows(moments: Moments, extreme: Tensor, vectors: int) -> list[dict[str, Any]]:

@@ -74,7 +74,9 @@ class PruningBands:
         accuracy: of each draw, float64 (draws, k).
         seeds: of the draws.
         mean: over the draws, float64 (k,).
-        low, high: the 95 % band of the draws, float64 (k,). For few draws this is approximately the smallest and the largest.
+        low, high: the range of the draws that holds one more draw with the probability ``level`` at each point, float64 (k,); see
+            :func:`torchprobe.analysis.resampling.band`.
+        level: 95 % for 39 draws or more, less for fewer; 67 % for 5.
     """
 
     keep: Tensor
@@ -86,6 +88,7 @@ class PruningBands:
     high: Tensor
     rank: int
     n: int
+    level: float
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per point."""
@@ -193,9 +196,11 @@ def pruning_bands(
         raise ValueError("at least one seed is needed to draw an order")
     kept = _points(directions, fractions)
     accuracy, n = accuracies(head, directions, embeddings, [directions.order("random", seed) for seed in drawn], kept, classes)
-    low, high = map(torch.from_numpy, band(accuracy.numpy()))
+    low, high, level = band(accuracy.numpy())
     keep = torch.tensor(list(fractions), dtype=torch.float64)
-    return PruningBands(keep, kept, accuracy, drawn, accuracy.mean(0), low, high, directions.rank, n)
+    return PruningBands(
+        keep, kept, accuracy, drawn, accuracy.mean(0), torch.from_numpy(low), torch.from_numpy(high), directions.rank, n, level
+    )
 
 
 def _points(directions: Directions, fractions: Sequence[float]) -> Tensor:

@@ -18,22 +18,35 @@ RESAMPLES = 2000
 PERMUTATIONS = 9999
 """Random pairings for the p-value of a rank correlation."""
 
+FEWEST = 20
+"""Images below which no interval is given: none that we tried keeps its level there (docs/interpreting.md)."""
+
+DRAWS = 39
+"""Random draws of a band. It is the least number whose range holds one more draw with a probability of 95 %."""
+
 _DRAWN_AT_ONCE = 2_000_000
 
 
 def bootstrap_interval(values: ArrayLike, seed: int = 0, level: float = LEVEL, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Percentile bootstrap of the mean of independent values (Efron, 1979).
+    """Studentized bootstrap interval of the mean of independent values (Efron and Tibshirani, 1993, section 12.5), a little widened.
+
+    mean − q · std/√n, where q are quantiles of (resampled mean − mean) / its own standard error. The interval of resampled means alone
+    (percentile bootstrap) holds the mean of 20 log-normal values in 83 % of the cases instead of 95 %: it is too short, and too far left if
+    large values are rare. We widen by the factor 1 + (1.5 + 0.8 · skewness²)/n. In simulations with Gaussian, exponential, Student
+    (3 degrees) and log-normal values (σ up to 1), nominal 95 % then holds the mean in 93 to 97 % from n = 20 on. For shares, take
+    :func:`torchprobe.analysis.share_interval`.
 
     Values from the same image are dependent, so give one value per image.
 
     Args:
         values: (n,), array or tensor on the CPU. Nan and inf are left out.
         seed: of the resampling.
-        level: share of the resampled means between the two ends.
+        level: of the interval.
         resamples: number of resamples.
 
     Returns:
-        The two ends; (nan, nan) for fewer than two finite values.
+        The two ends. (nan, nan) where no interval keeps its level: for fewer than :data:`FEWEST` finite values, if all are equal, or if
+        so few differ that resamples of equal values decide an end.
 
     Raises:
         ValueError: ``values`` are not one-dimensional, ``level`` is outside (0, 1), or ``resamples`` is below 1.
@@ -47,41 +60,72 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, level: float = LEVEL, r
         raise ValueError(f"an interval needs values of shape (n,), got {sample.shape}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    _check_level(level)
+    check_level(level)
     sample = sample[np.isfinite(sample)]
     n = sample.size
-    if n < 2:
+    if n < FEWEST or np.ptp(sample) == 0:
         return math.nan, math.nan
+    center = sample.mean()
+    scale = np.abs(sample - center).max()
+    unit = (sample - center) / scale  # so that no square over- or underflows
     generator = np.random.default_rng(seed)
     at_once = max(1, _DRAWN_AT_ONCE // n)
-    means = [sample[generator.integers(n, size=(min(at_once, resamples - start), n))].mean(-1) for start in range(0, resamples, at_once)]
-    low, high = band(np.concatenate(means), level)
-    return float(low), float(high)
+    parts = []
+    for start in range(0, resamples, at_once):
+        drawn = unit[generator.integers(n, size=(min(at_once, resamples - start), n))]
+        parts.append((drawn.mean(-1), drawn.std(-1, ddof=1)))
+    means, spreads = (np.concatenate(part) for part in zip(*parts, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.nan_to_num((means - unit.mean()) / spreads, nan=0.0, posinf=math.inf, neginf=-math.inf)
+    high, low = np.quantile(ratio, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    skewness = ((unit - unit.mean()) ** 3).mean() / unit.std() ** 3
+    spread = scale * unit.std(ddof=1) * (1 + (1.5 + 0.8 * skewness**2) / n)
+    ends = float(center - low * spread), float(center - high * spread)
+    return ends if all(map(math.isfinite, ends)) else (math.nan, math.nan)
 
 
-def band(draws: ArrayLike, level: float = LEVEL) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The middle ``level`` of repeated draws, between their quantiles (1 ± level) / 2, with linear interpolation.
+class Band(NamedTuple):
+    """The range of repeated draws.
+
+    Attributes:
+        low, high: float64, of the shape of one draw; nan without a draw.
+        level: the probability that one more draw lies within the band; nan without a draw.
+    """
+
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    level: float
+
+
+def band(draws: ArrayLike, level: float = LEVEL) -> Band:
+    """The band between two of the draws that holds one more draw with a known probability, whatever the distribution.
+
+    One more of r + 1 exchangeable draws lies between the k-th smallest and the k-th largest of the others with probability
+    (r + 1 − 2k)/(r + 1), or more if draws are equal (Wilks, 1941). The band has the largest k whose probability is at least ``level``. If
+    there is none, because r < (1 + level)/(1 − level), it is the range of all draws, and its probability is below ``level``: 39 draws are
+    needed for 95 %, 20 draws give 90 %, 5 draws 67 %.
 
     Args:
         draws: (draws, …), the draws along the first dimension.
-        level: share of the draws inside the band.
-
-    Returns:
-        Lower and upper end, float64, of the shape of one draw; nan without a draw.
+        level: the probability that is asked for.
 
     Raises:
         ValueError: ``level`` is outside (0, 1).
 
-    >>> band(np.arange(41.0))
-    (array(1.), array(39.))
+    >>> band(np.arange(39.0))
+    Band(low=array(0.), high=array(38.), level=0.95)
+    >>> band([1.0, 2.0, 3.0, 4.0, 5.0]).level
+    0.6666666666666666
     """
-    _check_level(level)
+    check_level(level)
     array: NDArray[np.float64] = np.asarray(draws, dtype=np.float64)
-    if not len(array):
+    r = len(array)
+    if not r:
         nothing = np.full(array.shape[1:], math.nan)
-        return nothing, nothing.copy()
-    low, high = np.quantile(array, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return np.asarray(low), np.asarray(high)
+        return Band(nothing, nothing.copy(), math.nan)
+    k = max(1, math.floor((r + 1) * (1 - level) / 2 + 1e-9))
+    ordered = np.sort(array, axis=0)
+    return Band(np.asarray(ordered[k - 1]), np.asarray(ordered[r - k]), max(0.0, (r + 1 - 2 * k) / (r + 1)))
 
 
 class RankCorrelation(NamedTuple):
@@ -147,6 +191,7 @@ def _standardized(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
     return centered / length if length > 0 else np.zeros_like(centered)
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
+    """Refuses a level outside (0, 1)."""
     if not 0 < level < 1:
         raise ValueError(f"a level lies between 0 and 1, got {level}")

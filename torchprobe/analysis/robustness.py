@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from torchprobe.analysis.baseline import FITS, MEAN, SHIFTS, SUBSETS, Baseline, Fit, ImagenetClasses, check_names, imagenet_name, published
+from torchprobe.analysis.resampling import FEWEST
+from torchprobe.analysis.robustness_intervals import Measured, robustness_interval
 from torchprobe.common.deprecation import renamed_arguments
 
 __all__ = [
@@ -53,8 +55,10 @@ class RobustnessRow:
         predicted: the accuracy under the shift of a standard model with the same ImageNet accuracy; nan if ``imagenet`` is 0 or 100, which
             have no logit.
         effective_robustness: ``accuracy − predicted``, percentage points.
-        interval: of the effective robustness, from the 95 % prediction interval of a standard model. If it contains 0, a standard model
-            could have this accuracy too. It does not include the sampling of images.
+        interval: 95 % interval of the effective robustness. It includes the scatter of the standard models, the fit of the line, and, for
+            known numbers of images, the sampling of images. If it contains 0, a standard model could have been measured with this accuracy.
+        line_interval: the same without the scatter: how certain the distance from the line is. Nan without numbers of images.
+        images, imagenet_images: number of images of either accuracy; 0 if unknown.
         extrapolated: whether ``imagenet`` is outside the range of ImageNet accuracies that the line was fitted on.
         note: warnings in words; empty if there are none.
         fit: the line.
@@ -69,12 +73,16 @@ class RobustnessRow:
     extrapolated: bool
     note: str
     fit: Fit
+    line_interval: tuple[float, float] = (math.nan, math.nan)
+    images: int = 0
+    imagenet_images: int = 0
 
     def row(self) -> dict[str, Any]:
-        """Plain values for a table: the attributes, the interval as ``low`` and ``high``, and slope, intercept, R² and n of the fit."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("interval", "fit", "note")}
-        fit = {key: getattr(self.fit, key) for key in ("slope", "intercept", "r2", "n", "source")}
-        return {**plain, "low": self.interval[0], "high": self.interval[1], "x": self.fit.imagenet_classes, **fit, "note": self.note}
+        """Plain values for a table: the attributes, the interval as ``low`` and ``high``, and the numbers of the fit."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("interval", "line_interval", "fit", "note")}
+        fit = {key: getattr(self.fit, key) for key in ("slope", "intercept", "r2", "n", "source", "residual_std", "x_mean", "x_squares")}
+        ends = dict(zip(("low", "high", "line_low", "line_high"), (*self.interval, *self.line_interval), strict=True))
+        return {**plain, **ends, "x": self.fit.imagenet_classes, **fit, "note": self.note}
 
 
 @dataclass(frozen=True)
@@ -202,7 +210,11 @@ def mean_effective_robustness(
 
 @renamed_arguments(x="imagenet_classes")
 def robustness(
-    accuracies: Mapping[str, float], *, imagenet_classes: ImagenetClasses = "full", baseline: Baseline | None = None
+    accuracies: Mapping[str, float],
+    *,
+    imagenet_classes: ImagenetClasses = "full",
+    baseline: Baseline | None = None,
+    images: Mapping[str, int] | None = None,
 ) -> RobustnessTable:
     """Effective robustness under every measured shift.
 
@@ -210,31 +222,36 @@ def robustness(
         accuracies: name → top-1 accuracy in percent: ``"imagenet"`` and some of :data:`SHIFTS`, and for ``imagenet_classes="subset"`` the
             names in :data:`SUBSETS`. Other names are ignored.
         imagenet_classes, baseline: as for :func:`effective_robustness`.
+        images: name → number of images of that accuracy, for the intervals. Sets without a number count as not sampled, and the note says
+            so. :data:`torchprobe.analysis.robustness_intervals.SIZES` has the numbers of the released sets.
 
     Raises:
         ValueError: no shift, no ImageNet accuracy for one of the shifts, or as for :func:`effective_robustness`. An ImageNet accuracy of 0
             or 100 is not an error here; it gives nan and a note.
 
-    >>> table = robustness({"imagenet": 32.75, "imagenet_v2": 27.93, "objectnet": 17.72})
-    >>> row = table["imagenet_v2"]
-    >>> row.extrapolated, row.note
-    (True, 'extrapolated: the lowest ImageNet accuracy of the standard models is 56.52 %')
+    >>> clip = {"imagenet": 63.32, "imagenet_v2": 55.92}
+    >>> row = robustness(clip, images={"imagenet": 50_000, "imagenet_v2": 10_000})["imagenet_v2"]
+    >>> [round(end, 1) for end in (row.effective_robustness, *row.interval)]
+    [5.8, 4.3, 7.2]
     """
     own = () if baseline is None else baseline.shifts
     known = tuple(dict.fromkeys((*SHIFTS, *own)))
     measured = [shift for shift in known if shift in accuracies]
     if not measured:
         raise ValueError(f"no accuracy under any of {', '.join(known)}; the given ones are {', '.join(accuracies) or 'none'}")
-    rows = tuple(
-        _row(shift, accuracies[shift], _imagenet(accuracies, shift, imagenet_classes, own), _fit(shift, imagenet_classes, baseline))
-        for shift in measured
-    )
+    counts = images or {}
+
+    def row(shift: str, of: Sequence[str], classes: ImagenetClasses) -> RobustnessRow:
+        shifted = [Measured(accuracies[name], counts.get(name)) for name in of]
+        imagenet = Measured(_imagenet(accuracies, shift, classes, own), counts.get(imagenet_name(shift, classes)))
+        return _row(shift, shifted, imagenet, _fit(shift, classes, baseline))
+
+    rows = tuple(row(shift, [shift], imagenet_classes) for shift in measured)
     _warn_of_fractions(*(np.asarray([row.accuracy, row.imagenet]) for row in rows))
     complete = set(SHIFTS) <= set(measured)
     of_mean = None
     if complete and imagenet_classes == "full":
-        mean = float(np.mean([accuracies[shift] for shift in SHIFTS]))
-        of_mean = _row(MEAN, mean, _imagenet(accuracies, MEAN), _fit(MEAN, "full", baseline))
+        of_mean = row(MEAN, SHIFTS, "full")
     mean_of_each = float(np.mean([row.effective_robustness for row in rows if row.shift in SHIFTS])) if complete else math.nan
     return RobustnessTable(rows, of_mean, mean_of_each)
 
@@ -255,18 +272,26 @@ def _imagenet(accuracies: Mapping[str, float], shift: str, classes: ImagenetClas
     return accuracies[name]
 
 
-def _row(shift: str, accuracy: float, imagenet: float, fit: Fit) -> RobustnessRow:
-    accuracy, imagenet = float(_percentages(accuracy, shift)), float(_percentages(imagenet, "ImageNet"))
+def _row(shift: str, shifted: Sequence[Measured], unshifted: Measured, fit: Fit) -> RobustnessRow:
+    accuracy = float(np.mean([_percentages(one.accuracy, shift) for one in shifted]))
+    imagenet = float(_percentages(unshifted.accuracy, "ImageNet"))
+    counts = [one.images for one in (*shifted, unshifted)]
     notes = []
-    predicted, low, high = math.nan, math.nan, math.nan
+    predicted, interval, line = math.nan, (math.nan, math.nan), (math.nan, math.nan)
     if imagenet in (0, 100):
         notes.append(f"an ImageNet accuracy of {imagenet:g} % has no logit, so it predicts nothing")
     else:
-        predicted, (low, high) = float(fit.predict(imagenet)), map(float, fit.interval(imagenet))
+        predicted, interval = float(fit.predict(imagenet)), robustness_interval(fit, shifted, unshifted)
+        if None not in counts:
+            line = robustness_interval(fit, shifted, unshifted, scatter=False)
         if imagenet < fit.lowest_x:
             notes.append(f"extrapolated: the lowest ImageNet accuracy of the standard models is {fit.lowest_x:.2f} %")
         elif imagenet > fit.highest_x:
             notes.append(f"extrapolated: the highest ImageNet accuracy of the standard models is {fit.highest_x:.2f} %")
+    if None in counts:
+        notes.append("the interval does not include the sampling of images, because their number is unknown")
+    elif min(known := [count for count in counts if count is not None]) < FEWEST:
+        notes.append(f"no interval: {min(known)} images, and below {FEWEST} none keeps its level")
     if fit.poor:
         notes.append(f"a poor fit: R² is {fit.r2:.3f}")
     return RobustnessRow(
@@ -275,10 +300,13 @@ def _row(shift: str, accuracy: float, imagenet: float, fit: Fit) -> RobustnessRo
         imagenet=imagenet,
         predicted=predicted,
         effective_robustness=accuracy - predicted,
-        interval=(accuracy - high, accuracy - low),
+        interval=interval,
         extrapolated=fit.extrapolates(imagenet),
         note="; ".join(notes),
         fit=fit,
+        line_interval=line,
+        images=sum(one.images or 0 for one in shifted),
+        imagenet_images=unshifted.images or 0,
     )
 
 

@@ -253,17 +253,17 @@ def _dissect(
         torch.manual_seed(seed)
         with loading(model, fetch=not (checkpoint or random_init), quiet=rank > 0):
             encoder = load_encoder(model, checkpoint, pretrained=not random_init).to(place)
-            if preprocess == "encoder":
-                broden.transform = encoder.preprocess  # for everything that follows, the page too
             if random_init:
-                recalibrate(encoder, broden, options["batch_size"])
+                recalibrate(encoder, broden, options["batch_size"], preprocess=preprocess)
         options["rows"] = None if limit is None else range(min(limit, len(broden)))
         options["basis"] = "rotation" if rotate else basis
         if memory is not None:
             options["memory"] = memory << 20
         try:
             with interruptible() as stop, stage_bar(quiet=rank > 0) as progress:
-                results = dissect_folder(encoder, broden, layers, out, seed=seed, progress=progress, stop=stop, **options)
+                results = dissect_folder(
+                    encoder, broden, layers, out, seed=seed, preprocess=preprocess, progress=progress, stop=stop, **options
+                )
         except KeyboardInterrupt:
             say(f"Interrupted. To continue from {os.fspath(out)}, run the same command with --resume.")
             raise click.exceptions.Exit(INTERRUPTED) from None
@@ -276,5 +276,6 @@ def _dissect(
             {"layers": [result.summary() for result in results.values()], "files": {kind: str(path) for kind, path in files.items()}}
         )
     else:
-        print_dissections(results, against, console(), gain_threshold)
+        is_null = random_init or rotate or options["shuffle_labels"] is not None
+        print_dissections(results, against, console(), gain_threshold, is_null)
         print_files(files)

@@ -110,6 +110,13 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
     show_default=True,
     help="Unshifted accuracy on all classes, or on the subset of the shift.",
 )
+@click.option(
+    "--outlier-rule",
+    type=click.Choice(["robust", "classical"]),
+    default="robust",
+    show_default=True,
+    help="Standard deviations of the bulk of a vector, or of the whole vector with its outliers.",
+)
 @click.option("--template", "templates", multiple=True, metavar="TEXT", help="Caption with {} of a zero-shot head; may be repeated.")
 @click.option("--suite", metavar="FILE", help="Many encoders: a TOML file, or paper for the built-in suite.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this encoder of the suite; may be repeated.")
@@ -198,6 +205,7 @@ def interpret(
             layers=layers or None,
             layer_images=chosen["layer_images"],
             choices=choices,
+            outlier_rule=chosen["outlier_rule"],
         )
         options = RunOptions(chosen["batch_size"], place, chosen["workers"], chosen["seed"], chosen["resume"])
         torch.manual_seed(options.seed)

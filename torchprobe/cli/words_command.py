@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,6 +27,9 @@ from torchprobe.cli.tools import (
     stage_bar,
     workers_option,
 )
+
+if TYPE_CHECKING:
+    from torchprobe.encoders import Encoder
 
 HELP = (
     "Which words do the units of MODEL agree with, over images without labels? Another model, a CLIP encoder, says how much each image "
@@ -128,7 +131,7 @@ def words(
         place = device_named(f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device)
         if labeler is not None:
             with loading(labeler, fetch=not labeler_checkpoint, quiet=rank > 0):
-                given = load_encoder(labeler, labeler_checkpoint).to(place)
+                given = _labeler(labeler, labeler_checkpoint).to(place)
         torch.manual_seed(seed)
         with loading(model, fetch=not (checkpoint or random_init), quiet=rank > 0):
             encoder = load_encoder(model, checkpoint, pretrained=not random_init).to(place)
@@ -148,5 +151,16 @@ def words(
         summaries = [result.summary() for result in results.values()]
         print_json({"layers": summaries, "files": {kind: str(path) for kind, path in files.items()}})
     else:
-        print_words(results, console(), against)
+        print_words(results, console(), against, random_init or rotate)
         print_files(files)
+
+
+def _labeler(name: str, checkpoint: Path | None) -> Encoder:
+    """The labeler; if its weights are missing, the error names the option for them."""
+    from torchprobe.encoders import EncoderError, load_encoder
+
+    try:
+        return load_encoder(name, checkpoint)
+    except EncoderError as error:
+        message = str(error).replace("--checkpoint FILE (checkpoint= in Python)", "--labeler-checkpoint FILE")
+        raise EncoderError(f"the labeler: {message}") from error

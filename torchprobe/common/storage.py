@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        OSError: the file cannot be written, for instance because the disk is full.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/a.safetensors"
@@ -46,8 +48,23 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
         raise FileNotFoundError(f"cannot save to {os.fspath(path)!r}: there is no folder {str(folder)!r}")
     metadata = {"format": FORMAT, "kind": kind, "values": json.dumps(values)}
     on_disk = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(path, on_disk, metadata)
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full. The error of safetensors is not one.
+    """
     with replacing(path) as temporary:
-        save_file(on_disk, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            if (code := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
 
 class File:

@@ -26,9 +26,12 @@
 file                   subject
 =====================  =========================================================================
 ``dissect``            the arguments of :func:`dissect`
-``run``                its stages: two passes over the images, then the tables
+``run``                its stages: the pass through the network, the pass over the labels, then the tables
 ``walk``               one pass, shared by ranks; its checkpoint and how it is resumed
-``batches``            images and labels in batches
+``batches``            images and labels in batches; ``framing`` cuts labels to what the network was shown
+``spool``              maps on the disk, while thresholds are being learned
+``shown``              which labels the images show, where the network looked
+``top_maps``           the maps of the top images, for the page
 ``taps``               activations as maps, in units, along directions, or as latents
 ``sparse``             encoders of latents, and how often these are active; ``sparse_file`` reads them
 ``bases``              what the argument ``basis`` stands for
@@ -48,7 +51,7 @@ file                   subject
 ``report_images``      what a report says of the images
 ``concepts``           from each concept to its units
 ``comparing``          two dissections, unit by unit and concept by concept
-``report``             the page; ``report_text`` has its words, ``report_pictures`` its pictures
+``report``             the page; ``report_text`` and ``report_sparse`` have its words, ``report_pictures`` its pictures
 ``evidence``           the pixels that contribute to a unit
 =====================  =========================================================================
 """

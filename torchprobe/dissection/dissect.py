@@ -203,7 +203,8 @@ def _sites(reader: LayerReader, image: Tensor, settings: Settings, basis: Basis)
             dims = site.layout.dims
             raise ValueError(
                 f"layer {site.layer!r} has no positions (its activation has {dims} dimensions, positions={settings.positions!r}), so there "
-                'is no overlap with label maps: score it by average precision (score="ap"), or choose a layer before the pooling'
+                'is no overlap with label maps: score it by average precision (score="ap", --score ap), or choose a layer before '
+                "the pooling"
             )
     return sites
 

@@ -308,9 +308,11 @@ def write_report(
         ModuleNotFoundError: jinja2 or matplotlib is missing; the message has the command.
         DatasetError: an image or a label map cannot be read.
         ValueError: pictures pass the network again, and ``encoder`` has another number of units than the dissection, or the dissection was
-            made with another preprocessing.
+            made with another preprocessing. Or ``broden`` is another data set, as its split, categories or number of rows show.
     """
     require()
+    if broden is not None:
+        _check_data(dissection, broden)
 
     def tell(done: int) -> None:
         if progress is not None:
@@ -326,3 +328,13 @@ def write_report(
     written = write_dissection(report.page(pictures), path)
     tell(1 + evidence)
     return written
+
+
+def _check_data(dissection: LayerScores, broden: Broden) -> None:
+    """That the rows of the dissection are those of the data set, as far as its metadata and the number of rows say."""
+    made = dissection.metadata.get("dataset", {})
+    for name, now in (("split", broden.split), ("categories", [*broden.categories])):
+        if name in made and made[name] != now:
+            raise ValueError(f"the dissection was made with {name} {made[name]!r}, the data set given has {now!r}: give the same data set")
+    if len(dissection.images) and (last := int(dissection.images.max())) >= len(broden):
+        raise ValueError(f"the dissection has row {last}, the data set given only {len(broden)} rows: give the same data set")

@@ -60,7 +60,8 @@ class Limits:
 def dataset(d: LayerScores) -> str:
     """Name of the data set, and its labels."""
     name = d.metadata.get("dataset", {}).get("name", "")
-    return f"{name + ': ' if name else ''}{number(len(d.labels))} labels in {len(d.categories)} categories"
+    categories = "1 category" if len(d.categories) == 1 else f"{len(d.categories)} categories"
+    return f"{name + ': ' if name else ''}{number(len(d.labels))} label{'' if len(d.labels) == 1 else 's'} in {categories}"
 
 
 def notice(d: LayerScores) -> str:

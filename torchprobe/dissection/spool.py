@@ -89,9 +89,16 @@ class Spool:
                 self.flush()
 
     def flush(self) -> None:
-        """Writes what waits in memory."""
+        """Writes what waits in memory. If it cannot be written, the spool gives up."""
         if not self.alive or not self._buffer or self._bound is None:
             return
+        try:
+            self._flush()
+        except OSError:  # the disk is full: what the spool has taken is of more use to the checkpoint
+            self.give_up()
+
+    def _flush(self) -> None:
+        assert self._bound is not None
         self._write(self._path(self._buffer[0][0], self._buffer[-1][0]), self._buffer)
         self._buffer, self._buffered = [], 0
         if sum(self._files.values()) > min(self.budget, self._room()):

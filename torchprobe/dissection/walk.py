@@ -60,7 +60,7 @@ class Checkpoint:
         path = self.folder / _SETTINGS
         if path.exists():
             if not resume:
-                return f"{self.folder} already holds a dissection: resume it (resume=True), or delete the folder"
+                return f"{self.folder} already holds a dissection: resume it (--resume, resume=True), or delete the folder"
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
@@ -71,7 +71,13 @@ class Checkpoint:
                 if key not in before:
                     other_version = f"was started by another version of torchprobe, which did not note the {key}"
                     return f"{self.folder} {other_version}: delete it and start again"
-                return f"{self.folder} was started with another {key}: {before.get(key)!r}, now it is {now.get(key)!r}"
+                was, is_now, name = before[key], now.get(key), key
+                while isinstance(was, dict) and isinstance(
+                    is_now, dict
+                ):  # down to what differs; the last name says more, such as transform beside fingerprint
+                    key = max(key for key in was.keys() | is_now.keys() if was.get(key) != is_now.get(key))
+                    was, is_now, name = was.get(key), is_now.get(key), f"{name}: {key}"
+                return f"{self.folder} was started with another {name}: {was!r}, now it is {is_now!r}"
             return None
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchprobe.common.files import replacing
 from torchprobe.common.messages import did_you_mean, listing, reason
+from torchprobe.common.storage import save_tensors
 from torchprobe.encoders.checkpoint import read_checkpoint
 from torchprobe.encoders.errors import EncoderError
 
@@ -81,8 +80,7 @@ class Head(nn.Linear):
         if os.path.splitext(path)[1] != ".safetensors":
             raise ValueError(f"a head is saved in a .safetensors file, got {os.fspath(path)!r}")
         metadata = {"format": "1", "kind": "head", "normalize": json.dumps(self.normalize), "names": json.dumps(self.names)}
-        with replacing(path) as temporary:
-            save_file({key: value.cpu().contiguous() for key, value in self.state_dict().items()}, temporary, metadata)
+        save_tensors(path, {key: value.cpu().contiguous() for key, value in self.state_dict().items()}, metadata)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", normalize=True" if self.normalize else "")

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from torchprobe.common.files import replacing
+from torchprobe.common.storage import save_tensors
 from torchprobe.recording.windows import Entry, Settings, Unread
 from torchprobe.statistics import Moments, Norms, Quantile, Saturation, Several, Sparsity, Statistic, TopInputs
 from torchprobe.statistics.dynamic import EarlierProtocol
@@ -93,8 +92,7 @@ def save(saved: Saved, path: str | os.PathLike[str]) -> None:
             if histograms is not None:
                 tensors["history_histograms"] = histograms
         metadata["history"] = json.dumps(history)
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    save_tensors(path, tensors, metadata)
 
 
 def _write_layer(entry: Entry, settings: Settings, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -30,12 +30,12 @@ _COUNTING = {"iou": "IoU", "gain": "gain of average precision over prevalence"}
 UNIT_COLUMNS = (
     Column("unit", "unit", "index of the unit within the layer, from 0", "index"),
     Column("change", "change", "kept: counts for the same concept in both; other: for another one; gained, lost; none: in neither", "text"),
-    Column("label_before", "before", "best label before", "text"),
-    Column("score_before", "score", "its score before"),
-    Column("label_after", "after", "best label after", "text"),
-    Column("score_after", "score", "its score after"),
+    Column("label_before", "concept before", "best label before", "text"),
+    Column("score_before", "score before", "its score before"),
+    Column("label_after", "concept after", "best label after", "text"),
+    Column("score_after", "score after", "its score after"),
     Column("difference", "difference", "best score after, minus best score before"),
-    Column("before_now", "label before, now", "score after with the label before"),
+    Column("before_now", "earlier concept after", "score after, with the best label before"),
 )
 CONCEPT_COLUMNS = (
     Column("label", "concept", "name of the concept", "text"),
@@ -47,14 +47,14 @@ CONCEPT_COLUMNS = (
         "text",
     ),
     Column("units", "units lost and gained", "indices of the units that encode or detect it only before (−), only after (+)", "text"),
-    Column("detected_before", "detectors", "units that detect it by IoU, before", "count"),
-    Column("detected_after", "after", "units that detect it by IoU, after", "count"),
-    Column("iou_before", "IoU", "highest IoU of a unit, before", optional=True),
-    Column("iou_after", "after", "highest IoU of a unit, after", optional=True),
-    Column("encoded_before", "encoding", "units that encode it, before", "count", optional=True),
-    Column("encoded_after", "after", "units that encode it, after", "count", optional=True),
-    Column("ap_before", "AP", "highest average precision of a unit, before", optional=True),
-    Column("ap_after", "after", "highest average precision of a unit, after", optional=True),
+    Column("detected_before", "detectors before", "units that detect it by IoU, before", "count"),
+    Column("detected_after", "detectors after", "units that detect it by IoU, after", "count"),
+    Column("iou_before", "IoU before", "highest IoU of a unit, before", optional=True),
+    Column("iou_after", "IoU after", "highest IoU of a unit, after", optional=True),
+    Column("encoded_before", "encoders before", "units that encode it, before", "count", optional=True),
+    Column("encoded_after", "encoders after", "units that encode it, after", "count", optional=True),
+    Column("ap_before", "AP before", "highest average precision of a unit, before", optional=True),
+    Column("ap_after", "AP after", "highest average precision of a unit, after", optional=True),
 )
 
 

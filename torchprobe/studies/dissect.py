@@ -187,7 +187,9 @@ def write_pages(
     return files
 
 
-def print_dissections(results: Mapping[str, Dissection], nulls: Nulls, out: Console, gain_threshold: float | None = None) -> None:
+def print_dissections(
+    results: Mapping[str, Dissection], nulls: Nulls, out: Console, gain_threshold: float | None = None, is_null: bool = False
+) -> None:
     """Prints each layer and its nulls; for a single layer also the units with the highest scores.
 
     Args:
@@ -195,6 +197,7 @@ def print_dissections(results: Mapping[str, Dissection], nulls: Nulls, out: Cons
         nulls: dissections to compare with.
         out: where to print.
         gain_threshold: see :func:`write_pages`.
+        is_null: whether this is a null itself; then none is asked for.
     """
     reports = [Report(dissection, _of_layer(nulls, layer), gain_threshold=gain_threshold) for layer, dissection in results.items()]
     rows = []
@@ -215,7 +218,7 @@ def print_dissections(results: Mapping[str, Dissection], nulls: Nulls, out: Cons
         if report.encoded is not None:
             named = [row.values["label"] for row in report.concept_rows() if row.encoded_by]
             out.print(text(f"{report.dissection.layer or '(output)'} encodes {listing(named, 20) or 'no concept'} ({report.limits.rule})."))
-    if not nulls:
+    if not nulls and not is_null:
         advice = "Dissect with random weights and with shuffled labels as well, and name those folders with --null."
         out.print(text(f"No null was given. {advice}"))
 

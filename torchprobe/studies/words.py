@@ -109,13 +109,14 @@ def write_word_pages(
     return files
 
 
-def print_words(results: Mapping[str, WordDissection], out: Console, nulls: Nulls | None = None) -> None:
+def print_words(results: Mapping[str, WordDissection], out: Console, nulls: Nulls | None = None, is_null: bool = False) -> None:
     """Prints each layer and its nulls; for a single layer also the most significant units; and the caveat.
 
     Args:
         results: layer → result.
         out: where to print.
         nulls: results to compare with.
+        is_null: whether this is a null itself; then none is asked for.
     """
     reports = [WordsReport(result, _of_layer(nulls or {}, layer)) for layer, result in results.items()]
     rows = []
@@ -129,7 +130,7 @@ def print_words(results: Mapping[str, WordDissection], out: Console, nulls: Null
     facts = reports[0].dissection.metadata
     if facts.get("unreadable"):
         out.print(text(f"{number(len(facts['unreadable']))} files could not be read; metadata and page name them."))
-    if not nulls:
+    if not nulls and not is_null:
         out.print(text("No null was given. Run with --random-init and with --rotate as well, and name those folders with --null."))
     out.print(text(reports[0].notice()))
 

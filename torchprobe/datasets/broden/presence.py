@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.common.files import replacing
+from torchprobe.common.storage import save_tensors
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,8 @@ class Presence:
 
     def save(self, path: str | os.PathLike[str], key: bytes = b"") -> None:
         """Writes a safetensors file; ``key``: identifies the data that it was computed from."""
-        from safetensors.torch import save_file
-
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file({"crow": self.crow, "number": self.number, "area": self.area}, temporary, {"made_from": _digest(key)})
+        save_tensors(path, {"crow": self.crow, "number": self.number, "area": self.area}, {"made_from": _digest(key)})
 
 
 def load_presence(path: str | os.PathLike[str], key: bytes = b"") -> Presence | None:

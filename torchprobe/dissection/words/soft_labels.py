@@ -166,7 +166,10 @@ def read_soft_labels(path: str | os.PathLike[str], concepts: Concepts) -> SoftLa
     except (OSError, ValueError, EOFError) as error:
         raise DatasetError(f"{path} cannot be read as a NumPy file: {error}") from error
     if values.ndim != 2 or values.dtype.kind not in "fiu" or values.shape[1] != len(concepts):
-        raise DatasetError(f"{path} holds {values.dtype} {values.shape}; expected numbers (images, {len(concepts)} concepts)")
+        raise DatasetError(
+            f"{path} holds {values.dtype} {values.shape}; expected numbers (images, {len(concepts)} concepts): one column for each concept "
+            f"of {concepts.source}. Name the file of its concepts with --concepts (concepts= in Python)"
+        )
     return SoftLabels(torch.from_numpy(np.array(values, np.float32)), concepts, labeler=Path(path).name)
 
 

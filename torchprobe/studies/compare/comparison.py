@@ -190,6 +190,12 @@ def _remarks(saved: Sequence[Saved]) -> list[str]:
         remarks.append(
             f"{', '.join(other)} and {concepts[0][0]} were not shown the same concepts: their counts differ for that reason too."
         )
+    known = [one for one in saved if one.about("backbone")]
+    if known and (unknown := [one.name for one in saved if not one.about("backbone")]):
+        remarks.append(
+            f"The backbone of {', '.join(unknown)} is unknown (--backbone), so no difference with "
+            f"{', '.join(one.name for one in known)} is taken."
+        )
     return remarks
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from torchprobe.analysis.resampling import bootstrap_interval
+from torchprobe.analysis.robustness_intervals import paired_robustness
+from torchprobe.analysis.shares import paired_difference
 from torchprobe.analysis.similarity import MIN_BATCH, cka
 from torchprobe.common.records import Record
 from torchprobe.studies.compare.saved import Saved
@@ -29,8 +31,12 @@ class Difference(Record):
         backbone: of both; empty if unknown.
         images: number of common images with a vector kurtosis.
         kurtosis, kurtosis_low, kurtosis_high: mean over the common images, and its bootstrap interval.
-        accuracy, accuracy_low, accuracy_high: on the unshifted images; the interval is over the common images.
+        accuracy, accuracy_low, accuracy_high: on the common unshifted images, and Bonett and Price's interval, see
+            :func:`torchprobe.analysis.paired_difference`.
         robustness: mean effective robustness over the common shifts.
+        robustness_low, robustness_high: its interval, see :func:`torchprobe.analysis.robustness_intervals.paired_robustness`; nan unless
+            both have seen the same images, and are compared with the same line on all classes.
+        remark: what is unlike in the two, apart from their weights; empty if nothing is.
         shifts: number of common shifts.
         concepts, polysemanticity, outlier_features: of the units.
         shared_concepts: number of concepts that both encode.
@@ -55,6 +61,9 @@ class Difference(Record):
     outlier_features: int
     shared_concepts: int | None
     cka: float
+    robustness_low: float = math.nan
+    robustness_high: float = math.nan
+    remark: str = ""
 
 
 def pairs_within(saved: Sequence[Saved]) -> list[tuple[Saved, Saved]]:
@@ -80,16 +89,19 @@ def pair_name(one: Saved, other: Saved) -> str:
 def difference(one: Saved, other: Saved, seed: int = 0) -> Difference:
     """``one`` minus ``other``.
 
-    The intervals of kurtosis and accuracy are bootstraps over the differences on the common images; nan for fewer than two of them.
+    The intervals are over the common images: a bootstrap of the differences for kurtosis, paired intervals for accuracy and robustness.
+    They are nan for fewer than 20 images.
     """
     mine, theirs = one.summary(), other.summary()
     shared = [name for name in one.kurtosis if name in other.kurtosis]
     each = np.array([one.kurtosis[name] - other.kurtosis[name] for name in shared], dtype=np.float64)
     known = each[np.isfinite(each)]
     kurtosis_low, kurtosis_high = bootstrap_interval(known, seed)
-    correct = [float(one.correct[name]) - float(other.correct[name]) for name in one.correct if name in other.correct]
-    accuracy_low, accuracy_high = bootstrap_interval(np.array(correct, dtype=np.float64), seed)
+    accuracy, accuracy_low, accuracy_high = paired_difference(*_paired(one.correct, other.correct))
+    if not one.correct or not other.correct:  # nothing is known of single images
+        accuracy = mine.accuracy - theirs.accuracy
     robustness, their_robustness, shifts = common_robustness(one, other)
+    robustness_low, robustness_high = _robustness_interval(one, other)
     concepts, their_concepts = one.concepts(), other.concepts()
     return Difference(
         pair=f"{one.name} − {other.name}",
@@ -103,14 +115,63 @@ def difference(one: Saved, other: Saved, seed: int = 0) -> Difference:
         accuracy_low=accuracy_low,
         accuracy_high=accuracy_high,
         shifts=shifts,
-        accuracy=mine.accuracy - theirs.accuracy,
+        accuracy=accuracy,
         robustness=robustness - their_robustness,
         concepts=None if mine.concepts is None or theirs.concepts is None else mine.concepts - theirs.concepts,
         polysemanticity=mine.polysemanticity - theirs.polysemanticity,
         outlier_features=mine.outlier_features - theirs.outlier_features,
         shared_concepts=None if concepts is None or their_concepts is None else len(concepts & their_concepts),
         cka=representation_cka(one, other),
+        robustness_low=robustness_low,
+        robustness_high=robustness_high,
+        remark=unlike(one, other),
     )
+
+
+def unlike(one: Saved, other: Saved) -> str:
+    """What is unlike in two encoders apart from their weights, so that their numbers differ for that reason too; empty if nothing is."""
+    mine, theirs = one.results, other.results
+    found = []
+    if mine.features != theirs.features:
+        found.append(f"{mine.features} features against {theirs.features}: the ceiling of the kurtosis and the number of units differ")
+    if mine.kurtosis.nonnegative != theirs.kurtosis.nonnegative:
+        found.append("only one is never negative, as after a ReLU, which alone raises the kurtosis to 5 or more")
+    found += [
+        f"{key} {one.about(key) or 'unknown'} against {other.about(key) or 'unknown'}"
+        for key in ("modality", "layer", "position")
+        if one.about(key) != other.about(key)
+    ]
+    if one.kurtosis.keys() != other.kurtosis.keys():
+        shared = len(one.kurtosis.keys() & other.kurtosis.keys())
+        found.append(f"other images: {shared} of {len(one.kurtosis)} and {len(other.kurtosis)} are common")
+    if mine.outliers.rule != theirs.outliers.rule:
+        found.append(f"outlier features by the {mine.outliers.rule} rule against the {theirs.outliers.rule} one")
+    if not one.about("backbone"):
+        found.append("the backbone is unknown (--backbone)")
+    return "; ".join(found)
+
+
+def _paired(one: dict[str, bool], other: dict[str, bool]) -> tuple[list[bool], list[bool]]:
+    """Whether each of the two is right, on their common images."""
+    common = [name for name in one if name in other]
+    return [one[name] for name in common], [other[name] for name in common]
+
+
+def _robustness_interval(one: Saved, other: Saved) -> tuple[float, float]:
+    """The interval of the difference in mean effective robustness over the common shifts; nan if the two are not measured alike."""
+    mine, theirs = one.results.robustness, other.results.robustness
+    if mine is None or theirs is None or one.correct.keys() != other.correct.keys():
+        return math.nan, math.nan
+    rows = {row.shift: row for row in theirs.rows}
+    common = [(row.fit(), rows[row.shift].fit()) for row in mine.rows if row.shift in mine.by_shift() and row.shift in theirs.by_shift()]
+    for fit, their_fit in common:
+        right, their_right = (each.correct_under_shift.get(fit.shift, {}) for each in (one, other))
+        if fit != their_fit or math.isnan(fit.residual_std) or not right or right.keys() != their_right.keys():
+            return math.nan, math.nan
+        if fit.imagenet_classes != "full" or not mine.accuracies == theirs.accuracies == "measured":
+            return math.nan, math.nan
+    pairs = [_paired(one.correct_under_shift[fit.shift], other.correct_under_shift[fit.shift]) for fit, _ in common]
+    return paired_robustness([fit for fit, _ in common], pairs, _paired(one.correct, other.correct))[1:]
 
 
 def common_robustness(one: Saved, other: Saved) -> tuple[float, float, int]:

@@ -100,12 +100,15 @@ PAIR_COLUMNS = (
     Column("kurtosis_high", "to", "its upper end"),
     Column("images", "images", "number of common images", "count"),
     Column("accuracy", "Δ accuracy", "on the unshifted images", "share"),
-    Column("accuracy_low", "from", f"{LEVEL:.0%} bootstrap interval over the common images: lower end", "share"),
+    Column("accuracy_low", "from", f"{LEVEL:.0%} interval over the common images (Bonett and Price): lower end", "share"),
     Column("accuracy_high", "to", "its upper end", "share"),
     Column("robustness", "Δ ER", "effective robustness, percentage points, mean over the common shifts"),
+    Column("robustness_low", "from", f"{LEVEL:.0%} interval: the common images and the line; both encoders are paired", optional=True),
+    Column("robustness_high", "to", "its upper end", optional=True),
     Column("concepts", "Δ concepts", "unique concepts", "count"),
     Column("shared_concepts", "shared", "concepts that both encode", "count"),
     Column("cka", "CKA", "linear CKA of the two representations over the common images"),
+    Column("remark", "unlike", "what differs apart from the weights: the numbers differ for that reason too", "text", optional=True),
 )
 
 CORRELATION_COLUMNS = (

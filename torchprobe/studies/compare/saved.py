@@ -54,12 +54,14 @@ class Saved:
         results: the content of ``results.json``.
         kurtosis: image → vector kurtosis.
         correct: image → whether the head is correct; empty without a head or labels.
+        correct_under_shift: shift → image → the same; empty in results of earlier versions.
     """
 
     folder: Path
     results: Results
     kurtosis: dict[str, float]
     correct: dict[str, bool] = field(default_factory=dict)
+    correct_under_shift: dict[str, dict[str, bool]] = field(default_factory=dict)
 
     right = RenamedAttribute("correct")
     made = RenamedAttribute("provenance")
@@ -154,7 +156,19 @@ def load_results(folder: str | os.PathLike[str]) -> Saved:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     kurtosis, correct = _by_image(folder / "kurtosis.csv")
-    return replace(saved, kurtosis=kurtosis, correct=correct)
+    return replace(saved, kurtosis=kurtosis, correct=correct, correct_under_shift=_under_shift(folder / "correct.csv"))
+
+
+def _under_shift(path: Path) -> dict[str, dict[str, bool]]:
+    found: dict[str, dict[str, bool]] = {}
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8") as file:
+            try:
+                for row in csv.DictReader(file):
+                    found.setdefault(row["images"], {})[row["image"]] = row["right"] == "True"
+            except (KeyError, csv.Error) as error:
+                raise ValueError(f"{path} is damaged: {error}") from error
+    return found
 
 
 def _by_image(path: Path) -> tuple[dict[str, float], dict[str, bool]]:

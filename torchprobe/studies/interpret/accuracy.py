@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from torchprobe.analysis.baseline import IMAGENET, MEAN, SHIFTS, SUBSETS, Baseline, ImagenetClasses
+from torchprobe.analysis.baseline import IMAGENET, MEAN, SHIFTS, SUBSETS, Baseline, Fit, ImagenetClasses
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.evaluation import Evaluation, evaluate
-from torchprobe.analysis.resampling import LEVEL, bootstrap_interval
+from torchprobe.analysis.resampling import LEVEL
 from torchprobe.analysis.robustness import effective_robustness, robustness
+from torchprobe.analysis.robustness_intervals import SIZES
+from torchprobe.analysis.shares import share_interval
 from torchprobe.common.records import Key, Record, decode
 from torchprobe.encoders import Head
 from torchprobe.rendering.page import Section, Table
@@ -31,7 +33,7 @@ from torchprobe.rendering.tables import Column
 
 @dataclass(frozen=True, eq=False)
 class Accuracy(Record):
-    """The accuracy of the head on one set; see :class:`torchprobe.analysis.Evaluation`. ``interval`` is over images."""
+    """The accuracy of the head on one set; see :class:`torchprobe.analysis.Evaluation`. ``interval`` is Wilson's, over images."""
 
     accuracy: float
     top5: float
@@ -62,18 +64,21 @@ ACCURACY_COLUMNS = (
 )
 
 
-def measure_accuracy(head: Head, sets: Mapping[str, Embeddings], seed: int) -> dict[str, Any]:
+def measure_accuracy(head: Head, sets: Mapping[str, Embeddings]) -> dict[str, Any]:
     """Set → :class:`Accuracy`. For a shift with only some of the classes, also the accuracy on the unshifted images of these classes.
 
-    ``right`` is whether the head is correct on each unshifted image; None if its class is unknown.
+    ``right`` is whether the head is correct on each unshifted image; None if its class is unknown. ``right_under_shift`` is the same for
+    each other set.
     """
     images = sets[IMAGENET]
     evaluations = {name: evaluate(head, embeddings) for name, embeddings in sets.items()}
-    found: dict[str, Any] = {name: _accuracy(one, seed) for name, one in evaluations.items()}
+    found: dict[str, Any] = {name: _accuracy(one) for name, one in evaluations.items()}
     found["right"] = _correct_by_image(evaluations[IMAGENET], len(images))
+    others = {name: one for name, one in evaluations.items() if name != IMAGENET}
+    found["right_under_shift"] = {name: _correct_by_image(one, len(sets[name])) for name, one in others.items()}
     for name, embeddings in sets.items():
         if (subset := with_classes_of(images, embeddings)) is not None and name != IMAGENET:
-            found[SUBSETS.get(name, f"{IMAGENET}_on_{name}_classes")] = _accuracy(evaluate(head, subset), seed)
+            found[SUBSETS.get(name, f"{IMAGENET}_on_{name}_classes")] = _accuracy(evaluate(head, subset))
     return found
 
 
@@ -87,11 +92,11 @@ def with_classes_of(images: Embeddings, shifted: Embeddings) -> Embeddings | Non
     return replace(images, classes=shifted.classes, groups=shifted.groups)
 
 
-def _accuracy(result: Evaluation, seed: int) -> Accuracy:
+def _accuracy(result: Evaluation) -> Accuracy:
     return Accuracy(
         accuracy=result.accuracy,
         top5=result.top5,
-        interval=bootstrap_interval(result.correct.double(), seed),
+        interval=share_interval(int(result.correct.sum()), result.n),
         images=result.n,
         classes=len(result.classes),
         unlabeled=result.unlabeled,
@@ -126,7 +131,10 @@ def accuracy_section(found: Mapping[str, Accuracy]) -> Section:
 
 @dataclass(frozen=True, eq=False)
 class ShiftRow(Record):
-    """One shift; see :class:`torchprobe.analysis.robustness.RobustnessRow`."""
+    """One shift; see :class:`torchprobe.analysis.robustness.RobustnessRow`.
+
+    In results of earlier versions ``low`` and ``high`` do not include the sampling of images, and ``images`` is 0.
+    """
 
     shift: str
     accuracy: float
@@ -143,6 +151,18 @@ class ShiftRow(Record):
     n: int
     source: str
     note: str
+    line_low: float = math.nan
+    line_high: float = math.nan
+    images: int = 0
+    imagenet_images: int = 0
+    residual_std: float = math.nan
+    x_mean: float = math.nan
+    x_squares: float = math.nan
+
+    def fit(self) -> Fit:
+        """The line; without the range of its models, which an interval does not need."""
+        line = {key: getattr(self, key) for key in ("shift", "imagenet_classes", "slope", "intercept", "r2", "n", "source")}
+        return Fit(**line, lowest_x=0.0, highest_x=100.0, residual_std=self.residual_std, x_mean=self.x_mean, x_squares=self.x_squares)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,14 +207,23 @@ ROBUSTNESS_COLUMNS = (
     Column("imagenet", "unshifted %", "accuracy on the unshifted images, percent: the x axis of the fit"),
     Column("predicted", "predicted %", "accuracy under the shift of a standard model with the same unshifted accuracy"),
     Column("effective_robustness", "ER", "accuracy − predicted, percentage points"),
-    Column("low", "from", f"{LEVEL:.0%} prediction interval of one more standard model, lower end of ER"),
-    Column("high", "to", "its upper end"),
+    Column(
+        "low", "from", f"{LEVEL:.0%} interval of ER, lower end: sampling of images, the line, and the scatter of standard models about it"
+    ),
+    Column("high", "to", "its upper end; if the interval contains 0, a standard model could have been measured with this accuracy"),
+    Column("line_low", "line from", f"{LEVEL:.0%} interval of the distance from the line, without the scatter: lower end"),
+    Column("line_high", "to", "its upper end"),
     Column("note", "note", "outside the range of the standard models; a poor fit", "text"),
 )
 
 
 def measure_robustness(
-    accuracies: Mapping[str, float], shifts: Sequence[str], classes: ImagenetClasses, baseline: Baseline | None, source: str
+    accuracies: Mapping[str, float],
+    shifts: Sequence[str],
+    classes: ImagenetClasses,
+    baseline: Baseline | None,
+    source: str,
+    images: Mapping[str, int] | None = None,
 ) -> Robustness:
     """Effective robustness of accuracies in percent.
 
@@ -203,6 +232,7 @@ def measure_robustness(
         shifts: the sets under a shift.
         classes, baseline: see :func:`torchprobe.analysis.robustness`.
         source: "measured" or "published".
+        images: number of images by set, for the intervals; None: the sizes of the released sets.
 
     Returns:
         The section. A shift is in ``left_out`` if the standard models were not measured on it, or the unshifted accuracy is missing.
@@ -217,7 +247,7 @@ def measure_robustness(
     if len(left_out) < len(shifts):
         with _near_chance():
             kept = {name: value for name, value in accuracies.items() if name not in left_out}
-            table = robustness(kept, imagenet_classes=classes, baseline=baseline)
+            table = robustness(kept, imagenet_classes=classes, baseline=baseline, images=SIZES if images is None else images)
         rows, mean = [decode(ShiftRow, row) for row in table.rows()], table.mean_effective_robustness
     fits = "the published fits to the standard models of the ImageNet testbed"
     return Robustness(rows, mean, classes, source, fits if baseline is None else baseline.source, left_out)

@@ -20,17 +20,18 @@ from torchprobe.analysis.directions import Directions, centered, privileged_dire
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.pruning import FRACTIONS, accuracies, kept_directions
 from torchprobe.analysis.resampling import LEVEL, band
+from torchprobe.analysis.shares import share_interval
 from torchprobe.common.messages import counted
 from torchprobe.common.records import Key, Record
 from torchprobe.encoders import Head
 from torchprobe.rendering.curves import Series, curves
 from torchprobe.rendering.page import Picture, Section, Table
-from torchprobe.rendering.tables import Column
+from torchprobe.rendering.tables import Column, percent
 from torchprobe.studies.interpret.accuracy import effective_robustness_along, with_classes_of
 from torchprobe.studies.interpret.representation import SHOWN
 
 SEEDS = 5
-"""Random orders of a pruning curve, for its band."""
+"""Random orders of a pruning curve, for its band. It is their range, which holds one more of them with a probability of 67 %."""
 
 ORDERS = {"importance": "by importance", "sigma": "by singular value", "random": f"at random, {SEEDS} seeds"}
 """The orders of pruning, with their names in a figure."""
@@ -199,7 +200,11 @@ def _relative(values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class Curve(Record):
-    """One order of pruning: ``accuracy`` or ``effective_robustness`` at each fraction of the rank, and a band for random orders."""
+    """One order of pruning: ``accuracy`` or ``effective_robustness`` at each fraction of the rank, and a band.
+
+    The band of random orders is their range. That of an accuracy in one order is the 95 % interval over images, for each point alone;
+    results of earlier versions have none.
+    """
 
     keep: list[float]
     kept: list[int]
@@ -270,10 +275,14 @@ def measure_pruning(
             }
         except ValueError:  # the baseline has no line for this shift; the section on effective robustness says so
             continue
+    images = {name: int((one.y >= 0).sum()) for name, one in sets.items()}
     return Pruning(
-        curves={name: {order: _curve(found, "accuracy", mine) for order, mine in orders.items()} for name, orders in measured.items()},
+        curves={
+            name: {order: _curve(found, "accuracy", mine, images[name]) for order, mine in orders.items()}
+            for name, orders in measured.items()
+        },
         robustness=along,
-        images={name: int((one.y >= 0).sum()) for name, one in sets.items()},
+        images=images,
         seeds=SEEDS,
         imagenet_classes=classes,
     )
@@ -287,12 +296,15 @@ def _curves(head: Head, found: Directions, embeddings: Embeddings, seed: int) ->
     return {"importance": accuracy[0].numpy(), "sigma": accuracy[1].numpy(), "random": accuracy[2:].numpy()}
 
 
-def _curve(found: Directions, what: Literal["accuracy", "effective_robustness"], values: NDArray[np.float64]) -> Curve:
-    """The points of one order, or the mean and the band of several draws."""
+def _curve(found: Directions, what: Literal["accuracy", "effective_robustness"], values: NDArray[np.float64], images: int = 0) -> Curve:
+    """The points of one order with their intervals over ``images``, or the mean and the band of several draws."""
     curve = Curve(list(FRACTIONS), [kept_directions(found, fraction) for fraction in FRACTIONS])
     if values.ndim > 1:
-        low, high = band(values)
-        curve, values = replace(curve, low=low.tolist(), high=high.tolist()), values.mean(0)
+        drawn = band(values)
+        curve, values = replace(curve, low=drawn.low.tolist(), high=drawn.high.tolist()), values.mean(0)
+    elif images:
+        low, high = zip(*(share_interval(round(accuracy * images), images) for accuracy in values.tolist()), strict=True)
+        curve = replace(curve, low=list(low), high=list(high))
     return replace(curve, accuracy=values.tolist()) if what == "accuracy" else replace(curve, effective_robustness=values.tolist())
 
 
@@ -311,7 +323,9 @@ def pruning_section(found: Pruning) -> Section:
         figures += f", then the effective robustness under {', '.join(found.robustness)}"
     paragraphs = [
         "The head with only some of its directions: the most important ones, those with the largest singular values, or equally many at "
-        f"random (mean and {LEVEL:.0%} band). {figures}.",
+        f"random (mean, and the range of {found.seeds} orders, which holds one more of them with a probability of "
+        f"{percent(max(0.0, (found.seeds - 1) / (found.seeds + 1)))} at each point). Around the first is the {LEVEL:.0%} interval of "
+        f"each accuracy over images (Wilson); pruning.csv has that of the second too. {figures}.",
         "If a curve stays flat, the pruned directions were not needed on these images. Importance was not measured on any of them, shifted "
         "or not, so the right end is not exactly the accuracy on all images.",
     ]
@@ -334,5 +348,6 @@ def _robustness_figure(orders: Mapping[str, Curve], width: float) -> Any:
 
 
 def _series(order: str, curve: Curve, values: list[float] | None, scale: float) -> Series:
-    y, low, high = (None if points is None else [scale * point for point in points] for points in (values, curve.low, curve.high))
+    ends = (None, None) if order == "sigma" else (curve.low, curve.high)  # three bands in one figure would hide each other
+    y, low, high = (None if points is None else [scale * point for point in points] for points in (values, *ends))
     return Series(ORDERS[order], [100 * share for share in curve.keep], y or [], low, high)

@@ -12,6 +12,7 @@ import torchprobe
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.given_files import Given, keep, open_given, open_head
+from torchprobe.analysis.outliers import Rule
 from torchprobe.common.arrays import located
 from torchprobe.common.messages import counted
 from torchprobe.common.runs import RunOptions
@@ -41,6 +42,7 @@ class GivenSubject:
     about: Mapping[str, Any] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
     choices: Choices = field(default_factory=Choices)
+    outlier_rule: Rule = "robust"
 
     def __post_init__(self) -> None:
         for name, one in self.sets.items():
@@ -101,6 +103,7 @@ def load_given(
         imagenet_classes=inputs.imagenet_classes,
         about={**facts, "head": None if head in ("auto", "none") else head, **(about or {})},
         choices=inputs.choices,
+        outlier_rule=inputs.outlier_rule,
     )
 
 

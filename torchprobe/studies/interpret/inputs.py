@@ -12,6 +12,7 @@ import torch
 
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.given_files import open_head
+from torchprobe.analysis.outliers import Rule
 from torchprobe.common.messages import counted
 from torchprobe.common.runs import RunOptions
 from torchprobe.common.storage import digest
@@ -67,6 +68,7 @@ class Subject:
     about: Mapping[str, Any] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
     choices: Choices = field(default_factory=Choices)
+    outlier_rule: Rule = "robust"
 
     @property
     def name(self) -> str:
@@ -101,7 +103,7 @@ class Inputs:
         templates: of zero-shot heads; None: those of ImageNet.
         limit: number of images of each set, chosen at random; None: all.
         layers: the layers to record and to compare; None: the blocks.
-        layer_images: see :func:`torchprobe.studies.interpret.interpret`.
+        layer_images, outlier_rule: see :func:`torchprobe.studies.interpret.interpret`.
         choices: see :class:`Choices`.
     """
 
@@ -115,6 +117,7 @@ class Inputs:
     layers: Sequence[str] | None = None
     layer_images: int = LAYER_IMAGES
     choices: Choices = field(default_factory=Choices)
+    outlier_rule: Rule = "robust"
 
     def about(self) -> dict[str, Any]:
         """The folders, to keep with the results."""
@@ -176,6 +179,7 @@ class Inputs:
             layers=self.layers,
             layer_images=self.layer_images,
             choices=self.choices,
+            outlier_rule=self.outlier_rule,
         )
 
     def _matched(self, images: LabeledImages, head: Head, seed: int) -> tuple[Images, Sequence[str] | None]:

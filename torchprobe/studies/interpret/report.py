@@ -15,7 +15,7 @@ from rich.console import Console
 
 from torchprobe.analysis.baseline import IMAGENET
 from torchprobe.analysis.concepts import SHUFFLED, UNITS
-from torchprobe.analysis.resampling import LEVEL
+from torchprobe.analysis.resampling import FEWEST, LEVEL
 from torchprobe.common.files import replacing, to_json
 from torchprobe.common.messages import counted
 from torchprobe.rendering.page import WIDE, Fact, Page, Picture, Section, Table
@@ -36,7 +36,7 @@ from torchprobe.studies.interpret.representation import (
 )
 from torchprobe.studies.interpret.results import Interpretation, Results
 
-TABLES = ("kurtosis", "features", "layers", "accuracy", "robustness", "directions", "pruning", "ablation", "concepts")
+TABLES = ("kurtosis", "correct", "features", "layers", "accuracy", "robustness", "directions", "pruning", "ablation", "concepts")
 """The names of all CSV files."""
 
 SHOWN_FEATURES, PRINTED = 8, 3
@@ -90,6 +90,12 @@ def tables(found: Interpretation) -> dict[str, Sequence[Row]]:
         "kurtosis": [{"image": name, "vector_kurtosis": kappa, "peak": peak, "right": correct} for name, kappa, peak, correct in images],
         "features": r.outliers.rows,
     }
+    if found.correct_under_shift:
+        rows["correct"] = [
+            {"images": name, "image": image, "right": right}
+            for name, each in found.correct_under_shift.items()
+            for image, right in each.items()
+        ]
     if r.layers:
         rows["layers"] = r.layers.rows
     if r.accuracy:
@@ -188,8 +194,7 @@ def interpretation_page(found: Interpretation) -> Page:
 
 def facts(r: Results) -> list[Fact]:
     """The headline numbers."""
-    low, high = (number(end, 3) for end in r.kurtosis.interval)
-    interval = f"{LEVEL:.0%} interval {low} … {high}; Gaussian {number(r.kurtosis.gaussian, 3)}"
+    interval = f"{interval_text(r.kurtosis.interval, r.kurtosis.vectors)}; Gaussian {number(r.kurtosis.gaussian, 3)}"
     heads = [
         Fact("Vector kurtosis", number(r.kurtosis.mean, 3), interval),
         Fact("Outlier features", number(len(r.outliers.indices)), f"of {number(r.features)}"),
@@ -201,6 +206,9 @@ def facts(r: Results) -> list[Fact]:
         mean, shifts = r.robustness.mean()
         extrapolated = ", extrapolated" if r.robustness.extrapolated else ""
         note = f"percentage points, mean over {counted(shifts, 'shift')}{extrapolated}"
+        if len(single := [row for row in r.robustness.rows if row.shift in r.robustness.by_shift()]) == 1 and single[0].images:
+            images = min(single[0].images, single[0].imagenet_images)
+            note = f"percentage points, {single[0].shift}{extrapolated}; {interval_text((single[0].low, single[0].high), images)}"
         heads.append(Fact("Effective robustness", "–" if math.isnan(mean) else f"{mean:+.1f}", note))
     if r.concepts:
         unique, null = (r.concepts.headline(basis).unique for basis in (UNITS, SHUFFLED))
@@ -232,6 +240,14 @@ def _choices(r: Results) -> Section | None:
     return Section("This run", found) if found else None
 
 
+def interval_text(interval: tuple[float, float], images: int) -> str:
+    """An interval over images in words, or why there is none."""
+    if any(map(math.isnan, interval)):
+        return f"no interval: {images} images" if images < FEWEST else "no interval: the values hardly differ"
+    low, high = (number(end, 3) for end in interval)
+    return f"{LEVEL:.0%} interval {low} … {high}"
+
+
 def left_out(r: Results) -> list[Section]:
     """What is unexpected in the folders, sections without their input, and images that could not be read."""
     sections = []
@@ -255,9 +271,8 @@ def left_out(r: Results) -> list[Section]:
 
 def reading(r: Results) -> Section:
     """Definitions and choices."""
-    sigma, share = f"{r.outliers.sigma:g} standard deviations", percent(r.outliers.frequency)
     choices = (
-        f"an outlier feature lies more than {sigma} from the mean of its vector in at least {share} of the images",
+        f"outlier features lie {r.outliers.definition}",
         "the share kept in pruning is a share of the rank of the head",
         f"a concept is encoded from AP {HEADLINE:g} on, if significant at 0.05 after Holm's correction",
         "negatives are the images annotated for the concept's category",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 
@@ -16,8 +16,8 @@ import torch
 from torchprobe.analysis.ablation import ablation
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.kurtosis import summarize
-from torchprobe.analysis.outliers import PEAK, SIGMA, feature_columns, massive_activations, outlier_features, rms_kurtosis
-from torchprobe.analysis.resampling import LEVEL
+from torchprobe.analysis.outlier_rule import CORE
+from torchprobe.analysis.outliers import Rule, llm_int8_outliers, massive_activations, outlier_columns, outlier_features, rms_kurtosis
 from torchprobe.common.messages import counted
 from torchprobe.common.records import Key, Record, decode
 from torchprobe.encoders import Head
@@ -134,7 +134,10 @@ def kurtosis_section(found: Kurtosis, per_image: Sequence[float]) -> Section:
 
 @dataclass(frozen=True, eq=False)
 class Feature(Record):
-    """One feature of the representation; see :func:`torchprobe.analysis.outliers.feature_columns`."""
+    """One feature of the representation; see :func:`torchprobe.analysis.outliers.outlier_columns`.
+
+    ``outlier_share`` is by the classical rule; results of earlier versions have no ``robust_share``.
+    """
 
     feature: int
     outlier_share: float
@@ -144,11 +147,17 @@ class Feature(Record):
     mean: float
     std: float
     peak: float
+    robust_share: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
 class Outliers(Record):
-    """The outlier features by index, and all features; see :class:`torchprobe.analysis.OutlierFeatures`."""
+    """The outlier features by index, and all features; see :class:`torchprobe.analysis.OutlierFeatures`.
+
+    ``indices`` are by ``rule``; ``classical`` and ``llm_int8`` are those of other rules, for comparison. LLM.int8() asks for |h_i| ≥ 6 at
+    6 % of the positions, here the images, so it depends on the scale of h. Results of earlier versions are by the classical rule, and do
+    not name it.
+    """
 
     indices: list[int]
     features: int
@@ -156,37 +165,64 @@ class Outliers(Record):
     frequency: float
     energy_share: float
     rows: list[Feature]
+    rule: Rule = "classical"
+    classical: list[int] = field(default_factory=list)
+    llm_int8: list[int] = field(default_factory=list)
 
     @property
     def columns(self) -> tuple[Column, ...]:
         """The columns of :attr:`rows`."""
-        return (*feature_columns(self.sigma), PEAK)
+        return outlier_columns(self.sigma)
+
+    @property
+    def definition(self) -> str:
+        """What an outlier feature is by the rule of these results, as the end of a sentence."""
+        bulk = "the mean of the bulk of their vector" if self.rule == "robust" else "the mean of their vector"
+        return f"more than {self.sigma:g} standard deviations from {bulk} in at least {percent(self.frequency)} of the images"
 
 
-def measure_outliers(images: Embeddings) -> Outliers:
+def measure_outliers(images: Embeddings, rule: Rule = "robust") -> Outliers:
     """The outlier features by index, and the table of all features."""
-    found = outlier_features(images.h)
+    found = outlier_features(images.h, rule=rule)
     rows = [Feature(**row) for row in found.rows()]
-    return Outliers(found.indices.tolist(), found.features, found.sigma, found.frequency, found.energy_share, rows)
+    return Outliers(
+        indices=found.indices.tolist(),
+        features=found.features,
+        sigma=found.sigma,
+        frequency=found.frequency,
+        energy_share=found.energy_share,
+        rows=rows,
+        rule=found.rule,
+        classical=found.classical.tolist(),
+        llm_int8=llm_int8_outliers([images.h]).indices.tolist(),
+    )
 
 
 def outlier_section(found: Outliers) -> Section:
     """Which features stand out."""
     by_index = sorted(found.rows, key=lambda row: row.feature)
-    sigma, share = f"{found.sigma:g} standard deviations", percent(found.frequency)
-    if all(math.isnan(row.outlier_share) for row in found.rows):
+    if found.rule == "robust" and math.ceil(CORE * found.features) == found.features:
+        sentence = f"{found.features} features are too few for one of them to stand out."
+    elif found.rule == "classical" and all(math.isnan(row.outlier_share) for row in found.rows):
         sentence = (
-            f"None of {number(found.features)} features can be {sigma} from the mean of its vector, so no feature is an outlier feature."
+            f"None of {number(found.features)} features can be {found.sigma:g} standard deviations from the mean of its vector, so no "
+            "feature is an outlier feature."
         )
     else:
         sentence = (
-            f"{number(len(found.indices))} of {number(found.features)} features lie more than {sigma} from the mean of their vector in at "
-            f"least {share} of the images. They hold {percent(found.energy_share)} of the energy Σ h²."
+            f"{number(len(found.indices))} of {number(found.features)} features lie {found.definition}. "
+            f"They hold {percent(found.energy_share)} of the energy Σ h²."
+        )
+    if found.rule == "robust":
+        sentence += (
+            f" The bulk is the vector without its outliers, so that they do not hide each other. By the classical rule, with the standard "
+            f"deviation of the whole vector, in half of the images, there are {number(len(found.classical))}; by that of LLM.int8(), "
+            f"|h| ≥ 6 in 6 % of the images, {number(len(found.llm_int8))}."
         )
     profile = partial(
         plots.feature_profile,
         [row.relative_size for row in by_index],
-        [row.outlier_share for row in by_index],
+        [row.robust_share if found.rule == "robust" else row.outlier_share for row in by_index],
         named=found.indices[:6],
     )
     return Section(
@@ -208,6 +244,7 @@ class AblationRow(Record):
     random_mean: float
     random_low: float
     random_high: float
+    random_level: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,18 +260,22 @@ ABLATION_COLUMNS = (
     Column("accuracy", "whole", "accuracy with all features", "share"),
     Column("ablated", "outliers ablated", "accuracy without the outlier features", "share"),
     Column("random_mean", "random ablated", "accuracy without equally many other features, mean over draws", "share"),
-    Column("random_low", "from", f"{LEVEL:.0%} of the draws: lower end", "share"),
-    Column("random_high", "to", f"{LEVEL:.0%} of the draws: upper end", "share"),
+    Column("random_low", "from", "range of the draws that holds one more draw with the probability on the right: lower end", "share"),
+    Column("random_high", "to", "its upper end", "share"),
+    Column("random_level", "holds", "the probability that one more draw of random features lies within the range", "share"),
 )
 
 
-def why_no_ablation(features: Sequence[int], width: int) -> str | None:
+def why_no_ablation(found: Outliers) -> str | None:
     """Why the outlier features cannot be compared with equally many others, or None."""
-    if not features and (width - 1) / math.sqrt(width) <= SIGMA:
-        return f"there are no outlier features to ablate: none of {width} features can be {SIGMA:g} standard deviations from the mean"
-    if not features:
+    width = found.features
+    if not found.indices and found.rule == "classical" and (width - 1) / math.sqrt(width) <= found.sigma:
+        return f"there are no outlier features to ablate: none of {width} features can be {found.sigma:g} standard deviations from the mean"
+    if not found.indices and found.rule == "robust" and math.ceil(CORE * width) == width:
+        return f"there are no outlier features to ablate: {width} features are too few for one of them to stand out"
+    if not found.indices:
         return "there are no outlier features to ablate"
-    return "half of the features or more are outlier features" if 2 * len(features) >= width else None
+    return "half of the features or more are outlier features" if 2 * len(found.indices) >= width else None
 
 
 def measure_ablation(head: Head, images: Embeddings, reference: Embeddings, features: Sequence[int], seed: int) -> Ablation:
@@ -243,7 +284,7 @@ def measure_ablation(head: Head, images: Embeddings, reference: Embeddings, feat
     rows = []
     for how in ("zero", "mean"):
         one = ablation(head, images, index, how=how, reference=reference, seed=seed)
-        rows.append(AblationRow(how, len(features), one.accuracy, one.ablated, one.random_mean, *one.random_band))
+        rows.append(AblationRow(how, len(features), one.accuracy, one.ablated, one.random_mean, *one.random_band, one.random_level))
     return Ablation(rows)
 
 

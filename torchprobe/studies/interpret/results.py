@@ -108,6 +108,7 @@ class Interpretation:
         ids: the names of the images.
         folder: the folder of the files.
         correct: for each image, whether the head is correct; None if the class is unknown. Empty without a head.
+        correct_under_shift: set → image → whether the head is correct, for images with a known class.
         concepts: by basis, see :func:`torchprobe.analysis.concepts`; empty without concepts.
     """
 
@@ -117,6 +118,7 @@ class Interpretation:
     ids: list[str]
     folder: Path
     correct: list[bool | None] = field(default_factory=list)
+    correct_under_shift: dict[str, dict[str, bool]] = field(default_factory=dict)
     concepts: dict[str, Dissection] = field(default_factory=dict)
 
     right = RenamedAttribute("correct")

@@ -16,6 +16,7 @@ from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.directions import Directions, privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.inputs import HeadLike, as_head
+from torchprobe.analysis.outliers import Rule
 from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import decode, encode
@@ -42,6 +43,9 @@ from torchprobe.studies.interpret.representation import (
 )
 from torchprobe.studies.interpret.results import HeadFacts, Interpretation, Results, SetFacts, Settings, Stages, Unreadable
 
+MEASURES = 2
+"""Counts the definitions of outlier features and of intervals. A resumed run computes the stages of an earlier definition again."""
+
 __all__ = ["Interpretation", "Progress", "interpret", "interpret_given", "interpret_subject"]
 
 
@@ -62,6 +66,7 @@ def interpret(
     published: Mapping[str, float] | None = None,
     features: Sequence[int] | None = None,
     same_images: bool = False,
+    outlier_rule: Rule = "robust",
     batch_size: int = 64,
     device: torch.device | str | None = None,
     workers: int = 2,
@@ -94,6 +99,7 @@ def interpret(
         published: accuracies in percent, ``"imagenet"`` and shifts, for effective robustness if no shifts are given.
         features: the features to compare directions with and to ablate; None: the outlier features.
         same_images: measure importance on the images that are evaluated, not on other ones.
+        outlier_rule: "robust" or "classical", see :func:`torchprobe.analysis.outlier_features`. Ablation and alignment use its features.
         batch_size, device, workers: of the passes through the encoder.
         seed: of everything random.
         resume: continue an interrupted run in ``out``. Stages that were finished with the same inputs are not computed again.
@@ -120,6 +126,7 @@ def interpret(
         about=about or {},
         published=published or {},
         choices=Choices(None if features is None else tuple(features), same_images),
+        outlier_rule=outlier_rule,
     )
     return interpret_subject(subject, out, RunOptions(batch_size, device, workers, seed, resume, progress, stop))
 
@@ -202,9 +209,11 @@ class _Sections:
         self.unlabeled = "no head was given" if self.subject.head is None else "the images have no labels"
         self.skipped: dict[str, str] = {}
         baseline, chosen = self.subject.baseline, self.subject.choices.facts()
-        self.image_facts = passes.facts | {"images": identity(self.images)}
-        self.head_facts = self.image_facts | chosen
+        self.image_facts = passes.facts | {"images": identity(self.images), "measures": MEASURES}
+        self.feature_facts = self.image_facts | {"outlier_rule": self.subject.outlier_rule}  # of what depends on the outlier features
+        self.head_facts = self.feature_facts | chosen
         self.set_facts = passes.facts | {
+            "measures": MEASURES,
             "sets": {name: identity(one) for name, one in embedded.items()},
             "x": self.subject.imagenet_classes,
             **chosen,
@@ -215,12 +224,13 @@ class _Sections:
         """Every section that has its input."""
         subject, head = self.subject, self.subject.head
         kurtosis = self.stages.run("kurtosis", self.image_facts, Kurtosis, lambda: measure_kurtosis(self.images, self.seed))
-        outliers = self.stages.run("outliers", self.image_facts, Outliers, lambda: measure_outliers(self.images))
-        accuracy, correct = self.accuracy()
+        rule = subject.outlier_rule
+        outliers = self.stages.run("outliers", self.feature_facts, Outliers, lambda: measure_outliers(self.images, rule))
+        accuracy, correct, under_shift = self.accuracy()
         choices = subject.choices
-        features = outliers.indices if choices.features is None else choices.features
-        directions = self.directions(features)
-        ablation, pruning = self.ablation_and_pruning(features)
+        chosen = outliers if choices.features is None else replace(outliers, indices=list(choices.features))
+        directions = self.directions(chosen.indices)
+        ablation, pruning = self.ablation_and_pruning(chosen)
         robustness = self.robustness(accuracy or {})
         layers = concepts = None
         if isinstance(self.passes, GivenFiles):
@@ -257,17 +267,24 @@ class _Sections:
             chosen_features=None if choices.features is None else list(choices.features),
             same_images=choices.same_images or None,
         )
-        return Interpretation(results, kurtosis.per_image or [], kurtosis.peaks or [], self.images.ids, self.passes.folder, correct)
+        return Interpretation(
+            results, kurtosis.per_image or [], kurtosis.peaks or [], self.images.ids, self.passes.folder, correct, under_shift
+        )
 
-    def accuracy(self) -> tuple[dict[str, Accuracy] | None, list[bool | None]]:
-        """The accuracy on every labeled set, and for each unshifted image whether the head is correct."""
+    def accuracy(self) -> tuple[dict[str, Accuracy] | None, list[bool | None], dict[str, dict[str, bool]]]:
+        """The accuracy on every labeled set, for each unshifted image whether the head is correct, and for the images under each shift."""
         head = self.subject.head
         if head is None or IMAGENET not in self.labeled:
             self.skipped["accuracy"] = self.skipped["robustness"] = self.unlabeled
-            return None, []
-        found = self.stages.run("accuracy", self.set_facts, dict[str, Any], lambda: measure_accuracy(head, self.labeled, self.seed))
+            return None, [], {}
+        found = self.stages.run("accuracy", self.set_facts, dict[str, Any], lambda: measure_accuracy(head, self.labeled))
         correct = decode(list[bool | None], found.pop("right"), "right")
-        return decode(dict[str, Accuracy], found, "accuracy"), correct
+        shifted = decode(dict[str, list[bool | None]], found.pop("right_under_shift"), "right_under_shift")
+        by_image = {
+            name: {image: right for image, right in zip(self.embedded[name].ids, each, strict=True) if right is not None}
+            for name, each in shifted.items()
+        }
+        return decode(dict[str, Accuracy], found, "accuracy"), correct, by_image
 
     def directions(self, features: Sequence[int]) -> HeadDirections | None:
         """The directions of the head, with their importance on the first half."""
@@ -278,7 +295,7 @@ class _Sections:
         first = self.halves.first
         return self.stages.run("directions", self.head_facts, HeadDirections, lambda: measure_directions(head, found, first, features))
 
-    def ablation_and_pruning(self, features: Sequence[int]) -> tuple[Ablation | None, Pruning | None]:
+    def ablation_and_pruning(self, outliers: Outliers) -> tuple[Ablation | None, Pruning | None]:
         """Accuracy on the second half, without the outlier features and along pruning."""
         head, (found, first, second, why) = self.subject.head, self.halves
         if head is None or found is None:
@@ -289,9 +306,10 @@ class _Sections:
             self.skipped |= dict.fromkeys(("ablation", "pruning"), no_labels)
             return None, None
         ablation, seed, subject = None, self.seed, self.subject
-        if why_not := why_no_ablation(features, self.images.features):
+        if why_not := why_no_ablation(outliers):
             self.skipped["ablation"] = why_not
         else:
+            features = outliers.indices
             ablation = self.stages.run("ablation", self.head_facts, Ablation, lambda: measure_ablation(head, second, first, features, seed))
         others = {name: _without(one, first) for name, one in self.labeled.items() if name != IMAGENET}
         sets = {IMAGENET: second} | {name: one for name, one in others.items() if one is not None}
@@ -315,9 +333,12 @@ class _Sections:
         if not shifts:
             self.skipped.setdefault("robustness", "no shifted images were given (--shift)")
             return None
-        facts = self.set_facts | {"accuracies": accuracies, "shifts": shifts}
+        images = {name: one.images for name, one in accuracy.items()} if source == "measured" else None
+        facts = self.set_facts | {"accuracies": accuracies, "shifts": shifts, "images_of": images}
         classes, baseline = subject.imagenet_classes, subject.baseline
-        found = self.stages.run("robustness", facts, Robustness, lambda: measure_robustness(accuracies, shifts, classes, baseline, source))
+        found = self.stages.run(
+            "robustness", facts, Robustness, lambda: measure_robustness(accuracies, shifts, classes, baseline, source, images)
+        )
         if not found.rows:
             self.skipped["robustness"] = "; ".join(f"{name}: {reason}" for name, reason in found.left_out.items())
             return None
