@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from einops import reduce
 from torch import Tensor, nn
 
-from torchprobe.analysis.inputs import blocks, representations
+from torchprobe.analysis.inputs import Vectors, blocks, representations
 from torchprobe.analysis.outlier_rule import ALPHA, beyond_chance, outside_bulk
 from torchprobe.rendering.tables import Column
 from torchprobe.statistics import Moments
 from torchprobe.statistics.moments import OUTLIER_SHARE
-
-if TYPE_CHECKING:
-    from torchprobe.analysis.embeddings import Embeddings
 
 SIGMA = 6.0
 """An outlier lies more than so many standard deviations from the mean of its vector (we chose the number)."""
@@ -106,7 +103,7 @@ def outlier_columns(sigma: float = SIGMA) -> tuple[Column, ...]:
 
 
 def outlier_features(
-    h: Tensor | Embeddings, sigma: float = SIGMA, frequency: float | None = None, rule: Rule = "robust", alpha: float = ALPHA
+    h: Vectors, sigma: float = SIGMA, frequency: float | None = None, rule: Rule = "robust", alpha: float = ALPHA
 ) -> OutlierFeatures:
     """The features that lie far outside the other features of their vector in many vectors.
 
@@ -303,7 +300,7 @@ def registers(tokens: Tensor, norm: float = 150.0) -> Tensor:
     return length > norm
 
 
-def rms_kurtosis(h: Tensor | Embeddings) -> float:
+def rms_kurtosis(h: Vectors) -> float:
     """Kurtosis of the root mean squares of the features: mean_j(s_j²) / (mean_j s_j)² with s_j = mean_n h_nj² (He et al., NeurIPS 2024).
 
     It lies between 1, when all features have the same size, and d, when all but one are 0 ("Understanding and Minimising Outlier Features
