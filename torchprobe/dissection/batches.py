@@ -298,11 +298,12 @@ def to_tensor(preprocess: Preprocess, image: Any) -> Tensor:
     """``preprocess(image)``, checked.
 
     Raises:
-        TypeError: it is not a tensor.
+        TypeError: it is not a tensor with three dimensions.
     """
     tensor = preprocess(image)
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"preprocess must return a tensor (3, H, W), got {type(tensor).__name__}")
+    if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+        got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"preprocess must return a tensor (3, H, W), got {got}")
     return tensor
 
 

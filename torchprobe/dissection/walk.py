@@ -20,7 +20,7 @@ from torchprobe.dissection.spool import Spool
 _KIND = "torchprobe.dissection.walk"
 _SETTINGS = "settings.json"
 _FILES = r"((thresholds|overlap|labeler|words)-(rank|rows-)[\d-]+|maps-[\d-]+)\.safetensors"
-_TORN = rf"\.({_FILES}|settings\.json)\.\d+\.part"  # unfinished files that an interruption left
+_TORN = rf"\.({_FILES}|settings\.json)\.\d+\.part|\.tmp\w{{6}}"  # unfinished files that an interruption left; the last of safetensors
 
 
 class Mergeable(Protocol):
