@@ -160,6 +160,10 @@ class LayerReader:
         inputs = given if self._writes_images is False else given.clone()
         try:
             self.model(inputs)
+        except RuntimeError as error:
+            if inputs.is_floating_point() or all(not p.is_floating_point() for p in self.model.parameters()):
+                raise
+            raise TypeError(f"{type(self.model).__name__} does not take images of {inputs.dtype} ({error}): make them float") from error
         finally:
             self._see = None
         if self._writes_images is None:
