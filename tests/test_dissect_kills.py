@@ -246,7 +246,7 @@ def test_only_maps_of_finished_batches_are_taken_over(tmp_path: Path) -> None:
 
 def test_the_bound_of_maps_survives_that_they_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps that an earlier run compared with a higher level are not taken for those of a lower one."""
-    monkeypatch.setattr("torchprobe.dissection.spool._KEPT", 10.0)
+    monkeypatch.setattr("torchprobe.dissection.spool._KEPT", 1e9)
     spooled(tmp_path, [0], torch.full((3,), 1.5))
     again = Spool("0", tmp_path, 1)
     again.adopt([0])
