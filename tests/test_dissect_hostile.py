@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torchprobe.datasets import Broden, BrodenWriter
 from torchprobe.dissection import Dissection, dissect
+from torchprobe.dissection.batches import same_preprocess
 from torchprobe.dissection.evidence import evidence
 from torchprobe.recording.reader import as_input
 
@@ -137,3 +138,21 @@ def test_pictures_of_every_mode_and_of_tiny_sizes(tmp_path: Path) -> None:
 def test_the_input_of_a_model_is_in_its_precision() -> None:
     assert as_input(torch.zeros(1, 3, dtype=torch.float64), nn.Linear(3, 1).half()).dtype == torch.float16
     assert as_input(torch.zeros(1, 3, dtype=torch.uint8), nn.Linear(3, 1).half()).dtype == torch.uint8
+
+
+def test_preprocessing_that_takes_pictures_of_one_size_only(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with BrodenWriter(tmp_path / "set", {"object": ["a", "b"]}, size=None, image_format="png") as writer:
+        for i in range(8):
+            writer.add(f"m/{i}", rng.integers(0, 255, (36, 50, 3), dtype=np.uint8), {"object": rng.integers(1, 3, (36, 50))})
+
+    def only(image: Any) -> Tensor:
+        assert image.size == (50, 36)
+        return preprocess(image)
+
+    broden, model = Broden(tmp_path / "set"), Net()
+    found = run(model, "conv", broden, preprocess=only)
+    assert found.report(tmp_path / "page.html", broden, model, preprocess=only).stat().st_size > 10_000
+    with pytest.raises(ValueError, match="made with another preprocessing"):
+        same_preprocess(found.metadata, broden, model, lambda image: only(image) * 2)
+    assert same_preprocess(found.metadata, broden, model, only) is only

@@ -6,6 +6,7 @@
 :class:`WholePicture`    a transform that shows the whole picture
 :func:`whole_picture`    the same colors as a given transform, but the whole picture
 :func:`fingerprint`      what a transform does, as a short text: two transforms with one text do the same
+:data:`UNKNOWN`          the fingerprint of a transform that does not take test pictures
 :class:`GeometryError`   it cannot be told where the pixels come from
 =======================  ==========================================================================================
 
@@ -21,7 +22,7 @@ file            subject
 """
 
 from torchprobe.datasets.geometry.box import Box, Geometry, GeometryError
-from torchprobe.datasets.geometry.identity import fingerprint
+from torchprobe.datasets.geometry.identity import UNKNOWN, fingerprint
 from torchprobe.datasets.geometry.whole import WholePicture, whole_picture
 
-__all__ = ["Box", "Geometry", "GeometryError", "WholePicture", "fingerprint", "whole_picture"]
+__all__ = ["UNKNOWN", "Box", "Geometry", "GeometryError", "WholePicture", "fingerprint", "whole_picture"]
