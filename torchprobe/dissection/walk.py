@@ -189,6 +189,11 @@ class Walk:
         return self.done, states, {key: (self._computed, self._take(key, self._computed)) for key in self.vectors}
 
     def _absorb(self, done: Tensor, states: Mapping[str, Mapping[str, Any]]) -> None:
+        if not bool(self.done.any()):  # the state itself: one process goes on as if it had not stopped, also with random numbers
+            for key, state in states.items():
+                self.statistics[key].load_state_dict(state)
+            self.done |= done
+            return
         for key, state in states.items():
             other = self._make[key]()
             other.load_state_dict(state)
