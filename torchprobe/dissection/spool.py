@@ -11,7 +11,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from torchprobe.common import storage
@@ -96,7 +95,7 @@ class Spool:
             return
         try:
             self._flush()
-        except (OSError, SafetensorError):  # the disk is full: what the spool has taken is of more use to the checkpoint
+        except OSError:  # the disk is full: what the spool has taken is of more use to the checkpoint
             self.give_up()
 
     def _flush(self) -> None:
