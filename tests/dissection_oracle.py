@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -30,18 +31,34 @@ def axis(n: int, size: int, mode: str, given: int = 0, given_width: int = 0, col
     return points
 
 
-def upsample(map_: np.ndarray, rows: int, columns: int, mode: str, given: tuple[int, int] = (0, 0)) -> np.ndarray:
+def axis_in_box(n: int, size: int, first: float, last: float) -> list[tuple[int, int, np.float32]]:
+    """As :func:`axis`, for a map between two places on the axis, in exact fractions, to the nearest 2⁻²⁰."""
+    points = []
+    for i in range(size):
+        at = (Fraction(2 * i + 1, 2) - Fraction(first)) * n / (Fraction(last) - Fraction(first)) - Fraction(1, 2)
+        steps = (min(max(at, Fraction(0)), Fraction(n - 1)) * 2**20 + Fraction(1, 2)) // 1
+        low = int(steps) >> 20
+        points.append((low, min(low + 1, n - 1), F((int(steps) - (low << 20)) / 2**20)))
+    return points
+
+
+def upsample(
+    map_: np.ndarray, rows: int, columns: int, mode: str, given: tuple[int, int] = (0, 0), box: Sequence[float] | None = None
+) -> np.ndarray:
     """One float32 map on a label grid: horizontally, then vertically, a + w·(b − a), every step rounded to float32."""
     h, w = map_.shape
+    whole = box is None or tuple(box) == (0, 0, rows, columns)
+    x = axis(w, columns, mode, given[1], given[1], columns) if whole else axis_in_box(w, columns, box[1], box[3])
+    y = axis(h, rows, mode, given[0], given[1], columns) if whole else axis_in_box(h, rows, box[0], box[2])
     across = np.zeros((h, columns), F)
     with np.errstate(all="ignore"):
-        for x, (a, b, weight) in enumerate(axis(w, columns, mode, given[1], given[1], columns)):
+        for i, (a, b, weight) in enumerate(x):
             step = (weight * (map_[:, b] - map_[:, a]).astype(F)).astype(F)
-            across[:, x] = map_[:, a] + step
+            across[:, i] = map_[:, a] + step
         out = np.zeros((rows, columns), F)
-        for y, (a, b, weight) in enumerate(axis(h, rows, mode, given[0], given[1], columns)):
+        for i, (a, b, weight) in enumerate(y):
             step = (weight * (across[b] - across[a]).astype(F)).astype(F)
-            out[y] = across[a] + step
+            out[i] = across[a] + step
     return out
 
 
@@ -54,9 +71,11 @@ def overlap(
     mode: str = "default",
     given: tuple[int, int] = (0, 0),
     annotated: Sequence[Collection[int]] = (),
+    boxes: Sequence[Sequence[float]] = (),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """intersection (U, L), activation (U, L), truth (L,) of maps (N, U, h, w) and images (planes, whole-image labels, (rows, columns)).
-    annotated: for each image the categories that it is annotated for beside those of the labels that it shows."""
+    annotated: for each image the categories that it is annotated for beside those of the labels that it shows. boxes: where the map of each
+    image lies on its grid: top, left, bottom, right; without them on the whole grid."""
     units, labels = maps.shape[1], len(category)
     intersection, truth = np.zeros((units, labels), np.int64), np.zeros(labels, np.int64)
     activation = np.zeros((units, labels), np.int64)
@@ -72,7 +91,8 @@ def overlap(
             truth[label] += often[label].sum()
         present = {category[label] for label in often} | set(annotated[n] if annotated else ())
         for unit in range(units):
-            mask = upsample(maps[n, unit].astype(F), rows, columns, mode, given) > F(thresholds[unit])
+            box = boxes[n] if len(boxes) else None
+            mask = upsample(maps[n, unit].astype(F), rows, columns, mode, given, box) > F(thresholds[unit])
             for label in often:
                 intersection[unit, label] += often[label][mask].sum()
             for label in range(labels):

@@ -23,11 +23,11 @@ def category():
     return primary
 
 
-def pack(images, annotated=()):
-    """annotated: for each image, the categories that it is annotated for whatever it shows."""
+def pack(images, annotated=(), boxes=None):
+    """annotated: for each image, the categories that it is annotated for whatever it shows. boxes: where the maps lie on the grids."""
     notes = [[-1 - c for c in categories] for categories in annotated] or [[]] * len(images)
     labels = [
         [*(("c", torch.from_numpy(plane)) for plane in planes), ("s", [*whole, *note])]
         for (planes, whole, _), note in zip(images, notes, strict=True)
     ]
-    return LabelBatch.pack(labels, [grid for _, _, grid in images])
+    return LabelBatch.pack(labels, [grid for _, _, grid in images], boxes=boxes)

@@ -281,6 +281,10 @@ def test_captum_concepts(pristine):
     rows = broden.concept_images("wall")
     assert images.shape == (len(rows), 3, 8, 8) and torch.equal(images[0], broden[rows[0]].image)
     assert sum(len(batch) for batch in broden.captum_concept("wall", limit=2).data_iter) == 2
+    sizes = iter(range(8, 100))
+    unequal = Broden(pristine.root, transform=lambda image: torch.zeros(3, next(sizes), 8))
+    with pytest.raises(ValueError, match=r"has shape \(3, 9, 8\), another image \(3, 8, 8\): the transform of Broden must resize"):
+        list(unequal.captum_concept("wall").data_iter)
     with pytest.raises(ValueError, match="shows 'lamp' over at least 0.99"):
         broden.captum_concept("lamp", minimum_area=0.99)
     with pytest.raises(TypeError, match="give Broden a transform"):

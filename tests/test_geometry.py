@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -91,7 +94,7 @@ def test_what_cannot_be_told() -> None:
     for transform, why in (
         (lambda image: tensor(image).flip(2), "turns, mirrors or bends"),
         (lambda image: tensor(image).transpose(1, 2), "turns, mirrors or bends"),
-        (lambda image: tensor(image) ** 8, "turns, mirrors or bends"),
+        (lambda image: tensor(image) ** 8, "values are not in proportion"),
         (lambda image: tensor(image) + torch.rand(1), "random"),
         (lambda image: tensor(image) - tensor(image).mean() if tensor(image).std() == 0 else tensor(image), "black and white"),
         (v2.Compose([v2.RandomResizedCrop(50), *END]), "random"),
@@ -133,3 +136,94 @@ def test_a_fingerprint_is_what_a_transform_does() -> None:
     assert repr(scaled(2.0)).partition(" at ")[0] == repr(scaled(2.5)).partition(" at ")[0]
     with pytest.raises(ValueError, match="preprocess is random"):
         fingerprint(v2.Compose([v2.RandomCrop(20), *END]))
+
+
+# -- hostile transforms ----------------------------------------------------------------------------------------------------
+
+CROP = v2.Compose([v2.Resize(64), v2.CenterCrop(64), *END])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.double(),
+        lambda x: (x * 255).byte(),
+        lambda x: x.half(),
+        lambda x: x.bfloat16(),
+        lambda x: x.flip(0),
+        lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        lambda x: x.mean(0, keepdim=True),
+        lambda x: torch.cat([x, torch.ones(1, 64, 64)]),  # the opacity does not depend on the picture
+        lambda x: torch.cat([torch.full((2, 64, 64), 0.3), -x]),
+        lambda x: 1 - x,
+        lambda x: x.requires_grad_(),
+    ],
+)
+def test_any_type_and_any_channels(change: Any) -> None:
+    geometry = Geometry(lambda image: change(CROP(image)))
+    assert geometry.box(100, 100) == pytest.approx((0, 0, 1, 1), abs=0.002)
+    assert geometry.box(200, 100) == pytest.approx((0, 0.25, 1, 0.75), abs=0.002)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "HSV", "YCbCr", "F", "I"])
+def test_transforms_that_change_the_mode(mode: str) -> None:
+    convert = v2.Compose([v2.Resize(64), v2.CenterCrop(64)])
+    geometry = Geometry(lambda image: v2.functional.pil_to_tensor(convert(image).convert(mode)).float())
+    assert geometry.box(200, 100) == pytest.approx((0, 0.25, 1, 0.75), abs=0.002)
+
+
+def test_contrast_that_depends_on_the_picture_is_no_coordinate() -> None:
+    """It would give a plausible box that is wrong."""
+    for step in (v2.RandomAutocontrast(1.0), v2.RandomEqualize(1.0)):
+        with pytest.raises(GeometryError, match="or depend on its contrast"):
+            Geometry(lambda image, step=step: CROP(step(image))).box(200, 100)
+    with pytest.raises(GeometryError, match="depend on its contrast"):
+        Geometry(lambda image: (CROP(image) > 0.5).float()).box(200, 100)
+
+
+@pytest.mark.parametrize("step", [v2.Resize((32, 32)), v2.Resize((2, 2)), v2.Resize((1, 1)), v2.Identity(), v2.Pad(3), v2.CenterCrop(16)])
+def test_tiny_pictures_are_measured_or_refused(step: Any) -> None:
+    transform = v2.Compose([step, *END])
+    for width, height in ((1, 1), (1, 7), (2, 2), (3, 2), (5, 3)):
+        followed = carried(transform, width, height)
+        try:
+            seen = measured(transform, width, height)
+        except GeometryError:
+            assert min(width, height) == 1
+            continue
+        rows, columns = transform(Image.new("RGB", (width, height))).shape[1:]
+        assert followed is not None
+        for i, n in enumerate((rows, columns) * 2):
+            pixel = (followed[i % 2 + 2] - followed[i % 2]) / n
+            assert seen[i] == pytest.approx(followed[i], abs=0.3 * pixel), (width, height)
+
+
+def test_transforms_that_do_not_take_test_pictures() -> None:
+    def only(image: Any) -> torch.Tensor:
+        if image.size != (200, 100):
+            raise RuntimeError(f"not {image.size}")
+        return CROP(image)
+
+    with pytest.raises(GeometryError, match=r"it fails on a test picture \(RuntimeError: not \(90, 60\)\)"):
+        Geometry(only).box(90, 60)
+    assert Geometry(only).box(200, 100) == pytest.approx((0, 0.25, 1, 0.75), abs=0.002)
+    assert fingerprint(only) == "unknown" != fingerprint(only, (200, 100)) != fingerprint(lambda image: only(image) * 2, (200, 100))
+
+    def named(image: Any) -> torch.Tensor:
+        return CROP(image) * len(image.filename)
+
+    assert fingerprint(named, (200, 100)) == "unknown" and Geometry(named, "whole").box(9, 4).whole
+
+
+def test_threads_look_at_each_size_once() -> None:
+    calls: Counter[tuple[int, int]] = Counter()
+
+    def transform(image: Any) -> torch.Tensor:
+        time.sleep(0.001)
+        calls[image.size] += 1  # not safe in threads by itself
+        return CROP(image)
+
+    geometry, sizes = Geometry(transform), [(40 + i % 5, 30 + i % 5) for i in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        boxes = list(threads.map(lambda size: geometry.box(*size), sizes))
+    assert boxes == [geometry.box(*size) for size in sizes] and max(calls.values()) == min(calls.values()) < 15

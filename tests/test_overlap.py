@@ -35,12 +35,12 @@ def thresholds_of(maps, q):
     return values[:, min(int(q * values.shape[1]), values.shape[1] - 1)]
 
 
-def assert_exact(overlap_class, maps, thresholds, images, mode, given=(0, 0), annotated=()):
+def assert_exact(overlap_class, maps, thresholds, images, mode, given=(0, 0), annotated=(), boxes=()):
     primary = category()
     overlap = overlap_class(torch.from_numpy(thresholds), torch.from_numpy(primary), CATEGORIES, mode)
-    overlap.update(torch.from_numpy(maps), pack(images, annotated), given)
+    overlap.update(torch.from_numpy(maps), pack(images, annotated, boxes or None), given)
     primary[0] = -1
-    want = oracle.overlap(maps, thresholds, images, primary, CATEGORIES, mode, given, annotated)
+    want = oracle.overlap(maps, thresholds, images, primary, CATEGORIES, mode, given, annotated, boxes)
     got = overlap.counts()
     for name, a, b in zip(Counts._fields, got, want, strict=True):
         np.testing.assert_array_equal(a.numpy(), b, err_msg=f"{name}, {mode}")
@@ -91,6 +91,86 @@ def test_brute_force_on_the_grid_of_the_original(overlap_class, n, given, size):
     rng = np.random.default_rng(n)
     maps = rng.standard_normal((1, 4, n, n)).astype(np.float32)
     assert_exact(overlap_class, maps, thresholds_of(maps, 0.9), [image(rng, size, size, 2, 1)], "netdissect", (given, given))
+
+
+# -- maps that lie in a box on the label grid -----------------------------------------------------------------------------------
+
+
+def random_box(rng, rows, columns):
+    """Of many kinds: inside, beyond an edge, all around, within one pixel, far away, exactly the grid, aligned with pixels, in quarters."""
+    kind, grid = rng.integers(0, 9), np.array([rows, columns], float)
+    low, high = np.sort(rng.uniform(-1.5, 2.5, (2, 2)) * grid, 0)
+    if kind == 0:
+        low, high = np.sort(rng.uniform(0, 1, (2, 2)) * grid, 0)
+    elif kind == 1:
+        low, high = -rng.uniform(0, 3, 2) * grid, (1 + rng.uniform(0, 3, 2)) * grid
+    elif kind == 2:
+        low = rng.uniform(0, 1, 2) * grid
+        high = low + rng.uniform(1e-9, 1, 2)
+    elif kind == 3:
+        low = rng.uniform(-1, 1, 2) * 2**23
+        high = low + rng.uniform(1, 2**20, 2)
+    elif kind == 4:
+        low, high = np.zeros(2), grid
+        if rng.integers(0, 2):
+            high = high + rng.choice([0, 1e-12, -1e-12], 2)
+    elif kind == 5:
+        low, high = np.floor(low), np.floor(high) + 1
+    elif kind == 6:
+        low, high = np.floor(low * 4) / 4, np.floor(high * 4) / 4 + 0.25
+    elif kind == 7:
+        low, high = np.array([-0.0, 0.0]), np.array([rows, columns * rng.uniform(0.5, 2)])
+    high = np.maximum(high, np.nextafter(low, np.inf))
+    return [float(low[0]), float(low[1]), float(high[0]), float(high[1])]
+
+
+@pytest.mark.parametrize("mode", ["default", "global"])
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_brute_force_in_boxes(overlap_class, name, mode):
+    rng = np.random.default_rng(len(name))
+    for _ in range(4):
+        h, w = (int(n) for n in rng.choice([1, 2, 3, 7, 14, 33], 2))
+        grids = [tuple(int(n) for n in rng.integers(1, 36, 2)) for _ in range(3)]
+        images = [image(rng, rows, columns, int(rng.integers(0, 3)), int(rng.integers(0, 2))) for rows, columns in grids for _ in range(2)]
+        boxes = [random_box(rng, *grid) for _, _, grid in images]
+        boxes[1] = boxes[0]  # same grid, same box
+        maps = MAPS[name](rng, (len(images), 5, h, w)).astype(np.float32)
+        for q in (0.5, 0.9):
+            assert_exact(overlap_class, maps, thresholds_of(maps, q), images, mode, boxes=boxes)
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-38, 1.0, 2.0**126, 3e38])
+def test_nothing_exceeds_the_largest_value_of_its_map_in_a_box(scale):
+    generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    for _ in range(30):
+        maps = ((torch.rand(20, 5, 6, generator=generator) - 0.25) * scale).float()
+        up = upsample(maps, 21, 40, box=random_box(rng, 21, 40))
+        assert (up.amax((1, 2)) <= maps.amax((1, 2))).all()
+
+
+def test_close_to_a_box_in_float64():
+    """The definition, against interpolation in float64 at the exact place."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        rows, columns = (int(n) for n in rng.integers(2, 30, 2))
+        values = rng.standard_normal((5, 7)).astype(np.float32)
+        low = rng.uniform(-10, 10, 2)
+        box = (low[0], low[1], low[0] + rng.uniform(0.5, 40), low[1] + rng.uniform(0.5, 40))
+        up = upsample(torch.from_numpy(values), rows, columns, box=box).numpy()
+        for y in range(rows):
+            for x in range(columns):
+                v, u = (y + 0.5 - box[0]) / (box[2] - box[0]) * 5 - 0.5, (x + 0.5 - box[1]) / (box[3] - box[1]) * 7 - 0.5
+                assert up[y, x] == pytest.approx(oracle.bilinear(values.astype(float), v, u), abs=2e-5)
+
+
+@pytest.mark.parametrize("bad", [(np.nan, 0, 1, 1), (0, 0, np.inf, 1), (0, 1, 4, 1), (2, 0, 1, 4), (0, -np.inf, 4, 4), (0, 0, 4, 2**25)])
+def test_impossible_boxes(overlap_class, bad):
+    overlap = overlap_class(torch.zeros(2), torch.tensor([-1, 0]), 1)
+    labels = LabelBatch.pack([[("c", torch.ones(4, 4))]] * 2, [(4, 4)] * 2, boxes=[(0, 0, 4, 4), bad])
+    with pytest.raises(ValueError, match=r"boxes\[1\] = .* must be top < bottom and left < right"):
+        overlap.update(torch.ones(2, 2, 3, 3), labels)
+    assert not overlap.activation.any() and not overlap.truth.any()
 
 
 @native

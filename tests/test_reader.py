@@ -57,12 +57,16 @@ class Overwritten(nn.Module):
             y.view(-1)[::2] = 7
         elif self.how == "out":
             torch.mul(y, 2, out=y)
+        elif self.how == "data":
+            y.data.mul_(3)
+        elif self.how == "numpy":
+            y.detach().numpy()[:] = 0
         z = self.b(y)
         return z.mul_(0) if self.how == "later" else z
 
 
 @pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("how", ["relu", "add", "view", "out", "later", "nothing"])
+@pytest.mark.parametrize("how", ["relu", "add", "view", "out", "data", "numpy", "later", "nothing"])
 def test_activations_are_those_that_the_layer_gave(how, inference):
     model, batches = Overwritten(how), torch.randn(3, 4, 3)
     with torch.inference_mode(inference), reader(model) as opened:
@@ -70,6 +74,98 @@ def test_activations_are_those_that_the_layer_gave(how, inference):
             kept = opened.activations(x)
             torch.testing.assert_close(kept["a"][0], torch.nn.functional.linear(x, model.a.weight, model.a.bias))
             assert bool(kept["b"][0].any())
+
+
+class Sometimes(nn.Module):
+    """Writes into what its layer gave in some calls only: in every second one, or if the images say so."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.a, self.by, self.calls = nn.Linear(3, 5), by, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.a(x)
+        return y.mul_(0) if (self.calls % 2 == 0 if self.by == "call" else float(x[0, 0]) > 0) else y
+
+
+@pytest.mark.parametrize("by", ["call", "image"])
+def test_what_is_overwritten_only_later(by):
+    model = Sometimes(by)
+    with reader(model, "a") as opened:
+        for x in [-torch.ones(4, 3), torch.ones(4, 3), -torch.ones(4, 3), torch.ones(4, 3), torch.randn(4, 3)]:
+            torch.testing.assert_close(opened.activations(x)["a"][0], torch.nn.functional.linear(x, model.a.weight, model.a.bias))
+
+
+class Cut(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return {"slice": x[:, 1:6], "expand": x[:, :1].expand(-1, 5), "same": x, "flip": x.T.T}[self.how]
+
+
+@pytest.mark.parametrize("how", ["slice", "expand", "same", "flip"])
+def test_layers_that_return_views_of_what_is_overwritten(how):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.view = Cut(how)
+
+        def forward(self, x):
+            y = self.view(x)
+            self.want = y.clone()
+            return x.mul_(0)
+
+    model = Net()
+    with reader(model, "view") as opened:
+        for _ in range(3):
+            found = opened.activations(torch.randn(4, 7))["view"][0]
+            assert torch.equal(found, model.want) and bool(found.any())
+
+
+def test_a_model_that_writes_into_its_images_gets_them_as_they_were():
+    class Normalizing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.a(x.sub_(1).mul_(2)).relu_()
+
+    model = Normalizing()
+    with reader(model, "a") as opened:
+        for x in torch.randn(3, 4, 3):
+            before = x.clone()
+            found = opened.activations(x)["a"][0]
+            torch.testing.assert_close(found, torch.nn.functional.linear((before - 1) * 2, model.a.weight, model.a.bias))
+            assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("wrap", ["parallel", "compiled", "both", "outside", "one layer"])
+def test_wrapped_models_are_read_before_what_writes_in_place(wrap):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 3))
+    x = torch.randn(4, 3, 16, 16)
+    want = torch.nn.functional.conv2d(x, model[0].weight, model[0].bias)
+
+    def compiled(module):
+        return torch.compile(module, backend="eager")
+
+    if wrap == "one layer":
+        model[0] = compiled(model[0])
+    wrapped = {
+        "parallel": nn.DataParallel,
+        "compiled": compiled,
+        "both": lambda module: nn.DataParallel(compiled(module)),
+        "outside": lambda module: compiled(nn.DataParallel(module)),
+        "one layer": lambda module: module,
+    }[wrap](model)
+    with torch.no_grad():
+        wrapped(x)
+    with reader(wrapped, ["0"]) as opened:
+        for _ in range(2):
+            assert torch.equal(opened.activations(x)["0"][0], want)
 
 
 def test_only_what_is_overwritten_is_copied_and_one_pass_is_repeated():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchprobe.datasets.broden import Broden
 from torchprobe.datasets.broden.presence import image_areas
-from torchprobe.datasets.geometry import Box, Geometry, WholePicture, fingerprint, whole_picture
+from torchprobe.datasets.geometry import UNKNOWN, Box, Geometry, WholePicture, fingerprint, whole_picture
 from torchprobe.dissection.framing import Framed, frame
 
 Preprocess = Callable[[Any], Tensor]
@@ -288,7 +288,10 @@ def same_preprocess(
         # Another version of Pillow may resize a little differently. This transform is known by what it says of itself.
         if isinstance(found, WholePicture) and repr(found) == made.get("transform"):
             return found
-        if fingerprint(found) == made.get("fingerprint"):
+        does = fingerprint(found)
+        if does == UNKNOWN and broden is not None:  # it may take pictures of one size only
+            does = fingerprint(found, broden.image(0).size)
+        if does == made.get("fingerprint"):
             return found
     brief = " ".join(str(made.get("transform")).split())[:200]
     raise ValueError(f"the dissection was made with another preprocessing ({brief}): give it as preprocess=")
@@ -298,11 +301,12 @@ def to_tensor(preprocess: Preprocess, image: Any) -> Tensor:
     """``preprocess(image)``, checked.
 
     Raises:
-        TypeError: it is not a tensor.
+        TypeError: it is not a tensor with three dimensions.
     """
     tensor = preprocess(image)
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"preprocess must return a tensor (3, H, W), got {type(tensor).__name__}")
+    if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+        got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"preprocess must return a tensor (3, H, W), got {got}")
     return tensor
 
 

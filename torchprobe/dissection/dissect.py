@@ -182,7 +182,11 @@ def dissect(
         size = image.shape[-2], image.shape[-1]
         facts = _facts(model, broden, chosen, settings, sites, given, looked, size)
         saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)
-        return Run(reader, sites, batches, settings, options, facts, ranks, saved, given, keep_scores, size, disk).result()
+        run = Run(reader, sites, batches, settings, options, facts, ranks, saved, given, keep_scores, size, disk)
+        try:
+            return run.result()
+        finally:
+            run.close()
 
 
 def _chosen(broden: Broden, rows: Iterable[int] | None) -> list[int]:
@@ -251,7 +255,7 @@ def _facts(
     first = broden.image(rows[0]).size
     preprocessing = {
         "transform": stable_repr(geometry.transform),
-        "fingerprint": fingerprint(geometry.transform),
+        "fingerprint": fingerprint(geometry.transform, first),
         "shows": "the whole picture" if geometry.box(*first).whole else f"a part: {_edges(geometry.box(*first), *first)}",
     }
     return {

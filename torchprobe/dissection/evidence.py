@@ -15,7 +15,7 @@ from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.taps import find_sites
 from torchprobe.recording.layers import select_layers
-from torchprobe.recording.reader import LayerReader, device_of, eval_mode
+from torchprobe.recording.reader import LayerReader, as_input, device_of, eval_mode
 from torchprobe.recording.structure import first_tensor
 
 if TYPE_CHECKING:
@@ -100,8 +100,10 @@ def attribute(
 
     if kind.__name__ == METHOD:
         options = {"n_steps": STEPS, "internal_batch_size": max(len(images), STEPS), **options}
-    with eval_mode(model), torch.enable_grad():
-        found = kind(model, selected.module).attribute(images.detach().clone().requires_grad_(), score, **options)
+    # The path is followed in float32, and the model computes in its own precision.
+    cast = model.register_forward_pre_hook(lambda module, args: (as_input(args[0], model), *args[1:]), prepend=True)
+    with cast, eval_mode(model), torch.enable_grad():
+        found = kind(model, selected.module).attribute(images.detach().to(torch.float32, copy=True).requires_grad_(), score, **options)
     attribution: Tensor = found.detach()
     return attribution
 

@@ -25,7 +25,7 @@ from torchprobe.dissection.ranking import Ranking, top_images
 from torchprobe.dissection.scores import SCORES
 from torchprobe.dissection.shown import ShownLabels
 from torchprobe.dissection.sparse import Density, SparseBasis
-from torchprobe.dissection.spool import Spool, worthwhile
+from torchprobe.dissection.spool import Spool, remove_maps, worthwhile
 from torchprobe.dissection.taps import POSITIONS, Site
 from torchprobe.dissection.top_maps import MOST, TopMaps
 from torchprobe.dissection.walk import Checkpoint, ImageVectors, Mergeable, Walk
@@ -136,7 +136,14 @@ class Run:
         found: dict[str, Dissection] = self.ranks.from_first(results)
         for spool in self.spools.values():
             spool.give_up()
+        if self.checkpoint is not None and self.ranks.first:
+            remove_maps(self.checkpoint.folder)
         return found
+
+    def close(self) -> None:
+        """Removes temporary files, also of a run that was stopped."""
+        for spool in self.spools.values():
+            spool.close()
 
     def _spools(self) -> dict[str, Spool]:
         """Where the maps of each layer wait for the thresholds; none for layers whose maps would not fit."""
@@ -169,11 +176,13 @@ class Run:
             if self.ap:
                 vectors[str(i)] = ImageVectors(total, site.units)
         walk = Walk("thresholds", make, vectors, len(self.batches), self.batches.size, self.ranks, self.checkpoint, self.spools)
-        self.check_contents(walk, labels=False)
+        done = walk.done.nonzero().flatten().tolist()  # the first rank knows them, and takes over the maps
         for spool in self.spools.values():
-            spool.find()
-            if not spool.holds(walk.done.nonzero().flatten().tolist()):
+            if self.ranks.first:
+                spool.adopt(done)
+            if not spool.holds(done):
                 spool.give_up()
+        self.check_contents(walk, labels=False)  # the other ranks wait here, so they have written nothing yet
 
         def see(i: int, maps: Tensor, batch: Batch) -> None:
             layer = list(self.sites)[i]
@@ -252,6 +261,8 @@ class Run:
 
     def _kept(self, batches: list[int], thresholds: Mapping[str, Tensor]) -> set[str]:
         """The layers of which every rank has all its maps on the disk."""
+        for spool in self.spools.values():
+            spool.find()  # of a resumed run, other ranks may have computed them
         here = {layer for layer, spool in self.spools.items() if spool.holds(batches) and spool.serves(thresholds[layer])}
         for theirs in self.ranks.to_first(here):
             here &= theirs

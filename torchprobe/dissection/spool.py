@@ -41,8 +41,9 @@ class Spool:
     """The maps of one layer, batch by batch. A map is kept if a value of it is above the lowest value that the threshold of its unit can
     have. That bound only rises, so when the thresholds are known, every map that exceeds them is there.
 
-    Each file belongs to some batches. A file is replaced by a smaller one when space is short; if dropping maps does not help, the spool
-    gives up and removes its files, and the maps must be computed again.
+    Each file belongs to some batches. A file is replaced by a smaller one when space is short; if dropping maps does not help, or if the
+    disk cannot be written, the spool gives up and removes its files, and the maps must be computed again. Files of other processes in the
+    folder are only read.
 
     Args:
         name: files are called maps-<name>-….safetensors.
@@ -63,7 +64,7 @@ class Spool:
         self._buffer: list[_Numbered] = []
         self._buffered = 0
         self._bound: Tensor | None = None  # the largest one that a map was compared with
-        self._files: dict[Path, int] = {}  # → bytes
+        self._files: dict[Path, int] = {}  # its own → bytes
         self._batches: dict[int, Path] = {}
         self._open: tuple[Path, dict[int, _Part]] | None = None
 
@@ -114,8 +115,12 @@ class Spool:
 
     def serves(self, thresholds: Tensor) -> bool:
         """Whether no threshold, float32 (units,), is below a bound that maps were compared with. Estimated thresholds may be."""
-        bounds = [storage.File(path, _KIND).tensor("bound", torch.float32, (None,)) for path in self._files]
-        return not any(bool((thresholds < bound).any()) for bound in [*bounds, *([] if self._bound is None else [self._bound])])
+        bounds = [] if self._bound is None else [self._bound]
+        try:
+            bounds += [self._bound_of(storage.File(path, _KIND)) for path in sorted({*self._batches.values()})]
+        except FileNotFoundError:  # another process has given up
+            return False
+        return not any(bool((thresholds < bound).any()) for bound in bounds)
 
     def get(self, batch: int, thresholds: Tensor) -> Tensor:
         """The maps of a batch, float32 on the CPU. A map that is not above its threshold may have that level everywhere.
@@ -136,18 +141,44 @@ class Spool:
         dense[chosen] = maps.flatten(1)
         return dense.view(shape)
 
+    def adopt(self, done: Iterable[int]) -> None:
+        """Takes over the files of earlier runs in the folder. No other process may write there yet.
+
+        Files of batches that are not ``done`` are removed, since these are computed again, and so are damaged files.
+        """
+        known = set(done)
+        for path in self._found():
+            try:
+                file = storage.File(path, _KIND)
+                batches, bound = file.value("batches", list), self._bound_of(file)
+                wanted = known >= set(batches)
+            except (ValueError, TypeError):
+                wanted = False
+            if not wanted:
+                path.unlink()
+                continue
+            self._bound = bound if self._bound is None else torch.maximum(self._bound, bound)
+            self._note(path, batches)
+
     def find(self) -> None:
-        """Takes over the files of earlier runs in the folder."""
-        if self._folder is not None and self.alive:
-            for path in sorted(self._folder.glob(f"maps-{self.name}-*.safetensors")):
-                self._note(path, storage.File(path, _KIND).value("batches", list))
+        """Finds the files that other processes have written to the folder, when all of them have written everything."""
+        for path in self._found():
+            if path not in self._files:
+                self._batches.update(dict.fromkeys(storage.File(path, _KIND).value("batches", list), path))
 
     def give_up(self) -> None:
-        """Removes all files; from now on nothing is kept."""
+        """Removes its files; from now on nothing is kept."""
         self.alive = False
         for path in self._files:
             path.unlink(missing_ok=True)
         self._files, self._batches, self._buffer, self._buffered, self._open = {}, {}, [], 0, None
+        self.close()
+
+    def close(self) -> None:
+        """Removes the folder if it is a temporary one, and everything in it."""
+        if self._temporary and self._folder is not None:
+            self.alive = False
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -185,6 +216,13 @@ class Spool:
         storage.write(path, _KIND, tensors, {"batches": batches, "shapes": shapes, "counts": [len(part[2]) for part in parts]})
         self._note(path, batches)
 
+    def _found(self) -> list[Path]:
+        return [] if self._folder is None or not self.alive else sorted(self._folder.glob(f"maps-{self.name}-*.safetensors"))
+
+    @staticmethod
+    def _bound_of(file: storage.File) -> Tensor:
+        return file.tensor("bound", torch.float32, (None,))
+
     def _note(self, path: Path, batches: list[int]) -> None:
         self._files[path] = path.stat().st_size
         self._batches.update(dict.fromkeys(batches, path))
@@ -192,7 +230,7 @@ class Spool:
     def _read(self, path: Path) -> dict[int, _Part]:
         file = storage.File(path, _KIND)
         batches, shapes, counts = (file.value(name, list) for name in ("batches", "shapes", "counts"))
-        bound = file.tensor("bound", torch.float32, (None,))
+        bound = self._bound_of(file)
         maps = file.tensor("maps", torch.float32, (None, None, None))
         chosen = file.tensor("chosen", torch.int32, (len(maps),)).long()
         if not len(batches) == len(shapes) == len(counts) or sum(counts) != len(maps):
@@ -213,3 +251,9 @@ def _above(maps: Tensor, bound: Tensor) -> Tensor:
     flat = maps.flatten(1)
     largest, smallest = flat.amax(1), flat.amin(1)
     return ((largest > bound) | ~(largest < _HUGE) | ~(smallest > -_HUGE)).nonzero().flatten()
+
+
+def remove_maps(folder: Path) -> None:
+    """Removes the maps of all layers, also those that a run with another budget has left."""
+    for path in folder.glob("maps-*.safetensors"):
+        path.unlink(missing_ok=True)

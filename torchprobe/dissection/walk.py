@@ -20,7 +20,7 @@ from torchprobe.dissection.spool import Spool
 _KIND = "torchprobe.dissection.walk"
 _SETTINGS = "settings.json"
 _FILES = r"((thresholds|overlap|labeler|words)-(rank|rows-)[\d-]+|maps-[\d-]+)\.safetensors"
-_TORN = rf"\.({_FILES}|settings\.json)\.\d+\.part"  # unfinished files that an interruption left
+_TORN = rf"\.({_FILES}|settings\.json)\.\d+\.part|\.tmp\w{{6}}"  # unfinished files that an interruption left; the last of safetensors
 
 
 class Mergeable(Protocol):
@@ -189,6 +189,11 @@ class Walk:
         return self.done, states, {key: (self._computed, self._take(key, self._computed)) for key in self.vectors}
 
     def _absorb(self, done: Tensor, states: Mapping[str, Mapping[str, Any]]) -> None:
+        if not bool(self.done.any()):  # the state itself: one process goes on as if it had not stopped, also with random numbers
+            for key, state in states.items():
+                self.statistics[key].load_state_dict(state)
+            self.done |= done
+            return
         for key, state in states.items():
             other = self._make[key]()
             other.load_state_dict(state)

@@ -276,7 +276,7 @@ def reference(a: Arguments) -> None:
         shown = torch.zeros(len(images), len(a.truth), dtype=torch.bool, device=device)
         shown.scatter_(1, planes.flatten(1).long(), True).scatter_(1, whole.clamp(min=0), True)[:, :1] = False
         labels, units = _true_columns(shown), _true_columns(active[images])
-        step = max(1, block // (pixels * max(labels.shape[1], units.shape[1])))
+        step = max(1, block // (pixels * max(labels.shape[1], units.shape[1], 1)))
         for start in range(0, len(images), step):
             part = slice(start, start + step)
             masks = _masks(planes[part], whole[part], labels[part], a.per_plane)

@@ -77,6 +77,7 @@ class LayerReader:
         self._axes: dict[tuple[str, int], tuple[Axis, tuple[int, ...]]] = {}  # layer and number of dimensions → axis and first shape
         self._unclear = False
         self._overwritten: set[str] = set()  # layers whose activation is written to by what follows
+        self._writes_images: bool | None = None  # whether the model writes into its input; None: unknown
         self._images = 0  # in the running forward pass
         self._see: Callable[[Layer, Tensor], object] | None = None  # None: the running forward pass is not ours
         self._called: dict[str, bool] = {}  # layer that ran → whether it gave a tensor
@@ -126,19 +127,25 @@ class LayerReader:
         """One forward pass: the activation of each layer with its layout, in the order of :attr:`layers`.
 
         For a layer that runs several times this is the activation of its last call, as the layer gave it. It is copied only if something
-        after the layer overwrites it in place, such as ``nn.ReLU(inplace=True)`` or ``+=``. The first pass that shows this is repeated.
+        after the layer overwrites it in place, such as ``nn.ReLU(inplace=True)`` or ``+=``. The first pass that shows this is repeated. In
+        the very first pass values are compared too, since what writes through ``.data`` or NumPy is not counted as a write.
 
         Raises:
             ValueError: see :meth:`read`.
         """
         found: dict[str, tuple[Tensor, Layout, int | None]] = {}
+        given: dict[str, Tensor] | None = None if self.fired else {}
 
         def keep(layer: Layer, x: Tensor, layout: Layout) -> None:
             copy = layer.name in self._overwritten or writes(x) is None
             found[layer.name] = (x.clone(), layout, None) if copy else (x, layout, writes(x))
+            if given is not None and not copy:
+                given[layer.name] = x.clone()
 
         self.read(images, keep)
         late = {name for name, (x, _, before) in found.items() if before is not None and writes(x) != before}
+        late |= {name for name, x in (given or {}).items() if not torch.equal(x, found[name][0])}  # nan: copied, which does no harm
+        given = None
         if late:
             self._overwritten |= late
             self.read(images, keep)
@@ -148,10 +155,19 @@ class LayerReader:
 
     def _forward(self, images: Tensor, see: Callable[[Layer, Tensor], object]) -> None:
         self._images, self._see, self._called = len(images), see, {}
+        given = as_input(images, self.model)
+        # A pass may be repeated, so the model must not write into the images. The first pass shows whether it does.
+        inputs = given if self._writes_images is False else given.clone()
         try:
-            self.model(as_input(images, self.model))
+            self.model(inputs)
+        except RuntimeError as error:
+            if inputs.is_floating_point() or all(not p.is_floating_point() for p in self.model.parameters()):
+                raise
+            raise TypeError(f"{type(self.model).__name__} does not take images of {inputs.dtype} ({error}): make them float") from error
         finally:
             self._see = None
+        if self._writes_images is None:
+            self._writes_images = not torch.equal(inputs, given)
         for name in self.layers:
             if not self._called.get(name):
                 problem = "gives no tensor in" if name in self._called else "is not called by"

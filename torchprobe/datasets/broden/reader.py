@@ -299,7 +299,7 @@ class Broden(Dataset[Sample]):
             ImportError: captum is not installed.
             KeyError: no such label.
             ValueError: no image shows the concept.
-            TypeError: at the first batch, if ``transform`` does not give tensors.
+            TypeError, ValueError: at a batch, if ``transform`` does not give tensors, or tensors of several shapes.
         """
         try:
             from captum.concept import Concept
@@ -337,6 +337,7 @@ class _Transformed(Dataset[Tensor]):
 
     def __init__(self, broden: Broden, rows: list[int]) -> None:
         self.broden, self.rows = broden, rows
+        self._shape: tuple[int, ...] | None = None  # of the first image
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -346,6 +347,10 @@ class _Transformed(Dataset[Tensor]):
         image = image if self.broden.transform is None else self.broden.transform(image)
         if not isinstance(image, Tensor):
             raise TypeError(f"a concept needs tensors, got {type(image).__name__}: give Broden a transform that makes them")
+        self._shape = self._shape or tuple(image.shape)
+        if tuple(image.shape) != self._shape:
+            name, shapes = self.broden.rows[self.rows[index]].image, f"{tuple(image.shape)}, another image {self._shape}"
+            raise ValueError(f"{name} has shape {shapes}: the transform of Broden must resize")
         return image
 
 

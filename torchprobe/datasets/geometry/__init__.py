@@ -1,15 +1,6 @@
 """Where the pixels of a network's input lie in the picture that they were made of.
 
-=============================  ================================================================================
-:class:`Box`                   the part of a picture that an input shows
-:class:`Geometry`              the box of every size of picture, for one transform
-:class:`WholePicture`          a transform that shows the whole picture
-:func:`whole_picture`          the same colors as a given transform, but the whole picture
-:func:`fingerprint`            what a transform does, as a short text: two transforms with one text do the same
-:class:`GeometryError`         it cannot be told where the pixels come from
-:class:`RandomTransformError`  a transform is random, so it has no fingerprint
-=============================  ================================================================================
-
+=============================  =========================================================================
 ==============  ========================================================================
 file            subject
 ==============  ========================================================================
@@ -22,7 +13,7 @@ file            subject
 """
 
 from torchprobe.datasets.geometry.box import Box, Geometry, GeometryError
-from torchprobe.datasets.geometry.identity import RandomTransformError, fingerprint
+from torchprobe.datasets.geometry.identity import UNKNOWN, RandomTransformError, fingerprint
 from torchprobe.datasets.geometry.whole import WholePicture, whole_picture
 
-__all__ = ["Box", "Geometry", "GeometryError", "RandomTransformError", "WholePicture", "fingerprint", "whole_picture"]
+__all__ = ["UNKNOWN", "Box", "Geometry", "GeometryError", "RandomTransformError", "WholePicture", "fingerprint", "whole_picture"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,6 +63,7 @@ class Geometry:
             raise ValueError(f'geometry must be "whole" or a function (width, height) → Box, got {given!r}')
         self.transform, self.given = transform, given
         self._boxes: dict[tuple[int, int], Box] = {}
+        self._looking = threading.Lock()  # images are read in threads; one of them looks at a size, and the others wait
 
     def box(self, width: int, height: int) -> Box:
         """The part that is shown of a picture of this size.
@@ -69,9 +71,10 @@ class Geometry:
         Raises:
             GeometryError: it cannot be told, since the transform is random, or turns, mirrors or bends pictures, or mixes pixel values.
         """
-        if (width, height) not in self._boxes:
-            self._boxes[width, height] = self._look(width, height)
-        return self._boxes[width, height]
+        with self._looking:
+            if (width, height) not in self._boxes:
+                self._boxes[width, height] = self._look(width, height)
+            return self._boxes[width, height]
 
     def _look(self, width: int, height: int) -> Box:
         if self.given == "whole" or (self.given is None and isinstance(self.transform, WholePicture)):

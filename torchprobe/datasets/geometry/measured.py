@@ -18,6 +18,9 @@ SNAP = 0.25
 RANGES = ((0, 255), (20, 201), (98, 255))
 """Gray levels of the ramps: several slopes, so that rounding between the steps of a transform does not always fall in one direction."""
 
+STRETCHED = 0.08
+"""The most, as a share of the picture, by which coordinates from ramps of several slopes may differ. Gray levels alone give 0.02."""
+
 TOLERANCE = 1.0
 """Pixels of the input, or of the picture if that is coarser, by which a coordinate may differ from a straight line, apart from rounding."""
 
@@ -43,11 +46,17 @@ def measured(transform: Callable[[Image], Tensor], width: int, height: int) -> t
     seen = span.abs() > 0.25 * span.abs().amax()
     if not bool(seen.any()):
         raise _error(width, height, "black and white pictures give the same input, so the position of pixels cannot be read from it")
+    varied = seen.flatten(1).any(1)  # other channels are constant, such as the opacity
+    black, span, seen = black[varied], span[varied], seen[varied]
     shown, x, y = seen.all(0), torch.zeros_like(span[0]), torch.zeros_like(span[0])
-    for low, high in RANGES:
+    for number, (low, high) in enumerate(RANGES):
         for places, ramp in ((x, _ramp(width, height, low, high)), (y, _ramp(height, width, low, high).T)):
-            level = ((_send(transform, ramp) - black) / span.where(seen, 1.0)).mean(0) * 255
-            places += (level - low) / (high - low) / len(RANGES)
+            level = ((_send(transform, ramp)[varied] - black) / span.where(seen, 1.0)).mean(0) * 255
+            found = (level - low) / (high - low)
+            if number and bool(((found - places / number).abs() > STRETCHED)[shown].any()):
+                raise _error(width, height, "values are not in proportion to those of the picture, or depend on its contrast")
+            places += found
+    x, y = x / len(RANGES), y / len(RANGES)
     left, right = _edges(x, shown, width, "horizontal", (width, height))
     top, bottom = _edges(y.T, shown.T, height, "vertical", (width, height))
     return top, left, bottom, right
@@ -61,10 +70,12 @@ def _edges(places: Tensor, shown: Tensor, size: int, name: str, picture: tuple[i
     inner = shown & (places > margin) & (places < 1 - margin)
     if int(inner.any(0).sum()) < 2:
         inner = shown
+        if int(shown.any(0).sum()) > size:  # enlarged: between the outermost pixels of the picture and its edges, nothing changes
+            inner = shown & (places > (0.5 + SNAP) / size) & (places < 1 - (0.5 + SNAP) / size)
     columns = inner.any(0)
     if int(columns.sum()) < 2:
         if not bool(columns.any()) or count > 1:
-            raise _error(*picture, f"fewer than two {name} positions of the input show the picture")
+            raise _error(*picture, f"fewer than two {name} positions of the input show the picture, or it is too small")
         return 0.0, 1.0  # one pixel: everything
     line = (places * inner).sum(0)[columns] / inner.sum(0)[columns]
     at = torch.arange(count, dtype=torch.float64)[columns] + 0.5
@@ -90,7 +101,10 @@ def _send(transform: Callable[[Image], Tensor], gray: np.ndarray[Any, np.dtype[n
     """The input that a gray picture becomes, float64 (channels, h, w)."""
     from PIL import Image
 
-    found = transform(Image.fromarray(np.ascontiguousarray(gray)).convert("RGB"))
+    try:
+        found = transform(Image.fromarray(np.ascontiguousarray(gray)).convert("RGB"))
+    except Exception as error:
+        raise _error(gray.shape[1], gray.shape[0], f"it fails on a test picture ({type(error).__name__}: {error})") from error
     if not isinstance(found, Tensor) or found.dim() != 3:
         got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise TypeError(f"preprocess must return a tensor (3, H, W), got {got}")

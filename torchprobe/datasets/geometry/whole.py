@@ -65,7 +65,7 @@ def whole_picture(transform: Callable[[Image], Tensor]) -> WholePicture:
         found = transform(pil.new("RGB", (256, 256), color))
         if not isinstance(found, Tensor) or found.dim() != 3:
             raise TypeError(f"the preprocessing of the encoder must return a tensor (3, H, W), got {type(found).__name__}")
-        seen[name] = found[:, found.shape[1] // 2, found.shape[2] // 2].double()  # in the middle, where no border is
+        seen[name] = found.detach()[:, found.shape[1] // 2, found.shape[2] // 2].double()  # in the middle, where no border is
         height, width = int(found.shape[1]), int(found.shape[2])
     offset, scale = seen["black"], seen["white"] - seen["black"]
     for channel, name in enumerate(("red", "green", "blue")):
