@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 import torchprobe
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
@@ -49,7 +50,7 @@ def interpret(
     images: Images,
     out: str | os.PathLike[str],
     *,
-    head: Head | None = None,
+    head: nn.Linear | None = None,
     shifts: Mapping[str, Images] | None = None,
     broden: Broden | None = None,
     baseline: Baseline | None = None,
@@ -79,7 +80,7 @@ def interpret(
         images: the evaluation set, such as ImageNet's validation images; with labels for everything that needs a head.
         out: a folder, which is made if needed. It gets ``results.json``, CSV tables, plots as PNG and SVG, ``index.html`` and the
             representations.
-        head: on top of the encoder; None: only the sections without a head.
+        head: on top of the encoder, a :class:`torchprobe.encoders.Head` or a linear layer; None: only the sections without a head.
         shifts: name → labeled images under a shift. The names are those of :data:`torchprobe.analysis.SHIFTS`, or columns of the baseline.
         broden: concepts.
         baseline: the standard models of effective robustness; None: the published fits.
@@ -105,7 +106,7 @@ def interpret(
         encoder=encoder,
         images=images,
         shifts=shifts or {},
-        head=head,
+        head=None if head is None else Head.of(head),
         broden=broden,
         baseline=baseline,
         imagenet_classes=imagenet_classes,
