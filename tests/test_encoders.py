@@ -170,14 +170,14 @@ def test_an_encoder_must_pool():
 
 
 def test_a_new_source_takes_one_function_and_one_line(monkeypatch, tmp_path):
-    from torchprobe.encoders import load
+    from torchprobe.encoders import sources
     from torchprobe.encoders.encoder import Built
 
     def from_mine(name, model, pretrained):
         visual = nn.Sequential(nn.Flatten(), nn.Linear(12, int(model)))
         return Built(Encoder(visual, features=int(model), preprocess=lambda image: image, name=name), ("head.weight", "head.bias"))
 
-    monkeypatch.setitem(load.SOURCES, "mine", from_mine)
+    monkeypatch.setitem(sources.SOURCES, "mine", from_mine)
     assert load_encoder("mine:5", pretrained=False).name == "mine:5 (random weights)"
     torch.save({"1.weight": torch.ones(5, 12), "1.bias": torch.zeros(5), "head.weight": torch.ones(2, 5)}, tmp_path / "w.pt")
     encoder = load_encoder("mine:5", tmp_path / "w.pt")

@@ -160,3 +160,94 @@ def test_a_checkpoint_without_a_head_or_with_another(tmp_path):
     projection = {"head.0.weight": torch.ones(512, 512), "head.2.weight": torch.ones(128, 512)}
     torch.save(inner | projection, tmp_path / "projection.pth")  # two layers are a projection, not a head
     assert load_encoder("torchvision:resnet18", tmp_path / "projection.pth").head is None
+
+
+def test_a_checkpoint_of_the_known_classes_keeps_their_names(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    source = timm.create_model("vit_tiny_patch16_224").eval()
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    encoder = load_encoder("timm:vit_tiny_patch16_224", tmp_path / "w.pth")
+    assert len(encoder.head.names) == 1000 and encoder.head.names[1].startswith("goldfish")
+
+
+@pytest.mark.parametrize(
+    ("name", "features"), [("resnet50_clip.openai", 1024), ("vit_base_patch32_clip_224.openai", 512), ("convnext_base.clip_laion2b", 640)]
+)
+def test_the_projection_of_a_clip_tower_is_no_head(trained_timm, name, features):
+    with torch.device("meta"):
+        encoder = load_encoder(f"timm:{name}")
+    assert encoder.features == features and encoder.head is None
+    assert encoder.network.get_classifier().out_features == features
+
+
+def test_a_clip_tower_from_a_local_file_keeps_its_projection(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    source = timm.create_model("vit_base_patch32_clip_224.openai", pretrained=False).eval()
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    encoder = load_encoder("timm:vit_base_patch32_clip_224.openai", tmp_path / "w.pth")
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), source(x))
+    assert encoder.head is None
+
+
+def test_a_source_brings_its_own_key_mapping(tmp_path):
+    """EfficientNet-Lite0 in the names of its package, as the file of the demo has them."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    source = timm.create_model("tf_efficientnet_lite0").eval()
+    blocks = [f"blocks.{s}.{b}" for s, stage in enumerate(source.blocks) for b in range(len(stage))]
+    plain = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    wide = {
+        "conv_pw": "_expand_conv",
+        "bn1": "_bn0",
+        "conv_dw": "_depthwise_conv",
+        "bn2": "_bn1",
+        "conv_pwl": "_project_conv",
+        "bn3": "_bn2",
+    }
+    outside = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+    weights = {}
+    for key, value in source.state_dict().items():
+        block = next((block for block in blocks if key.startswith(f"{block}.")), None)
+        if block is None:
+            layer, _, rest = key.partition(".")
+            weights[f"{outside[layer]}.{rest}"] = value
+        else:
+            layer, _, rest = key[len(block) + 1 :].partition(".")
+            names = wide if f"{block}.conv_pwl.weight" in source.state_dict() else plain
+            weights[f"_blocks.{blocks.index(block)}.{names[layer]}.{rest}"] = value
+    torch.save(weights, tmp_path / "w.pth")
+    encoder = load_encoder("timm:tf_efficientnet_lite0", tmp_path / "w.pth")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.head(encoder(x)), source(x))
+
+
+def test_a_linear_layer_as_a_head():
+    layer = nn.Linear(5, 3)
+    head = Head.of(layer)
+    assert torch.equal(head.weight, layer.weight) and torch.equal(head.bias, layer.bias) and not head.normalize
+    assert Head.of(head) is head
+    assert Head.of(nn.Linear(5, 3, bias=False)).bias is None
+
+
+def test_the_key_mapping_of_timm_itself(tmp_path):
+    """DINOv2's own file has a mask token that timm leaves out."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    source = timm.create_model("vit_small_patch14_dinov2", img_size=28).eval()
+    weights = {**source.state_dict(), "mask_token": torch.zeros(1, 384)}
+    weights["pos_embed"] = torch.randn(1, 1370, 384)  # of 518 pixels, as timm builds it
+    torch.save({"model": weights}, tmp_path / "w.pth")
+    encoder = load_encoder("timm:vit_small_patch14_dinov2", tmp_path / "w.pth")
+    assert torch.equal(encoder.network.pos_embed, weights["pos_embed"])
+
+
+def test_position_embeddings_are_not_stretched_in_silence(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    source = timm.create_model("vit_small_patch14_dinov2", img_size=28).eval()
+    torch.save({**source.state_dict(), "mask_token": torch.zeros(1, 384)}, tmp_path / "w.pth")
+    with pytest.raises(EncoderError, match="pos_embed .*instead of"):
+        load_encoder("timm:vit_small_patch14_dinov2", tmp_path / "w.pth")

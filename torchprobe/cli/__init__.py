@@ -26,6 +26,7 @@ from torchprobe.cli.tools import (
     console,
     device_named,
     device_option,
+    encoder_of,
     exit_codes,
     interruptible,
     json_option,
@@ -34,8 +35,10 @@ from torchprobe.cli.tools import (
     print_files,
     print_json,
     progress_bar,
+    representation_option,
     say,
     show_warning,
+    texts_option,
     workers_option,
     working,
 )
@@ -95,7 +98,9 @@ def layers(model: str, pattern: tuple[str, ...], as_json: bool) -> None:
     f"outlier features by index, and the layers, with values to compare them with. Writes a recording, CSV tables and a page.\n\n{MODEL}",
 )
 @click.argument("model")
-@click.option("--images", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Images, in subfolders too.")
+@click.option("--images", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Images, in subfolders too.")
+@texts_option
+@representation_option
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights: .safetensors, .pt, .pth, .ckpt.")
 @click.option("--random-init", is_flag=True, help="Random weights from --seed: the baseline of the same architecture.")
 @click.option(
@@ -110,7 +115,9 @@ def layers(model: str, pattern: tuple[str, ...], as_json: bool) -> None:
 @json_option
 def scan(
     model: str,
-    folder: Path,
+    folder: Path | None,
+    texts: Path | None,
+    representation: str | None,
     checkpoint: Path | None,
     random_init: bool,
     pattern: tuple[str, ...],
@@ -124,23 +131,25 @@ def scan(
 ) -> None:
     import torch
 
-    from torchprobe.datasets import image_folder
-    from torchprobe.encoders import load_encoder
+    from torchprobe.datasets import image_folder, text_file
     from torchprobe.rendering import page
     from torchprobe.studies import scan as study
     from torchprobe.studies.scan_report import print_scan, write_scan
 
     if checkpoint and random_init:
         raise click.UsageError("--checkpoint and --random-init exclude each other")
+    if (folder is None) == (texts is None):
+        raise click.UsageError("give either --images or --texts")
     place = device_named(device)
     page.require()
-    images = image_folder(folder, limit, seed)
+    images = text_file(texts, limit, seed) if folder is None and texts is not None else image_folder(folder or Path(), limit, seed)
     torch.manual_seed(seed)
     check_output(out)
     with loading(model, fetch=not (checkpoint or random_init)):
-        encoder = load_encoder(model, checkpoint, pretrained=not random_init)
-    settings = {"images": str(folder), "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, "limit": limit}
-    with interruptible() as stop, progress_bar(f"{len(images):,} images") as progress:
+        encoder = encoder_of(model, checkpoint, random_init, representation, texts is not None)
+    source = {"images": str(folder)} if texts is None else {"texts": str(texts)}
+    settings = {**source, "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, "limit": limit}
+    with interruptible() as stop, progress_bar(f"{len(images):,} {encoder.inputs}s") as progress:
         result = study.scan(
             encoder,
             images,

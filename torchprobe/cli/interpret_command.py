@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torchprobe.cli.tools import (
     console,
     device_named,
     device_option,
+    encoder_of,
     exit_codes,
     interruptible,
     json_option,
@@ -23,14 +25,17 @@ from torchprobe.cli.tools import (
     output_option,
     print_files,
     print_json,
+    representation_option,
     say,
     stage_bar,
+    texts_option,
     workers_option,
     working,
 )
 
 if TYPE_CHECKING:
     from torchprobe.common.runs import RunOptions
+    from torchprobe.encoders import Encoder
     from torchprobe.studies.compare import Comparison
     from torchprobe.studies.interpret.inputs import Inputs
     from torchprobe.studies.interpret.results import Interpretation
@@ -70,6 +75,8 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
 @click.command(epilog=exit_codes(), short_help="Repeat the analysis of “Interpreting CLIP” on an encoder.", help=HELP)
 @click.argument("model", required=False)
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="One folder for each class, or just images.")
+@texts_option
+@representation_option
 @click.option(
     "--embeddings",
     metavar="FILE",
@@ -147,6 +154,7 @@ def interpret(
     model: str | None,
     suite: str | None,
     only: tuple[str, ...],
+    texts: Path | None,
     checkpoint: Path | None,
     random_init: bool,
     broden_folder: Path | None,
@@ -159,16 +167,21 @@ def interpret(
     as_json: bool,
     **chosen: Any,
 ) -> None:
-    given = chosen["embeddings"]
+    given, source = chosen["embeddings"], chosen["images"] or texts
     if [model is None, suite is None, given is None].count(False) != 1:
         raise click.UsageError("give either MODEL or --suite, or --embeddings")
-    if given is None and chosen["images"] is None:
-        raise click.UsageError("Missing option '--images'.")
+    if given is None and (source is None or (texts is not None and chosen["images"] is not None)):
+        raise click.UsageError("give either --images or --texts")
     if given is None and chosen["labels"] is not None:
         raise click.UsageError("--labels is for --embeddings; the labels of images are their folders")
-    network = {"images": chosen["images"], "checkpoint": checkpoint, "broden": broden_folder, "layers": layers, "template": templates}
-    if given is not None and (unused := [f"--{key}" for key, value in {**network, "random-init": random_init}.items() if value]):
+    network = {"images": chosen["images"], "texts": texts, "checkpoint": checkpoint, "broden": broden_folder, "layers": layers}
+    network |= {"template": templates, "random-init": random_init, "representation": chosen["representation"]}
+    if given is not None and (unused := [f"--{key}" for key, value in network.items() if value]):
         raise click.UsageError(f"{', '.join(unused)} need a network or pictures, and with --embeddings there are none")
+    if texts is not None and (suite or shifts or broden_folder):
+        raise click.UsageError("--texts is for one MODEL, without --suite, --shift and --broden")
+    if suite is not None and chosen["representation"]:
+        raise click.UsageError("--representation is for one MODEL")
     if suite is not None and (checkpoint or random_init):
         raise click.UsageError("--checkpoint and --random-init are for one MODEL; the suite has its own checkpoints")
     if checkpoint and random_init:
@@ -195,7 +208,7 @@ def interpret(
         place = device_named(f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device)
         choices = Choices(_features(chosen["features"]), chosen["same_images"])
         inputs = Inputs(
-            images=chosen["images"] or Path(),
+            images=source or Path(),
             shifts=dict(shifts),
             broden=None if broden_folder is None else Broden(broden_folder),
             baseline=None if baseline_file is None else Baseline.from_csv(baseline_file),
@@ -219,7 +232,12 @@ def interpret(
                 assert model is not None
                 known = {key: chosen[key] for key in _ABOUT if chosen[key]}
                 about = {"source": model, "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, **known}
-                _one(model, checkpoint, random_init, chosen["head"], about, inputs, options, rank, out, as_json)
+
+                def load() -> Encoder:
+                    return encoder_of(model, checkpoint, random_init, chosen["representation"], texts is not None)
+
+                fetch = not (checkpoint or random_init)
+                _one(model, load, fetch, chosen["head"], about, inputs, options, rank, out, as_json)
         except KeyboardInterrupt:
             say(f"Interrupted. The same command with --resume continues the run in {os.fspath(out)}.")
             raise click.exceptions.Exit(INTERRUPTED) from None
@@ -227,8 +245,8 @@ def interpret(
 
 def _one(
     model: str,
-    checkpoint: Path | None,
-    random_init: bool,
+    load: Callable[[], Encoder],
+    fetch: bool,
     head: str,
     about: dict[str, Any],
     inputs: Inputs,
@@ -237,17 +255,17 @@ def _one(
     out: Path,
     as_json: bool,
 ) -> None:
-    from torchprobe.encoders import load_encoder
     from torchprobe.studies.interpret.inputs import kept_head, load_images
     from torchprobe.studies.interpret.run import interpret_subject
 
     load_images(inputs.images)  # before the weights are fetched
-    with loading(model, fetch=not (checkpoint or random_init), quiet=rank > 0):
-        encoder = load_encoder(model, checkpoint, pretrained=not random_init)
+    with loading(model, fetch=fetch, quiet=rank > 0):
+        encoder = load()
         encoder = encoder if options.device is None else encoder.to(options.device)
         subject = inputs.subject(encoder, head, options.seed, kept_head(out, options.resume))
     with interruptible() as stop, stage_bar(quiet=rank > 0) as progress:
-        found = interpret_subject(replace(subject, about={**about, **inputs.about()}), out, replace(options, progress=progress, stop=stop))
+        known = {**about, "representation": encoder.representation, **inputs.about()}
+        found = interpret_subject(replace(subject, about=known), out, replace(options, progress=progress, stop=stop))
     if rank == 0:
         _print_interpretation(found, as_json)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -18,6 +18,9 @@ from rich.console import Console
 from torchprobe.common.files import to_json
 from torchprobe.common.runs import CountCallback, Progress
 from torchprobe.rendering.tables import printable
+
+if TYPE_CHECKING:
+    from torchprobe.encoders import Encoder
 
 OK, FAILED, USAGE, CHECK_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -35,8 +38,8 @@ def exit_codes(check_failed: str = "") -> str:
 
 
 MODEL = (
-    "MODEL is timm:NAME, torchvision:NAME, torchvision:NAME/WEIGHTS or open_clip:NAME/PRETRAINED, such as "
-    "timm:vit_small_patch14_dinov2, torchvision:resnet50/IMAGENET1K_V2, open_clip:ViT-B-32/laion2b_s34b_b79k."
+    "MODEL is timm:NAME, torchvision:NAME, torchvision:NAME/WEIGHTS, open_clip:NAME/PRETRAINED, hf:NAME or hf:FOLDER (transformers), such "
+    "as timm:vit_small_patch14_dinov2, torchvision:resnet50/IMAGENET1K_V2, open_clip:ViT-B-32/laion2b_s34b_b79k, hf:facebook/dinov2-small."
 )
 
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -49,6 +52,17 @@ device_option = click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto uses an accelerator if available."
 )
 workers_option = click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Threads that decode images.")
+texts_option = click.option(
+    "--texts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Instead of images: one text in each line, or JSONL. MODEL is a language model, a text encoder or CLIP.",
+)
+representation_option = click.option(
+    "--representation",
+    type=click.Choice(["projection", "pooler", "class", "mean", "last"]),
+    help="Which output of an hf: MODEL is the representation.  [default: what its head sees; see the documentation]",
+)
 
 
 def output_option(default: str) -> Callable[[Command], Command]:
@@ -112,10 +126,26 @@ def loading(model: str, fetch: bool, quiet: bool = False) -> Iterator[None]:
         fetch: whether its weights come from its library, and not from a local file or a random generator.
         quiet: do not say it, because another rank does.
     """
-    if fetch and not quiet:
+    if fetch and not quiet and not Path(model.partition(":")[2]).expanduser().is_dir():
         say(f"Fetching the weights of {model}, unless they are in the local cache.")
     with working("loading the model"):
         yield
+
+
+def encoder_of(model: str, checkpoint: Path | None, random_init: bool, representation: str | None = None, texts: bool = False) -> Encoder:
+    """The encoder that MODEL and its options name: of texts, or of images.
+
+    Raises:
+        click.UsageError: it is an encoder of texts, and there are images.
+    """
+    from torchprobe.encoders import TextEncoder, load_encoder
+
+    encoder = load_encoder(model, checkpoint, pretrained=not random_init)
+    if texts:
+        encoder = encoder.for_texts()
+    elif isinstance(encoder, TextEncoder):
+        raise click.UsageError(f"{model} encodes texts, not images: give --texts FILE")
+    return encoder if representation is None else encoder.choose(representation)
 
 
 def check_output(folder: Path) -> None:

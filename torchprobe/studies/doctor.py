@@ -12,7 +12,10 @@ import torch
 import torchprobe
 from torchprobe.ops import kernels, selfcheck
 
-PACKAGES = ["torch", "numpy", "einops", "safetensors", "rich", "torchvision", "timm", "open_clip_torch", "captum", "matplotlib", "jinja2"]
+PACKAGES = [
+    "torch", "numpy", "einops", "safetensors", "rich", "torchvision", "timm", "open_clip_torch", "transformers", "captum", "matplotlib",
+    "jinja2",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

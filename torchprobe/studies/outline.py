@@ -1,4 +1,4 @@
-"""The layers of an encoder, found with a forward pass of one blank image."""
+"""The layers of an encoder, found with a forward pass of one input."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def outline(encoder: Encoder, layers: Iterable[str] | None = None) -> list[Layer
     """The layers of an encoder, in the order of the model.
 
     Args:
-        encoder: one blank image is run through it.
+        encoder: one blank image, or one short text, is run through it.
         layers: names or globs; None: all layers.
 
     Raises:
@@ -51,16 +51,14 @@ def outline(encoder: Encoder, layers: Iterable[str] | None = None) -> list[Layer
     >>> [(row.layer, row.features) for row in outline(encoder, ["visual.*"])]
     [('visual.0', 3), ('visual.1', 48), ('visual.2', 8)]
     """
-    from PIL import Image
-
     default = {layer.name for layer in select_layers(encoder)}
     wanted = {layer.name for layer in select_layers(encoder, "**" if layers is None else list(layers))}
     modules = {layer.name: type(layer.module).__name__ for layer in named_layers(encoder).values() if layer.name in wanted}
-    image = encoder.preprocess(Image.new("RGB", (256, 256), (120, 120, 120)))
+    inputs = encoder.example()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about layers that do not fire; the rows show them
         with record(encoder, lambda name, module: name in modules) as rec, torch.inference_mode():
-            encoder(image[None])
+            encoder(inputs)
     fired: dict[str, dict[str, Any]] = {}
     for row in rec.rows():  # of several tensors the first one; the dimension of the features may be unknown
         fired.setdefault(row["layer"].partition(":")[0] if row["layer"] not in modules else row["layer"], row)

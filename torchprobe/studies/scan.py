@@ -20,7 +20,7 @@ from torchprobe.analysis.resampling import LEVEL, RESAMPLES, bootstrap_interval
 from torchprobe.common.runs import Clock, CountCallback, RunOptions, counting
 from torchprobe.datasets import DatasetError, Images
 from torchprobe.encoders import Encoder
-from torchprobe.recording import Recording, record
+from torchprobe.recording import Recorder, Recording, record
 from torchprobe.rendering.tables import LAYER_COLUMNS, cell
 from torchprobe.statistics import Moments
 from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
@@ -189,7 +189,8 @@ def scan(
 
     Args:
         encoder: from :func:`torchprobe.encoders.load_encoder`; moved to ``device`` and put in eval mode.
-        images: from :func:`torchprobe.datasets.image_folder`.
+        images: from :func:`torchprobe.datasets.image_folder`; or for an encoder of texts from :func:`torchprobe.datasets.text_file`: then
+            a text takes the place of an image, and padding is masked in every layer.
         layers: names or globs as for :func:`torchprobe.record`; None: its default. The representation is always recorded.
         batch_size: files in a batch.
         device: where the encoder runs.
@@ -219,7 +220,7 @@ def scan(
     with record(encoder, selected) as rec, torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata
         try:
-            _look(encoder, images, options, seen)
+            _look(encoder, rec, images, options, seen)
         except KeyboardInterrupt:
             seen.partial = True
         if not seen.kurtosis:
@@ -236,7 +237,13 @@ def scan(
         total=len(images),
         unreadable=seen.unreadable,
         partial=seen.partial,
-        settings={"batch_size": batch_size, "device": str(device), "seed": seed, "layers": selected},
+        settings={
+            "batch_size": batch_size,
+            "device": str(device),
+            "seed": seed,
+            "layers": selected,
+            "representation": encoder.representation,
+        },
     )
 
 
@@ -251,7 +258,7 @@ class _Seen:
     partial: bool = False
 
 
-def _look(encoder: Encoder, images: Images, options: RunOptions, seen: _Seen) -> None:
+def _look(encoder: Encoder, rec: Recorder, images: Images, options: RunOptions, seen: _Seen) -> None:
     """Runs the images through the encoder, and adds them to ``seen`` batch by batch."""
     clock, done = Clock(options.progress, stages=1), 0
     clock.start("scan", done, len(images))
@@ -261,7 +268,9 @@ def _look(encoder: Encoder, images: Images, options: RunOptions, seen: _Seen) ->
             return
         seen.unreadable += batch.unreadable
         if batch.names:
-            h = encoder(batch.pixels.to(options.device)).cpu().double()
+            inputs = batch.pixels.to(options.device)
+            with rec.mask(encoder.mask(inputs)):
+                h = encoder(inputs).cpu().double()
             seen.kurtosis.append(vector_kurtosis(h))
             seen.peak.append(peaks(h))
             finite = h[h.isfinite().all(-1)]

@@ -15,6 +15,7 @@ from rich.table import Table as Grid
 import torchprobe
 from torchprobe.analysis.outliers import FEATURE_COLUMNS
 from torchprobe.common.files import replacing, to_json
+from torchprobe.encoders.outputs import AUTO, REPRESENTATIONS
 from torchprobe.rendering import page, plots
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
 from torchprobe.rendering.tables import LAYER_COLUMNS, Column, Row, layer_table, number, plain_table, shown, text, write_csv
@@ -120,6 +121,7 @@ def representation(scan: Scan) -> Section:
             f"Each image gives one vector of {number(r.features)} features: the input of the head, before normalization. The "
             "histogram shows the kurtosis of each image. Independent Gaussian features would lie in the gray range. The "
             "dashed line is the largest value that this number of features can reach.",
+            which_output(scan),
             relu_note(scan),
         ],
         [
@@ -129,6 +131,12 @@ def representation(scan: Scan) -> Section:
             )
         ],
     )
+
+
+def which_output(scan: Scan) -> str:
+    """Which output of the network the representation is, if it has several."""
+    chosen = str(scan.settings.get("representation", AUTO))
+    return "" if chosen == AUTO else f"Of the outputs of the network, the representation is “{chosen}”: {REPRESENTATIONS[chosen]}."
 
 
 def relu_note(scan: Scan) -> str:

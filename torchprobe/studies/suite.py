@@ -277,7 +277,15 @@ def along_interpolation(
 
 
 def _with_head(encoder: Encoder, head: Head) -> Encoder:
-    return Encoder(encoder.visual, features=encoder.features, preprocess=encoder.preprocess, name=encoder.name, head=head)
+    return Encoder(
+        encoder.network,
+        features=encoder.features,
+        preprocess=encoder.preprocess,
+        name=encoder.name,
+        head=head,
+        representation=encoder.representation,
+        special_tokens=encoder.special_tokens,
+    )
 
 
 def _in_order(head: Head, other: Head) -> Head:

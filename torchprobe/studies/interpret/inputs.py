@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from torchprobe.analysis.outliers import Rule
 from torchprobe.common.messages import counted
 from torchprobe.common.runs import RunOptions
 from torchprobe.common.storage import digest
-from torchprobe.datasets import Broden, DatasetError, Images, LabeledImages, image_folder, imagenet_set, labeled_folder
+from torchprobe.datasets import Broden, DatasetError, Images, LabeledImages, image_folder, imagenet_set, labeled_folder, text_file
 from torchprobe.datasets.imagenet import KINDS
 from torchprobe.datasets.images import SUFFIXES
-from torchprobe.encoders import Encoder, EncoderError, Head, load_head
+from torchprobe.encoders import ClipEncoder, Encoder, EncoderError, Head, load_head
 from torchprobe.encoders.encoder import Template
+from torchprobe.encoders.outputs import AUTO
 from torchprobe.encoders.suite import SuiteRow
 from torchprobe.studies.interpret.results import Stages
 
@@ -145,7 +147,8 @@ class Inputs:
 
         A zero-shot head is made for ImageNet's classes if the images are ImageNet's. Otherwise it is made for the class folders, with "_"
         read as a space. The folders of every set are matched to the names of the rows of the head. If the head has no names, the folders
-        are assumed to be in the order of its rows. The head is on the device of the encoder.
+        are assumed to be in the order of its rows. A head that "auto" found is left out, with a warning, if the folders do not fit it: the
+        images alone give the outlier features. The head is on the device of the encoder.
 
         Args:
             encoder: on its device.
@@ -166,7 +169,13 @@ class Inputs:
             if imagenet and found.out_features != 1000:
                 raise DatasetError(f"{self.images} holds ImageNet's classes, but the head has {found.out_features} rows, not 1000")
             if not imagenet:
-                images, names = self._matched(images, found, seed)
+                try:
+                    images, names = self._matched(images, found, seed)
+                except DatasetError as error:
+                    if head != "auto":
+                        raise
+                    warnings.warn(f"the trained head is left out, and with it accuracy, because {error}", stacklevel=2)
+                    found = None
         shifts = {name: load_shift(name, folder, names, imagenet, self.limit, seed) for name, folder in self.shifts.items()}
         return Subject(
             encoder=encoder,
@@ -196,13 +205,13 @@ class Inputs:
 
 
 def load_images(folder: Path, names: Sequence[str] | None = None, limit: int | None = None, seed: int = 0) -> Images:
-    """The images of a folder.
+    """The images of a folder, or the texts of a file.
 
     They are ImageNet's validation set if the name of a class folder is a WordNet id. Otherwise each folder in it is a class. Without
     folders, all images are taken, without labels.
 
     Args:
-        folder: of the images.
+        folder: of the images; a file holds texts, see :func:`torchprobe.datasets.text_file`.
         names: the names of the rows of the head, to match class folders with; not for ImageNet.
         limit: number of images, chosen at random; None: all.
         seed: of that choice.
@@ -210,6 +219,8 @@ def load_images(folder: Path, names: Sequence[str] | None = None, limit: int | N
     Raises:
         DatasetError: no images, or class folders that do not match.
     """
+    if folder.is_file():
+        return text_file(folder, limit, seed)
     if is_imagenet(folder):
         return imagenet_set(folder, IMAGENET, limit, seed)
     if folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -284,7 +295,7 @@ def make_head(
         EncoderError: there is no such head; the message has the reason.
     """
     if which == "auto":
-        which = "own" if encoder.head is not None else "zero-shot" if hasattr(encoder, "text") else "none"
+        which = "own" if encoder.head is not None else "zero-shot" if _has_text_tower(encoder) else "none"
     if which == "none":
         return None
     if which == "own":
@@ -303,6 +314,11 @@ def make_head(
         captions = None if templates is None else [one if isinstance(one, str) else one("{}") for one in templates]
         return keep({"name": encoder.name, "text": digest(tower.parameters()), "classes": classes, "templates": captions}, make)
     return open_head(which, encoder.features)
+
+
+def _has_text_tower(encoder: Encoder) -> bool:
+    """Whether captions can be compared with the representation."""
+    return isinstance(encoder, ClipEncoder) and encoder.representation in (AUTO, "projection")
 
 
 def kept_head(folder: Path, resume: bool) -> KeepHead:

@@ -306,6 +306,6 @@ def reading(r: Results) -> Section:
 
 def footer(r: Results) -> list[str]:
     """Versions and settings."""
-    known = {name: r.about.get(name) for name in ("source", "checkpoint", "images", "limit", "broden")}
+    known = {name: r.about.get(name) for name in ("source", "checkpoint", "representation", "images", "limit", "broden")}
     settings = ", ".join(f"{name} {value}" for name, value in (known | dict(r.settings)).items() if value)
     return [f"torchprobe {r.torchprobe}, torch {r.torch}, Python {platform.python_version()}.", f"Settings: {settings}."]

@@ -88,7 +88,7 @@ def interpret(
         images: the evaluation set, such as ImageNet's validation images; with labels for everything that needs a head.
         out: a folder, which is made if needed. It gets ``results.json``, CSV tables, plots as PNG and SVG, ``index.html`` and the
             representations.
-        head: on top of the encoder; None: only the sections without a head.
+        head: on top of the encoder, a :class:`torchprobe.encoders.Head` or a linear layer; None: only the sections without a head.
         shifts: name → labeled images under a shift. The names are those of :data:`torchprobe.analysis.SHIFTS`, or columns of the baseline.
         broden: concepts.
         baseline: the standard models of effective robustness; None: the published fits.
