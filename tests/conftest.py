@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import cuda_shim
@@ -31,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _terminal() -> None:
     """Tables have their default width. pytest-xdist sets the variable in its workers."""
     os.environ.pop("COLUMNS", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """What one file compiled must not make models of the same class in another file look compiled."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -225,6 +225,7 @@ def test_train_with_kurtosis_resumed_equals_an_uninterrupted_run(monkeypatch, tm
     assert "accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:layer .* never active")
 def test_dissect_writes_a_page(monkeypatch, tmp_path, capsys):
     for package in ("PIL", "jinja2", "matplotlib"):
         pytest.importorskip(package, reason=f"{package} is not installed")

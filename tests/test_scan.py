@@ -158,8 +158,7 @@ def test_the_numbers_of_a_scan(photos):
     assert summary["peak"] == pytest.approx((abs(h).max(-1) / abs(h).mean(-1)).mean(), rel=1e-5)
     assert summary["gaussian"] == pytest.approx(3 * 63 / 65)
     assert summary["ceiling"] == pytest.approx((64**2 - 3 * 64 + 3) / 63)
-    low, high = summary["interval"]
-    assert low <= summary["vector_kurtosis"] <= high
+    assert all(map(math.isnan, summary["interval"]))  # 11 images are too few
     first = result.features()[0]
     assert first["feature"] == 17
     assert first["outlier_share"] == 1
@@ -213,10 +212,9 @@ def test_nonfinite_and_constant_vectors_are_counted(photos, tmp_path):
 def test_unreadable_files_are_named_with_their_reason(photos, tmp_path):
     add_unreadable(photos)
     result = scan(small_encoder(), image_folder(photos), batch_size=3)
-    assert result.images == 11
+    assert result.images == 12
     assert result.total == 15
-    assert {file for file, _ in result.unreadable} == {"truncated.jpg", "<b>[red]text.png", "empty.jpeg", "sixteen bits.png"}
-    assert "I;16" in dict(result.unreadable)["sixteen bits.png"]
+    assert {file for file, _ in result.unreadable} == {"truncated.jpg", "<b>[red]text.png", "empty.jpeg"}
     page = write_scan(result, tmp_path)["page"].read_text()
     assert "&lt;b&gt;[red]text.png" in page
     assert "<b>[red]" not in page

@@ -105,7 +105,7 @@ def test_texts_on_the_command_line(gpt2, tmp_path, command, capsys):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [([], "give either --images or --texts"), (["--images", "x", "--texts", "y"], "either --images or --texts")],
+    [([], "Missing option '--images' or '--texts'"), (["--images", "x", "--texts", "y"], "either --images or --texts")],
 )
 @pytest.mark.parametrize("command", ["scan", "interpret"])
 def test_either_images_or_texts(command, options, message, capsys):

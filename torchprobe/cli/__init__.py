@@ -139,7 +139,8 @@ def scan(
     if checkpoint and random_init:
         raise click.UsageError("--checkpoint and --random-init exclude each other")
     if (folder is None) == (texts is None):
-        raise click.UsageError("give either --images or --texts")
+        missing = folder is None and texts is None
+        raise click.UsageError("Missing option '--images' or '--texts'." if missing else "give either --images or --texts")
     place = device_named(device)
     page.require()
     images = text_file(texts, limit, seed) if folder is None and texts is not None else image_folder(folder or Path(), limit, seed)

@@ -171,7 +171,7 @@ def interpret(
     if [model is None, suite is None, given is None].count(False) != 1:
         raise click.UsageError("give either MODEL or --suite, or --embeddings")
     if given is None and (source is None or (texts is not None and chosen["images"] is not None)):
-        raise click.UsageError("give either --images or --texts")
+        raise click.UsageError("Missing option '--images' or '--texts'." if source is None else "give either --images or --texts")
     if given is None and chosen["labels"] is not None:
         raise click.UsageError("--labels is for --embeddings; the labels of images are their folders")
     network = {"images": chosen["images"], "texts": texts, "checkpoint": checkpoint, "broden": broden_folder, "layers": layers}

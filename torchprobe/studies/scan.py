@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
 from torchprobe.analysis.outliers import feature_rows
-from torchprobe.analysis.resampling import LEVEL, RESAMPLES, bootstrap_interval
+from torchprobe.analysis.resampling import FEWEST, LEVEL, RESAMPLES, bootstrap_interval
 from torchprobe.common.runs import Clock, CountCallback, RunOptions, counting
 from torchprobe.datasets import DatasetError, Images
 from torchprobe.encoders import Encoder
@@ -28,8 +28,8 @@ from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_s
 DEFINITIONS = {
     "vector kurtosis": "κ(h) = mean((h − mean h)⁴) / mean((h − mean h)²)² over the features of one vector h (Pearson's definition, "
     "population moments). The headline number is its mean over images.",
-    "interval": f"{LEVEL:.0%} percentile bootstrap of that mean over images ({RESAMPLES:,} resamples). The image is the unit, "
-    "because values from the same image are dependent.",
+    "interval": f"{LEVEL:.0%} studentized bootstrap of that mean over images ({RESAMPLES:,} resamples), none below {FEWEST} images. "
+    "The image is the unit, because values from the same image are dependent.",
     "Gaussian features": "the value of d independent Gaussian features, 3(d − 1)/(d + 1), and its std from vector to vector.",
     "ceiling": "the largest value that d features can have, when all but one are equal: (d² − 3d + 3)/(d − 1).",
     "outlier": "feature i is an outlier in a vector if |h_i − mean h| > 6 std of that vector.",
