@@ -237,12 +237,7 @@ class Baseline:
             ValueError: an unknown shift, accuracies that the baseline does not have, fewer than three models, or models that
                 are all equal on ImageNet.
         """
-        check_names(shift, imagenet_classes, self.shifts)
-        across = self._column(imagenet_name(shift, imagenet_classes))
-        along = np.mean([self._column(name) for name in SHIFTS], 0) if shift == MEAN else self._column(shift)
-        usable = self.accuracies[IMAGENET] >= self.minimum
-        for values in (across, along):
-            usable &= (values > 0) & (values < 100)  # nan is neither
+        across, along, usable = self._usable(shift, imagenet_classes)
         x_logits, y_logits = _logit(across[usable]), _logit(along[usable])
         n = int(usable.sum())
         if n < 3 or np.ptp(x_logits) == 0:
@@ -268,6 +263,28 @@ class Baseline:
             x_squares=squares,
             source=self.source,
         )
+
+    def points(self, shift: str, imagenet_classes: ImagenetClasses = "full") -> list[tuple[float, float]]:
+        """The models that :meth:`fit` takes: ImageNet accuracy and accuracy under the shift, percent.
+
+        Raises:
+            ValueError: an unknown shift, or accuracies that the baseline does not have.
+
+        >>> Baseline({"imagenet": [60, 70, 0], "imagenet_v2": [47, 58, 0]}).points("imagenet_v2")
+        [(60.0, 47.0), (70.0, 58.0)]
+        """
+        across, along, usable = self._usable(shift, imagenet_classes)
+        return list(zip(across[usable].tolist(), along[usable].tolist(), strict=True))
+
+    def _usable(self, shift: str, classes: ImagenetClasses) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+        """ImageNet accuracy and accuracy under the shift of all models, and which of them have a logit and are good enough."""
+        check_names(shift, classes, self.shifts)
+        across = self._column(imagenet_name(shift, classes))
+        along = np.mean([self._column(name) for name in SHIFTS], 0) if shift == MEAN else self._column(shift)
+        usable = self.accuracies[IMAGENET] >= self.minimum
+        for values in (across, along):
+            usable = usable & (values > 0) & (values < 100)  # nan is neither
+        return across, along, usable
 
     def _column(self, name: str) -> NDArray[np.float64]:
         if name not in self.accuracies:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from torchprobe.rendering.style import styled
 from torchprobe.rendering.tables import printable
 
 if TYPE_CHECKING:
@@ -45,26 +46,22 @@ def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, li
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=SURFACE)
-    first = figure.add_subplot(panels, 1, 1)
-    axes = [first, *(figure.add_subplot(panels, 1, i + 1, sharex=first) for i in range(1, panels))]
-    for panel in axes:
-        panel.set_facecolor("none")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(MUTED)
-        panel.grid(True, axis="y", color=GRID, linewidth=0.6)
-        panel.set_axisbelow(True)
-        panel.tick_params(length=3, width=0.6, color=MUTED, labelcolor=MUTED, labelsize=8)
-        panel.xaxis.label.set(color=INK, fontsize=9)
-        panel.yaxis.label.set(color=INK, fontsize=9)
-        panel.label_outer()
+    with styled():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        first = figure.add_subplot(panels, 1, 1)
+        axes = [first, *(figure.add_subplot(panels, 1, i + 1, sharex=first) for i in range(1, panels))]
+        for panel in axes:
+            # matplotlib makes ticks later, outside of the style, so they are told here
+            panel.tick_params(length=3, width=0.6, color=MUTED, labelcolor=MUTED, labelsize=8)
+            panel.label_outer()
     figure.__dict__["_repr_png_"] = functools.partial(_png, figure)  # without pyplot, notebooks do not show a figure by themselves
     return figure, axes
 
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with styled():
+        figure.savefig(buffer, format="png", dpi=figure.dpi)
     return buffer.getvalue()
 
 

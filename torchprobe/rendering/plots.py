@@ -34,6 +34,7 @@ from torchprobe.rendering.axes import (
     short_names,
     ticks_that_fit,
 )
+from torchprobe.rendering.style import styled
 from torchprobe.rendering.tables import Row, printable
 from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface", ACCENT: "accent", WARM: "warm", BAND: "band"}
 """The CSS variable of each color."""
+
+_NO_DATE: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 POOLED_RELU = (5.4, 9.0)
 """Vector kurtosis of pooled rectified features without an outlier: 5.4 for the ReLU of a Gaussian, up to 9 in networks."""
@@ -191,12 +194,10 @@ def svg(figure: Figure, description: str) -> str:
     >>> svg(depth_profile([]), "an empty profile").startswith("<svg")
     True
     """
-    import matplotlib
-
     buffer = io.StringIO()
     no_metadata: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
     # With this salt two figures on one page have different ids, and the same figure always becomes the same text.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{printable(description)} {figure.get_size_inches()}"}):
+    with styled(svg_hashsalt=f"{printable(description)} {figure.get_size_inches()}"):
         figure.savefig(buffer, format="svg", metadata=no_metadata, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -220,10 +221,15 @@ def _rounded(path: re.Match[str]) -> str:
 
 
 def write(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Writes the figure to ``path`` and returns the path. The ending decides the format. A file of that name is replaced as a whole."""
+    """Writes the figure to ``path`` and returns the path. A file of that name is replaced as a whole.
+
+    The ending decides the format. Text in PDF (fonts of type 42) and SVG stays text; PNG has 300 dots per inch. The same figure always
+    becomes the same file: no date, and no random name is in it.
+    """
     path = Path(path)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=150)
+    suffix = path.suffix[1:].lower() or "png"
+    with styled(svg_hashsalt="torchprobe"), replacing(path) as temporary:
+        figure.savefig(temporary, format=suffix, metadata=_NO_DATE.get(suffix))
     return path
 
 

@@ -176,6 +176,8 @@ class Robustness(Record):
         accuracies: "measured" or "published".
         baseline: a description of the standard models.
         left_out: shift → why it has no effective robustness.
+        models: shift → unshifted accuracy and accuracy under the shift of each standard model of a baseline of your own. None for the
+            published fits, whose models :func:`torchprobe.analysis.standard_models.cloud` has.
     """
 
     rows: list[ShiftRow]
@@ -184,6 +186,7 @@ class Robustness(Record):
     accuracies: str
     baseline: str
     left_out: dict[str, str]
+    models: dict[str, list[tuple[float, float]]] | None = None
 
     def by_shift(self) -> dict[str, float]:
         """Shift → effective robustness, for the shifts that have one."""
@@ -250,7 +253,8 @@ def measure_robustness(
             table = robustness(kept, imagenet_classes=classes, baseline=baseline, images=SIZES if images is None else images)
         rows, mean = [decode(ShiftRow, row) for row in table.rows()], table.mean_effective_robustness
     fits = "the published fits to the standard models of the ImageNet testbed"
-    return Robustness(rows, mean, classes, source, fits if baseline is None else baseline.source, left_out)
+    models = None if baseline is None else {row.shift: baseline.points(row.shift, classes) for row in rows}
+    return Robustness(rows, mean, classes, source, fits if baseline is None else baseline.source, left_out, models)
 
 
 def effective_robustness_along(
