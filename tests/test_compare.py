@@ -105,7 +105,7 @@ def test_written_and_harmless(found: Comparison, tmp_path: Path) -> None:
     for title in ("The encoders", "Pairs within a backbone", "Rank correlations", "Pruning", "Concepts in common"):
         assert f"<h2>{title}</h2>" in page
     assert HOSTILE not in page and "&lt;img src=x" in page
-    assert len(list((tmp_path / "plots").glob("*.png"))) >= 3
+    assert len(list((tmp_path / "figures").glob("*.png"))) >= 3
 
 
 def test_long_names_leave_room_for_the_figures(folders: list[Path], tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def images(whole: Interpretation) -> Embeddings:
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole run, which is made before, has them; drawing is most of the time."""
-    monkeypatch.setattr("torchprobe.studies.interpret.report.write_plots", lambda *_: None)
+    monkeypatch.setattr("torchprobe.studies.interpret.report.write_figures", lambda *_: None)
 
 
 def test_every_section_is_there(whole: Interpretation) -> None:
@@ -134,7 +134,7 @@ def test_tables_and_plots(whole: Interpretation) -> None:
     for name in ("kurtosis", "features", "layers", "accuracy", "robustness", "directions", "pruning", "ablation", "concepts"):
         with open(whole.folder / f"{name}.csv", newline="") as file:
             assert list(csv.DictReader(file)), name
-    pngs, svgs = (sorted((whole.folder / "plots").glob(f"*.{suffix}")) for suffix in ("png", "svg"))
+    pngs, svgs = (sorted((whole.folder / "figures").glob(f"*.{suffix}")) for suffix in ("png", "svg"))
     assert len(pngs) == len(svgs) >= 9 and all(path.stat().st_size > 1000 for path in pngs)
 
 

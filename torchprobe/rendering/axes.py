@@ -33,12 +33,13 @@ LONGEST_TICK = 22
 """Characters of a name below or next to an axis."""
 
 
-def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float, height: float, panels: int = 1, *, shared: bool = True) -> tuple[Figure, list[Axes]]:
     """A figure in the style of the library, without pyplot's global state.
 
     Args:
         width, height: inches.
-        panels: axes below each other that share the horizontal axis.
+        panels: axes below each other.
+        shared: whether they share the horizontal axis.
 
     >>> figure, axes = new_figure(9, 3, panels=2)
     >>> len(axes)
@@ -49,7 +50,7 @@ def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, li
     with styled():
         figure = Figure(figsize=(width, height), layout="constrained")
         first = figure.add_subplot(panels, 1, 1)
-        axes = [first, *(figure.add_subplot(panels, 1, i + 1, sharex=first) for i in range(1, panels))]
+        axes = [first, *(figure.add_subplot(panels, 1, i + 1, sharex=first if shared else None) for i in range(1, panels))]
         for panel in axes:
             # matplotlib makes ticks later, outside of the style, so they are told here
             panel.tick_params(length=3, width=0.6, color=MUTED, labelcolor=MUTED, labelsize=8)

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torchprobe.rendering.axes import ACCENT, BAND, DOTTED, INK, MUTED, WARM, draw_legend, new_figure, safe_text, set_log_scale
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _LOOKS = (
@@ -44,13 +45,20 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """One named point. Marks of the same ``group`` look alike; marks of the same ``pair`` are joined by a line."""
+    """One named point. Marks of the same ``group`` look alike; marks of the same ``pair`` are joined by a line.
+
+    ``x_low`` to ``x_high`` and ``y_low`` to ``y_high`` are the ends of intervals, drawn as bars; nan: no bar.
+    """
 
     label: str
     x: float
     y: float
     group: str = ""
     pair: str = ""
+    x_low: float = math.nan
+    x_high: float = math.nan
+    y_low: float = math.nan
+    y_high: float = math.nan
 
 
 def curves(
@@ -130,7 +138,7 @@ def scatter(
     width: float = 9.0,
     height: float = 4.2,
 ) -> Figure:
-    """Named points; the points of a pair are joined by a line.
+    """Named points with their intervals; the points of a pair are joined by a line.
 
     Points with a nonfinite coordinate are left out.
 
@@ -143,20 +151,13 @@ def scatter(
     for pair in dict.fromkeys(mark.pair for mark in placed if mark.pair):
         joined = [mark for mark in placed if mark.pair == pair]
         axes.plot([mark.x for mark in joined], [mark.y for mark in joined], color=BAND, linewidth=1, alpha=0.7, zorder=1)
-    for index, group in enumerate(dict.fromkeys(mark.group for mark in placed)):
-        color, _, marker = _LOOKS[index % len(_LOOKS)]
-        mine = [mark for mark in placed if mark.group == group]
-        hollow = "none" if index >= len(_LOOKS) else color
-        axes.plot([mark.x for mark in mine], [mark.y for mark in mine], linestyle="none", marker=marker, markersize=6,
-                  color=color, markerfacecolor=hollow, label=safe_text(group or "models"))  # fmt: skip
-    for mark, offset in zip(placed, _offsets(placed, log_x, log_y), strict=True):
-        axes.annotate(safe_text(mark.label), (mark.x, mark.y), xytext=offset, textcoords="offset points", color=MUTED, fontsize=7.5)
+    draw_marks(axes, placed, log_x, log_y)
     if log_x:
-        set_log_scale(axes, "x", [mark.x for mark in placed])
+        set_log_scale(axes, "x", [end for mark in placed for end in (mark.x_low, mark.x, mark.x_high)])
     else:
         axes.margins(x=0.12)
     if log_y:
-        set_log_scale(axes, "y", [mark.y for mark in placed])
+        set_log_scale(axes, "y", [end for mark in placed for end in (mark.y_low, mark.y, mark.y_high)])
     else:
         axes.margins(y=0.12)
     axes.set_xlabel(safe_text(x_label))
@@ -164,6 +165,31 @@ def scatter(
     if any(mark.group for mark in placed):
         draw_legend(axes, width)
     return figure
+
+
+def draw_marks(axes: Axes, marks: Sequence[Mark], log_x: bool = False, log_y: bool = False, left_from: float = math.inf) -> None:
+    """Draws finite ``marks`` with their names and intervals. The groups get entries in the legend.
+
+    Names are to the right of their points, and from ``left_from`` on along the horizontal axis to the left.
+
+    >>> _, (axes,) = new_figure(4, 3)
+    >>> draw_marks(axes, [Mark("a", 1.0, 2.0, x_low=0.5, x_high=1.5)])
+    >>> [line.get_xydata().tolist() for line in axes.get_lines()]
+    [[[0.5, 2.0], [1.5, 2.0]], [[1.0, 2.0]]]
+    """
+    for index, group in enumerate(dict.fromkeys(mark.group for mark in marks)):
+        color, _, marker = _LOOKS[index % len(_LOOKS)]
+        mine = [mark for mark in marks if mark.group == group]
+        hollow = "none" if index >= len(_LOOKS) else color
+        for mark in mine:
+            for x, y in (((mark.x_low, mark.x_high), (mark.y, mark.y)), ((mark.x, mark.x), (mark.y_low, mark.y_high))):
+                if all(map(math.isfinite, (*x, *y))):
+                    axes.plot(x, y, color=color, linewidth=1.1, alpha=0.8, solid_capstyle="butt")
+        axes.plot([mark.x for mark in mine], [mark.y for mark in mine], linestyle="none", marker=marker, markersize=6,
+                  color=color, markerfacecolor=hollow, label=safe_text(group or "models"))  # fmt: skip
+    for mark, (right, up) in zip(marks, _offsets(marks, log_x, log_y), strict=True):
+        side, place = ("right", (-right, up)) if mark.x >= left_from else ("left", (right, up))
+        axes.annotate(safe_text(mark.label), (mark.x, mark.y), xytext=place, textcoords="offset points", ha=side, color=MUTED, fontsize=7.5)
 
 
 def _offsets(marks: Sequence[Mark], log_x: bool, log_y: bool) -> list[tuple[float, float]]:

@@ -33,10 +33,14 @@ class Picture:
     Args:
         draw: width in inches → figure.
         description: what it shows, for people who cannot see it.
+        name: of its files, without the ending; it must not depend on numbers in the results. Empty: made from the description.
+        paper: whether its files are also made in the width of a column.
     """
 
     draw: Callable[[float], Figure]
     description: str
+    name: str = ""
+    paper: bool = False
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def modality_sections(rows: Sequence[Gap], features: Sequence[GapFeature]) -> li
         Section(
             "Gaps between modalities",
             [text, *carried],
-            [Picture(partial(_figure, rows, features), "Share of the gap that the largest features carry")],
+            [Picture(partial(_figure, rows, features), "Share of the gap that the largest features carry", "gaps")],
             [
                 Table(rows, GAP_COLUMNS, "Each gap with the values to compare it with"),
                 Table(shown, FEATURE_COLUMNS, f"The {SHOWN} features with the largest shares; all are in gap_features.csv"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Sequence
@@ -16,21 +15,24 @@ import torchprobe
 from torchprobe.analysis.baseline import IMAGENET
 from torchprobe.analysis.resampling import LEVEL
 from torchprobe.common.files import replacing, to_json
-from torchprobe.rendering.curves import Mark, Series, curves, scatter
+from torchprobe.rendering.curves import Series, curves
+from torchprobe.rendering.differences import MOST as MOST_PAIRS
 from torchprobe.rendering.heatmap import heat_map
+from torchprobe.rendering.latex import write_latex
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
 from torchprobe.rendering.page import write as write_page
-from torchprobe.rendering.tables import Column, number, text, write_csv
+from torchprobe.rendering.tables import Column, Row, number, text, write_csv
 from torchprobe.studies.compare.comparison import Comparison, Interpolation, LayerSimilarity, PairMeasures
+from torchprobe.studies.compare.figures import LABELS, SHIFT_COLUMNS, model_pictures, pair_pictures, shift_pictures, shift_rows
 from torchprobe.studies.compare.modalities import GAP_COLUMNS, modality_sections
 from torchprobe.studies.compare.pairs import ZERO_SHOT
-from torchprobe.studies.compare.saved import Summary
 from torchprobe.studies.interpret.concepts import HEADLINE
-from torchprobe.studies.interpret.report import print_rows, write_plots
+from torchprobe.studies.interpret.figures import write_figures
+from torchprobe.studies.interpret.report import print_rows
 
 
 def write(found: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """Writes ``comparison.json``, tables as CSV, plots as PNG and SVG, and the page into ``folder``; returns the paths by kind.
+    """Writes ``comparison.json``, tables as CSV and LaTeX, figures as PDF, SVG and PNG, and the page; returns the paths by kind.
 
     Each file replaces an older one at once.
     """
@@ -39,16 +41,34 @@ def write(found: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:
     with replacing(folder / "comparison.json") as temporary:
         temporary.write_text(to_json(found.summary()), encoding="utf-8")
     files = {"comparison": folder / "comparison.json"}
-    for name in ("models", "pairs", "correlations", "overlaps", "gaps", "gap_features"):
-        if rows := getattr(found, name):
+    tables = {name: getattr(found, name) for name in ("models", "pairs", "correlations", "overlaps", "gaps", "gap_features")}
+    for name, rows in {**tables, "robustness": shift_rows(found.saved)}.items():
+        if rows:
             files[name] = write_csv(rows, folder / f"{name}.csv")
         else:
             (folder / f"{name}.csv").unlink(missing_ok=True)  # of an earlier comparison
+    for name, (rows, columns) in latex_tables(found).items():
+        if rows:
+            write_latex(rows, columns, folder / f"{name}.tex", "comparison")
+        else:
+            (folder / f"{name}.tex").unlink(missing_ok=True)
     page = comparison_page(found)
-    files["plots"] = folder / "plots"
-    write_plots(files["plots"], [picture for section in page.sections for picture in section.pictures])
+    files["figures"] = folder / "figures"
+    write_figures(files["figures"], [picture for section in page.sections for picture in section.pictures])
     files["page"] = write_page(page, folder / "index.html")
     return files
+
+
+def latex_tables(found: Comparison) -> dict[str, tuple[Sequence[Row], Sequence[Column]]]:
+    """The rows and columns of each table for a paper, by the name of its CSV file."""
+    return {
+        "models": (found.models, MODEL_COLUMNS),
+        "pairs": (found.pairs, PAIR_COLUMNS),
+        "correlations": (found.correlations, CORRELATION_COLUMNS),
+        "overlaps": (found.overlaps, OVERLAP_COLUMNS),
+        "gaps": (found.gaps, GAP_COLUMNS),
+        "robustness": (shift_rows(found.saved), SHIFT_COLUMNS),
+    }
 
 
 def print_comparison(found: Comparison, out: Console) -> None:
@@ -82,6 +102,8 @@ MODEL_COLUMNS = (
     Column("outlier_features", "outliers", "outlier features", "count"),
     Column("accuracy", "accuracy", "on the unshifted images", "share"),
     Column("robustness", "ER", "effective robustness, percentage points, mean over the available shifts"),
+    Column("robustness_low", "from", f"{LEVEL:.0%} interval of ER, without the scatter of standard models; for one shift", optional=True),
+    Column("robustness_high", "to", "its upper end", optional=True),
     Column(
         "robustness_note",
         "ER from",
@@ -136,14 +158,6 @@ MOST = 10
 
 _PARTS = {"cka": "CKA"}
 
-_LABELS = {
-    "kurtosis": "vector kurtosis",
-    "robustness": "effective robustness, points",
-    "concepts": "unique concepts",
-    "polysemanticity": "concepts per unit",
-    "accuracy": "accuracy",
-}
-
 
 def comparison_page(found: Comparison) -> Page:
     """All encoders, pairs and correlations, and the measures that need two networks at the same time."""
@@ -156,6 +170,7 @@ def comparison_page(found: Comparison) -> Page:
         sections=[
             _models(found),
             *_pairs(found),
+            *_shifts(found),
             *modality_sections(found.gaps, found.gap_features),
             *_correlations(found),
             *_pruning(found),
@@ -174,28 +189,19 @@ def _facts(found: Comparison) -> list[Fact]:
     for x, y in (("kurtosis", "robustness"), ("concepts", "robustness")):
         row = next((row for row in found.correlations if (row.models, row.x, row.y) == ("all", x, y)), None)
         if row is not None:
-            facts.append(Fact(f"ρ of {_LABELS[x]} and ER", number(row.rho, 2), f"p = {number(row.p_value, 2)}, {row.n} encoders"))
+            facts.append(Fact(f"ρ of {LABELS[x]} and ER", number(row.rho, 2), f"p = {number(row.p_value, 2)}, {row.n} encoders"))
     return facts
 
 
 def _models(found: Comparison) -> Section:
-    known = {
-        name: {row.model for row in found.models if row[name] is not None} for name in ("kurtosis", "concepts", "robustness", "accuracy")
-    }
-    pictures = [
-        Picture(partial(_scatter, found.models, x, "robustness"), f"{_LABELS[x]} against effective robustness, by encoder")
-        for x in ("kurtosis", "concepts")
-        if len(known[x] & known["robustness"]) > 1
-    ]
-    if not pictures and len(known["accuracy"]) > 1:
-        pictures.append(Picture(partial(_scatter, found.models, "kurtosis", "accuracy"), "Vector kurtosis against accuracy, by encoder"))
     return Section(
         "The encoders",
         [
             "Each point is an encoder; a line joins the encoders of one backbone. The width of the representation limits the kurtosis, and "
-            "it is the number of units that can encode concepts. So compare along the lines rather than across them.",
+            "it is the number of units that can encode concepts. So compare along the lines rather than across them. Bars are "
+            f"{LEVEL:.0%} intervals; a mean over several shifts has none.",
         ],
-        pictures,
+        model_pictures(found.models),
         [Table(found.models, MODEL_COLUMNS, "All encoders; a click on a column head sorts")],
     )
 
@@ -214,7 +220,20 @@ def _pairs(found: Comparison) -> list[Section]:
         "If an interval does not contain 0, the choice of images does not explain the difference. The interval does "
         "not include the choice of training runs, because there is only one run of each encoder."
     )
-    return [Section("Pairs within a backbone", [text], tables=[Table(found.pairs, PAIR_COLUMNS)])]
+    text += " Hollow points have no interval." + (
+        f" The figure shows the first {MOST_PAIRS} pairs." if len(found.pairs) > MOST_PAIRS else ""
+    )
+    return [Section("Pairs within a backbone", [text], pair_pictures(found.pairs), [Table(found.pairs, PAIR_COLUMNS)])]
+
+
+def _shifts(found: Comparison) -> list[Section]:
+    if not (rows := shift_rows(found.saved)):
+        return []
+    text = (
+        "Accuracy under each shift with the standard models, on logit axes. The band holds 95 % of standard models; the bar of an encoder "
+        "is its interval without their scatter (line from … to). A figure shows the encoders that are compared with the same line."
+    )
+    return [Section("Effective robustness", [text], shift_pictures(found.saved), [Table(rows, SHIFT_COLUMNS)])]
 
 
 def _correlations(found: Comparison) -> list[Section]:
@@ -242,7 +261,9 @@ def _pruning(found: Comparison) -> list[Section]:
     draw = partial(curves, series, "directions kept, % of the rank", "accuracy, %")
     return [
         Section(
-            "Pruning", [text], [Picture(lambda width: draw(width=width), "Accuracy of each encoder against the share of directions kept")]
+            "Pruning",
+            [text],
+            [Picture(lambda width: draw(width=width), "Accuracy of each encoder against the share of directions kept", "pruning")],
         )
     ]
 
@@ -258,15 +279,23 @@ def _extra(pair: str, extra: PairMeasures) -> Section:
             "recalibrate batch norms on some of the unshifted images, without their labels."
             + (f" The first {MOST} sets are shown." if len(extra.interpolation.accuracy) > MOST else "")
         )
-        pictures.append(Picture(partial(_interpolation, extra.interpolation), f"Accuracy along the interpolation: {pair}"))
-        pictures.append(Picture(partial(_kurtosis_along, extra.interpolation), f"Vector kurtosis along the interpolation: {pair}"))
+        pictures.append(
+            Picture(partial(_interpolation, extra.interpolation), f"Accuracy along the interpolation: {pair}", f"interpolation-{pair}")
+        )
+        pictures.append(
+            Picture(
+                partial(_kurtosis_along, extra.interpolation),
+                f"Vector kurtosis along the interpolation: {pair}",
+                f"interpolation-kurtosis-{pair}",
+            )
+        )
     if extra.cka:
         paragraphs.append(
             f"Linear CKA (unbiased, {number(extra.cka.images)} images in batches of {extra.cka.batch_size}; maps and tokens flattened) of "
             "every layer of one encoder with every layer of the other. It is 1 if the representations agree up to rotation and scale. "
             "Features of large variance dominate it."
         )
-        pictures.append(Picture(partial(_heat_map, extra.cka), f"CKA of the layers: {pair}"))
+        pictures.append(Picture(partial(_heat_map, extra.cka), f"CKA of the layers: {pair}", f"cka-{pair}"))
     paragraphs += [f"No {_PARTS.get(name, name)}: {why}." for name, why in extra.skipped.items()]
     return Section(pair, paragraphs, pictures)
 
@@ -311,11 +340,6 @@ def _footer(found: Comparison) -> list[str]:
 # -- figures ---------------------------------------------------------------------------------------------------------------
 
 
-def _scatter(models: Sequence[Summary], x: str, y: str, width: float) -> Any:
-    marks = [Mark(row.model, _nan(row[x]), _nan(row[y]), row.role, row.backbone) for row in models]
-    return scatter(marks, _LABELS[x], _LABELS[y], log_x=x == "kurtosis", width=width)
-
-
 def _interpolation(found: Interpolation, width: float) -> Any:
     series = [Series(name, found.alphas, _percent(accuracy)) for name, accuracy in found.accuracy.items()]
     return curves(series[:MOST], "α", "accuracy, %", width=width)
@@ -332,7 +356,3 @@ def _heat_map(found: LayerSimilarity, width: float) -> Any:
 
 def _percent(shares: Sequence[float]) -> list[float]:
     return [100 * share for share in shares]
-
-
-def _nan(value: float | None) -> float:
-    return math.nan if value is None else float(value)

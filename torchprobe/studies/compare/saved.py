@@ -23,7 +23,11 @@ _BOUND = 1 << 28  # bytes of the largest results file that is read
 
 @dataclass(frozen=True, eq=False)
 class Summary(Record):
-    """The numbers of one encoder: one row of a comparison. A number that was not computed is nan, or None for a count."""
+    """The numbers of one encoder: one row of a comparison. A number that was not computed is nan, or None for a count.
+
+    ``accuracy_low`` to ``accuracy_high`` is over images. ``robustness_low`` to ``robustness_high`` is the interval of the distance from the
+    line; nan unless there is exactly one shift, because nothing is known of how the errors under several shifts go together.
+    """
 
     model: str
     role: str
@@ -43,6 +47,10 @@ class Summary(Record):
     concepts: int | None
     polysemanticity: float
     modality: str | None = None
+    accuracy_low: float = math.nan
+    accuracy_high: float = math.nan
+    robustness_low: float = math.nan
+    robustness_high: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,11 @@ class Saved:
         """The row of this encoder in a comparison."""
         r = self.results
         robustness, shifts, note = math.nan, None, ""
+        accuracy_ends, robustness_ends = (r.accuracy[IMAGENET].interval if r.accuracy else (math.nan, math.nan)), (math.nan, math.nan)
         if r.robustness:
             robustness, shifts = r.robustness.mean()
+            single = [(row.line_low, row.line_high) for row in r.robustness.rows if row.shift in r.robustness.by_shift()]
+            robustness_ends = single[0] if len(single) == 1 else robustness_ends
             note = f"{r.robustness.accuracies}, {counted(shifts, 'shift')}{', extrapolated' if r.robustness.extrapolated else ''}"
         units = r.concepts.headline(UNITS) if r.concepts else None
         return Summary(
@@ -125,6 +136,10 @@ class Saved:
             concepts=units.unique if units else None,
             polysemanticity=units.polysemanticity if units else math.nan,
             modality=self.about("modality") or None,
+            accuracy_low=accuracy_ends[0],
+            accuracy_high=accuracy_ends[1],
+            robustness_low=robustness_ends[0],
+            robustness_high=robustness_ends[1],
         )
 
 

@@ -25,7 +25,7 @@ from torchprobe.analysis.robustness_intervals import SIZES
 from torchprobe.analysis.shares import share_interval
 from torchprobe.common.records import Key, Record, decode
 from torchprobe.encoders import Head
-from torchprobe.rendering.page import Section, Table
+from torchprobe.rendering.page import Picture, Section, Table
 from torchprobe.rendering.tables import Column
 
 # -- accuracy ------------------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def _near_chance() -> Iterator[None]:
         yield
 
 
-def robustness_section(found: Robustness) -> Section:
+def robustness_section(found: Robustness, pictures: Sequence[Picture] = ()) -> Section:
     """Accuracy under shift beyond what the unshifted accuracy predicts."""
     images = "so they are not of the images of this page" if found.accuracies == "published" else "on the sets above"
     classes = "the classes of the shift" if found.imagenet_classes == "subset" else "all classes"
@@ -297,6 +297,15 @@ def robustness_section(found: Robustness) -> Section:
             f"on that line ({found.baseline}). Outside the range of the standard models, the line is only an extrapolation.",
             f"The accuracies are {found.accuracies}, {images}; the unshifted accuracy is on {classes}.",
             *(f"No effective robustness under {name}: {why}." for name, why in found.left_out.items()),
+            *(
+                [
+                    "The figures have logit axes. The band holds 95 % of standard models; the bar of the encoder is its interval without "
+                    "their scatter (line from … to). Both are in the table."
+                ]
+                if pictures
+                else []
+            ),
         ],
+        pictures,
         tables=[Table(found.rows, ROBUSTNESS_COLUMNS)],
     )

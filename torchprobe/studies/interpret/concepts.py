@@ -137,8 +137,12 @@ def concepts_section(found: Concepts) -> Section:
             "coincides with language supervision, and is not an indicator of robustness.",
         ],
         [
-            Picture(partial(_sweep, found, "unique", "unique concepts"), "Unique concepts against the threshold"),
-            Picture(partial(_sweep, found, "polysemanticity", "concepts per direction"), "Concepts per direction against the threshold"),
+            Picture(partial(_sweep, found, "unique", "unique concepts"), "Unique concepts against the threshold", "concepts"),
+            Picture(
+                partial(_sweep, found, "polysemanticity", "concepts per direction"),
+                "Concepts per direction against the threshold",
+                "concepts-per-direction",
+            ),
         ],
         [
             Table(found.headline_rows(), CONCEPT_COLUMNS, f"At AP ≥ {found.threshold:g}; the sweep is in concepts.csv"),

@@ -126,15 +126,22 @@ def _directions(found: Directions, features: Sequence[int]) -> list[Direction]:
 def directions_section(found: HeadDirections) -> Section:
     """The singular directions of the head."""
     pictures = [
-        Picture(partial(_spectrum, directions), f"Singular values and importance of the directions {title}")
-        for directions, title in ((found.head, "of the head"), (found.centered, "of the head without the mean over classes"))
+        Picture(partial(_spectrum, directions), f"Singular values and importance of the directions {title}", name)
+        for directions, title, name in (
+            (found.head, "of the head", "directions"),
+            (found.centered, "of the head without the mean over classes", "directions-centered"),
+        )
         if directions
     ]
     aligned = "There are no outlier features that a direction could lie along."
     if found.outlier_features:
         aligned = "The last figure shows how far each direction lies along the outlier features; the dotted line is chance."
         pictures.append(
-            Picture(partial(_alignment, found.head, found.alignment_by_chance), "How far each direction lies along the outlier features")
+            Picture(
+                partial(_alignment, found.head, found.alignment_by_chance),
+                "How far each direction lies along the outlier features",
+                "alignment",
+            )
         )
     heads = (
         "The first figure is for the head, the second for the head minus its mean over classes, which no decision depends on. "
@@ -311,11 +318,11 @@ def _curve(found: Directions, what: Literal["accuracy", "effective_robustness"],
 def pruning_section(found: Pruning) -> Section:
     """Accuracy and effective robustness along pruning."""
     pictures = [
-        Picture(partial(_accuracy_figure, orders), f"Accuracy on {name} against the share of directions kept")
+        Picture(partial(_accuracy_figure, orders), f"Accuracy on {name} against the share of directions kept", f"pruning-{name}")
         for name, orders in found.curves.items()
     ]
     pictures += [
-        Picture(partial(_robustness_figure, orders), f"Effective robustness under {name} along pruning")
+        Picture(partial(_robustness_figure, orders), f"Effective robustness under {name} along pruning", f"pruning-robustness-{name}")
         for name, orders in found.robustness.items()
     ]
     figures = "The figures show the accuracy on " + ", ".join(f"{name} ({counted(found.images[name], 'image')})" for name in found.curves)

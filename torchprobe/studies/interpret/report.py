@@ -18,14 +18,14 @@ from torchprobe.analysis.concepts import SHUFFLED, UNITS
 from torchprobe.analysis.resampling import FEWEST, LEVEL
 from torchprobe.common.files import replacing, to_json
 from torchprobe.common.messages import counted
-from torchprobe.rendering.page import WIDE, Fact, Page, Picture, Section, Table
+from torchprobe.rendering.latex import write_latex
+from torchprobe.rendering.page import Fact, Page, Section, Table
 from torchprobe.rendering.page import write as write_page
-from torchprobe.rendering.plots import write as write_figure
 from torchprobe.rendering.tables import Column, Row, number, percent, plain_table, shown, shown_columns, text, write_csv
-from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret.accuracy import ACCURACY_COLUMNS, ROBUSTNESS_COLUMNS, accuracy_rows, accuracy_section, robustness_section
 from torchprobe.studies.interpret.concepts import CONCEPT_COLUMNS, HEADLINE, concepts_section
 from torchprobe.studies.interpret.directions import DIRECTION_COLUMNS, by_importance, directions_section, pruning_section
+from torchprobe.studies.interpret.figures import Robust, robustness_pictures, write_figures
 from torchprobe.studies.interpret.representation import (
     ABLATION_COLUMNS,
     SHOWN,
@@ -35,6 +35,7 @@ from torchprobe.studies.interpret.representation import (
     outlier_section,
 )
 from torchprobe.studies.interpret.results import Interpretation, Results
+from torchprobe.studies.scan_report import VECTOR, layer_columns, with_vectors
 
 TABLES = ("kurtosis", "correct", "features", "layers", "accuracy", "robustness", "directions", "pruning", "ablation", "concepts")
 """The names of all CSV files."""
@@ -46,20 +47,23 @@ SHOWN_FEATURES, PRINTED = 8, 3
 
 
 def write(found: Interpretation) -> dict[str, Path]:
-    """Writes ``results.json``, the tables, the plots as PNG and SVG, and the page; returns the paths by kind.
+    """Writes ``results.json``, tables as CSV and LaTeX, figures as PDF, SVG and PNG, and the page; returns the paths by kind.
 
     Each file replaces an older one at once.
     """
     files = paths(found)
     if files["results"].is_file():  # tables of an earlier run with more inputs do not belong to this run
         for name in set(TABLES) - tables(found).keys():
-            (found.folder / f"{name}.csv").unlink(missing_ok=True)
+            for suffix in ("csv", "tex"):
+                (found.folder / f"{name}.{suffix}").unlink(missing_ok=True)
     with replacing(files["results"]) as temporary:
         temporary.write_text(to_json(found.results), encoding="utf-8")
     for name, rows in tables(found).items():
         write_csv(rows, files[name])
+    for name, (rows, columns) in latex_tables(found).items():
+        write_latex(rows, columns, found.folder / f"{name}.tex", found.name)
     page = interpretation_page(found)
-    write_plots(files["plots"], [picture for section in page.sections for picture in section.pictures])
+    write_figures(files["figures"], [picture for section in page.sections for picture in section.pictures])
     write_page(page, files["page"])
     return files
 
@@ -68,18 +72,7 @@ def paths(found: Interpretation) -> dict[str, Path]:
     """The paths of the files of an interpretation, by kind; the page last."""
     folder = found.folder
     csv = {name: folder / f"{name}.csv" for name in tables(found)}
-    return {"results": folder / "results.json", **csv, "plots": folder / "plots", "page": folder / "index.html"}
-
-
-def write_plots(folder: Path, pictures: Sequence[Picture]) -> None:
-    """Each picture as PNG and as SVG, named by its description."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = file_names([picture.description for picture in pictures])
-    for picture in pictures:
-        name = names[picture.description]
-        figure = picture.draw(WIDE)
-        for suffix in ("png", "svg"):
-            write_figure(figure, folder / f"{name}.{suffix}")
+    return {"results": folder / "results.json", **csv, "figures": folder / "figures", "page": folder / "index.html"}
 
 
 def tables(found: Interpretation) -> dict[str, Sequence[Row]]:
@@ -111,6 +104,25 @@ def tables(found: Interpretation) -> dict[str, Sequence[Row]]:
     if r.concepts:
         rows["concepts"] = r.concepts.rows()
     return rows
+
+
+def latex_tables(found: Interpretation) -> dict[str, tuple[Sequence[Row], Sequence[Column]]]:
+    """The rows and columns of each table for a paper, by the name of its CSV file. Numbers are rounded; the CSV has all digits."""
+    r = found.results
+    made: dict[str, tuple[Sequence[Row], Sequence[Column]]] = {"features": (r.outliers.rows[:SHOWN], r.outliers.columns)}
+    if r.layers:
+        made["layers"] = with_vectors(r.layers.rows), layer_columns(VECTOR)
+    if r.accuracy:
+        made["accuracy"] = accuracy_rows(r.accuracy), ACCURACY_COLUMNS
+    if r.robustness and r.robustness.rows:
+        made["robustness"] = r.robustness.rows, ROBUSTNESS_COLUMNS
+    if r.directions:
+        made["directions"] = by_importance(r.directions.head)[:SHOWN], DIRECTION_COLUMNS
+    if r.ablation:
+        made["ablation"] = r.ablation.rows, ABLATION_COLUMNS
+    if r.concepts:
+        made["concepts"] = r.concepts.headline_rows(), CONCEPT_COLUMNS
+    return made
 
 
 # -- the terminal --------------------------------------------------------------------------------------------------------
@@ -172,7 +184,7 @@ def interpretation_page(found: Interpretation) -> Page:
         outlier_section(r.outliers),
         r.layers and layers_section(r.layers),
         r.accuracy and accuracy_section(r.accuracy),
-        r.robustness and robustness_section(r.robustness),
+        r.robustness and robustness_section(r.robustness, robustness_pictures([Robust(found.name, "", r.robustness)])),
         r.directions and directions_section(r.directions),
         r.pruning and pruning_section(r.pruning),
         r.ablation and ablation_section(r.ablation),

@@ -123,6 +123,7 @@ def kurtosis_section(found: Kurtosis, per_image: Sequence[float]) -> Section:
             Picture(
                 lambda width: plots.kurtosis_histogram(per_image, found.features, interval=found.interval, width=width),
                 f"Histogram of the vector kurtosis of {counted(found.vectors, 'image')}",
+                "kurtosis",
             )
         ],
         [Table(rows, columns, "The number with its controls")],
@@ -228,7 +229,7 @@ def outlier_section(found: Outliers) -> Section:
     return Section(
         "Outlier features",
         ["Above: the size of each feature compared with the others. Below: the share of the images in which it is an outlier. " + sentence],
-        [Picture(lambda width: profile(width=width), f"Relative size and outlier share of {len(by_index)} features")],
+        [Picture(lambda width: profile(width=width), f"Relative size and outlier share of {len(by_index)} features", "features")],
         [Table(found.rows[:SHOWN], found.columns, "The features that stand out most; all are in features.csv")],
     )
 
@@ -327,7 +328,7 @@ def layers_section(found: Layers) -> Section:
     return Section(
         "Over depth",
         [text],
-        [Picture(lambda width: plots.depth_profile(found.rows, width=width), f"Vector kurtosis of {len(found.rows)} layers")],
+        [Picture(lambda width: plots.depth_profile(found.rows, width=width), f"Vector kurtosis of {len(found.rows)} layers", "layers")],
         [Table(with_vectors(found.rows), layer_columns(VECTOR), "All recorded layers; a click on a column head sorts")],
         [("unexpected", remark) for remark in found.remarks],
     )

@@ -86,7 +86,7 @@ def interpret(
     Args:
         encoder: images → representations, before normalization.
         images: the evaluation set, such as ImageNet's validation images; with labels for everything that needs a head.
-        out: a folder, which is made if needed. It gets ``results.json``, CSV tables, plots as PNG and SVG, ``index.html`` and the
+        out: a folder, which is made if needed. It gets ``results.json``, tables, ``figures`` for a paper, ``index.html`` and the
             representations.
         head: on top of the encoder, a :class:`torchprobe.encoders.Head` or a linear layer; None: only the sections without a head.
         shifts: name → labeled images under a shift. The names are those of :data:`torchprobe.analysis.SHIFTS`, or columns of the baseline.
