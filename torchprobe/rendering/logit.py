@@ -54,7 +54,8 @@ def logit_scatter(
     x_range, y_range = _range(points[:, 0]), _range(np.concatenate([points[:, 1], ends]))
     _set_logit_scale(axes, "x", x_range, width - 1)
     _set_logit_scale(axes, "y", y_range, 3.5)
-    across = _accuracies(np.linspace(*_logits(np.array(x_range)).tolist(), 200))
+    start, end = _logits(np.array(x_range)).tolist()
+    across = _accuracies(np.linspace(start, end, 200))
     axes.plot(across, across, color=MUTED, linewidth=0.9, linestyle=DOTTED, label="no loss under the shift")
     if band is not None:
         low, high = band(across)

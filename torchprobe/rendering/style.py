@@ -15,10 +15,10 @@ COLUMN, TEXT = 3.3, 6.75
 
 
 @functools.cache
-def _settings() -> dict[str, Any]:
+def _settings() -> dict[Any, Any]:
     import matplotlib
 
-    return dict(matplotlib.rc_params_from_file(STYLESHEET, use_default_template=False))
+    return {**matplotlib.rc_params_from_file(STYLESHEET, use_default_template=False)}
 
 
 def styled(**more: Any) -> AbstractContextManager[None]:
@@ -34,4 +34,5 @@ def styled(**more: Any) -> AbstractContextManager[None]:
     """
     import matplotlib
 
-    return matplotlib.rc_context({**_settings(), **{key.replace("_", ".", 1): value for key, value in more.items()}})
+    named: dict[Any, Any] = {key.replace("_", ".", 1): value for key, value in more.items()}
+    return matplotlib.rc_context({**_settings(), **named})
