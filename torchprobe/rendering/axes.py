@@ -54,7 +54,8 @@ def new_figure(width: float, height: float, panels: int = 1, *, shared: bool = T
         for panel in axes:
             # matplotlib makes ticks later, outside of the style, so they are told here
             panel.tick_params(length=3, width=0.6, color=MUTED, labelcolor=MUTED, labelsize=8)
-            panel.label_outer()
+            if shared:
+                panel.label_outer()
     figure.__dict__["_repr_png_"] = functools.partial(_png, figure)  # without pyplot, notebooks do not show a figure by themselves
     return figure, axes
 
@@ -72,7 +73,7 @@ def draw_legend(axes: Axes, width: float) -> None:
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
-        ncols=max(1, min(int(width / 2), int((width - 0.6) / (0.4 + 0.065 * longest)))),  # inches, at 8 points
+        ncols=max(1, min(max(2, int(width / 2)), int((width - 0.6) / (0.4 + 0.065 * longest)))),  # inches, at 8 points
         frameon=False,
         fontsize=8,
         labelcolor=INK,

@@ -43,8 +43,10 @@ def differences(panels: Mapping[str, Sequence[Estimate]], *, width: float = 9.0)
     rows = max(map(len, panels.values()), default=0)
     if not rows or rows > MOST:
         raise ValueError(f"{rows} rows in {len(panels)} panels cannot be drawn; expected 1 to {MOST} rows")
-    figure, all_axes = new_figure(width, 0.2 + len(panels) * (0.75 + 0.26 * rows), panels=len(panels), shared=False)
-    longest = max(12, int(width * 5))
+    figure, all_axes = new_figure(
+        width, 0.2 + len(panels) * (0.75 + (0.26 if width >= 5 else 0.36) * rows), panels=len(panels), shared=False
+    )
+    beside = width >= 5
     for axes, (name, estimates) in zip(all_axes, panels.items(), strict=True):
         axes.grid(False, axis="y")
         axes.grid(True, axis="x", color=GRID, linewidth=0.6)
@@ -55,9 +57,16 @@ def differences(panels: Mapping[str, Sequence[Estimate]], *, width: float = 9.0)
             if math.isfinite(one.value):
                 face = ACCENT if math.isfinite(one.low) else "none"
                 axes.plot([one.value], [row], linestyle="none", marker="o", markersize=5, color=ACCENT, markerfacecolor=face)
-        axes.set_yticks(range(len(estimates)), [_cut(one.label, longest) for one in estimates], color=INK)
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(estimates) - 0.5, -0.5)
+        if beside:
+            names = [_cut(one.label, int(width * 6.5)) for one in estimates]
+            axes.set_yticks(range(len(estimates)), names, color=INK)
+            axes.tick_params(axis="y", length=0)
+        else:  # above the interval, because beside it there is no room for two names
+            axes.set_yticks([])
+            for row, one in enumerate(estimates):
+                axes.annotate(_cut(one.label, int(width * 13)), (0, row), xycoords=("axes fraction", "data"), xytext=(3, 6),
+                              textcoords="offset points", color=INK, fontsize=7.5)  # fmt: skip
+        axes.set_ylim(len(estimates) - 0.5, -0.5 if beside else -0.8)
         axes.margins(x=0.08)
         axes.set_xlabel(safe_text(name))
     return figure

@@ -46,7 +46,8 @@ def logit_scatter(
     >>> figure.axes[0].get_lines()[-1].get_xydata().tolist()
     [[60.0, 55.0]]
     """
-    figure, (axes,) = new_figure(width, height or (min(5.4, 0.95 * width + 0.3) if width >= 4 else width + 0.8))
+    wide = width >= 4
+    figure, (axes,) = new_figure(width, height or min(5.4, 0.95 * width + 0.4))
     axes.grid(True, axis="x", color=GRID, linewidth=0.6)
     placed = [mark for mark in marks if 0 < mark.x < 100 and 0 < mark.y < 100]
     points = np.array([*cloud, *((mark.x, mark.y) for mark in placed)], dtype=np.float64).reshape(-1, 2)
@@ -56,16 +57,16 @@ def logit_scatter(
     _set_logit_scale(axes, "y", y_range, 3.5)
     start, end = _logits(np.array(x_range)).tolist()
     across = _accuracies(np.linspace(start, end, 200))
-    axes.plot(across, across, color=MUTED, linewidth=0.9, linestyle=DOTTED, label="no loss under the shift")
+    axes.plot(across, across, color=MUTED, linewidth=0.9, linestyle=DOTTED, label="no loss under the shift" if wide else "no loss")
     if band is not None:
         low, high = band(across)
-        axes.fill_between(across, low, high, color=BAND, alpha=0.22, linewidth=0, label="95 % of standard models")
+        axes.fill_between(across, low, high, color=BAND, alpha=0.22, linewidth=0, label="95 % of standard models" if wide else "95 % band")
     known = np.array(cloud, dtype=np.float64).reshape(-1, 2)
     inside = (known[:, 0].min(), known[:, 0].max()) if len(known) else (0.0, 100.0)
     within = across[(across >= inside[0]) & (across <= inside[1])]
     within = np.unique(np.concatenate([within, np.clip(inside, *x_range)]))
     for part, style, label in (
-        (within, "-", "line of standard models"),
+        (within, "-", "line of standard models" if wide else "standard line"),
         (across[across < inside[0]], DASHED, "extrapolated"),
         (across[across > inside[1]], DASHED, "extrapolated"),
     ):
@@ -73,7 +74,7 @@ def logit_scatter(
             named = label if label not in axes.get_legend_handles_labels()[1] else None
             axes.plot(part, line(part), color=MUTED, linewidth=1.4, linestyle=style, label=named)
     if len(known):
-        label = f"{len(known)} standard models"
+        label = f"{len(known)} standard models" if wide else f"{len(known)} models"
         axes.plot(*known.T, linestyle="none", marker="o", markersize=3.5, color=BAND, alpha=0.75, markeredgewidth=0, label=label)
     middle = _accuracies(np.array([0.65, 0.35]) @ _logits(np.array(x_range))).item()
     draw_marks(axes, placed, left_from=middle)  # the cloud is on the right, so names are not
@@ -97,7 +98,7 @@ def _range(percent: Floats) -> tuple[float, float]:
 def _set_logit_scale(axes: Axes, which: Literal["x", "y"], ends: tuple[float, float], room: float) -> None:
     """An axis in logits, labeled in percent at the round numbers that fit into ``room`` inches."""
     from matplotlib.scale import FuncScale
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     axis = axes.xaxis if which == "x" else axes.yaxis
     setter = axes.set_xscale if which == "x" else axes.set_yscale
@@ -105,10 +106,12 @@ def _set_logit_scale(axes: Axes, which: Literal["x", "y"], ends: tuple[float, fl
     setter(FuncScale(axis, functions))
     axes.set(**{f"{which}lim": ends})
     low, high = _logits(np.array(ends))
+    known = [tick for tick in _TICKS if ends[0] <= tick <= ends[1]]
+    if high - low < 1.5 or len(known) < 3:  # over so little, logits are nearly linear
+        known = [float(tick) for tick in MaxNLocator(5).tick_values(*ends) if ends[0] <= tick <= ends[1]]
     ticks: list[float] = []
-    for tick in _TICKS if high - low > 1.5 else range(1, 100):
-        fits = not ticks or (_logit(tick) - _logit(ticks[-1])) * room / (high - low) > 0.38
-        if ends[0] <= tick <= ends[1] and fits and (high - low > 1.5 or not tick % (5 if high - low > 0.7 else 2)):
+    for tick in known:
+        if not ticks or (_logit(tick) - _logit(ticks[-1])) * room / (high - low) > 0.36:
             ticks.append(tick)
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())

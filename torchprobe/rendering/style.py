@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 STYLESHEET = Path(__file__).with_name("paper.mplstyle")
-"""A stylesheet of matplotlib. For figures of your own: ``matplotlib.style.use("torchprobe.rendering.paper")``."""
+"""A stylesheet of matplotlib. For figures of your own: ``pyplot.style.use("torchprobe.rendering.paper")``."""
 
 COLUMN, TEXT = 3.3, 6.75
 """Widths of a figure in a paper, in inches: of one column of two, and of the whole text."""
