@@ -98,7 +98,7 @@ def test_own_standard_models_are_kept_and_drawn() -> None:
     own = Baseline({"imagenet": [60, 70, 80, 90], "noisy": [47, 58, 69, 75]})
     found = measured({"imagenet": 71.0, "noisy": 66.0}, {"imagenet": 500, "noisy": 400}, own)
     again = decode(Robustness, encode(found))
-    assert again.models == {"noisy": [(60, 47), (70, 58), (80, 69), (90, 75)]} and measured().models is None
+    assert again.standard_models == {"noisy": [(60, 47), (70, 58), (80, 69), (90, 75)]} and measured().standard_models is None
     assert lines(robustness_pictures([Robust("mine", "", again)])[0].draw(WIDE))[-3] == [[60, 47], [70, 58], [80, 69], [90, 75]]
 
 
@@ -241,7 +241,7 @@ def test_the_stylesheet_has_the_colors_of_the_page() -> None:
     with matplotlib.style.context("torchprobe.rendering.paper"):
         settings = matplotlib.rcParams
         found = [settings[key] for key in ("figure.facecolor", "axes.edgecolor", "grid.color", "axes.labelcolor")]
-        assert [f"#{color}" for color in found] == [shared.SURFACE, shared.MUTED, shared.GRID, shared.INK]
+        assert [f"#{color.lstrip('#')}" for color in found] == [shared.SURFACE, shared.MUTED, shared.GRID, shared.INK]
         cycle = [f"#{color.lstrip('#')}" for color in settings["axes.prop_cycle"].by_key()["color"]]
         assert cycle == [shared.ACCENT, shared.WARM, shared.MUTED, shared.INK, shared.BAND]
 
@@ -289,7 +289,7 @@ def test_the_tables_have_the_same_rows(tmp_path: Path) -> None:
     assert len(body) == len(written) == 6 and all(len(cells) == len(body[0]) for cells in body)
     for cells, row in zip(body, written, strict=True):
         assert cells[0] == row["shift"].replace("_", r"\_")
-        for cell, key in zip(cells[1:6], ("accuracy", "imagenet", "predicted", "effective_robustness", "low"), strict=True):
+        for cell, key in zip(cells[1:7], ("effective_robustness", "low", "high", "accuracy", "imagenet", "predicted"), strict=True):
             assert float(cell.replace("$-$", "-")) == pytest.approx(float(row[key]), rel=1e-3)
     assert table.count(r"\begin{tabular}") == table.count(r"\end{tabular}") == 1 and table.isprintable() is False
     assert all(line.startswith("%") for line in table.split(r"\begin")[0].splitlines())

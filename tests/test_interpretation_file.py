@@ -23,7 +23,7 @@ KEPT = {"layers", "concepts"}
 """Stages that a resumed run reads. The others are computed again, because their intervals and the outlier rule have changed."""
 
 ADDED = {"robust_share", "rule", "classical", "llm_int8", "random_level", "line_low", "line_high", "images", "imagenet_images"}
-ADDED |= {"residual_std", "x_mean", "x_squares", "robustness_low", "robustness_high", "remark"}
+ADDED |= {"residual_std", "x_mean", "x_squares", "robustness_low", "robustness_high", "remark", "standard_models"}
 """Keys that earlier versions did not write."""
 
 CHANGED = {"outlier_share", "frequency", "low", "high", "interval", "accuracy_low", "accuracy_high", "kurtosis_low", "kurtosis_high"}

@@ -37,7 +37,7 @@ file                   subject
 ``directions``         singular directions of a head, and their importance
 ``pruning``            accuracy with fewer directions
 ``concepts``           concepts of units and directions
-``baseline``           standard models and their line, for effective robustness
+``baseline``           standard models and their line, for effective robustness; ``standard_models``: the published ones
 ``robustness``         effective robustness; ``robustness_intervals``: how certain it is
 ``similarity``         linear CKA of layers; ``grams`` has the Gram matrices behind it
 ``interpolation``      weights between two models; batch norms measured again

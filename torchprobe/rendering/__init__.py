@@ -4,6 +4,10 @@
 :mod:`torchprobe.rendering.tables`           the layer table in the terminal (rich) and as CSV, and its columns
 :mod:`torchprobe.rendering.plots`            depth profile, histogram, feature profile (matplotlib); figures as inline SVG
 :mod:`torchprobe.rendering.curves`           curves with bands, and named points
+:mod:`torchprobe.rendering.logit`            accuracy under a shift against unshifted accuracy, in logits, with standard models
+:mod:`torchprobe.rendering.differences`      differences with their intervals
+:mod:`torchprobe.rendering.style`            the stylesheet of all figures, and the widths of a paper
+:mod:`torchprobe.rendering.latex`            a table for LaTeX
 :mod:`torchprobe.rendering.heatmap`          a matrix in shades of one color; a run as layers over steps
 :mod:`torchprobe.rendering.axes`             what all figures share: colors, axes, legends, scales, names
 :mod:`torchprobe.rendering.page`             one self-contained HTML file (jinja2)

@@ -176,7 +176,7 @@ class Robustness(Record):
         accuracies: "measured" or "published".
         baseline: a description of the standard models.
         left_out: shift → why it has no effective robustness.
-        models: shift → unshifted accuracy and accuracy under the shift of each standard model of a baseline of your own. None for the
+        standard_models: shift → unshifted accuracy and accuracy under the shift of each standard model of a baseline of your own. None for the
             published fits, whose models :func:`torchprobe.analysis.standard_models.cloud` has.
     """
 
@@ -186,7 +186,7 @@ class Robustness(Record):
     accuracies: str
     baseline: str
     left_out: dict[str, str]
-    models: dict[str, list[tuple[float, float]]] | None = None
+    standard_models: dict[str, list[tuple[float, float]]] | None = None
 
     def by_shift(self) -> dict[str, float]:
         """Shift → effective robustness, for the shifts that have one."""
@@ -206,14 +206,14 @@ class Robustness(Record):
 
 ROBUSTNESS_COLUMNS = (
     Column("shift", "shift", "the shifted images; “mean”: the mean accuracy over the five ImageNet shifts", "text"),
-    Column("accuracy", "accuracy %", "accuracy under the shift, percent"),
-    Column("imagenet", "unshifted %", "accuracy on the unshifted images, percent: the x axis of the fit"),
-    Column("predicted", "predicted %", "accuracy under the shift of a standard model with the same unshifted accuracy"),
     Column("effective_robustness", "ER", "accuracy − predicted, percentage points"),
     Column(
         "low", "from", f"{LEVEL:.0%} interval of ER, lower end: sampling of images, the line, and the scatter of standard models about it"
     ),
     Column("high", "to", "its upper end; if the interval contains 0, a standard model could have been measured with this accuracy"),
+    Column("accuracy", "accuracy %", "accuracy under the shift, percent"),
+    Column("imagenet", "unshifted %", "accuracy on the unshifted images, percent: the x axis of the fit"),
+    Column("predicted", "predicted %", "accuracy under the shift of a standard model with the same unshifted accuracy"),
     Column("line_low", "line from", f"{LEVEL:.0%} interval of the distance from the line, without the scatter: lower end"),
     Column("line_high", "to", "its upper end"),
     Column("note", "note", "outside the range of the standard models; a poor fit", "text"),

@@ -80,7 +80,7 @@ def robustness_mark(row: ShiftRow, name: str, role: str = "") -> Mark:
 def _robustness(rows: Sequence[tuple[Robust, ShiftRow]], described: str, width: float) -> Any:
     first, row = rows[0]
     fit = row.fit()
-    known = (first.found.models or {}).get(row.shift) or cloud(fit) or []
+    known = (first.found.standard_models or {}).get(row.shift) or cloud(fit) or []
     names: Mapping[str, str] = {"full": "unshifted accuracy, %", "subset": "unshifted accuracy on the classes of the shift, %"}
     return logit_scatter(
         [robustness_mark(one, robust.name, robust.role or ("this encoder" if len(rows) == 1 else "")) for robust, one in rows],
