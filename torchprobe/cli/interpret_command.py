@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 HELP = (
     'Repeats the analysis of "Interpreting CLIP" on MODEL: outlier features, privileged directions and pruning, concepts, effective '
     "robustness. Every section that has its input is computed; images alone give the outlier features. The others are listed as left out. "
-    "Writes results.json, tables (CSV, LaTeX), figures (PDF, SVG, PNG) and one page. --resume continues an interrupted run. With --suite it interprets many encoders "
+    "Writes results.json, tables (CSV, LaTeX), figures (PDF, SVG, PNG) and one page. "
+    "--resume continues an interrupted run. With --suite it interprets many encoders "
     f"and compares them.\n\n{MODEL} With --embeddings, everything that needs only representations is computed from yours. Give one of "
     "MODEL, --suite and --embeddings."
 )

@@ -73,7 +73,7 @@ def latex_tables(found: Comparison) -> dict[str, tuple[Sequence[Row], Sequence[C
 
 def print_comparison(found: Comparison, out: Console) -> None:
     """Encoders, pairs, correlations, and the encoders that were not run."""
-    print_rows("Encoders", [column for column in MODEL_COLUMNS if column.key not in ("kurtosis_low", "kurtosis_high")], found.models, out)
+    print_rows("Encoders", [column for column in MODEL_COLUMNS if not column.key.endswith(("_low", "_high"))], found.models, out)
     if found.pairs:
         print_rows("Pairs", PAIR_COLUMNS, found.pairs, out)
     if found.gaps:

@@ -176,8 +176,8 @@ class Robustness(Record):
         accuracies: "measured" or "published".
         baseline: a description of the standard models.
         left_out: shift → why it has no effective robustness.
-        standard_models: shift → unshifted accuracy and accuracy under the shift of each standard model of a baseline of your own. None for the
-            published fits, whose models :func:`torchprobe.analysis.standard_models.cloud` has.
+        standard_models: shift → unshifted accuracy and accuracy under the shift of each standard model of a baseline of your own. None for
+            the published fits, whose models :func:`torchprobe.analysis.standard_models.cloud` has.
     """
 
     rows: list[ShiftRow]
