@@ -121,6 +121,17 @@ def test_accuracies_at_the_ends(accuracies: tuple[float, float]) -> None:
             assert svg(picture.draw(width), picture.description)
 
 
+def test_results_of_earlier_versions_have_no_band() -> None:
+    old = encode(measured({"imagenet": 70.0, "imagenet_v2": 60.0}))
+    for row in old["rows"]:
+        for key in ("residual_std", "x_mean", "x_squares", "line_low", "line_high"):
+            del row[key]
+    found = [decode(Robustness, old) for _ in range(2)]
+    (picture,) = robustness_pictures([Robust(f"m{i}", "", one) for i, one in enumerate(found)])
+    axes = picture.draw(WIDE).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["m0", "m1"] and not axes.collections
+
+
 def test_no_bar_without_an_interval() -> None:
     found = measured({"imagenet": 70.0, "imagenet_v2": 60.0}, {"imagenet": 10, "imagenet_v2": 10})
     assert math.isnan(found.rows[0].line_low)
@@ -202,6 +213,13 @@ def test_figures_of_an_earlier_run_go_and_other_files_stay(tmp_path: Path) -> No
         file.write("../outside.pdf\n/etc/hosts\n")
     write_figures(tmp_path, pictures(("b",)))
     assert {path.stem for path in tmp_path.glob("*.pdf")} == {"b", "b-column", "mine"} and (tmp_path.parent / "outside.pdf").exists()
+
+
+def test_no_figure_replaces_another(tmp_path: Path) -> None:
+    write_figures(tmp_path, pictures(("A", "a", "a/b", "a:b", "a-column", "../../x", "")))
+    stems = sorted(path.stem for path in tmp_path.glob("*.pdf"))
+    assert stems == sorted(["A", "A-column", "a-2", "a_b", "a_b-2", "a-column-2", "_.._x", "6_images"])
+    assert set((tmp_path / "files.txt").read_text().split()) == {path.name for path in tmp_path.iterdir()} - {"files.txt"}
 
 
 def test_drawn_again_it_is_the_same_file(tmp_path: Path) -> None:

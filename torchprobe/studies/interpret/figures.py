@@ -30,20 +30,29 @@ def write_figures(folder: Path, pictures: Sequence[Picture]) -> None:
     this one does not have are removed; ``files.txt`` lists the files. Other files in the folder are left alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = file_names([picture.name or picture.description for picture in pictures])
-    written = []
+    written: list[str] = []
     for picture in pictures:
-        name = names[picture.name or picture.description]
         for width, end in ((TEXT, ""), *([(COLUMN, "-column")] if picture.paper else [])):
             figure = picture.draw(width)
             figure.set_facecolor("white")
-            written += [write_figure(figure, folder / f"{name}{end}.{suffix}").name for suffix in FORMATS]
+            stem = _free(f"{picture.name or picture.description}{end}", written)
+            written += [write_figure(figure, folder / f"{stem}.{suffix}").name for suffix in FORMATS]
     before = (folder / _LISTED).read_text(encoding="utf-8").split() if (folder / _LISTED).is_file() else []
     for name in set(before) - set(written):
         if Path(name).name == name and Path(name).suffix[1:] in FORMATS:
             (folder / name).unlink(missing_ok=True)
     with replacing(folder / _LISTED) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in written), encoding="utf-8")
+
+
+def _free(name: str, written: Sequence[str]) -> str:
+    """A file name without ending that no figure has: names of sets and encoders are in it, so two may be the same."""
+    stem = plain = file_names([name])[name]
+    taken, count = {one.lower() for one in written}, 1
+    while f"{stem}.{FORMATS[0]}".lower() in taken:
+        count += 1
+        stem = f"{plain}-{count}"
+    return stem
 
 
 class Robust(NamedTuple):
@@ -63,7 +72,7 @@ def robustness_pictures(encoders: Sequence[Robust]) -> list[Picture]:
     pictures = []
     for shift in shifts:
         rows = [(one, row) for one in encoders for row in one.found.rows if row.shift == shift]
-        alike = [(one, row) for one, row in rows if row.fit() == rows[0][1].fit()]
+        alike = [(one, row) for one, row in rows if _line(row) == _line(rows[0][1])]
         described = "the mean accuracy under five shifts" if shift == MEAN else shift
         draw = partial(_robustness, alike, described)
         text = f"Accuracy under the shift against unshifted accuracy, logit axes, with standard models and their line: {described}"
@@ -75,6 +84,11 @@ def robustness_mark(row: ShiftRow, name: str, role: str = "") -> Mark:
     """An encoder in the figure. The bar is the interval of its effective robustness without the scatter of standard models, which is the
     band around the line."""
     return Mark(name, row.imagenet, row.accuracy, role, y_low=row.predicted + row.line_low, y_high=row.predicted + row.line_high)
+
+
+def _line(row: ShiftRow) -> tuple[object, ...]:
+    """What makes two lines one. The scatter about it is unknown in results of earlier versions."""
+    return row.slope, row.intercept, row.n, row.imagenet_classes, row.source
 
 
 def _robustness(rows: Sequence[tuple[Robust, ShiftRow]], described: str, width: float) -> Any:
