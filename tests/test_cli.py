@@ -539,6 +539,20 @@ def test_demo_without_its_packages_says_what_to_install(run, monkeypatch, tmp_pa
     assert "pip install 'foolbox==3.3.4'" in err
 
 
+def test_demo_without_its_second_network_says_so_and_goes_on(run, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    done = SimpleNamespace(write=lambda folder: {}, summary=lambda: {"random": [2.9]})
+    monkeypatch.setattr("torchprobe.studies.demo.demo", lambda progress: done)
+    monkeypatch.setattr("torchprobe.studies.demo_dissection.demo_dissection", lambda folder, progress: done)
+    monkeypatch.setattr("torchprobe.studies.demo_vit.PACKAGES", {"no_such_module": "no-such-package==1"})
+    code, out, err = run("demo", "--output", tmp_path / "out", "--json")
+    assert code == 0
+    assert err.startswith("The second network is left out:")
+    assert "pip install 'no-such-package==1', or pip install 'torchprobe-interp[demo]'" in err
+    assert json.loads(out)["outliers"] is None
+
+
 def test_as_a_process():
     command = [sys.executable, "-m", "torchprobe", "layers", "nonsense:x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -201,15 +201,17 @@ def doctor(as_json: bool) -> None:
         raise click.exceptions.Exit(CHECK_FAILED)
 
 
-@cli.command(epilog=exit_codes(), short_help="Scan and dissect a real network on real photos.")
+@cli.command(epilog=exit_codes(), short_help="Scan and dissect real networks on real photos.")
 @output_option("torchprobe-demo")
 @json_option
 def demo(out: Path, as_json: bool) -> None:
-    """Scan EfficientNet-Lite0 with its ImageNet weights over real photos, and dissect two layers. The same network at random
-    initialization is there for comparison."""
+    """Scan EfficientNet-Lite0 with its ImageNet weights over real photos, and dissect two layers. Then scan a ViT that has outlier
+    features, and say where they come from. The same networks at random initialization are there for comparison."""
     from torchprobe.rendering.tables import layer_table
     from torchprobe.studies import demo as study
     from torchprobe.studies.demo_dissection import demo_dissection
+    from torchprobe.studies.demo_outliers import demo_outliers, print_outliers
+    from torchprobe.studies.demo_vit import missing_packages
     from torchprobe.studies.dissect import print_dissections
     from torchprobe.studies.scan_report import print_representation
 
@@ -220,9 +222,17 @@ def demo(out: Path, as_json: bool) -> None:
     with progress_bar("5 dissections") as progress:
         dissection = demo_dissection(out, progress)
         pages = dissection.write(out / "dissection")
+    outliers, missing = None, missing_packages()
+    if missing:
+        say(f"The second network is left out: {missing}")
+    else:
+        with progress_bar("4 networks with outlier features") as progress:
+            outliers = demo_outliers(study.photos(), progress)
+            pages |= {f"outliers/{kind}": path for kind, path in outliers.write(out / "outliers").items()}
     if as_json:
         paths = {"files": {kind: str(path) for kind, path in [*files.items(), *pages.items()]}}
-        print_json(result.summary() | {"dissection": dissection.summary()} | paths)
+        second = {"outliers": None if outliers is None else outliers.summary()}
+        print_json(result.summary() | {"dissection": dissection.summary()} | second | paths)
         return
     printer = console()
     printer.print(text(f"EfficientNet-Lite0 over {result.trained.images} photos, trained on ImageNet and at random initialization", "bold"))
@@ -233,6 +243,9 @@ def demo(out: Path, as_json: bool) -> None:
     printer.print()
     printer.print(text(f"Dissection of two layers over {len(dissection.broden)} pictures", "bold"))
     print_dissections(dissection.results, dissection.nulls, printer)
+    if outliers is not None:
+        printer.print()
+        print_outliers(outliers, printer)
     print_files(pages | files)
 
 

@@ -9,7 +9,7 @@
 :mod:`torchprobe.studies.interpret`   the measures of the paper for one encoder
 :mod:`torchprobe.studies.suite`       the same for many encoders
 :mod:`torchprobe.studies.compare`     the comparison of encoders that were interpreted
-:mod:`torchprobe.studies.demo`        a scan and a dissection of a real network, compared with its random initialization
+:mod:`torchprobe.studies.demo`        real networks compared with their random initialization: a scan, a dissection, outlier features
 :mod:`torchprobe.studies.outline`     the layers of an encoder
 :mod:`torchprobe.studies.doctor`      versions, kernels, and the check of the kernels on this machine
 ====================================  =====================================================================================
