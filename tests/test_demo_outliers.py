@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,17 @@ OUTLIER, WIDTH, BLOCKS = 7, 64, 2
 
 
 def tiny(seed: int, outlier: bool) -> Encoder:
-    """A ViT with a class token and 4 patches. A trained one has an outlier feature, written by the last MLP."""
+    """A ViT with a class token and 16 patches, of which 4 count. A trained one has an outlier feature, written by the last MLP."""
     torch.manual_seed(seed)
     model = timm.models.vision_transformer.VisionTransformer(
-        img_size=16, patch_size=8, embed_dim=WIDTH, depth=BLOCKS, num_heads=2, num_classes=0, init_values=1.0
+        img_size=32, patch_size=8, embed_dim=WIDTH, depth=BLOCKS, num_heads=2, num_classes=0, init_values=1.0
     )
     model.norm = nn.Identity()
     if outlier:
         model.blocks[-1].mlp.fc2.bias.data[OUTLIER] = 40.0
 
     def preprocess(image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(image.resize((16, 16)), np.float32) / 255).permute(2, 0, 1)
+        return torch.from_numpy(np.asarray(image.resize((32, 32)), np.float32) / 255).permute(2, 0, 1)
 
     return Encoder(model, features=WIDTH, preprocess=preprocess, name=f"tiny, seed {seed}").eval()
 
@@ -90,7 +91,7 @@ def test_tokens_are_those_that_the_blocks_give(images):
         state = visual.norm_pre(visual._pos_embed(visual.patch_embed(batch.pixels)))
         for block in range(BLOCKS):
             state = visual.blocks[block](state)
-            for position, h in enumerate((state[:, 0], state[:, 1:].reshape(-1, WIDTH))):
+            for position, h in enumerate((state[:, 0], state[:, 1 :: study.EVERY].reshape(-1, WIDTH))):
                 x = h.double().numpy()
                 x = x - x.mean(1, keepdims=True)
                 kurtosis = (x**4).mean(1) / (x**2).mean(1) ** 2
@@ -103,7 +104,7 @@ def test_tokens_are_those_that_the_blocks_give(images):
 
 @pytest.mark.parametrize("size", [28, 42])
 def test_names_are_those_of_transformers(size):
-    """Against the network of transformers, with the position embedding as it is (3 × 3 patches) and resized from it (2 × 2)."""
+    """Against the network of transformers, under the names of its version 4, with the position embedding as it is (3 × 3 patches) and resized from it (2 × 2)."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     config = transformers.Dinov2Config(
@@ -115,7 +116,10 @@ def test_names_are_those_of_transformers(size):
     ours = timm.models.vision_transformer.VisionTransformer(
         img_size=size, patch_size=14, embed_dim=32, depth=2, num_heads=2, num_classes=0, init_values=1.0
     ).eval()
-    ours.load_state_dict(demo_vit.dinov2_names(theirs.state_dict(), size // 14), strict=True)
+    before = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value", "o_proj": "output.dense"}
+    pattern = re.compile(r"(?<=attention\.)[qkvo]_proj")  # the names of transformers 5
+    weights = {pattern.sub(lambda name: before[name[0]], key): value for key, value in theirs.state_dict().items()}
+    ours.load_state_dict(demo_vit.dinov2_names(weights, size // 14), strict=True)
     pixels = torch.randn(2, 3, size, size)
     with torch.no_grad():
         torch.testing.assert_close(ours.forward_features(pixels), theirs(pixels).last_hidden_state, rtol=1e-4, atol=1e-4)

@@ -87,7 +87,7 @@ def untrained(seed: int) -> Encoder:
 
 
 def dinov2_names(weights: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
-    """The tensors of a DINOv2 in the names of transformers, under the names of timm's.
+    """The tensors of a DINOv2 in the names of transformers 4, under the names of timm's.
 
     Queries, keys and values become one layer. The position embedding is resized to ``grid`` × ``grid`` patches as transformers does it:
     bicubic, without antialiasing.
