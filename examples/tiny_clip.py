@@ -1,4 +1,4 @@
-"""A miniature of "Interpreting CLIP" on real handwritten digits: no download, about six minutes on two cores.
+"""The analysis of "Interpreting CLIP" in miniature, on real handwritten digits: no download, about six minutes on two cores.
 
     python examples/tiny_clip.py --output tiny-clip
 
@@ -8,8 +8,11 @@ supervision.
 
 Then the whole analysis runs on the three, as it would on ImageNet encoders: zero-shot head, outlier features, privileged directions,
 pruning, ablation, concepts, effective robustness, weight interpolation and CKA. The baseline of the robustness is a line through simple
-classifiers. The run ends with the path of the comparison page. With ten classes and 64 features it tests the program; it is not evidence
-about CLIP.
+classifiers. The run ends with the path of the comparison page.
+
+It shows that all parts work together, and not the findings of the paper. The three encoders have no outlier features (vector kurtosis
+2.95; Gaussian features: 2.91), so ablation is left out. Noise averages out for the simple classifiers of the baseline, but not for the
+encoders, so their effective robustness to noise is far below 0. ``torchprobe demo`` has a trained network with outlier features.
 
 Everything is written to --output: the pictures as image folders, the shifted test sets, a small Broden, a CSV of baseline models, three
 checkpoints, and a manifest for ``torchprobe interpret --suite``. Needs torchprobe-interp[all] and scikit-learn.
@@ -308,6 +311,7 @@ def main() -> None:
         suite = train(options.output, options.epochs, options.limit)
     found = study(options.output, suite, options.resume)
     print_comparison(found, console())
+    print("A miniature: it shows the parts of the analysis, not the findings of the paper; the head of this script says why.")
     print(f"{time.monotonic() - started:.0f} s in all. The page: {options.output.resolve() / 'study' / 'index.html'}")
 
 

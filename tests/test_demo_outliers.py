@@ -67,8 +67,8 @@ def test_the_trained_network_has_the_outlier_feature_and_the_random_ones_do_not(
     assert found.provenance.features == [OUTLIER]
     assert "blocks.1.mlp" in found.provenance.summary()
     first, last = found.rows()
-    assert first["class_named"] == "none; at random none"
-    assert last["patch_named"] == f"{OUTLIER} (100 %); at random none"
+    assert (first["class_named"], first["class_most"]) == ("none", 0)
+    assert (last["patch_named"], last["patch_most"]) == (f"{OUTLIER} (100 %)", 0)
 
     files = found.write(tmp_path / "out")
     page = files["page"].read_text()
@@ -104,7 +104,7 @@ def test_tokens_are_those_that_the_blocks_give(images):
 
 @pytest.mark.parametrize("size", [28, 42])
 def test_names_are_those_of_transformers(size):
-    """Against the network of transformers, under the names of its version 4, with the position embedding as it is (3 × 3 patches) and resized from it (2 × 2)."""
+    """Against the network of transformers, under the names of its version 4, with 3 × 3 positions as they are, or resized to 2 × 2."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     config = transformers.Dinov2Config(

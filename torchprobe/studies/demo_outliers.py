@@ -50,17 +50,12 @@ COLUMNS = (
     Column("layer", "layer", "name within the encoder", "text"),
     Column("class_kurtosis", "class κ", "vector kurtosis of the class token, mean over photos"),
     Column("class_at_random", "at random", "the same at random initialization, lowest … highest of the seeds", "text"),
-    Column(
-        "class_named", "outlier features", "of the class token: index, and share of the photos; at random initialization: how many", "text"
-    ),
+    Column("class_named", "outlier features", "of the class token: index, and share of the photos", "text"),
+    Column("class_most", "rand. outliers", "outlier features of the class token at random initialization, the most of any seed", "count"),
     Column("patch_kurtosis", "patch κ", f"vector kurtosis of the patch tokens, mean over every {EVERY}th patch of all photos"),
     Column("patch_at_random", "at random", "the same at random initialization, lowest … highest of the seeds", "text"),
-    Column(
-        "patch_named",
-        "outlier features",
-        "of the patch tokens: index, and share of the patches; at random initialization: how many",
-        "text",
-    ),
+    Column("patch_named", "outlier features", "of the patch tokens: index, and share of the patches", "text"),
+    Column("patch_most", "rand. outliers", "outlier features of the patch tokens at random initialization, the most of any seed", "count"),
 )
 """The columns of the layer table."""
 
@@ -91,13 +86,13 @@ class OutlierDemo:
         for at, found in enumerate(self.tokens):
             others = [tokens[at] for tokens in self.random_tokens]
             kurtosis = [other["vector_kurtosis"] for other in others]
-            counts = [len(other["outliers"]) for other in others]
             position = found["position"]
             rows.setdefault(found["layer"], {"layer": found["layer"]}).update(
                 {
                     f"{position}_kurtosis": found["vector_kurtosis"],
                     f"{position}_at_random": span(kurtosis),
-                    f"{position}_named": f"{named(found['outliers'])}; at random {at_random(counts)}",
+                    f"{position}_named": named(found["outliers"]),
+                    f"{position}_most": max(len(other["outliers"]) for other in others),
                 }
             )
         return list(rows.values())
@@ -214,15 +209,6 @@ def named(outliers: Sequence[Row]) -> str:
         return "none"
     first = ", ".join(f"{row['feature']} ({percent(row['share'])})" for row in outliers[:NAMED])
     return first + (f" and {len(outliers) - NAMED} more" if len(outliers) > NAMED else "")
-
-
-def at_random(counts: Sequence[int]) -> str:
-    """How many outlier features the random networks have.
-
-    >>> at_random([0, 0, 0]), at_random([0, 2, 1])
-    ('none', '0 to 2')
-    """
-    return "none" if not any(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def profile(demo: OutlierDemo, position: str, width: float = WIDE) -> Figure:
