@@ -245,8 +245,8 @@ def demo_page(demo: OutlierDemo) -> Page:
                     "gray band is the same network at random initialization, with LayerScale at 1. "
                     f"With {seeds} seeds it is a range, not an interval.",
                     "An outlier feature lies more than 6 standard deviations of the bulk of its vector from the mean, in a quarter of the "
-                    "vectors or more, and beyond chance. Chance is computed as if vectors were independent; patches of one photo are not. The "
-                    "next section has the classical shares, with mean and standard deviation of the whole vector.",
+                    "vectors or more, and beyond chance. Chance is computed as if vectors were independent; patches of one photo are not. "
+                    "The next section has the classical shares, with mean and standard deviation of the whole vector.",
                 ],
                 pictures,
                 [Table(demo.rows(), COLUMNS, "All blocks; the shares are of the vectors in which the feature is an outlier")],
