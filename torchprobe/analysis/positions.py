@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torchprobe.recording.reader import LayerReader, map_sizes
 Position = Literal["class", "patch", "mean", "last", "all"]
 """Which positions of a layer are vectors.
 
-"class": the first position. "patch": each position that is no class or register token. "mean": the mean over the positions, without class and
-register tokens, and without padding. "last": the last token that is not padding. "all": each position that is not padding.
+"class": the first position. "patch": each position that is no class or register token. "mean": the mean over the positions, without class
+and register tokens, and without padding. "last": the last token that is not padding. "all": each position that is not padding.
 """
 
 SEVERAL = ("patch", "all")
@@ -43,7 +43,8 @@ class LayerEncoder(Encoder):
             nor has a layer that has as many positions as there are patches, such as the one that makes them.
 
     Raises:
-        ValueError: the encoder has no such layer, the name stands for several, or the position does not fit the layer. Messages say what fits.
+        ValueError: the encoder has no such layer, the name stands for several, or the position does not fit the layer. The message says
+            what fits.
 
     >>> conv = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> encoder = Encoder(conv, features=4, preprocess=lambda image: image)
@@ -51,6 +52,9 @@ class LayerEncoder(Encoder):
     >>> [tuple(LayerEncoder(encoder, "visual.0", position, images)(images).shape) for position in ("mean", "all")]
     [(5, 4), (5, 16, 4)]
     """
+
+    source: Encoder
+    reader: LayerReader
 
     def __init__(self, encoder: Encoder, layer: str, position: Position | None = None, inputs: Tensor | None = None) -> None:
         if isinstance(encoder, LayerEncoder):
@@ -102,9 +106,9 @@ class LayerEncoder(Encoder):
             return x[:, 0]
         if self.position == "patch":
             return x[:, self.special_tokens :]
+        mask = self._fitting(inputs, x)
         if self.position == "all":
             return x
-        mask = self._fitting(inputs, x)
         if self.position == "last":
             last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
             return x[torch.arange(len(x), device=x.device), last]
@@ -114,7 +118,7 @@ class LayerEncoder(Encoder):
         return wide.where(mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
     def rows(self, inputs: Any) -> tuple[Tensor, list[tuple[int, int]]]:
-        """The vectors of a batch, one in each row, without padding: (vectors, features); and of each the input and the position in the layer."""
+        """The vectors of a batch without padding, (vectors, features); and for each of them its input and its position in the layer."""
         h = self(inputs)
         if h.dim() == 2:
             return h, [(i, -1) for i in range(len(h))]
@@ -124,13 +128,11 @@ class LayerEncoder(Encoder):
 
     def mask(self, inputs: Any) -> Tensor | None:
         """Which positions of a batch are not padding, as of the encoder."""
-        found: Tensor | None = self.source.mask(inputs)
-        return found
+        return self.source.mask(inputs)
 
     def example(self) -> Tensor:
         """A batch of one input."""
-        found: Tensor = self.source.example()
-        return found
+        return self.source.example()
 
     def zero_shot_head(self, *args: Any, **options: Any) -> Head:
         """There is none.
@@ -167,7 +169,8 @@ class LayerEncoder(Encoder):
         """The class and register tokens of this layer: those that the network declares, unless there are as many positions as in a map."""
         if positions is None or self.inputs != "image" or self._is_map or positions in maps:
             return 0
-        declared = int(getattr(self.network, "num_prefix_tokens", 0)) or self.source.special_tokens
+        prefix: Any = getattr(self.network, "num_prefix_tokens", 0)
+        declared = int(prefix) or self.source.special_tokens
         return declared or int(any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in self.network.named_parameters()))
 
     def _problem(self, positions: int | None) -> str:
@@ -188,6 +191,10 @@ class LayerEncoder(Encoder):
         return self.special_tokens > 0 and bool(getattr(self.network, "has_class_token", True))
 
 
+@overload
+def at_layer(encoder: Encoder, layer: str | None, position: Position | None, inputs: Tensor | None = None) -> Encoder: ...
+@overload
+def at_layer(encoder: nn.Module, layer: str | None, position: Position | None, inputs: Tensor | None = None) -> nn.Module: ...
 def at_layer(encoder: nn.Module, layer: str | None, position: Position | None, inputs: Tensor | None = None) -> nn.Module:
     """The encoder itself, or with another layer as its representation; see :class:`LayerEncoder`.
 
@@ -203,5 +210,5 @@ def at_layer(encoder: nn.Module, layer: str | None, position: Position | None, i
             raise ValueError(f"position {position!r} is one of a layer: name the layer too (layer=, --layer)")
         return encoder
     if not isinstance(encoder, Encoder):
-        raise TypeError(f"a layer is read from a torchprobe.Encoder, got {type(encoder).__name__}: Encoder(model, features=…, preprocess=…)")
+        raise TypeError(f"a layer is read from a torchprobe.Encoder, got {type(encoder).__name__}: make it one")
     return LayerEncoder(encoder, layer, position, inputs)

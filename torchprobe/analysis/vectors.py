@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchprobe.analysis.embeddings_file import Part
-from torchprobe.analysis.positions import LayerEncoder
+from torchprobe.analysis.positions import SEVERAL, LayerEncoder
 from torchprobe.datasets.images import Batch
 
 
@@ -44,6 +45,28 @@ def vector_name(image: str, position: int) -> str:
 def image_of(name: str) -> str:
     """The image of :func:`vector_name`."""
     return name.rpartition("@")[0]
+
+
+def images_of(ids: Sequence[str], provenance: Mapping[str, Any]) -> list[str] | None:
+    """The image of each row of embeddings; None if each row is an image of its own.
+
+    >>> images_of(["a@0", "a@1", "b@0"], {"layer": "blocks.0", "position": "all"}), images_of(["a", "b"], {})
+    (['a', 'a', 'b'], None)
+    """
+    return [image_of(name) for name in ids] if provenance.get("position") in SEVERAL else None
+
+
+def image_means(values: Tensor, images: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """The mean of the values of each image, nan left out, and the images in the order in which they come.
+
+    >>> image_means(torch.tensor([1.0, 3.0, 5.0]), ["a", "a", "b"])
+    (tensor([2., 5.]), ['a', 'b'])
+    """
+    number: dict[str, int] = {}
+    at = torch.tensor([number.setdefault(image, len(number)) for image in images], dtype=torch.int64)
+    known = ~values.isnan()
+    sums = values.new_zeros(len(number)).index_add_(0, at[known], values[known])
+    return sums / torch.bincount(at[known], minlength=len(number)), list(number)
 
 
 @contextlib.contextmanager

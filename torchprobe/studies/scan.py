@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
 from torchprobe.analysis.outliers import feature_rows
+from torchprobe.analysis.positions import LayerEncoder, Position, at_layer
 from torchprobe.analysis.resampling import FEWEST, LEVEL, RESAMPLES, bootstrap_interval
 from torchprobe.common.runs import Clock, CountCallback, RunOptions, counting
 from torchprobe.datasets import DatasetError, Images
@@ -88,6 +89,7 @@ class Scan:
         unreadable: the files that could not be read, each with the reason.
         partial: whether the scan was stopped before the end.
         settings: the settings of the run.
+        vectors: the number of vectors of the representation, if an image has several.
     """
 
     model: str
@@ -99,6 +101,7 @@ class Scan:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     partial: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    vectors: int | None = None
 
     @property
     def images(self) -> int:
@@ -139,7 +142,7 @@ class Scan:
 
         See :func:`torchprobe.analysis.outliers.feature_rows`.
         """
-        return feature_rows(self.representation, torch.from_numpy(self.extreme), self.images)
+        return feature_rows(self.representation, torch.from_numpy(self.extreme), self.vectors or self.images)
 
     def outliers(self) -> list[dict[str, Any]]:
         """The rows of :meth:`features` that are an outlier in at least one vector."""
@@ -178,6 +181,8 @@ def scan(
     images: Images,
     layers: str | Iterable[str] | None = None,
     *,
+    layer: str | None = None,
+    position: Position | None = None,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     workers: int = 2,
@@ -192,6 +197,9 @@ def scan(
         images: from :func:`torchprobe.datasets.image_folder`; or for an encoder of texts from :func:`torchprobe.datasets.text_file`: then
             a text takes the place of an image, and padding is masked in every layer.
         layers: names or globs as for :func:`torchprobe.record`; None: its default. The representation is always recorded.
+        layer, position: a layer, and which of its positions, as the representation instead of the output of the encoder; see
+            :class:`torchprobe.analysis.positions.LayerEncoder`. With "patch" and "all" an image gives several vectors; its kurtosis is then
+            their mean, so the interval is over images.
         batch_size: files in a batch.
         device: where the encoder runs.
         workers: threads that decode images.
@@ -202,7 +210,7 @@ def scan(
 
     Raises:
         DatasetError: no file could be read.
-        ValueError: a layer that the encoder does not have.
+        ValueError: a layer that the encoder does not have, or a position that the layer does not have.
 
     >>> import tempfile, pathlib, PIL.Image
     >>> from torch import nn
@@ -216,8 +224,15 @@ def scan(
     options = RunOptions(batch_size, device, workers, seed, progress=counting(progress), stop=stop)
     selected = None if layers is None else ["", *([layers] if isinstance(layers, str) else layers)]
     encoder = encoder.to(device).eval()
+    if layer is not None or position is not None:
+        encoder = at_layer(encoder, layer, position)
+    read = encoder if isinstance(encoder, LayerEncoder) else None
     seen = _Seen(torch.zeros(encoder.features, dtype=torch.int64))
-    with record(encoder, selected) as rec, torch.inference_mode(), warnings.catch_warnings():
+    with (
+        record(encoder, selected, feature_dim=None if read is None else {"": -1}) as rec,
+        torch.inference_mode(),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata
         try:
             _look(encoder, rec, images, options, seen)
@@ -243,7 +258,9 @@ def scan(
             "seed": seed,
             "layers": selected,
             "representation": encoder.representation,
+            **({} if read is None else read.facts),
         },
+        vectors=None if read is None or not read.several else seen.vectors,
     )
 
 
@@ -256,6 +273,21 @@ class _Seen:
     peak: list[Tensor] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     partial: bool = False
+    vectors: int = 0
+
+    def add(self, h: Tensor, mask: Tensor | None) -> None:
+        """A batch of representations: (images, features), or (images, positions, features) with a mask of the positions that count."""
+        rows = h.flatten(0, -2)
+        kurtosis, peak = vector_kurtosis(rows), peaks(rows)
+        counted = torch.ones(h.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
+        rows = rows[counted.flatten()]
+        self.vectors += len(rows)
+        if h.dim() == 3:
+            kurtosis, peak = (each.view(h.shape[:-1]).where(counted, math.nan).nanmean(1) for each in (kurtosis, peak))
+        self.kurtosis.append(kurtosis)
+        self.peak.append(peak)
+        finite = rows[rows.isfinite().all(-1)]
+        self.extreme += torch.bincount(finite.abs().argmax(-1), minlength=h.shape[-1])
 
 
 def _look(encoder: Encoder, rec: Recorder, images: Images, options: RunOptions, seen: _Seen) -> None:
@@ -269,11 +301,9 @@ def _look(encoder: Encoder, rec: Recorder, images: Images, options: RunOptions, 
         seen.unreadable += batch.unreadable
         if batch.names:
             inputs = batch.pixels.to(options.device)
-            with rec.mask(encoder.mask(inputs)):
+            mask = encoder.mask(inputs)
+            with rec.mask(mask):
                 h = encoder(inputs).cpu().double()
-            seen.kurtosis.append(vector_kurtosis(h))
-            seen.peak.append(peaks(h))
-            finite = h[h.isfinite().all(-1)]
-            seen.extreme += torch.bincount(finite.abs().argmax(-1), minlength=encoder.features)
+            seen.add(h, mask if h.dim() == 3 else None)
         done += batch.files
         clock.tell(done)

@@ -134,7 +134,12 @@ def representation(scan: Scan) -> Section:
 
 
 def which_output(scan: Scan) -> str:
-    """Which output of the network the representation is, if it has several."""
+    """Which output of the network the representation is, if it has several, or which layer."""
+    if (layer := scan.settings.get("layer")) is not None:
+        position = scan.settings.get("position")
+        chosen = f"The representation is layer “{layer}”" + (f", position “{position}”." if position else ".")
+        several = f" The {number(scan.images)} inputs give {number(scan.vectors)} vectors; the kurtosis of an input is their mean."
+        return chosen + (several if scan.vectors else "") + " It is not what the head of the encoder sees."
     chosen = str(scan.settings.get("representation", AUTO))
     return "" if chosen == AUTO else f"Of the outputs of the network, the representation is “{chosen}”: {REPRESENTATIONS[chosen]}."
 
