@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -78,7 +79,7 @@ class LayerEncoder(Encoder):
             x, positions = self._read(example)
         self.features = x.shape[-1]
         self.choices = {self.representation: self.features}
-        self.special_tokens = self._special(positions, {rows * columns for rows, columns in maps})
+        self.special_tokens = special_tokens(encoder, positions or 1, self._is_map, {rows * columns for rows, columns in maps})
         if problem := self._problem(positions):
             raise ValueError(f"layer {layer!r} of {encoder.name} {problem}")
 
@@ -165,14 +166,6 @@ class LayerEncoder(Encoder):
             )
         return mask.to(x.device)
 
-    def _special(self, positions: int | None, maps: set[int]) -> int:
-        """The class and register tokens of this layer: those that the network declares, unless there are as many positions as in a map."""
-        if positions is None or self.inputs != "image" or self._is_map or positions in maps:
-            return 0
-        prefix: Any = getattr(self.network, "num_prefix_tokens", 0)
-        declared = int(prefix) or self.source.special_tokens
-        return declared or int(any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in self.network.named_parameters()))
-
     def _problem(self, positions: int | None) -> str:
         """Why the position does not fit the layer; empty if it does."""
         image = self.inputs == "image"
@@ -189,6 +182,24 @@ class LayerEncoder(Encoder):
 
     def _has_class(self) -> bool:
         return self.special_tokens > 0 and bool(getattr(self.network, "has_class_token", True))
+
+
+def special_tokens(encoder: Encoder, positions: int, is_map: bool, maps: Collection[int]) -> int:
+    """The number of class and register tokens at the start of a layer: those that the network of an image encoder declares.
+
+    A map has none, nor has a layer with as many positions as a map: there, the patches are alone.
+
+    Args:
+        encoder: of images or texts; texts have none.
+        positions: of the layer.
+        is_map: whether the layer gives rows and columns.
+        maps: the numbers of positions of the maps that convolutions of the network give.
+    """
+    if positions == 1 or encoder.inputs != "image" or is_map or positions in maps:
+        return 0
+    prefix: Any = getattr(encoder.network, "num_prefix_tokens", 0)
+    declared = int(prefix) or encoder.special_tokens
+    return declared or int(any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in encoder.network.named_parameters()))
 
 
 @overload

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchprobe.analysis.hidden_states import HiddenOutliers, LayerOutliers, hidden_outliers
 from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
 from torchprobe.analysis.outliers import feature_rows
 from torchprobe.analysis.positions import LayerEncoder, Position, at_layer
@@ -21,10 +22,16 @@ from torchprobe.analysis.resampling import FEWEST, LEVEL, RESAMPLES, bootstrap_i
 from torchprobe.common.runs import Clock, CountCallback, RunOptions, counting
 from torchprobe.datasets import DatasetError, Images
 from torchprobe.encoders import Encoder
-from torchprobe.recording import Recorder, Recording, record
+from torchprobe.recording import Recorder, Recording, record, select_layers
 from torchprobe.rendering.tables import LAYER_COLUMNS, cell
 from torchprobe.statistics import Moments
 from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+
+NAMED = 6
+"""Outlier features that a row of the layer table names."""
+
+HIDDEN_IMAGES = 32
+"""The images on which the outlier features of the layers are told apart by position. More would cost time (we chose the number)."""
 
 DEFINITIONS = {
     "vector kurtosis": "κ(h) = mean((h − mean h)⁴) / mean((h − mean h)²)² over the features of one vector h (Pearson's definition, "
@@ -90,6 +97,7 @@ class Scan:
         partial: whether the scan was stopped before the end.
         settings: the settings of the run.
         vectors: the number of vectors of the representation, if an image has several.
+        hidden: the outlier features of the layers and their positions, on the first inputs; or why they could not be read.
     """
 
     model: str
@@ -102,6 +110,7 @@ class Scan:
     partial: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     vectors: int | None = None
+    hidden: HiddenOutliers | str | None = None
 
     @property
     def images(self) -> int:
@@ -152,10 +161,12 @@ class Scan:
         """One row per layer: the rows of the recording, with ``vectors_per_image``."""
         counts = [column for column in LAYER_COLUMNS if column.kind == "count" and column.key != "feature_dim"]
         rows = []
+        hidden = {one.layer: one for one in self.hidden.layers} if isinstance(self.hidden, HiddenOutliers) else {}
         for row in self.recording.rows():
             whole = {column.key: cell(row, column) for column in counts}
             per_image = (whole["vectors"] + whole["constant_vectors"] + whole["invalid_vectors"]) / self.images
-            rows.append({**row, **whole, "vectors_per_image": int(per_image) if per_image.is_integer() else per_image})
+            per_image = int(per_image) if per_image.is_integer() else per_image
+            rows.append({**row, **whole, "vectors_per_image": per_image, **_named(hidden.get(row["layer"]))})
         return rows
 
     def summary(self) -> dict[str, Any]:
@@ -171,9 +182,23 @@ class Scan:
             "representation": asdict(self.headline) | {"interval": list(self.headline.interval)},
             "outlier_features": self.outliers(),
             "layers": self.rows(),
+            "hidden_states": asdict(self.hidden) if isinstance(self.hidden, HiddenOutliers) else {"left_out": self.hidden},
             "definitions": DEFINITIONS,
             "settings": self.settings,
         }
+
+
+def _named(found: LayerOutliers | None) -> dict[str, str]:
+    """The outlier features of a layer in words: which, where they live, and the massive activations."""
+    if found is None:
+        return {"outlier_indices": "", "massive": ""}
+    where = [f"{_some(indices)} ({kind})" for kind, indices in found.where.items() if indices]
+    massive = f"{_some(list(found.massive))} ({', '.join(found.massive_where)})" if found.massive else ""
+    return {"outlier_indices": "; ".join(where), "massive": massive}
+
+
+def _some(indices: list[int]) -> str:
+    return ", ".join(map(str, indices[:NAMED])) + (f" and {len(indices) - NAMED} more" if len(indices) > NAMED else "")
 
 
 def scan(
@@ -261,7 +286,23 @@ def scan(
             **({} if read is None else read.facts),
         },
         vectors=None if read is None or not read.several else seen.vectors,
+        hidden=_hidden(encoder, rec, seen.first),
     )
+
+
+def _hidden(encoder: Encoder, rec: Recorder, batches: list[Tensor]) -> HiddenOutliers | str:
+    """The outlier features of the recorded layers on the first inputs, or why there are none."""
+    if isinstance(encoder, LayerEncoder):
+        encoder = encoder.source
+    names = {name for name in rec.total if name}
+    layers = [layer for layer in select_layers(encoder, sorted(names)) if layer.name in names] if names else []
+    if not layers or not batches:
+        return "no layer was recorded"
+    try:
+        with torch.no_grad():
+            return hidden_outliers(encoder, batches, layers)
+    except ValueError as error:
+        return str(error)
 
 
 @dataclass
@@ -274,6 +315,7 @@ class _Seen:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     partial: bool = False
     vectors: int = 0
+    first: list[Tensor] = field(default_factory=list)
 
     def add(self, h: Tensor, mask: Tensor | None) -> None:
         """A batch of representations: (images, features), or (images, positions, features) with a mask of the positions that count."""
@@ -301,6 +343,8 @@ def _look(encoder: Encoder, rec: Recorder, images: Images, options: RunOptions, 
         seen.unreadable += batch.unreadable
         if batch.names:
             inputs = batch.pixels.to(options.device)
+            if (room := HIDDEN_IMAGES - sum(map(len, seen.first))) > 0:
+                seen.first.append(inputs[:room].clone())
             mask = encoder.mask(inputs)
             with rec.mask(mask):
                 h = encoder(inputs).cpu().double()

@@ -35,6 +35,10 @@ SHOWN_IN_TERMINAL = 10
 
 PER_IMAGE = Column("vectors_per_image", "per image", "vectors per image: 1 for a pooled vector, else the tokens or map positions")
 VECTOR = Column("vector", "one vector", "what one vector is: an image, one of its tokens, or one position of its map", "text")
+NAMED_OUTLIERS = (
+    Column("outlier_indices", "which (where)", "outlier features by the robust rule at each kind of position", "text", optional=True),
+    Column("massive", "massive", "features with massive activations (Sun et al. 2024), and where", "text", optional=True),
+)
 UNREADABLE = (Column("file", "file", "name within the folder", "text"), Column("reason", "reason", "why it could not be read", "text"))
 
 
@@ -118,7 +122,7 @@ def representation(scan: Scan) -> Section:
     return Section(
         "The representation",
         [
-            f"Each image gives one vector of {number(r.features)} features: the input of the head, before normalization. The "
+            f"{_what(scan)} of {number(r.features)} features{_seen_by_head(scan)}. The "
             "histogram shows the kurtosis of each image. Independent Gaussian features would lie in the gray range. The "
             "dashed line is the largest value that this number of features can reach.",
             which_output(scan),
@@ -131,6 +135,14 @@ def representation(scan: Scan) -> Section:
             )
         ],
     )
+
+
+def _what(scan: Scan) -> str:
+    return "Each image gives one vector" if scan.vectors is None else "Each image gives several vectors"
+
+
+def _seen_by_head(scan: Scan) -> str:
+    return ": the input of the head, before normalization" if scan.settings.get("layer") is None else ""
 
 
 def which_output(scan: Scan) -> str:
@@ -224,6 +236,8 @@ def layer_columns(extra: Column = PER_IMAGE) -> list[Column]:
     """The columns of the layer table, with a column that says what one vector is."""
     columns = list(LAYER_COLUMNS)
     columns.insert(1 + [column.key for column in columns].index("vectors"), extra)
+    after = 1 + [column.key for column in columns].index("outlier_features")
+    columns[after:after] = NAMED_OUTLIERS
     return columns
 
 
@@ -342,5 +356,6 @@ def print_representation(scan: Scan, out: Console, at_random: Sequence[float] = 
     table.add_column()
     for line in lines:
         table.add_row(*map(text, line))
-    out.print(text("The representation: one vector per image, the interval over images", "bold"))
+    vectors = "one vector per image" if scan.vectors is None else f"{number(scan.vectors)} vectors"
+    out.print(text(f"The representation: {vectors}, the interval over images", "bold"))
     out.print(table)
