@@ -53,8 +53,8 @@ class LayerOutliers:
 class HiddenOutliers:
     """The result of :func:`hidden_outliers`: the layers in their order, and the outlier features of LLM.int8().
 
-    LLM.int8() asks for the same feature in several layers, so ``llm_int8`` is about the layers with ``llm_int8_features`` features, the most
-    common width. None if no two layers share one.
+    LLM.int8() asks for the same feature in several layers, so ``llm_int8`` is about the layers with ``llm_int8_features`` features, the
+    most common width. None if no two layers share one.
     """
 
     layers: list[LayerOutliers]
@@ -68,8 +68,8 @@ def hidden_outliers(encoder: Encoder, batches: Sequence[Tensor], layers: Sequenc
 
     In each kind of position the robust rule of :func:`torchprobe.analysis.outlier_features` is applied: more than 6 standard deviations of
     the bulk from its mean, in a quarter of the vectors, beyond chance. Vectors of one input are taken as independent there. Massive
-    activations are those of Sun et al. 2024, see :func:`torchprobe.analysis.outliers.massive_activations`. LLM.int8() (Dettmers et al. 2022)
-    asks for |x| ≥ 6 somewhere in 25 % of the layers, and at 6 % of all positions. Padding counts nowhere.
+    activations are those of Sun et al. 2024, see :func:`torchprobe.analysis.outliers.massive_activations`. LLM.int8() (Dettmers et al.
+    2022) asks for |x| ≥ 6 somewhere in 25 % of the layers, and at 6 % of all positions. Padding counts nowhere.
 
     Args:
         encoder: of images or texts. It runs in eval mode.

@@ -72,7 +72,7 @@ class LayerEncoder(Encoder):
         self.__dict__["source"] = encoder  # not as a module: its network is that of this one
         self.__dict__["reader"] = LayerReader(encoder, chosen)
         self.layer, self.position, self._at, self._is_map = layer, position, chosen[0].name, False
-        self.train(encoder.training)
+        self.training = encoder.training  # not by train(), which would also change the network
         example = encoder.example() if inputs is None else inputs
         example = example[:_EXAMPLES] if len(example) >= _EXAMPLES else torch.cat([example] * _EXAMPLES)[:_EXAMPLES]
         with map_sizes(encoder.network) as maps:

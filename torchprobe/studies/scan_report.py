@@ -15,6 +15,7 @@ from rich.table import Table as Grid
 import torchprobe
 from torchprobe.analysis.outliers import FEATURE_COLUMNS
 from torchprobe.common.files import replacing, to_json
+from torchprobe.common.messages import counted
 from torchprobe.encoders.outputs import AUTO, REPRESENTATIONS
 from torchprobe.rendering import page, plots
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
@@ -221,6 +222,7 @@ def depth(scan: Scan, band: Sequence[Sequence[Row]] = (), band_label: str = "", 
             "vector is in each layer: the image, one of its tokens, or one position of its map. The value depends on it, so compare a "
             "layer with the same layer of another network rather than with its neighbor.",
             "If the mean is far above the median, a few vectors, such as single tokens, carry the kurtosis.",
+            hidden_sentence(scan),
         ],
         [
             Picture(
@@ -230,6 +232,23 @@ def depth(scan: Scan, band: Sequence[Sequence[Row]] = (), band_label: str = "", 
         ],
         [Table(with_vectors(rows), layer_columns(VECTOR), "All recorded layers; click on a column head to sort")],
     )
+
+
+def hidden_sentence(scan: Scan) -> str:
+    """Outlier features, massive activations and those of LLM.int8() in the hidden states, in words."""
+    found = scan.hidden
+    if found is None or isinstance(found, str):
+        return f"Outlier features were not told apart by position: {found}." if found else ""
+    named = sorted({i for one in found.layers for i in one.indices})
+    massive = sorted({i for one in found.layers for i in one.massive})
+    sentence = (
+        f"In the hidden states of {counted(found.inputs, 'input')}, {counted(len(named), 'feature')} stand out by the robust rule "
+        f"in a layer and kind of position. {counted(len(massive), 'feature')} with massive activations: |x| > 100 and 1000 times the median."
+    )
+    if found.llm_int8 is None:
+        return sentence
+    listed = ", ".join(map(str, found.llm_int8[:SHOWN_IN_TERMINAL])) or "none"
+    return f"{sentence} By LLM.int8(), |x| ≥ 6 in 25 % of the layers and at 6 % of the positions, {number(len(found.llm_int8))}: {listed}."
 
 
 def layer_columns(extra: Column = PER_IMAGE) -> list[Column]:
@@ -319,6 +338,7 @@ def print_scan(scan: Scan, out: Console) -> None:
     out.print()
     out.print(text("Layers", "bold"))
     out.print(layer_table(scan.rows(), columns=layer_columns(), width=out.width))
+    out.print(text(hidden_sentence(scan)))
     out.print(text("Definitions", "bold"))
     definitions = Grid.grid(padding=(0, 2, 0, 0))
     for term, meaning in DEFINITIONS.items():

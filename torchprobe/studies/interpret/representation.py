@@ -327,12 +327,14 @@ class Layers(Record):
         images: number of images.
         skipped: number of images that could not be read.
         remarks: warnings of the recording.
+        hidden: the outlier features, massive activations and those of LLM.int8() in words; results of earlier versions have none.
     """
 
     rows: list[dict[str, Any]]
     images: int
     skipped: int
     remarks: list[str]
+    hidden: str | None = None
 
 
 def layers_section(found: Layers) -> Section:
@@ -344,7 +346,7 @@ def layers_section(found: Layers) -> Section:
     )
     return Section(
         "Over depth",
-        [text],
+        [text, found.hidden] if found.hidden else [text],
         [Picture(lambda width: plots.depth_profile(found.rows, width=width), f"Vector kurtosis of {len(found.rows)} layers", "layers")],
         [Table(with_vectors(found.rows), layer_columns(VECTOR), "All recorded layers; a click on a column head sorts")],
         [("unexpected", remark) for remark in found.remarks],
