@@ -241,9 +241,10 @@ def hidden_sentence(scan: Scan) -> str:
         return f"Outlier features were not told apart by position: {found}." if found else ""
     named = sorted({i for one in found.layers for i in one.indices})
     massive = sorted({i for one in found.layers for i in one.massive})
+    counts = [counted(len(each), "feature") for each in (named, massive)]
     sentence = (
-        f"In the hidden states of {counted(found.inputs, 'input')}, {counted(len(named), 'feature')} stand out by the robust rule "
-        f"in a layer and kind of position. {counted(len(massive), 'feature')} with massive activations: |x| > 100 and 1000 times the median."
+        f"In the hidden states of {counted(found.inputs, 'input')}, {counts[0]} stand out by the robust rule in a layer and kind of position. "
+        f"With massive activations, |x| > 100 and 1000 times the median of the vector: {counts[1]}."
     )
     if found.llm_int8 is None:
         return sentence
