@@ -236,3 +236,30 @@ def test_kurtosis_of_several_vectors_is_of_images(tmp_path):
         interpret(encoder, images, tmp_path / "other", layer="visual.0", position="all", head=torch.ones(2, 40))
     with pytest.raises(ValueError, match="made with another encoder"):
         interpret(encoder, images, tmp_path / "out", layer="visual.1", position="all", resume=True)
+
+
+def test_layer_table_names_outlier_features_and_where_they_live(tmp_path):
+    from PIL import Image
+    from torchvision.transforms.functional import to_tensor
+
+    from torchprobe.datasets import image_folder
+    from torchprobe.studies.scan_report import hidden_sentence, write_scan
+
+    random = np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(random.integers(0, 255, (8, 8, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    encoder = small()
+    encoder.preprocess = to_tensor
+    encoder.network[0].bias.data[[7, 3]] = 300.0
+    encoder.network[0].weight.data[7] /= 1e3
+    found = scan(encoder, image_folder(tmp_path), ["visual.0", "visual.3"])
+    rows = {row["layer"]: row for row in found.rows()}
+    assert rows["visual.0"]["outlier_indices"] == "3, 7 (positions)"
+    assert rows["visual.3"]["outlier_indices"] == "3, 7 (vector)"
+    assert rows[""]["outlier_indices"] == ""
+    summary = found.summary()["hidden_states"]
+    assert summary["inputs"] == 24 and sorted(summary["llm_int8"]) == [3, 7]
+    assert "24 inputs, 2 features stand out" in hidden_sentence(found)
+    page = write_scan(found, tmp_path / "out")["page"].read_text()
+    assert "3, 7 (positions)" in page
+    assert "3, 7 (positions)" in (tmp_path / "out" / "layers.csv").read_text()

@@ -192,7 +192,11 @@ def _named(found: LayerOutliers | None) -> dict[str, str]:
     """The outlier features of a layer in words: which, where they live, and the massive activations."""
     if found is None:
         return {"outlier_indices": "", "massive": ""}
-    where = [f"{_some(indices)} ({kind})" for kind, indices in found.where.items() if indices]
+    kinds: dict[str, list[str]] = {}  # kinds of positions with the same features share an entry
+    for kind, indices in found.where.items():
+        if indices:
+            kinds.setdefault(_some(sorted(indices) if len(indices) <= NAMED else indices), []).append(kind)
+    where = [f"{indices} ({', '.join(names)})" for indices, names in kinds.items()]
     massive = f"{_some(list(found.massive))} ({', '.join(found.massive_where)})" if found.massive else ""
     return {"outlier_indices": "; ".join(where), "massive": massive}
 

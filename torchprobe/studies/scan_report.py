@@ -243,8 +243,8 @@ def hidden_sentence(scan: Scan) -> str:
     massive = sorted({i for one in found.layers for i in one.massive})
     counts = [counted(len(each), "feature") for each in (named, massive)]
     sentence = (
-        f"In the hidden states of {counted(found.inputs, 'input')}, {counts[0]} stand out by the robust rule in a layer and kind of position. "
-        f"With massive activations, |x| > 100 and 1000 times the median of the vector: {counts[1]}."
+        f"In the hidden states of {counted(found.inputs, 'input')}, {counts[0]} stand out by the robust rule in a layer and kind of "
+        f"position. With massive activations, |x| > 100 and 1000 times the median of the vector: {counts[1]}."
     )
     if found.llm_int8 is None:
         return sentence
