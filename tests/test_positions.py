@@ -263,3 +263,24 @@ def test_layer_table_names_outlier_features_and_where_they_live(tmp_path):
     page = write_scan(found, tmp_path / "out")["page"].read_text()
     assert "3, 7 (positions)" in page
     assert "3, 7 (positions)" in (tmp_path / "out" / "layers.csv").read_text()
+
+
+def test_patches_that_are_padding_count_nowhere(tmp_path):
+    import hugging_face_models as models
+    from PIL import Image
+
+    from torchprobe import load_encoder
+
+    models.two_towers(tmp_path, "siglip2")
+    encoder = load_encoder(f"hf:{tmp_path}")
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 255, (*size, 3), np.uint8)) for size in ((40, 100), (64, 64))]
+    images = torch.stack([encoder.preprocess(picture) for picture in pictures])
+    kept = images[..., -3].bool()
+    assert not kept[0].all() and torch.equal(encoder.mask(images), kept)
+    layer = "visual.vision_model.encoder.layers.0"
+    tokens = hidden(encoder.network, encoder.get_submodule(layer), images)
+    assert torch.allclose(read(encoder, images, layer, "all").h, tokens[kept], atol=1e-6)
+    mean = torch.stack([one[which].mean(0) for one, which in zip(tokens, kept, strict=True)])
+    assert torch.allclose(read(encoder, images, layer, "mean").h, mean, atol=1e-6)
+    assert len(read(encoder, images, layer, "patch").h) == int(kept.sum())

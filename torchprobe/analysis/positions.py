@@ -114,7 +114,7 @@ class LayerEncoder(Encoder):
             last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
             return x[torch.arange(len(x), device=x.device), last]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.inputs == "image":
+        if mask.all():
             return wide[:, self.special_tokens :].mean(1)
         return wide.where(mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
