@@ -284,3 +284,22 @@ def test_patches_that_are_padding_count_nowhere(tmp_path):
     mean = torch.stack([one[which].mean(0) for one, which in zip(tokens, kept, strict=True)])
     assert torch.allclose(read(encoder, images, layer, "mean").h, mean, atol=1e-6)
     assert len(read(encoder, images, layer, "patch").h) == int(kept.sum())
+
+
+@pytest.mark.slow("three whole interpretations, two with concepts")
+def test_a_layer_with_one_vector_goes_through_everything_with_a_head_of_its_own(tmp_path):
+    import interpret_sets as sets
+
+    from torchprobe.datasets import Broden, labeled_folder
+    from torchprobe.studies.interpret.run import interpret
+
+    encoder, images = sets.encoder(), labeled_folder(sets.write_classes(tmp_path / "images"))
+    broden = Broden(sets.write_concepts(tmp_path / "broden"))
+    given = {"head": sets.head(encoder), "broden": broden, "layer_images": 0}
+    found = interpret(encoder, images, tmp_path / "out", layer="visual.blocks.1", **given)
+    plain = interpret(encoder, images, tmp_path / "plain", **given)  # the last block is the output
+    assert found.results.accuracy == plain.results.accuracy and found.kurtosis == plain.kurtosis
+    assert found.results.about["layer"] == "visual.blocks.1" and "layer" not in plain.results.about
+    assert torch.equal(found.concepts["units"].average_precision, plain.concepts["units"].average_precision)
+    several = interpret(encoder, images, tmp_path / "all", layer="visual.blocks.1", layer_images=0)
+    assert several.results.accuracy is None and "not visual.blocks.1" in several.results.skipped["accuracy"]
