@@ -24,6 +24,8 @@
 file                   subject
 =====================  ========================================================================================
 ``embeddings``         representations of images; ``embeddings_file`` is their file, written batch by batch
+``positions``          a layer at some of its positions as the representation; ``vectors`` has the rows that a batch then gives
+``hidden_states``      the outlier features of layers, and the kinds of positions at which they live
 ``reading``            batches of pixels and labels
 ``given``              representations that are given as arrays; ``given_files`` reads them from files
 ``inputs``             the arguments that most measures share

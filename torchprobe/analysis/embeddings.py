@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from torchprobe.analysis.embeddings_file import KIND, GrowingFile, Part, labels_int32, metadata, names_tensor, require_same
 from torchprobe.analysis.given import checked_labels, checked_rows, row_names
+from torchprobe.analysis.positions import LayerEncoder, Position, at_layer
 from torchprobe.analysis.reading import Source
+from torchprobe.analysis.vectors import evaluating, part_of
 from torchprobe.common import storage
 from torchprobe.common.deprecation import RenamedAttribute, renamed_fields
 from torchprobe.common.messages import reason
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import CountCallback
 from torchprobe.common.storage import digest
-from torchprobe.datasets.images import Batch, DatasetError
+from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.labeled import check_groups
 
 _BLOCK = 1 << 22  # numbers at a time
@@ -215,6 +217,8 @@ def embed(
     encoder: nn.Module,
     dataset: Any,
     *,
+    layer: str | None = None,
+    position: Position | None = None,
     batch_size: int = 64,
     device: torch.device | str | None = None,
     workers: int = 2,
@@ -235,6 +239,10 @@ def embed(
         dataset: images of :mod:`torchprobe.datasets`, with or without labels, or a map-style PyTorch data set of (image, label) or of
             images. PIL images are preprocessed by ``encoder.preprocess``; tensors are used unchanged. A label is a row of the head. Items
             that cannot be read are skipped and counted. The name of an item of a PyTorch data set is its index.
+        layer: the name of a layer whose activation is the representation, instead of the output of the encoder; see
+            :class:`~torchprobe.analysis.positions.LayerEncoder`.
+        position: which of the positions of that layer: "class", "patch", "mean", "last" or "all". "patch" and "all" give one row for each
+            position; its id is that of the image, "@" and the position in the layer. None for a layer with one vector for each image.
         batch_size: images in a batch. It is part of the definition: a network gives slightly different numbers in batches of another size.
         device: the encoder is moved there; None: it stays where it is.
         workers: threads that decode files.
@@ -248,7 +256,8 @@ def embed(
     Raises:
         DatasetError: the data set is empty, no image could be read, or it holds items that cannot be used.
         ValueError: ``path`` is a file of another encoder, preprocessing, data set or batch size, which the message names, or not a file
-            of embeddings; the preprocessing is random; or the output of the encoder is not (N, d).
+            of embeddings; the preprocessing is random; or the output of the encoder is not (N, d). Or the encoder has no such layer, or
+            the layer no such position.
 
     >>> from torch.utils.data import TensorDataset
     >>> embed(nn.Flatten(), TensorDataset(torch.randn(5, 3, 2, 2), torch.arange(5)))
@@ -256,14 +265,19 @@ def embed(
     """
     source = Source(dataset, getattr(encoder, "preprocess", None), batch_size, workers)
     encoder = encoder if device is None else encoder.to(device)
+    if layer is not None or position is not None:
+        encoder = at_layer(encoder, layer, position, source.example())
     provenance = {
         "encoder": str(getattr(encoder, "name", type(encoder).__name__)),
         "weights": digest([*encoder.parameters(), *encoder.buffers()]),
         **source.preprocessing(saved=path is not None),
         "data": source.identity(),
         "batch_size": batch_size,
+        **(encoder.facts if isinstance(encoder, LayerEncoder) else {}),
     }
-    file = None if path is None else GrowingFile(Path(path), metadata(provenance, source.classes, source.groups), len(source))
+    several = isinstance(encoder, LayerEncoder) and encoder.several
+    longest = len(source) << 20 if several else len(source)  # at most so many rows
+    file = None if path is None else GrowingFile(Path(path), metadata(provenance, source.classes, source.groups), longest)
     with Ranks() as ranks, contextlib.ExitStack() as stack:
         if file is not None:
             stack.callback(file.close)
@@ -318,13 +332,13 @@ def _run(
         try:
             if stop is not None and stop():
                 return "stop"
-            return _part(encoder, place, *next(batches)) if number < source.batches else None
+            return part_of(encoder, place, *next(batches)) if number < source.batches else None
         except KeyboardInterrupt:
             return "stop"
         except Exception as error:  # the other ranks have to know
             return error if ranks.size == 1 else _portable(error, ranks.rank)
 
-    with torch.inference_mode(), _evaluating(encoder), warnings.catch_warnings(), contextlib.closing(source.read(mine)) as batches:
+    with torch.inference_mode(), evaluating(encoder), warnings.catch_warnings(), contextlib.closing(source.read(mine)) as batches:
         warnings.filterwarnings("ignore", module="PIL")  # about metadata of image files
         for first in range(done, source.batches, ranks.size):
             turn = [first + (rank - first) % ranks.size for rank in range(ranks.size)]
@@ -348,16 +362,6 @@ def _run(
             if progress is not None:
                 progress(files, len(source))
     return False
-
-
-def _part(encoder: nn.Module, place: torch.device, batch: Batch, labels: list[int]) -> Part:
-    if not batch.names:
-        return Part(skipped=batch.unreadable)
-    h = encoder(batch.pixels.to(place))
-    if not isinstance(h, Tensor) or h.dim() != 2 or len(h) != len(batch.names) or not h.is_floating_point():
-        given = f"{h.dtype} {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
-        raise ValueError(f"the encoder returned {given} for {len(batch.names)} images; expected one floating point vector each, (N, d)")
-    return Part(h.float().cpu().contiguous(), labels, batch.names, batch.unreadable)
 
 
 def _finish(kept: list[Part], file: GrowingFile | None, partial: bool) -> Part:
@@ -386,15 +390,3 @@ def _portable(error: Exception, rank: int) -> Exception:
     """An error that can be sent to other processes."""
     kind = type(error) if type(error) in (DatasetError, ValueError, TypeError) else RuntimeError
     return kind(f"rank {rank}: {error if kind is type(error) else reason(error)}")
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for the length of the block. Afterwards each part has its own mode again."""
-    before = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training

@@ -31,16 +31,20 @@ _PIECE = 1 << 24  # bytes to read at a time
 
 @dataclass
 class Part:
-    """One batch: representations float32 (rows, d), labels, ids, and the images that could not be read, each with the reason."""
+    """One batch: representations float32 (rows, d), labels, ids, and the images that could not be read, each with the reason.
+
+    ``inputs`` is the number of images if each has several rows.
+    """
 
     h: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     y: list[int] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    inputs: int | None = None
 
     @property
     def files(self) -> int:
-        return len(self.ids) + len(self.skipped)
+        return (len(self.ids) if self.inputs is None else self.inputs) + len(self.skipped)
 
 
 class GrowingFile:
@@ -49,7 +53,7 @@ class GrowingFile:
     Args:
         path: of the complete file.
         metadata: see :func:`metadata`. A file is continued only with the same provenance.
-        total: the number of images.
+        total: the largest possible number of rows.
     """
 
     def __init__(self, path: Path, metadata: Mapping[str, Any], total: int) -> None:

@@ -76,6 +76,12 @@ class Source:
             finally:
                 thread.shutdown(wait=False, cancel_futures=True)
 
+    def example(self) -> Tensor | None:
+        """The first inputs that can be read, to find out how a network is laid out; None if the first batch has none."""
+        for batch, _ in self.read([0]):
+            return batch.pixels if batch.names else None
+        return None
+
     def preprocessing(self, saved: bool) -> dict[str, Any]:
         """Facts that tell this preprocessing from others: its repr, and its fingerprint if it turns pictures into tensors.
 

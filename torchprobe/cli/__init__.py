@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -22,6 +22,7 @@ from torchprobe.cli.tools import (
     INTERRUPTED,
     MODEL,
     OK,
+    check_layer,
     check_output,
     console,
     device_named,
@@ -30,8 +31,10 @@ from torchprobe.cli.tools import (
     exit_codes,
     interruptible,
     json_option,
+    layer_option,
     loading,
     output_option,
+    position_option,
     print_files,
     print_json,
     progress_bar,
@@ -45,6 +48,9 @@ from torchprobe.cli.tools import (
 from torchprobe.cli.words_command import words
 from torchprobe.common.messages import counted
 from torchprobe.rendering.tables import plain_table, text
+
+if TYPE_CHECKING:
+    from torchprobe.analysis.positions import Position
 
 
 @click.group(
@@ -101,6 +107,8 @@ def layers(model: str, pattern: tuple[str, ...], as_json: bool) -> None:
 @click.option("--images", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Images, in subfolders too.")
 @texts_option
 @representation_option
+@layer_option
+@position_option
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights: .safetensors, .pt, .pth, .ckpt.")
 @click.option("--random-init", is_flag=True, help="Random weights from --seed: the baseline of the same architecture.")
 @click.option(
@@ -118,6 +126,8 @@ def scan(
     folder: Path | None,
     texts: Path | None,
     representation: str | None,
+    layer: str | None,
+    position: Position | None,
     checkpoint: Path | None,
     random_init: bool,
     pattern: tuple[str, ...],
@@ -141,6 +151,7 @@ def scan(
     if (folder is None) == (texts is None):
         missing = folder is None and texts is None
         raise click.UsageError("Missing option '--images' or '--texts'." if missing else "give either --images or --texts")
+    check_layer(layer, position, representation)
     place = device_named(device)
     page.require()
     images = text_file(texts, limit, seed) if folder is None and texts is not None else image_folder(folder or Path(), limit, seed)
@@ -155,6 +166,8 @@ def scan(
             encoder,
             images,
             pattern or None,
+            layer=layer,
+            position=position,
             batch_size=batch_size,
             device=place,
             workers=workers,

@@ -13,6 +13,7 @@ import click
 from torchprobe.cli.tools import (
     INTERRUPTED,
     MODEL,
+    check_layer,
     check_output,
     console,
     device_named,
@@ -21,8 +22,10 @@ from torchprobe.cli.tools import (
     exit_codes,
     interruptible,
     json_option,
+    layer_option,
     loading,
     output_option,
+    position_option,
     print_files,
     print_json,
     representation_option,
@@ -78,6 +81,8 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="One folder for each class, or just images.")
 @texts_option
 @representation_option
+@layer_option
+@position_option
 @click.option(
     "--embeddings",
     metavar="FILE",
@@ -176,13 +181,14 @@ def interpret(
     if given is None and chosen["labels"] is not None:
         raise click.UsageError("--labels is for --embeddings; the labels of images are their folders")
     network = {"images": chosen["images"], "texts": texts, "checkpoint": checkpoint, "broden": broden_folder, "layers": layers}
-    network |= {"template": templates, "random-init": random_init, "representation": chosen["representation"]}
+    network |= {"template": templates, "random-init": random_init, "representation": chosen["representation"], "layer": chosen["layer"]}
+    check_layer(chosen["layer"], chosen["position"], chosen["representation"])
     if given is not None and (unused := [f"--{key}" for key, value in network.items() if value]):
         raise click.UsageError(f"{', '.join(unused)} need a network or pictures, and with --embeddings there are none")
     if texts is not None and (suite or shifts or broden_folder):
         raise click.UsageError("--texts is for one MODEL, without --suite, --shift and --broden")
-    if suite is not None and chosen["representation"]:
-        raise click.UsageError("--representation is for one MODEL")
+    if suite is not None and (chosen["representation"] or chosen["layer"]):
+        raise click.UsageError("--representation and --layer are for one MODEL")
     if suite is not None and (checkpoint or random_init):
         raise click.UsageError("--checkpoint and --random-init are for one MODEL; the suite has its own checkpoints")
     if checkpoint and random_init:
@@ -197,6 +203,7 @@ def interpret(
     import torch
 
     from torchprobe.analysis.baseline import Baseline
+    from torchprobe.analysis.positions import at_layer
     from torchprobe.common.ranks import torchrun
     from torchprobe.common.runs import RunOptions
     from torchprobe.datasets import Broden
@@ -235,7 +242,8 @@ def interpret(
                 about = {"source": model, "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, **known}
 
                 def load() -> Encoder:
-                    return encoder_of(model, checkpoint, random_init, chosen["representation"], texts is not None)
+                    encoder = encoder_of(model, checkpoint, random_init, chosen["representation"], texts is not None)
+                    return at_layer(encoder, chosen["layer"], chosen["position"])
 
                 fetch = not (checkpoint or random_init)
                 _one(model, load, fetch, chosen["head"], about, inputs, options, rank, out, as_json)

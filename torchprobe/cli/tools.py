@@ -64,6 +64,23 @@ representation_option = click.option(
     help="Which output of an hf: MODEL is the representation.  [default: what its head sees; see the documentation]",
 )
 
+layer_option = click.option(
+    "--layer", metavar="NAME", help="One layer as the representation, such as visual.blocks.11, instead of the output of MODEL."
+)
+position_option = click.option(
+    "--position",
+    type=click.Choice(["class", "patch", "mean", "last", "all"]),
+    help="Which positions of --layer are vectors: the class token, each patch, the mean over patches or tokens, the last token, all.",
+)
+
+
+def check_layer(layer: str | None, position: str | None, representation: str | None) -> None:
+    """Raises click.UsageError if options about the representation do not fit each other."""
+    if layer is None and position is not None:
+        raise click.UsageError("--position is one of a --layer; for the output of an hf: MODEL there is --representation")
+    if layer is not None and representation is not None:
+        raise click.UsageError("--layer and --representation exclude each other; --position says which part of a layer")
+
 
 def output_option(default: str) -> Callable[[Command], Command]:
     """``--out``, also under the name ``--output``."""

@@ -150,8 +150,9 @@ class Encoder(nn.Module):
         return self.preprocess(Image.new("RGB", (256, 256), (120, 120, 120)))[None]
 
     def mask(self, inputs: Tensor) -> Tensor | None:
-        """Which positions of a batch count, bool (N, positions); None: all, as for images."""
-        return None
+        """Which positions of a batch count, bool (N, positions); None: all, as for images without padding."""
+        of: Callable[[Tensor], Tensor | None] | None = getattr(self.preprocess, "mask", None)
+        return None if of is None else of(inputs)
 
     def for_texts(self) -> TextEncoder:
         """The encoder of texts: the text tower of a CLIP model, or a text encoder itself.

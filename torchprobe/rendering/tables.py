@@ -70,8 +70,8 @@ UNSURE = "unsure"
 """What ``feature_dim_by`` says of a layer where nothing decides; it has no numbers."""
 
 _DISPENSABLE = (
-    *("feature_dim_by", "mean_abs_max", "module", "std", "kurtosis_max", "kurtosis_median", "vector_kurtosis_std"),
-    *("outlier_features", "feature_dim", "vectors", "vectors_per_image", "features", "vector_kurtosis_median"),
+    *("feature_dim_by", "mean_abs_max", "module", "std", "kurtosis_max", "kurtosis_median", "massive", "vector_kurtosis_std"),
+    *("outlier_indices", "outlier_features", "feature_dim", "vectors", "vectors_per_image", "features", "vector_kurtosis_median"),
 )
 """The columns that a narrow terminal leaves out, the first one first."""
 

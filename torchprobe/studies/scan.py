@@ -14,16 +14,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchprobe.analysis.hidden_states import HiddenOutliers, LayerOutliers, hidden_outliers
 from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
 from torchprobe.analysis.outliers import feature_rows
+from torchprobe.analysis.positions import LayerEncoder, Position, at_layer
 from torchprobe.analysis.resampling import FEWEST, LEVEL, RESAMPLES, bootstrap_interval
 from torchprobe.common.runs import Clock, CountCallback, RunOptions, counting
 from torchprobe.datasets import DatasetError, Images
 from torchprobe.encoders import Encoder
-from torchprobe.recording import Recorder, Recording, record
+from torchprobe.recording import Recorder, Recording, record, select_layers
 from torchprobe.rendering.tables import LAYER_COLUMNS, cell
 from torchprobe.statistics import Moments
 from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
+
+NAMED = 6
+"""Outlier features that a row of the layer table names."""
+
+HIDDEN_IMAGES = 32
+"""The images on which the outlier features of the layers are told apart by position. More would cost time (we chose the number)."""
 
 DEFINITIONS = {
     "vector kurtosis": "κ(h) = mean((h − mean h)⁴) / mean((h − mean h)²)² over the features of one vector h (Pearson's definition, "
@@ -88,6 +96,8 @@ class Scan:
         unreadable: the files that could not be read, each with the reason.
         partial: whether the scan was stopped before the end.
         settings: the settings of the run.
+        vectors: the number of vectors of the representation, if an image has several.
+        hidden: the outlier features of the layers and their positions, on the first inputs; or why they could not be read.
     """
 
     model: str
@@ -99,6 +109,8 @@ class Scan:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     partial: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    vectors: int | None = None
+    hidden: HiddenOutliers | str | None = None
 
     @property
     def images(self) -> int:
@@ -139,7 +151,7 @@ class Scan:
 
         See :func:`torchprobe.analysis.outliers.feature_rows`.
         """
-        return feature_rows(self.representation, torch.from_numpy(self.extreme), self.images)
+        return feature_rows(self.representation, torch.from_numpy(self.extreme), self.vectors or self.images)
 
     def outliers(self) -> list[dict[str, Any]]:
         """The rows of :meth:`features` that are an outlier in at least one vector."""
@@ -149,10 +161,12 @@ class Scan:
         """One row per layer: the rows of the recording, with ``vectors_per_image``."""
         counts = [column for column in LAYER_COLUMNS if column.kind == "count" and column.key != "feature_dim"]
         rows = []
+        hidden = {one.layer: one for one in self.hidden.layers} if isinstance(self.hidden, HiddenOutliers) else {}
         for row in self.recording.rows():
             whole = {column.key: cell(row, column) for column in counts}
             per_image = (whole["vectors"] + whole["constant_vectors"] + whole["invalid_vectors"]) / self.images
-            rows.append({**row, **whole, "vectors_per_image": int(per_image) if per_image.is_integer() else per_image})
+            per_image = int(per_image) if per_image.is_integer() else per_image
+            rows.append({**row, **whole, "vectors_per_image": per_image, **_named(hidden.get(row["layer"]))})
         return rows
 
     def summary(self) -> dict[str, Any]:
@@ -168,9 +182,27 @@ class Scan:
             "representation": asdict(self.headline) | {"interval": list(self.headline.interval)},
             "outlier_features": self.outliers(),
             "layers": self.rows(),
+            "hidden_states": asdict(self.hidden) if isinstance(self.hidden, HiddenOutliers) else {"left_out": self.hidden},
             "definitions": DEFINITIONS,
             "settings": self.settings,
         }
+
+
+def _named(found: LayerOutliers | None) -> dict[str, str]:
+    """The outlier features of a layer in words: which, where they live, and the massive activations."""
+    if found is None:
+        return {"outlier_indices": "", "massive": ""}
+    kinds: dict[str, list[str]] = {}  # kinds of positions with the same features share an entry
+    for kind, indices in found.where.items():
+        if indices:
+            kinds.setdefault(_some(sorted(indices) if len(indices) <= NAMED else indices), []).append(kind)
+    where = [f"{indices} ({', '.join(names)})" for indices, names in kinds.items()]
+    massive = f"{_some(list(found.massive))} ({', '.join(found.massive_where)})" if found.massive else ""
+    return {"outlier_indices": "; ".join(where), "massive": massive}
+
+
+def _some(indices: list[int]) -> str:
+    return ", ".join(map(str, indices[:NAMED])) + (f" and {len(indices) - NAMED} more" if len(indices) > NAMED else "")
 
 
 def scan(
@@ -178,6 +210,8 @@ def scan(
     images: Images,
     layers: str | Iterable[str] | None = None,
     *,
+    layer: str | None = None,
+    position: Position | None = None,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     workers: int = 2,
@@ -192,6 +226,9 @@ def scan(
         images: from :func:`torchprobe.datasets.image_folder`; or for an encoder of texts from :func:`torchprobe.datasets.text_file`: then
             a text takes the place of an image, and padding is masked in every layer.
         layers: names or globs as for :func:`torchprobe.record`; None: its default. The representation is always recorded.
+        layer, position: a layer, and which of its positions, as the representation instead of the output of the encoder; see
+            :class:`torchprobe.analysis.positions.LayerEncoder`. With "patch" and "all" an image gives several vectors; its kurtosis is then
+            their mean, so the interval is over images.
         batch_size: files in a batch.
         device: where the encoder runs.
         workers: threads that decode images.
@@ -202,7 +239,7 @@ def scan(
 
     Raises:
         DatasetError: no file could be read.
-        ValueError: a layer that the encoder does not have.
+        ValueError: a layer that the encoder does not have, or a position that the layer does not have.
 
     >>> import tempfile, pathlib, PIL.Image
     >>> from torch import nn
@@ -216,8 +253,15 @@ def scan(
     options = RunOptions(batch_size, device, workers, seed, progress=counting(progress), stop=stop)
     selected = None if layers is None else ["", *([layers] if isinstance(layers, str) else layers)]
     encoder = encoder.to(device).eval()
+    if layer is not None or position is not None:
+        encoder = at_layer(encoder, layer, position)
+    read = encoder if isinstance(encoder, LayerEncoder) else None
     seen = _Seen(torch.zeros(encoder.features, dtype=torch.int64))
-    with record(encoder, selected) as rec, torch.inference_mode(), warnings.catch_warnings():
+    with (
+        record(encoder, selected, feature_dim=None if read is None else {"": -1}) as rec,
+        torch.inference_mode(),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata
         try:
             _look(encoder, rec, images, options, seen)
@@ -243,8 +287,26 @@ def scan(
             "seed": seed,
             "layers": selected,
             "representation": encoder.representation,
+            **({} if read is None else read.facts),
         },
+        vectors=None if read is None or not read.several else seen.vectors,
+        hidden=_hidden(encoder, rec, seen.first),
     )
+
+
+def _hidden(encoder: Encoder, rec: Recorder, batches: list[Tensor]) -> HiddenOutliers | str:
+    """The outlier features of the recorded layers on the first inputs, or why there are none."""
+    if isinstance(encoder, LayerEncoder):
+        encoder = encoder.source
+    names = {name for name in rec.total if name}
+    layers = [layer for layer in select_layers(encoder, sorted(names)) if layer.name in names] if names else []
+    if not layers or not batches:
+        return "no layer was recorded"
+    try:
+        with torch.no_grad():
+            return hidden_outliers(encoder, batches, layers)
+    except ValueError as error:
+        return str(error)
 
 
 @dataclass
@@ -256,6 +318,22 @@ class _Seen:
     peak: list[Tensor] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     partial: bool = False
+    vectors: int = 0
+    first: list[Tensor] = field(default_factory=list)
+
+    def add(self, h: Tensor, mask: Tensor | None) -> None:
+        """A batch of representations: (images, features), or (images, positions, features) with a mask of the positions that count."""
+        rows = h.flatten(0, -2)
+        kurtosis, peak = vector_kurtosis(rows), peaks(rows)
+        counted = torch.ones(h.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
+        rows = rows[counted.flatten()]
+        self.vectors += len(rows)
+        if h.dim() == 3:
+            kurtosis, peak = (each.view(h.shape[:-1]).where(counted, math.nan).nanmean(1) for each in (kurtosis, peak))
+        self.kurtosis.append(kurtosis)
+        self.peak.append(peak)
+        finite = rows[rows.isfinite().all(-1)]
+        self.extreme += torch.bincount(finite.abs().argmax(-1), minlength=h.shape[-1])
 
 
 def _look(encoder: Encoder, rec: Recorder, images: Images, options: RunOptions, seen: _Seen) -> None:
@@ -269,11 +347,11 @@ def _look(encoder: Encoder, rec: Recorder, images: Images, options: RunOptions, 
         seen.unreadable += batch.unreadable
         if batch.names:
             inputs = batch.pixels.to(options.device)
-            with rec.mask(encoder.mask(inputs)):
+            if (room := HIDDEN_IMAGES - sum(map(len, seen.first))) > 0:
+                seen.first.append(inputs[:room].clone())
+            mask = encoder.mask(inputs)
+            with rec.mask(mask):
                 h = encoder(inputs).cpu().double()
-            seen.kurtosis.append(vector_kurtosis(h))
-            seen.peak.append(peaks(h))
-            finite = h[h.isfinite().all(-1)]
-            seen.extreme += torch.bincount(finite.abs().argmax(-1), minlength=encoder.features)
+            seen.add(h, mask if h.dim() == 3 else None)
         done += batch.files
         clock.tell(done)

@@ -15,6 +15,7 @@ from rich.table import Table as Grid
 import torchprobe
 from torchprobe.analysis.outliers import FEATURE_COLUMNS
 from torchprobe.common.files import replacing, to_json
+from torchprobe.common.messages import counted
 from torchprobe.encoders.outputs import AUTO, REPRESENTATIONS
 from torchprobe.rendering import page, plots
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
@@ -35,6 +36,10 @@ SHOWN_IN_TERMINAL = 10
 
 PER_IMAGE = Column("vectors_per_image", "per image", "vectors per image: 1 for a pooled vector, else the tokens or map positions")
 VECTOR = Column("vector", "one vector", "what one vector is: an image, one of its tokens, or one position of its map", "text")
+NAMED_OUTLIERS = (
+    Column("outlier_indices", "which (where)", "outlier features by the robust rule at each kind of position", "text", optional=True),
+    Column("massive", "massive", "features with massive activations (Sun et al. 2024), and where", "text", optional=True),
+)
 UNREADABLE = (Column("file", "file", "name within the folder", "text"), Column("reason", "reason", "why it could not be read", "text"))
 
 
@@ -118,7 +123,7 @@ def representation(scan: Scan) -> Section:
     return Section(
         "The representation",
         [
-            f"Each image gives one vector of {number(r.features)} features: the input of the head, before normalization. The "
+            f"{_what(scan)} of {number(r.features)} features{_seen_by_head(scan)}. The "
             "histogram shows the kurtosis of each image. Independent Gaussian features would lie in the gray range. The "
             "dashed line is the largest value that this number of features can reach.",
             which_output(scan),
@@ -133,8 +138,21 @@ def representation(scan: Scan) -> Section:
     )
 
 
+def _what(scan: Scan) -> str:
+    return "Each image gives one vector" if scan.vectors is None else "Each image gives several vectors"
+
+
+def _seen_by_head(scan: Scan) -> str:
+    return ": the input of the head, before normalization" if scan.settings.get("layer") is None else ""
+
+
 def which_output(scan: Scan) -> str:
-    """Which output of the network the representation is, if it has several."""
+    """Which output of the network the representation is, if it has several, or which layer."""
+    if (layer := scan.settings.get("layer")) is not None:
+        position = scan.settings.get("position")
+        chosen = f"The representation is layer “{layer}”" + (f", position “{position}”." if position else ".")
+        several = f" The {number(scan.images)} inputs give {number(scan.vectors)} vectors; the kurtosis of an input is their mean."
+        return chosen + (several if scan.vectors else "") + " It is not what the head of the encoder sees."
     chosen = str(scan.settings.get("representation", AUTO))
     return "" if chosen == AUTO else f"Of the outputs of the network, the representation is “{chosen}”: {REPRESENTATIONS[chosen]}."
 
@@ -204,6 +222,7 @@ def depth(scan: Scan, band: Sequence[Sequence[Row]] = (), band_label: str = "", 
             "vector is in each layer: the image, one of its tokens, or one position of its map. The value depends on it, so compare a "
             "layer with the same layer of another network rather than with its neighbor.",
             "If the mean is far above the median, a few vectors, such as single tokens, carry the kurtosis.",
+            hidden_sentence(scan),
         ],
         [
             Picture(
@@ -215,10 +234,30 @@ def depth(scan: Scan, band: Sequence[Sequence[Row]] = (), band_label: str = "", 
     )
 
 
+def hidden_sentence(scan: Scan) -> str:
+    """Outlier features, massive activations and those of LLM.int8() in the hidden states, in words."""
+    found = scan.hidden
+    if found is None or isinstance(found, str):
+        return f"Outlier features were not told apart by position: {found}." if found else ""
+    named = sorted({i for one in found.layers for i in one.indices})
+    massive = sorted({i for one in found.layers for i in one.massive})
+    counts = [counted(len(each), "feature") for each in (named, massive)]
+    sentence = (
+        f"In the hidden states of {counted(found.inputs, 'input')}, {counts[0]} stand out by the robust rule in a layer and kind of "
+        f"position. With massive activations, |x| > 100 and 1000 times the median of the vector: {counts[1]}."
+    )
+    if found.llm_int8 is None:
+        return sentence
+    listed = ", ".join(map(str, found.llm_int8[:SHOWN_IN_TERMINAL])) or "none"
+    return f"{sentence} By LLM.int8(), |x| ≥ 6 in 25 % of the layers and at 6 % of the positions, {number(len(found.llm_int8))}: {listed}."
+
+
 def layer_columns(extra: Column = PER_IMAGE) -> list[Column]:
     """The columns of the layer table, with a column that says what one vector is."""
     columns = list(LAYER_COLUMNS)
     columns.insert(1 + [column.key for column in columns].index("vectors"), extra)
+    after = 1 + [column.key for column in columns].index("outlier_features")
+    columns[after:after] = NAMED_OUTLIERS
     return columns
 
 
@@ -300,6 +339,7 @@ def print_scan(scan: Scan, out: Console) -> None:
     out.print()
     out.print(text("Layers", "bold"))
     out.print(layer_table(scan.rows(), columns=layer_columns(), width=out.width))
+    out.print(text(hidden_sentence(scan)))
     out.print(text("Definitions", "bold"))
     definitions = Grid.grid(padding=(0, 2, 0, 0))
     for term, meaning in DEFINITIONS.items():
@@ -337,5 +377,6 @@ def print_representation(scan: Scan, out: Console, at_random: Sequence[float] = 
     table.add_column()
     for line in lines:
         table.add_row(*map(text, line))
-    out.print(text("The representation: one vector per image, the interval over images", "bold"))
+    vectors = "one vector per image" if scan.vectors is None else f"{number(scan.vectors)} vectors"
+    out.print(text(f"The representation: {vectors}, the interval over images", "bold"))
     out.print(table)

@@ -110,6 +110,10 @@ class ImagePreprocess:
         grid = found["spatial_shapes"][0].to(pixels.dtype).expand(len(pixels), 2)
         return torch.cat([pixels, found["pixel_attention_mask"][0].to(pixels.dtype)[:, None], grid], dim=1)
 
+    def mask(self, inputs: Tensor) -> Tensor | None:
+        """Which patches of a batch are not padding, bool (N, patches); None if the inputs are pictures."""
+        return inputs[..., -3].bool() if inputs.dim() == 3 else None
+
     def __repr__(self) -> str:
         return f"ImagePreprocess({' '.join(str(self.processor).split())})"
 

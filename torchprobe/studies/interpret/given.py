@@ -19,7 +19,7 @@ from torchprobe.common.runs import RunOptions
 from torchprobe.common.storage import digest
 from torchprobe.encoders import EncoderError, Head
 from torchprobe.studies.dissect import file_names
-from torchprobe.studies.interpret.inputs import Choices, Inputs
+from torchprobe.studies.interpret.inputs import NO_HEAD, Choices, Inputs
 from torchprobe.studies.interpret.results import Stages
 
 
@@ -43,6 +43,11 @@ class GivenSubject:
     published: Mapping[str, float] = field(default_factory=dict)
     choices: Choices = field(default_factory=Choices)
     outlier_rule: Rule = "robust"
+
+    @property
+    def why_no_head(self) -> str:
+        """Why there is no accuracy without a head."""
+        return NO_HEAD
 
     def __post_init__(self) -> None:
         for name, one in self.sets.items():

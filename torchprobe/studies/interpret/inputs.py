@@ -14,6 +14,7 @@ import torch
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.given_files import open_head
 from torchprobe.analysis.outliers import Rule
+from torchprobe.analysis.positions import LayerEncoder
 from torchprobe.common.messages import counted
 from torchprobe.common.runs import RunOptions
 from torchprobe.common.storage import digest
@@ -31,6 +32,8 @@ LAYER_IMAGES = 1024
 
 KeepHead = Callable[[Mapping[str, Any], Callable[[], Head]], Head]
 """Called with the facts that a head depends on and a function that makes it. Returns a kept head of the same facts, or a new one."""
+
+NO_HEAD = "no head was given"
 
 _WNID = re.compile(r"n\d{8}")
 
@@ -81,6 +84,16 @@ class Subject:
     def features(self) -> int:
         """The width of the representation."""
         return self.encoder.features
+
+    @property
+    def several(self) -> bool:
+        """Whether one image gives several vectors."""
+        return isinstance(self.encoder, LayerEncoder) and self.encoder.several
+
+    @property
+    def why_no_head(self) -> str:
+        """Why there is no accuracy without a head."""
+        return self.encoder.why_no_head if isinstance(self.encoder, LayerEncoder) else NO_HEAD
 
     def remarks(self, name: str) -> list[str]:
         """What is unexpected in the folders of a set."""
@@ -299,6 +312,8 @@ def make_head(
     if which == "none":
         return None
     if which == "own":
+        if isinstance(encoder, LayerEncoder):
+            raise EncoderError(f"{encoder.why_no_head}: give a head of your own that does (a file), or --head none")
         if encoder.head is None:
             raise EncoderError(f"{encoder.name} has no trained head of one linear layer: give a file, zero-shot for CLIP, or none")
         return encoder.head

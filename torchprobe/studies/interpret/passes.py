@@ -30,6 +30,7 @@ from torchprobe.studies.interpret.inputs import Subject, sample
 from torchprobe.studies.interpret.representation import Layers
 from torchprobe.studies.interpret.results import Stages
 from torchprobe.studies.scan import scan
+from torchprobe.studies.scan_report import hidden_sentence
 
 
 @dataclass
@@ -164,7 +165,7 @@ class Passes:
                 raise KeyboardInterrupt
             result.recording.save(self.folder / "recording.safetensors")
             remarks = [str(one.message) for one in caught if issubclass(one.category, RecordingWarning)]
-            return Layers(result.rows(), result.images, len(result.unreadable), remarks)
+            return Layers(result.rows(), result.images, len(result.unreadable), remarks, hidden_sentence(result) or None)
 
         facts = self.facts | {"images": identity(images), "layers": subject.layers, "count": subject.layer_images}
         found = self.stages.run("layers", facts, Layers, compute)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from torchprobe.analysis.baseline import IMAGENET
 from torchprobe.analysis.concepts import SHUFFLED, UNITS
+from torchprobe.analysis.positions import SEVERAL
 from torchprobe.analysis.resampling import FEWEST, LEVEL
 from torchprobe.common.files import replacing, to_json
 from torchprobe.common.messages import counted
@@ -239,6 +240,14 @@ def remarks(r: Results) -> list[str]:
     found = []
     if r.given:
         found.append("The representations were given. What this page calls an image is one row of them, whatever it stands for.")
+    if (layer := r.about.get("layer")) is not None:
+        position = r.about.get("position")
+        found.append(f"The representation is layer {layer}" + (f", position {position}." if position else "."))
+        if position in SEVERAL:
+            found.append(
+                "Each image gives several vectors. Its kurtosis is their mean, and the interval is over images. In the section on outlier "
+                "features, shares of images are shares of vectors."
+            )
     if r.chosen_features is not None:
         listed = ", ".join(map(str, r.chosen_features)) or "none"
         found.append(f"In the sections on directions and ablation, the outlier features are those that were chosen (--features): {listed}.")
@@ -318,6 +327,8 @@ def reading(r: Results) -> Section:
 
 def footer(r: Results) -> list[str]:
     """Versions and settings."""
-    known = {name: r.about.get(name) for name in ("source", "checkpoint", "representation", "images", "limit", "broden")}
+    known = {
+        name: r.about.get(name) for name in ("source", "checkpoint", "representation", "layer", "position", "images", "limit", "broden")
+    }
     settings = ", ".join(f"{name} {value}" for name, value in (known | dict(r.settings)).items() if value)
     return [f"torchprobe {r.torchprobe}, torch {r.torch}, Python {platform.python_version()}.", f"Settings: {settings}."]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 
 from torchprobe.analysis.ablation import ablation
@@ -18,6 +19,8 @@ from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.kurtosis import summarize
 from torchprobe.analysis.outlier_rule import CORE
 from torchprobe.analysis.outliers import Rule, llm_int8_outliers, massive_activations, outlier_columns, outlier_features, rms_kurtosis
+from torchprobe.analysis.resampling import bootstrap_interval
+from torchprobe.analysis.vectors import image_means, images_of
 from torchprobe.common.messages import counted
 from torchprobe.common.records import Key, Record, decode
 from torchprobe.encoders import Head
@@ -73,8 +76,22 @@ class Kurtosis(Record):
 
 
 def measure_kurtosis(images: Embeddings, seed: int) -> Kurtosis:
-    """Vector kurtosis with its controls."""
+    """Vector kurtosis with its controls. If an image has several vectors, its kurtosis is their mean, so that intervals are over images."""
     summary = summarize(images.h, seed=seed)
+    if (owners := images_of(images.ids, images.provenance)) is not None:
+        per_image, peaks = (image_means(each, owners)[0] for each in (summary.per_vector, summary.peaks))
+        known = per_image[per_image.isfinite()]
+        summary = replace(
+            summary,
+            mean=float(known.mean()),
+            median=float(np.median(known.numpy())) if len(known) else math.nan,
+            std=float(known.std(correction=0)),
+            interval=bootstrap_interval(per_image.numpy(), seed),
+            peak=float(peaks.nanmean()),
+            vectors=len(known),
+            per_vector=per_image,
+            peaks=peaks,
+        )
     plain = {
         **summary.as_dict(),
         "rms_kurtosis": rms_kurtosis(images.h),
@@ -310,12 +327,14 @@ class Layers(Record):
         images: number of images.
         skipped: number of images that could not be read.
         remarks: warnings of the recording.
+        hidden: the outlier features, massive activations and those of LLM.int8() in words; results of earlier versions have none.
     """
 
     rows: list[dict[str, Any]]
     images: int
     skipped: int
     remarks: list[str]
+    hidden: str | None = None
 
 
 def layers_section(found: Layers) -> Section:
@@ -327,7 +346,7 @@ def layers_section(found: Layers) -> Section:
     )
     return Section(
         "Over depth",
-        [text],
+        [text, found.hidden] if found.hidden else [text],
         [Picture(lambda width: plots.depth_profile(found.rows, width=width), f"Vector kurtosis of {len(found.rows)} layers", "layers")],
         [Table(with_vectors(found.rows), layer_columns(VECTOR), "All recorded layers; a click on a column head sorts")],
         [("unexpected", remark) for remark in found.remarks],

@@ -17,13 +17,15 @@ from torchprobe.analysis.directions import Directions, privileged_directions, sp
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.inputs import HeadLike, as_head
 from torchprobe.analysis.outliers import Rule
+from torchprobe.analysis.positions import LayerEncoder, Position, at_layer
+from torchprobe.analysis.vectors import images_of
 from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import decode, encode
 from torchprobe.common.runs import Clock, Progress, ProgressCallback, RunOptions
 from torchprobe.datasets import Broden, Images
 from torchprobe.dissection import Dissection
-from torchprobe.encoders import Encoder, Head
+from torchprobe.encoders import Encoder
 from torchprobe.recording.layers import select_layers
 from torchprobe.studies.interpret.accuracy import Accuracy, Robustness, measure_accuracy, measure_robustness
 from torchprobe.studies.interpret.concepts import Concepts, summarize_concepts
@@ -60,6 +62,8 @@ def interpret(
     broden: Broden | None = None,
     baseline: Baseline | None = None,
     imagenet_classes: ImagenetClasses = "full",
+    layer: str | None = None,
+    position: Position | None = None,
     layers: str | Iterable[str] | None = None,
     layer_images: int = LAYER_IMAGES,
     about: Mapping[str, Any] | None = None,
@@ -93,6 +97,9 @@ def interpret(
         broden: concepts.
         baseline: the standard models of effective robustness; None: the published fits.
         imagenet_classes: of effective robustness, see :func:`torchprobe.analysis.effective_robustness`.
+        layer, position: a layer, and which of its positions, as the representation instead of the output of the encoder; see
+            :class:`torchprobe.analysis.positions.LayerEncoder`. The head of the encoder does not see it, so give a head only if it does.
+            With several vectors for an image there is neither accuracy nor a search for concepts.
         layers: the layers to record over depth, see :func:`torchprobe.record`.
         layer_images: number of images to record them on, chosen at random; 0 leaves the layers out.
         about: facts to keep with the results, such as ``role``, ``backbone`` and ``pretraining``.
@@ -114,7 +121,7 @@ def interpret(
         KeyboardInterrupt: ``stop`` returned True; finished work is kept for ``resume``.
     """
     subject = Subject(
-        encoder=encoder,
+        encoder=at_layer(encoder, layer, position),
         images=images,
         shifts=shifts or {},
         head=None if head is None else as_head(head),
@@ -136,18 +143,22 @@ def interpret_subject(subject: Subject, out: str | os.PathLike[str], options: Ru
     encoder, head = subject.encoder, subject.head
     if head is not None and head.in_features != encoder.features:
         raise ValueError(f"the head takes {head.in_features} features, but the representation of {encoder.name} has {encoder.features}")
+    if head is not None and subject.several:
+        raise ValueError(f"a head decides for one vector of an image, and {encoder.name} gives several: choose a position that gives one")
     if IMAGENET in subject.shifts:
         raise ValueError(f"{IMAGENET!r} is the name of the unshifted images; give the shift another name")
     if subject.layers is not None and subject.layer_images:
         select_layers(encoder, subject.layers)  # a wrong name is an error before anything is computed
     # Copied to the CPU, where the representations are. Without a copy, moving the encoder would also move the head.
-    subject = replace(subject, head=None if head is None else copy.deepcopy(head).cpu())
+    about = {**subject.about, **(encoder.facts if isinstance(encoder, LayerEncoder) else {})}
+    broden = None if subject.several else subject.broden
+    subject = replace(subject, head=None if head is None else copy.deepcopy(head).cpu(), about=about, broden=broden)
     folder = Path(out)
     clock = Clock(options.progress, len(subject.sets) + (subject.layer_images > 0) + (subject.broden is not None))
     with Ranks() as ranks:
         passes = Passes(subject, folder, options, Stages(folder, options.resume), clock, ranks)
         embedded = passes.embed()
-        halves = _halves(subject.head, embedded[IMAGENET], options.seed, subject.choices)
+        halves = _halves(subject, embedded[IMAGENET], options.seed)
         concepts: dict[str, Dissection] = {}
         facts: dict[str, Any] = {}
         if subject.broden is not None:
@@ -170,7 +181,7 @@ def interpret_given(given: GivenSubject, out: str | os.PathLike[str], options: R
         def measure() -> Interpretation:
             files = GivenFiles(given, Path(out), options)
             embedded = files.embed()
-            halves = _halves(given.head, embedded[IMAGENET], options.seed, given.choices)
+            halves = _halves(given, embedded[IMAGENET], options.seed)
             found = _Sections(files, embedded, halves).measure({}, {})
             write(found)
             return found
@@ -187,9 +198,10 @@ class _Halves(NamedTuple):
     why: str = ""
 
 
-def _halves(head: Head | None, images: Embeddings, seed: int, choices: Choices) -> _Halves:
+def _halves(subject: Subject | GivenSubject, images: Embeddings, seed: int) -> _Halves:
+    head, choices = subject.head, subject.choices
     if head is None:
-        return _Halves(None, images, images, "no head was given")
+        return _Halves(None, images, images, subject.why_no_head)
     if choices.features and max(choices.features) >= images.features:
         raise ValueError(f"there is no feature {max(choices.features)}: the representation has features 0 to {images.features - 1}")
     try:
@@ -206,7 +218,7 @@ class _Sections:
         self.passes, self.subject, self.stages, self.seed = passes, passes.subject, passes.stages, passes.options.seed
         self.embedded, self.images, self.halves = embedded, embedded[IMAGENET], halves
         self.labeled = {name: one for name, one in embedded.items() if bool((one.y >= 0).any())}
-        self.unlabeled = "no head was given" if self.subject.head is None else "the images have no labels"
+        self.unlabeled = self.subject.why_no_head if self.subject.head is None else "the images have no labels"
         self.skipped: dict[str, str] = {}
         baseline, chosen = self.subject.baseline, self.subject.choices.facts()
         self.image_facts = passes.facts | {"images": identity(self.images), "measures": MEASURES}
@@ -241,6 +253,8 @@ class _Sections:
             self.skipped["layers"] = "no images were asked for (layer_images = 0)"
         if dissections:
             concepts = self.stages.run("concepts", concept_facts, Concepts, lambda: summarize_concepts(dissections))
+        elif isinstance(self.passes, Passes) and self.passes.subject.several:
+            self.skipped["concepts"] = "an image gives several vectors, and concepts are of one"
         else:
             self.skipped.setdefault("concepts", "no concepts were given (--broden)")
         options = self.passes.options
@@ -267,9 +281,8 @@ class _Sections:
             chosen_features=None if choices.features is None else list(choices.features),
             same_images=choices.same_images or None,
         )
-        return Interpretation(
-            results, kurtosis.per_image or [], kurtosis.peaks or [], self.images.ids, self.passes.folder, correct, under_shift
-        )
+        ids = _images_seen(self.images)
+        return Interpretation(results, kurtosis.per_image or [], kurtosis.peaks or [], ids, self.passes.folder, correct, under_shift)
 
     def accuracy(self) -> tuple[dict[str, Accuracy] | None, list[bool | None], dict[str, dict[str, bool]]]:
         """The accuracy on every labeled set, for each unshifted image whether the head is correct, and for the images under each shift."""
@@ -348,12 +361,17 @@ class _Sections:
 
 def _set_facts(embeddings: Embeddings, remarks: list[str]) -> SetFacts:
     return SetFacts(
-        images=len(embeddings),
+        images=len(_images_seen(embeddings)),
         labeled=int((embeddings.y >= 0).sum()),
         skipped=[Unreadable(file, reason) for file, reason in embeddings.skipped],
         classes=None if embeddings.classes is None else len(embeddings.classes),
         remarks=remarks,
     )
+
+
+def _images_seen(embeddings: Embeddings) -> list[str]:
+    """The names of the images, each once."""
+    return list(dict.fromkeys(images_of(embeddings.ids, embeddings.provenance) or [])) or embeddings.ids
 
 
 def _without(shifted: Embeddings, first: Embeddings) -> Embeddings | None:
