@@ -148,9 +148,11 @@ def demo_outliers(images: Images, progress: CountCallback | None = None) -> Outl
 
 
 def scan_tokens(encoder: Encoder, images: Images) -> tuple[Scan, list[dict[str, Any]]]:
-    """The scan of a ViT with a class token, and :func:`token_rows` of its blocks; one pass over the images."""
-    with kept_outputs(encoder.get_submodule("visual.blocks"), "visual.blocks.") as outputs:
-        found = scan(encoder, images, "visual.blocks.*", batch_size=BATCH_SIZE)
+    """The scan of a ViT with a class token, and :func:`token_rows` of its blocks, from a pass of their own."""
+    found = scan(encoder, images, "visual.blocks.*", batch_size=BATCH_SIZE)
+    with kept_outputs(encoder.get_submodule("visual.blocks"), "visual.blocks.") as outputs, torch.inference_mode():
+        for batch in images.batches(encoder.preprocess, BATCH_SIZE):
+            encoder(batch.pixels)
     return found, token_rows({layer: torch.cat(batches) for layer, batches in outputs.items()})
 
 
