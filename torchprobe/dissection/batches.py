@@ -139,6 +139,9 @@ class Batches:
         only_empty: see :meth:`LabelBatch.pack`.
         geometry: which part of a picture its tensor shows; default: found for ``preprocess``.
 
+    Attributes:
+        digests: whether ``contents`` of a batch are computed, which reads every file once more; otherwise they are 0.
+
     Raises:
         ValueError: ``size`` or ``workers`` below 1.
     """
@@ -159,6 +162,7 @@ class Batches:
         self.broden, self.rows, self.preprocess, self.size, self.workers = broden, list(rows), preprocess, size, workers
         self.labels_of, self.only_empty = labels_of or (lambda row: row), only_empty
         self.geometry = geometry or Geometry(preprocess)
+        self.digests = True
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
@@ -205,7 +209,7 @@ class Batches:
         return self.broden.content(self.labels_of(row) if labels else row, labels)
 
     def _read(self, place: int, labels: bool, box: Box | None) -> _Read:
-        row, image, content = self.rows[place], torch.empty(0), self.content(place, labels)
+        row, image, content = self.rows[place], torch.empty(0), self.content(place, labels) if self.digests else 0
         if box is None:
             picture = self.broden.image(row)
             image, box = to_tensor(self.preprocess, picture), self.geometry.box(*picture.size)

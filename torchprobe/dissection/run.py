@@ -109,6 +109,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.broden, self.device = self.batches.broden, self.reader.device
+        self.batches.digests = self.checkpoint is not None  # only a resumed run compares them
         self.ap, self.iou = "ap" in self.settings.score, "iou" in self.settings.score
         self.sparse = any(isinstance(site.basis, SparseBasis) for site in self.sites.values())  # their density is counted
         self.first_pass = self.ap or bool(self.settings.top) or self.thresholds is None or self.sparse
