@@ -130,7 +130,7 @@ def kurtosis_section(found: Kurtosis, per_image: Sequence[float]) -> Section:
     return Section(
         "The representation",
         [
-            "The kurtosis across the features of each image's vector, the one that the head sees, before normalization. Independent "
+            "The kurtosis across the features of each vector, before it is scaled to length 1. Independent "
             "Gaussian features fall into the gray range. The ceiling is the largest value that so many features can have.",
             "No feature is ever negative here, as after a ReLU. There 5 to 9 is usual without an outlier: compare like with like."
             if found.nonnegative
