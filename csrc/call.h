@@ -7,6 +7,8 @@ namespace torchprobe {
 
 enum class Dtype { Float64, Float32, BFloat16, Float16 };
 
+constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::Float64 ? 8 : dtype == Dtype::Float32 ? 4 : 2; }
+
 constexpr int MAX_DIMS = 64;  // PyTorch's own limit
 
 // x as a matrix of vectors × features. The other dimensions of x, its positions, number the vectors.

@@ -32,6 +32,10 @@ using torch::stable::Tensor;
 #define TORCHPROBE_PREFETCH(p)
 #endif
 
+constexpr int64_t MOST_CONCEPTS = int64_t(1) << 22;  // the limits of torchprobe/ops/average_precision.py
+constexpr int64_t MOST_UNITS = int64_t(1) << 26;
+constexpr int64_t MOST_GROUPS = int64_t(1) << 20;
+constexpr int64_t MOST_RESULTS = int64_t(1) << 26;
 constexpr size_t LANES = 8;  // groups of concepts that are counted at a time
 
 // The labels of all images, the same for all units.
@@ -176,7 +180,7 @@ struct Walk {
     const Item<Key>* sorted = labels.images ? radix_sort(items.data(), other.data(), labels.images, histogram.data()) : items.data();
     const auto walk = labels.eligible ? &Walk::accumulate<true> : &Walk::accumulate<false>;
     (this->*walk)(sorted, 1, result);
-    if (opposite) (this->*walk)(sorted + labels.images - 1, -1, opposite);
+    if (opposite) (this->*walk)(labels.images ? sorted + labels.images - 1 : sorted, -1, opposite);
     return true;
   }
 };
@@ -194,8 +198,8 @@ int64_t all_units(const Labels& labels, const T* scores, int64_t units, double* 
 }
 
 template <class Index>
-void read_rows(Labels& labels, Tensor& crow, Tensor& col) {
-  const Index *rows = const_elements<Index>(crow, 1, "crow"), *concept_of = const_elements<Index>(col, 1, "col");
+void read_rows(Labels& labels, Tensor& crow, Tensor& col, Memory& memory) {
+  const Index *rows = const_elements<Index>(crow, 1, "crow", memory), *concept_of = const_elements<Index>(col, 1, "col", memory);
   const int64_t images = labels.images, entries = col.numel();
   STD_TORCH_CHECK(crow.numel() == images + 1 && rows[0] == 0 && int64_t(rows[images]) == entries && entries + images < UINT32_MAX,
                   "crow does not belong to these images and this col");
@@ -205,7 +209,9 @@ void read_rows(Labels& labels, Tensor& crow, Tensor& col) {
   std::map<std::string, uint32_t> patterns;
   for (int64_t i = 0; i < images; ++i) {
     std::string pattern(labels.lanes(), 0);
-    if (labels.eligible) std::copy_n(labels.eligible + i * labels.groups, labels.groups, pattern.begin());
+    for (int64_t g = 0; labels.eligible && g < labels.groups; ++g) {
+      pattern[size_t(g)] = labels.eligible[i * labels.groups + g] != 0;  // a bool that is a view of bytes may hold others than 1
+    }
     const auto [at, added] = patterns.emplace(std::move(pattern), uint32_t(patterns.size()));
     if (added) labels.patterns.insert(labels.patterns.end(), at->first.begin(), at->first.end());  // bytes become numbers
     labels.concept_of.push_back(at->second);
@@ -225,27 +231,37 @@ void read_rows(Labels& labels, Tensor& crow, Tensor& col) {
 
 Tensor average_precision(Tensor scores, Tensor crow, Tensor col, int64_t concepts, std::optional<Tensor> eligible,
                          std::optional<Tensor> group, bool both) {
+  Memory memory;
+  const EveryNumber exact;
   const bool wide = scores.scalar_type() == ScalarType::Double;
-  const void* score = wide ? static_cast<const void*>(const_elements<double>(scores, 2, "scores"))
-                           : static_cast<const void*>(const_elements<float>(scores, 2, "scores"));
+  wide ? check_kind<double>(scores, 2, "scores") : check_kind<float>(scores, 2, "scores");
   const int64_t units = scores.size(0);
   Labels labels{};
   labels.images = scores.size(1);
   labels.concepts = concepts;
-  for (int64_t n = 0; n <= labels.images; ++n) labels.inverse.push_back(1 / double(n));
-  STD_TORCH_CHECK(concepts >= 0 && concepts < INT32_MAX && labels.images < INT32_MAX, "too many images or concepts");
+  STD_TORCH_CHECK(concepts >= 0 && concepts <= MOST_CONCEPTS, "concepts must be between 0 and 2^22, not ", concepts);
+  STD_TORCH_CHECK(units <= MOST_UNITS && labels.images < INT32_MAX, "scores has more than 2^26 units or 2^31 images");
+  STD_TORCH_CHECK(concepts == 0 || (both ? 2 : 1) * units <= MOST_RESULTS / concepts, "scores of ", units, " units for ", concepts,
+                  " concepts give more than 2^26 results: pass fewer units at a time");
   STD_TORCH_CHECK(eligible.has_value() == group.has_value(), "eligible and group must be given together");
+  const void* score = wide ? static_cast<const void*>(const_elements<double>(scores, 2, "scores", memory))
+                           : static_cast<const void*>(const_elements<float>(scores, 2, "scores", memory));
+  STD_TORCH_CHECK(crow.dim() == 1 && crow.numel() == labels.images + 1, "crow does not belong to these images");
   if (eligible) {
-    STD_TORCH_CHECK(eligible->size(0) == labels.images && group->numel() == concepts, "eligible or group does not fit the images or the concepts");
+    check_kind<uint8_t>(*eligible, 2, "eligible");
     labels.groups = eligible->size(1);
-    labels.eligible = const_elements<uint8_t>(*eligible, 2, "eligible");
-    const int64_t* groups = const_elements<int64_t>(*group, 1, "group");
+    STD_TORCH_CHECK(eligible->size(0) == labels.images && labels.groups <= MOST_GROUPS, "eligible does not fit the images, or has more than 2^20 groups");
+    labels.eligible = const_elements<uint8_t>(*eligible, 2, "eligible", memory);
+    const int64_t* groups = const_elements<int64_t>(*group, 1, "group", memory);
+    STD_TORCH_CHECK(group->numel() == concepts, "group does not fit the concepts");
     for (int64_t c = 0; c < concepts; ++c) {
-      STD_TORCH_CHECK(groups[c] >= 0 && groups[c] < labels.groups, "concept ", c, " is of group ", groups[c], ", but there are ", labels.groups);
+      STD_TORCH_CHECK(groups[c] >= 0 && groups[c] < labels.groups, "group is wrong: concept ", c, " is of group ", groups[c], ", but there are ",
+                      labels.groups);
       labels.group.push_back(uint32_t(groups[c]));
     }
   }
-  crow.scalar_type() == ScalarType::Long ? read_rows<int64_t>(labels, crow, col) : read_rows<int32_t>(labels, crow, col);
+  crow.scalar_type() == ScalarType::Long ? read_rows<int64_t>(labels, crow, col, memory) : read_rows<int32_t>(labels, crow, col, memory);
+  for (int64_t n = 0; n <= labels.images; ++n) labels.inverse.push_back(1 / double(n));
 
   std::vector<int64_t> shape = {2, units, concepts};
   if (!both) shape.erase(shape.begin());

@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "exponents.h"
 #include "layout.h"
 #include "observe.h"
 #include "overlap.h"

@@ -14,6 +14,8 @@
 
 #include "arguments.h"
 #include "isa.h"
+#include "locks.h"
+#include "parallel.h"
 
 namespace torchprobe::cpu {
 namespace {
@@ -56,13 +58,7 @@ class Workspace {
   size_t size_ = 0;
 };
 
-// Threads may share a state, so each state has a lock. Several states may have the same lock: then one call waits for another.
-std::mutex& lock_of(const void* state) {
-  static std::mutex locks[64];
-  return locks[(reinterpret_cast<uintptr_t>(state) >> 6) % 64];
-}
-
-// What is read three times, a strip of a tile within a block, stays in the second-level cache meanwhile.
+// What is read two or three times, a strip of a tile within a block, stays in the second-level cache meanwhile.
 Call plan(const torchprobe::Call& described) {
   Call call{described};
   call.element = call.dtype == Dtype::Float64 ? 8 : 4;
@@ -78,16 +74,15 @@ Call plan(const torchprobe::Call& described) {
     call.tiles = call.vectors / row * parts(row, call.tile_vectors);
     block = std::max<int64_t>(SIDE_BY_SIDE / (call.tile_vectors * call.element), 32);
   } else {
-    call.tile_vectors = MAX_ROWS;
-    call.tiles = parts(call.vectors, MAX_ROWS);
+    call.tile_vectors = neighbors ? STRIP_ROWS : MAX_ROWS;
+    call.tiles = parts(call.vectors, call.tile_vectors);
   }
   const int64_t blocks = parts(call.features, block);
   call.block = round_up(parts(call.features, blocks < 3 ? blocks : round_up(blocks, 4)), 32);  // equal work for two or four threads
   call.blocks = parts(call.features, call.block);
   // Rows that are transposed copies are one strip, so that neighboring ones stay next to each other.
   const int64_t fit = (call.blocks > 1 ? STRIP : LONE_STRIP) / (call.block * call.element);
-  const int64_t strips = neighbors ? 1 : parts(MAX_ROWS, std::clamp<int64_t>(fit, 8, MAX_ROWS));
-  call.strip = parts(MAX_ROWS, strips);
+  call.strip = neighbors || fit >= STRIP_ROWS ? STRIP_ROWS : fit >= STRIP_ROWS / 2 ? STRIP_ROWS / 2 : STRIP_ROWS / 4;
 
   // Threads share what there is more of: blocks, or chunks of vectors. A chunk would need a partial state of its own.
   const int64_t elements = call.vectors * call.features;
@@ -99,7 +94,7 @@ Call plan(const torchprobe::Call& described) {
   at.vector = 0;
   at.lone_sums = at.vector + whole;
   at.features = at.lone_sums + call.blocks * SUMS * MAX_LANES;
-  at.packed = at.features + (call.side_by_side || strips == 1 ? 0 : call.block * FEATURE_SUMS);
+  at.packed = at.features + (call.side_by_side || call.strip == call.tile_vectors ? 0 : call.block * FEATURE_SUMS);
   at.scales = at.packed + (in_place ? 0 : call.strip * (call.block + MAX_LANES));
   at.sums = at.scales + (call.by_blocks ? 0 : whole);
   at.end = at.sums + (call.by_blocks ? 0 : call.blocks * SUMS * round_up(call.tile_vectors, MAX_LANES));
@@ -109,7 +104,7 @@ Call plan(const torchprobe::Call& described) {
 // f(begin, end, thread) for all of [0, n), which is divided at multiples of `step`. There are not more threads than PyTorch's.
 template <class F>
 void share(int64_t n, int64_t step, int64_t threads, const F& f) {
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+  parallel(0, threads, 1, [&](int64_t first, int64_t last) {
     const int64_t steps = parts(n, step), begin = first * steps / threads * step, end = std::min(last * steps / threads * step, n);
     if (begin < end) f(begin, end, first);
   });
@@ -120,7 +115,8 @@ void share(int64_t n, int64_t step, int64_t threads, const F& f) {
 void observe_tiles(const Call& call, const ObserveKernels& kernels, double* to, std::unique_lock<std::mutex>& hold) {
   static thread_local Workspace partial_memory, scratch_memory;
   const int64_t features = call.features, slots = layout::size(features), bytes = call.scratch.end * call.element;
-  int64_t chunks = std::clamp<int64_t>(call.tiles / 4, 1, std::clamp<int64_t>(call.tiles / 16, 16, 64));
+  const int64_t strips = call.side_by_side ? call.tiles : call.vectors / STRIP_ROWS;
+  int64_t chunks = std::clamp<int64_t>(strips / 4, 1, std::clamp<int64_t>(strips / 16, 16, 64));
   if (call.blocks > 1) chunks = std::clamp<int64_t>(call.vectors / CHUNK, 1, 64);
   chunks = std::min(chunks, std::max<int64_t>(2, PARTIALS / slots));
   if (chunks == 1) {
@@ -128,7 +124,7 @@ void observe_tiles(const Call& call, const ObserveKernels& kernels, double* to, 
   } else {
     hold.unlock();  // other calls may use the state while the partial states are computed
     double* partials = static_cast<double*>(partial_memory.reserve(size_t(chunks * slots) * sizeof(double)));
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    parallel(0, chunks, 1, [&](int64_t begin, int64_t end) {
       void* scratch = scratch_memory.reserve(size_t(bytes));  // of this thread
       for (int64_t c = begin; c < end; ++c) {
         std::memset(partials + c * slots, 0, size_t(slots) * sizeof(double));
@@ -137,7 +133,7 @@ void observe_tiles(const Call& call, const ObserveKernels& kernels, double* to, 
       scratch_memory.trim();
     });
     hold.lock();
-    torch::stable::parallel_for(0, features, std::max<int64_t>(4096 / chunks, 64), [&](int64_t begin, int64_t end) {
+    parallel(0, features, std::max<int64_t>(4096 / chunks, 64), [&](int64_t begin, int64_t end) {
       for (int64_t c = 0; c < chunks; ++c) kernels.merge(to, partials + c * slots, features, begin, end, begin == 0);
     });
   }
@@ -200,8 +196,11 @@ void observe_blocks(const Call& call, const ObserveKernels& kernels, double* to)
 void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma, int64_t every, std::optional<Tensor> mask) {
   const Call call = plan(describe(state, x, feature_dim, outlier_sigma, every, mask));
   const ObserveKernels& kernels = choose<ObserveKernels>();
+  const EveryNumber exact;
   double* to = static_cast<double*>(state.mutable_data_ptr());
   std::unique_lock<std::mutex> hold(lock_of(to));
+  STD_TORCH_CHECK(to[layout::CALLS] >= 0 && to[layout::CALLS] < double(MOST_CALLS), "the state is damaged: it has counted ", to[layout::CALLS],
+                  " calls");
   const double calls = to[layout::CALLS]++;
   if (std::fmod(calls, double(every)) != 0 || call.vectors == 0) return;
   if (call.by_blocks)

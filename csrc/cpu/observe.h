@@ -8,7 +8,8 @@
 
 namespace torchprobe::cpu {
 
-constexpr int MAX_ROWS = 64;      // vectors in a tile of rows
+constexpr int MAX_ROWS = 256;     // vectors in a tile of rows
+constexpr int STRIP_ROWS = 64;    // vectors in a strip of it, at most
 constexpr int MAX_VECTORS = 512;  // vectors in any tile
 constexpr int MAX_LANES = 16;     // elements in a register of any instruction set
 constexpr int SUMS = 6;           // numbers that are kept of each vector and block: Vectors in observe_vectors.h
@@ -56,14 +57,18 @@ struct Cursor {
   }
 };
 
-// The order of the n vectors of a tile of rows: those of a strip come from all parts of the tile, since samples of the first one stand for all.
+// The order of the n vectors of a tile of rows: a strip has runs of neighbors from all parts of the tile, since samples of the first one stand for all.
 inline void spread(const Call& call, int64_t* offset, int n) {
+  constexpr int NEIGHBORS = 16;  // what the processor prefetches after them is then of use
   const int strips = int((n + call.strip - 1) / call.strip);
   if (strips < 2) return;
   int64_t sorted[MAX_ROWS];
   std::memcpy(sorted, offset, n * sizeof *offset);
   for (int q = 0; q < strips; ++q)
-    for (int r = q; r < n; r += strips) *offset++ = sorted[r];
+    for (int k = 0; k * strips * NEIGHBORS < n; ++k) {
+      const int begin = (k * strips + (q + k) % strips) * NEIGHBORS;  // not always the same part, since maps often repeat after 32 or 64 vectors
+      for (int r = begin; r < n && r < begin + NEIGHBORS; ++r) *offset++ = sorted[r];
+    }
 }
 
 // What is known of some vectors: arrays with one number for each.

@@ -18,149 +18,168 @@ TORCHPROBE_INLINE auto unsuited(V low, V high, V shift, V scale, V abs_sum) {
   return (abs_sum - abs_sum != 0) | (largest > Limits<T>::high) | ((largest < Limits<T>::low) & (low != high));
 }
 
-// Whether a feature must be repeated because its mean is more than 4/3 standard deviations away from the shift: the powers about the mean would be
-// small differences of the sums of its n values. Double and few values are precise enough.
+// Whether a feature must be repeated because its shift is far from its mean: the powers about the mean would be small differences of the sums of
+// its n values. An outlier among the samples or two clusters of values are enough for that. Few values have few roundings.
+constexpr int FEW = 4;
 template <class V, class T>
-TORCHPROBE_INLINE auto distant(V s1, V s2, T n) {
-  const T limit = sizeof(T) == 8 || n < 16 ? T(__builtin_inf()) : n;
-  return T(1 + 9.0 / 16) * (s1 * s1) > limit * s2;
+TORCHPROBE_INLINE auto distant(V s1, V s2, V s3, V s4, T n) {
+  const V m = s1 * (1 / n), mm = m * m;
+  const V m2 = s2 - s1 * m, m4 = s4 - 4.0f * m * s3 + mm * (6.0f * s2 - 3.0f * n * mm), terms = s4 + 4.0f * abs(m * s3) + 6.0f * mm * s2;
+  const T most = n < FEW ? T(__builtin_inf()) : Limits<T>::strain * (n < RUN ? RUN / n : 1);
+  return (terms > most * m4) | (6.0f * s2 > most * m2);
 }
-
-TORCHPROBE_INLINE int quarter_of(int n, int i) { return n >= 4 ? n * i / 4 : 0; }
 
 // Twice the median.
 template <class V>
 TORCHPROBE_INLINE V middle(V a, V b, V c, V d) {
   return max(min(a, b), min(c, d)) + min(max(a, b), max(c, d));
 }
-template <class V>
-TORCHPROBE_INLINE V median(V a, V b, V c, V d) {
-  return middle(a, b, c, d) * 0.5f;
-}
-
-// The shift of a feature: the median of the means of four pairs of values from its first strip, so that an outlier does no harm. value(r) is that of
+// The shift of a feature: the median of the means of four times N neighbors from its first strip, so that an outlier does no harm. value(r) is that of
 // row r < n. Of fewer than 16 values it is the median of four of them, and of fewer than four the first one.
-template <class F>
+template <int N, class F>
 TORCHPROBE_INLINE auto sample_shift(int n, F value) {
+  using V = decltype(value(0));
   if (n < 4) return value(0);
   const int second = n / 4, third = n / 2, fourth = n * 3 / 4;
-  if (n < 16) return median(value(0), value(second), value(third), value(fourth));
-  auto sum = [&](int r) __attribute__((always_inline)) { return decltype(value(0))(value(r) + value(r + 1)); };
-  return decltype(value(0))(middle(sum(0), sum(second), sum(third), sum(fourth)) * 0.25f);
+  if (n < 16) return V(middle(value(0), value(second), value(third), value(fourth)) * 0.5f);
+  auto sum = [&](int r) __attribute__((always_inline)) {
+    const V two = value(r) + value(r + 1);
+    return N == 2 ? two : V(two + (value(r + 2) + value(r + 3)));
+  };
+  return V(middle(sum(0), sum(second), sum(third), sum(fourth)) * (0.5f / N));
 }
+constexpr int samples_of(bool side_by_side) { return side_by_side ? 2 : 4; }  // they cost more one at a time
 
 // ---- the sums, features contiguous -------------------------------------------------------------------------------------------------------
 
 // The sums of V·W neighboring features over the n rows of a strip, starting at column j. `first` and `last` say which strip it is of a tile with
-// `all` rows; the result means something only after the last one. Also prefetches the cache lines of `ahead`, of type S, that row_powers leaves out.
-template <class S, class T, int V, bool Whole>
+// `all` rows; the result means something only after the last one. Also prefetches the cache lines of `ahead`, of type S, that the rows leave out.
+template <class S, class T, int V>
 TORCHPROBE_INLINE bool column_sums(const T* const* row, int n, int64_t j, const T* scales, Features<T, V * width<T>>& out, const S* const* ahead,
                                    bool first, bool last, int all) {
   constexpr int W = width<T>, LINE = 64 / sizeof(S);
-  Vec<T> k[V], shift[V], s[V], s1[V], s2[V], s3[V], s4[V], low[V], high[V], sum[V];
+  Vec<T> k[V], s[V], low[V], high[V], sum[V];
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
-    const int64_t i = j + v * W;
-    if (Whole || first) {
-      k[v] = load(scales + v * W);
-      shift[v] = sample_shift(n, [&](int r) { return load(row[r] + i); });
-      s1[v] = s2[v] = s3[v] = s4[v] = sum[v] = Vec<T>{};
-      low[v] = high[v] = load(row[0] + i);
+    if (first) {
       store(out.unit + v * W, splat<T>(1));
-      store(out.shift + v * W, shift[v]);
-      store(out.scale + v * W, k[v]);
-    } else {
-      k[v] = load(out.scale + v * W), shift[v] = load(out.shift + v * W), sum[v] = load(out.abs_sum + v * W);
-      s1[v] = load(out.s1 + v * W), s2[v] = load(out.s2 + v * W), s3[v] = load(out.s3 + v * W), s4[v] = load(out.s4 + v * W);
-      low[v] = load(out.low + v * W), high[v] = load(out.high + v * W);
+      store(out.scale + v * W, load(scales + v * W));
+      auto value = [&](int r) __attribute__((always_inline)) { return load(row[r] + j + v * W); };
+      store(out.shift + v * W, sample_shift<samples_of(false)>(n, value));
+      for (T* p : {out.s1, out.s2, out.s3, out.s4, out.abs_sum}) store(p + v * W, Vec<T>{});
+      for (T* p : {out.low, out.high}) store(p + v * W, load(row[0] + j + v * W));
     }
-    s[v] = -(shift[v] * k[v]);
+    k[v] = load(out.scale + v * W), s[v] = -(load(out.shift + v * W) * k[v]);
+    low[v] = load(out.low + v * W), high[v] = load(out.high + v * W), sum[v] = load(out.abs_sum + v * W);
   }
-  for (int r = 0; r < n; ++r) {
-    if (V * W > LINE) prefetch(ahead[r] + j + LINE);
+  for (int begin = 0; begin < n; begin += RUN) {
+    const int end = n - begin < RUN ? n : begin + RUN;
+    Vec<T> s1[V] = {}, s2[V] = {}, s3[V] = {}, s4[V] = {};
+    for (int64_t r = begin; r < end; ++r) {
+      if (V * W > LINE) prefetch(ahead[r] + j + LINE);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const Vec<T> x = load(row[r] + j + v * W), d = fma(x, k[v], s[v]), q = d * d;
+        low[v] = min(low[v], x);
+        high[v] = max(high[v], x);
+        sum[v] += abs(x);
+        s1[v] = v % 2 ? fma(d, splat<T>(1), s1[v]) : s1[v] + d;  // the same value, by the multiplier or by the adder
+        s2[v] += q;
+        s3[v] = fma(q, d, s3[v]);
+        s4[v] = fma(q, q, s4[v]);
+      }
+    }
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      const Vec<T> x = load(row[r] + j + v * W), d = fma(x, k[v], s[v]), q = d * d;
-      low[v] = min(low[v], x);
-      high[v] = max(high[v], x);
-      sum[v] += abs(x);
-      s1[v] = v % 2 ? fma(d, splat<T>(1), s1[v]) : s1[v] + d;  // the same value, by the multiplier or by the adder
-      s2[v] += q;
-      s3[v] = fma(q, d, s3[v]);
-      s4[v] = fma(q, q, s4[v]);
+      add_to(out.s1 + v * W, s1[v]);
+      add_to(out.s2 + v * W, s2[v]);
+      add_to(out.s3 + v * W, s3[v]);
+      add_to(out.s4 + v * W, s4[v]);
     }
   }
+  bool suited = true;
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
-    store(out.s1 + v * W, s1[v]);
-    store(out.s2 + v * W, s2[v]);
-    store(out.s3 + v * W, s3[v]);
-    store(out.s4 + v * W, s4[v]);
     store(out.low + v * W, low[v]);
     store(out.high + v * W, high[v]);
     store(out.abs_sum + v * W, sum[v]);
+    if (!last) continue;
+    suited &= !any(unsuited(low[v], high[v], load(out.shift + v * W), k[v], sum[v]));
+    if (all < FEW) continue;
+    suited &= !any(distant(load(out.s1 + v * W), load(out.s2 + v * W), load(out.s3 + v * W), load(out.s4 + v * W), T(all)));
   }
-  if (!Whole && !last) return true;
-  auto wrong = unsuited(low[0], high[0], shift[0], k[0], sum[0]) | distant(s1[0], s2[0], T(all));
-#pragma GCC unroll 2
-  for (int v = 1; v < V; ++v) wrong |= unsuited(low[v], high[v], shift[v], k[v], sum[v]) | distant(s1[v], s2[v], T(all));
-  return !any(wrong);
+  return suited;
 }
 
 // The sums of one feature with the same arithmetic, into lane i.
 template <class T, int N>
 void column_again(const T* x, int n, T shift, T scale, Features<T, N>& out, int i) {
   const T s = -(shift * scale);
-  T s1 = 0, s2 = 0, s3 = 0, s4 = 0, sum = 0;
-  for (int r = 0; r < n; ++r) {
-    const T d = fma(x[r], scale, s), q = d * d;
-    sum += x[r] < 0 ? -x[r] : x[r];
-    s1 += d;
-    s2 += q;
-    s3 = fma(q, d, s3);
-    s4 = fma(q, q, s4);
+  T all[4] = {}, sum = 0;
+  for (int begin = 0; begin < n; begin += RUN) {
+    T part[4] = {};
+    for (int r = begin; r < n && r < begin + RUN; ++r) {
+      const T d = fma(x[r], scale, s), q = d * d;
+      sum += x[r] < 0 ? -x[r] : x[r];
+      part[0] += d;
+      part[1] += q;
+      part[2] = fma(q, d, part[2]);
+      part[3] = fma(q, q, part[3]);
+    }
+    for (int p = 0; p < 4; ++p) all[p] += part[p];
   }
-  out.s1[i] = s1, out.s2[i] = s2, out.s3[i] = s3, out.s4[i] = s4, out.abs_sum[i] = sum;
+  out.s1[i] = all[0], out.s2[i] = all[1], out.s3[i] = all[2], out.s4[i] = all[3], out.abs_sum[i] = sum;
 }
 
 // ---- the sums, neighboring vectors contiguous --------------------------------------------------------------------------------------------
 
-// The sums and extremes of one feature of n neighboring vectors, into lane i. Also prefetches every other cache line of `ahead`, the same
-// feature in the next block; side_by_side prefetches the rest.
+// The sums of up to W features, before their lanes are added up.
+template <class T>
+using FeatureLanes = Lanes<T, 7>;
+// Into features first … first + count.
+template <class T, int N>
+TORCHPROBE_INLINE void flush(FeatureLanes<T>& lanes, int first, int count, Features<T, N>& out) {
+  lanes.sum(0, count, out.s1 + first), lanes.sum(1, count, out.s2 + first), lanes.sum(2, count, out.s3 + first), lanes.sum(3, count, out.s4 + first);
+  lanes.sum(4, count, out.abs_sum + first), lanes.least(5, count, out.low + first), lanes.largest(6, count, out.high + first);
+}
+
+// The sums and extremes of one feature of n neighboring vectors, into lane i and into slot `slot` of `lanes`. Also prefetches every other
+// cache line of `ahead`, the same feature in the next block; side_by_side prefetches the rest.
 template <class S, class T, int N>
-TORCHPROBE_INLINE void feature_sums(const S* x, const S* ahead, int n, T shift, T scale, Features<T, N>& out, int i) {
-  constexpr int W = width<T>;
+TORCHPROBE_INLINE void feature_sums(const S* x, const S* ahead, int n, T shift, T scale, Features<T, N>& out, int i,
+                                    FeatureLanes<T>& lanes, int slot) {
+  constexpr int W = width<T>, LONGEST = 2 * RUN * W;
   const Vec<T> k = splat<T>(scale), s = splat<T>(-(shift * scale)), first = splat<T>(widen(x[0]));
-  Vec<T> s1[2] = {}, s2[2] = {}, s3[2] = {}, s4[2] = {}, sum[2] = {}, low[2] = {first, first}, high[2] = {first, first};
-  auto add = [&](Vec<T> x, int v) __attribute__((always_inline)) {
-    const Vec<T> d = fma(x, k, s), q = d * d;
-    low[v] = min(low[v], x);
-    high[v] = max(high[v], x);
-    s1[v] += d;
-    s2[v] += q;
-    s3[v] = fma(q, d, s3[v]);
-    s4[v] = fma(q, q, s4[v]);
-  };
-  int r = 0;
-  for (; r + 2 * W <= n; r += 2 * W) {
-    prefetch(ahead + r);
-    const Vec<T> a = load_wide(x + r), b = load_wide(x + r + W);
-    add(a, 0), sum[0] += abs(a);
-    add(b, 1), sum[1] += abs(b);
+  Vec<T> sum[2] = {}, low[2] = {first, first}, high[2] = {first, first};
+  Powers<T> all{};
+  for (int r = 0; r < n;) {
+    Powers<T> powers[2] = {};
+    auto add = [&](Vec<T> x, int v) __attribute__((always_inline)) {
+      low[v] = min(low[v], x);
+      high[v] = max(high[v], x);
+      powers[v].add(fma(x, k, s));
+    };
+    const int end = n - r < LONGEST ? n : r + LONGEST;
+    for (; r + 2 * W <= end; r += 2 * W) {
+      prefetch(ahead + r);
+      const Vec<T> a = load_wide(x + r), b = load_wide(x + r + W);
+      add(a, 0), sum[0] += abs(a);
+      add(b, 1), sum[1] += abs(b);
+    }
+    if (r + W <= end) {
+      const Vec<T> a = load_wide(x + r);
+      add(a, 0), sum[0] += abs(a);
+      r += W;
+    }
+    if (r < end) {
+      add(load_part<S>(x + r, end - r, shift), 1);  // a deviation of 0 adds nothing, and the shift lies between the extremes
+      sum[1] += abs(load_part<S>(x + r, end - r, 0));
+      r = end;
+    }
+    all.add_all(powers[0], powers[1]);
   }
-  if (r + W <= n) {
-    const Vec<T> a = load_wide(x + r);
-    add(a, 0), sum[0] += abs(a);
-    r += W;
-  }
-  if (r < n) {
-    add(load_part<S>(x + r, n - r, shift), 1);  // a deviation of 0 adds nothing, and the shift lies between the extremes
-    sum[1] += abs(load_part<S>(x + r, n - r, 0));
-  }
-  const Four powers = reduce4(s1[0] + s1[1], s2[0] + s2[1], s3[0] + s3[1], s4[0] + s4[1]);
-  out.s1[i] = T(powers.a), out.s2[i] = T(powers.b), out.s3[i] = T(powers.c), out.s4[i] = T(powers.d);
-  out.low[i] = reduce_min(min(low[0], low[1])), out.high[i] = reduce_max(max(high[0], high[1]));
-  out.abs_sum[i] = reduce(sum[0] + sum[1]);
+  const Vec<T> numbers[] = {all.s1, all.s2, all.s3, all.s4, sum[0] + sum[1], min(low[0], low[1]), max(high[0], high[1])};
+  for (int k = 0; k < 7; ++k) lanes.of[k][slot] = numbers[k];
   out.unit[i] = 1, out.shift[i] = shift, out.scale[i] = scale;
 }
 
@@ -170,15 +189,19 @@ TORCHPROBE_INLINE void feature_sums(const S* x, const S* ahead, int n, T shift, 
 template <class T, int N, bool SideBySide>
 void feature_about(const T* x, int n, T shift, Features<T, N>& out, int i) {
   const T deviation = largest_deviation(x, n, 1, shift), scale = deviation > 0 ? inverse_power<T>(deviation) : T(1);
-  if (SideBySide)
-    feature_sums<T, T, N>(x, x, n, shift, scale, out, i);
-  else
+  if (SideBySide) {
+    FeatureLanes<T> lanes;
+    feature_sums<T, T, N>(x, x, n, shift, scale, out, i, lanes, 0), flush(lanes, i, 1, out);
+  } else {
     column_again<T, N>(x, n, shift, scale, out, i);
+  }
   out.shift[i] = shift, out.scale[i] = scale;
 }
-template <class T, int N>
-T near_mean(const Features<T, N>& f, int i, int n) {
-  return f.shift[i] + f.s1[i] / T(n) / f.scale[i];
+// The sums of lane i about its mean, if the shift is far from it. The sums about a very distant shift show only about where the mean is.
+template <class T, int N, bool SideBySide>
+void feature_nearer(const T* x, int n, Features<T, N>& out, int i) {
+  for (int attempt = 0; attempt < 3 && distant(out.s1[i], out.s2[i], out.s3[i], out.s4[i], T(n)); ++attempt)
+    feature_about<T, N, SideBySide>(x, n, out.shift[i] + out.s1[i] / T(n) / out.scale[i], out, i);
 }
 
 // Lane i from its n values x, which it overwrites; `strip` of them are in the first strip. Takes only the finite values, with a suitable unit and
@@ -202,12 +225,8 @@ void feature_again(T* x, int n, int strip, Features<T, N>& out, int i, double& n
     high = x[r] > high ? x[r] : high;
     x[r] *= unit;
   }
-  if (SideBySide) {
-    feature_about<T, N, true>(x, n, median(x[0], x[quarter_of(n, 1)], x[quarter_of(n, 2)], x[quarter_of(n, 3)]), out, i);
-  } else {
-    feature_about<T, N, false>(x, n, sample_shift(n < strip ? n : strip, [&](int r) { return x[r]; }), out, i);
-    if (distant(out.s1[i], out.s2[i], T(n))) feature_about<T, N, false>(x, n, near_mean(out, i, n), out, i);
-  }
+  feature_about<T, N, SideBySide>(x, n, sample_shift<samples_of(SideBySide)>(n < strip ? n : strip, [&](int r) { return x[r]; }), out, i);
+  feature_nearer<T, N, SideBySide>(x, n, out, i);
   out.unit[i] = unit, out.low[i] = low, out.high[i] = high;
 }
 
@@ -243,8 +262,9 @@ template <class T, int N>
 TORCHPROBE_INLINE void merge_features(const Features<T, N>& f, int lanes, double n, double seen, const Rows& to) {
   constexpr int W = width<double>;
   const double inverse_n = 1 / n, share = 1 / (seen + n);
-  const Weights<double> one(seen, seen * share, n * share);
-  const Weights<vdouble> several(splat(seen), splat(seen * share), splat(n * share));
+  const double wa = seen * share, wb = seen > 0 ? n * share : 1;
+  const Weights<double> one(seen, wa, wb);
+  const Weights<vdouble> several(splat(seen), splat(wa), splat(wb));
   int i = 0;
   for (; i + W <= lanes; i += W) merge_lanes<vdouble>(f, i, to, splat(seen), splat(n), splat(inverse_n), several);
   for (; i < lanes; ++i) merge_lanes<double>(f, i, to, seen, n, inverse_n, one);
@@ -255,7 +275,8 @@ template <class E, class T, int N>
 TORCHPROBE_INLINE void merge_lanes_apart(const Features<T, N>& f, int i, const Rows& to) {
   const E na = load_as<E>(to.count + i), nb = load_as<E>(f.count + i), n = na + nb, zero{}, one = zero + 1.0;
   const E inverse_n = 1.0 / E(n > 0 ? n : one), inverse_nb = E(nb > 0 ? 1.0 / E(nb > 0 ? nb : one) : zero);
-  merge_lanes<E>(f, i, to, na, nb, inverse_nb, Weights<E>(na, E(na * inverse_n), E(nb * inverse_n)));
+  const E wb = E(na > 0 ? nb * inverse_n : one);  // n · (1 / n) may be less than 1: then a constant feature would seem to vary
+  merge_lanes<E>(f, i, to, na, nb, inverse_nb, Weights<E>(na, E(na * inverse_n), wb));
   store_as(to.count + i, n);
 }
 template <class T, int N>

@@ -1,10 +1,13 @@
 // The kernels of observe_ for one instruction set; included between isa_begin.h and isa_end.h, inside a namespace.
 //
-// A tile is a group of vectors that stay in the cache while they are read three times:
+// A tile is a group of vectors. A strip of it stays in the cache while it is read two or three times:
 //
-//   vectors, 1st   the sum of each vector, while it arrives from memory;
-//   vectors, 2nd   the powers 1 … 4 of its deviations from the mean, for its kurtosis;
+//   vectors, 1st   the sum of each vector, while it arrives from memory; not needed if samples show that means are close to 0;
+//   vectors, 2nd   the powers 1 … 4 of its deviations from the mean, or of the values themselves, for its kurtosis;
 //   features       the powers of each feature's deviations from a shift, its extremes and Σ|x|.
+//
+// A shift is a guess, from samples, and any guess may be wrong: what the sums about it show is checked. If the powers about the mean would be small
+// differences of them, they are computed again about the mean.
 //
 // Deviations are multiplied by a power of two, so that their fourth powers neither underflow nor overflow. This factor is guessed from earlier
 // values and checked afterwards. If it was wrong, the sums are computed again. A power of two changes no mantissa, so the guess changes no

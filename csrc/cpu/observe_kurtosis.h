@@ -11,14 +11,14 @@ TORCHPROBE_INLINE uint32_t kurtosis_of(const Call& call, const Sums<T>& sums, in
   const double n = double(call.features), inverse_n = call.inverse_features;
   const E shift = load_as<E>(sums.of(0, r).shift());
   Moments<E> all{};
-  E raw{}, apart{};  // the sums of squares about the shifts; the part that is due to the distances of the shifts from the means
+  E raw{}, terms{};  // the sums of squares about the shifts, and of what the fourth powers about the means are differences of
   for (int64_t b = 0; b < call.blocks; ++b) {
     const Vectors<T> v = sums.of(b, r);
     const double nb = double(call.block_size(b)), na = double(call.block_begin(b));
     const E s1 = load_as<E>(v.s1()), s2 = load_as<E>(v.s2()), s3 = load_as<E>(v.s3()), s4 = load_as<E>(v.s4());
     const E m = s1 * (call.blocks == 1 ? inverse_n : 1 / nb), mm = m * m;
     Moments<E> some{m, s2 - s1 * m, E{}, s4 - 4.0 * m * s3 + 6.0 * mm * s2 - 3.0 * nb * mm * mm};
-    raw += s2, apart += nb * mm;
+    raw += s2, terms += s4 + 4.0 * abs(m * s3) + 6.0 * mm * s2;
     if (call.blocks > 1) some.m3 = s3 - m * (3.0 * s2 - 2.0 * nb * mm);
     if (b == 0) {
       all = some;
@@ -32,8 +32,8 @@ TORCHPROBE_INLINE uint32_t kurtosis_of(const Call& call, const Sums<T>& sums, in
   store_as(kurtosis, E(n * all.m4 / (all.m2 * all.m2)));
   store_as(mean, all.mean);
   store_as(variance, var);
-  const double low = Limits<T>::low, high = Limits<T>::high;
-  const auto regular = (var >= low) & (raw * inverse_n <= high) & (16.0 * apart <= all.m2) & (all.m4 - all.m4 == 0);
+  const double low = Limits<T>::low, high = Limits<T>::high, strain = Limits<T>::strain;
+  const auto regular = (var >= low) & (raw * inverse_n <= high) & (6.0 * raw <= strain * all.m2) & (terms <= strain * all.m4) & (all.m4 - all.m4 == 0);
   return gt(E(regular ? zero : one), zero);
 }
 
@@ -58,13 +58,14 @@ double exact_kurtosis(const T* x, int64_t n, double& scale, double& mean, double
   return double(n) * (s4 / s2) / s2;
 }
 
-// One vector x: from the same sums with a suitable scale, which is also written to `suitable`, or else by exact_kurtosis. `sums` has room for one
-// vector. Returns the kurtosis, 0 if the vector is constant, and nan if an element is not finite. Also returns mean and variance of
-// (x − shift)·scale.
+// One vector x: from the same sums with a suitable scale, which is also written to `suitable`, or else by exact_kurtosis. They are about 0 where those
+// in `before` are, and if that does not do, about the mean. `sums` has room for one vector. Returns the kurtosis, 0 if the vector is constant, and nan
+// if an element is not finite. Also returns mean and variance of (x − shift)·scale.
 template <class T, bool SideBySide>
-double irregular_kurtosis(const Call& call, const T* x, const Sums<T>& sums, T& suitable, T& shift, double& scale, double& mean,
-                          double& variance) {
-  bool finite = true;
+double irregular_kurtosis(const Call& call, const T* x, const Sums<T>& before, int64_t r, const Sums<T>& sums, T& suitable, T& shift, double& scale,
+                          double& mean, double& variance) {
+  bool finite = true, zero = false;
+  VectorLanes<T> lanes;
   for (int64_t b = 0; b < call.blocks; ++b) {
     const T* part = x + call.block_begin(b);
     const int64_t n = call.block_size(b);
@@ -76,14 +77,19 @@ double irregular_kurtosis(const Call& call, const T* x, const Sums<T>& sums, T& 
     }
     const T inverse_n = T(1.0 / double(n));
     finite &= is_finite(sum);
-    *sums.of(b, 0).shift() = is_finite(sum) ? sum * inverse_n : damped * inverse_n / Limits<T>::damp;
+    *sums.of(b, 1).shift() = is_finite(sum) ? sum * inverse_n : damped * inverse_n / Limits<T>::damp;
+    zero |= *before.of(b, r).shift() == 0;
   }
   if (!finite)
     for (int64_t j = 0; j < call.features; ++j)
       if (!is_finite(x[j])) return __builtin_nan("");
-  shift = *sums.of(0, 0).shift();
-  const T largest = largest_deviation(x, call.features, 1, shift);
-  if (largest > 0 && is_finite(largest)) {
+  for (const bool about_zero : {true, false}) {
+    if (about_zero && !zero) continue;
+    for (int64_t b = 0; b < call.blocks; ++b)
+      *sums.of(b, 0).shift() = about_zero && *before.of(b, r).shift() == 0 ? 0 : *sums.of(b, 1).shift();
+    shift = *sums.of(0, 0).shift();
+    const T largest = largest_deviation(x, call.features, 1, shift);
+    if (!(largest > 0 && is_finite(largest))) continue;
     const T k = inverse_power<T>(largest);
     for (int64_t b = 0; b < call.blocks; ++b) {
       const T* part = x + call.block_begin(b);
@@ -91,7 +97,7 @@ double irregular_kurtosis(const Call& call, const T* x, const Sums<T>& sums, T& 
       if (SideBySide)
         lone_powers<T>(part, call.block_size(b), *v.shift(), k, v);
       else
-        row_powers<T, T, false>(part, call.block_size(b), *v.shift(), k, part, nullptr, part, v, 0);
+        row_powers<About::Mean, T, T>(part, call.block_size(b), *v.shift(), k, part, static_cast<T*>(nullptr), part, lanes, 0), lanes.flush(0, true, v);
     }
     double kurtosis[width<double>], means[width<double>], variances[width<double>];
     if (!(kurtosis_of<T>(call, sums, 0, double(k), kurtosis, means, variances) & 1)) {
@@ -119,8 +125,8 @@ void finish_vectors(const Call& call, const Sums<T>& sums, int64_t begin, int64_
       T *x = scratch + call.scratch.vector, shift = 0;
       for (int64_t j = 0; j < call.features; ++j) x[j] = widen(at(r)[j * call.feature_stride]);
       out.mean[r] = 0, out.variance[r] = infinity;
-      out.kurtosis[r] = irregular_kurtosis<T, SideBySide>(call, x, {scratch + call.scratch.lone_sums, MAX_LANES}, scale, shift, out.scale[r],
-                                                          out.mean[r], out.variance[r]);
+      out.kurtosis[r] = irregular_kurtosis<T, SideBySide>(call, x, sums, r, {scratch + call.scratch.lone_sums, MAX_LANES}, scale, shift,
+                                                          out.scale[r], out.mean[r], out.variance[r]);
       for (int64_t b = 0; b < call.blocks; ++b) {
         const Vectors<T> v = sums.of(b, r);
         *v.shift() = shift;
@@ -154,9 +160,13 @@ void count_outliers(const Call& call, const Sums<T>& sums, int64_t begin, int64_
                     const Outcome& out, double* outliers) {
   using E = vdouble;
   constexpr int W = width<double>;
-  const double n = double(call.features), sigma = call.outlier_sigma, near = sigma > 0.25 ? sigma - 0.25 : 0;
+  const double n = double(call.features), sigma = call.outlier_sigma;
   if (!((n - 1) / __builtin_sqrt(n) > sigma)) return;  // the largest possible deviation of one value among n
-  const double sigma4 = 0.999 * (near * near) * (near * near);
+  auto fourth = [&](double apart) {
+    const double near = sigma > apart ? sigma - apart : 0;
+    return 0.999 * (near * near) * (near * near);
+  };
+  const double sigma4 = fourth(0.25), nearer4 = fourth(1);
   const E one = splat(1.0), zero{};
   constexpr int AT_ONCE = 64;  // blocks; those of one vector are read in order
   for (int64_t first = begin; first < end; first += W) {
@@ -168,9 +178,10 @@ void count_outliers(const Call& call, const Sums<T>& sums, int64_t begin, int64_
       uint32_t bits[AT_ONCE], any_bits = 0;
       for (int b = 0; b < blocks; ++b) {
         // An outlier deviates from the shift of its block by more than from the mean, less the distance between these two, which is usually at
-        // most a quarter of the standard deviation.
+        // most a quarter of the standard deviation, and hardly ever more than the whole.
         const E apart = distance(b0 + b), peak = load_as<E>(sums.of(b0 + b, first).peak());
-        const auto possible = (16.0 * apart * apart > variance) | (peak > sigma4 * variance * variance);
+        const E apart2 = apart * apart, least = 16.0 * apart2 > variance ? splat(nearer4) : splat(sigma4);
+        const auto possible = (apart2 > variance) | (peak > least * variance * variance);
         any_bits |= bits[b] = gt(E(possible ? one : zero), zero);
       }
       if (end - first < W) any_bits &= (1u << (end - first)) - 1;
@@ -180,10 +191,8 @@ void count_outliers(const Call& call, const Sums<T>& sums, int64_t begin, int64_
         const double threshold = sigma * __builtin_sqrt(out.variance[r]);
         for (int b = 0; b < blocks; ++b) {
           if (!(bits[b] >> lane & 1)) continue;
-          if (call.blocks > 1) {
-            const double reach = threshold - __builtin_fabs(distance(b0 + b)[lane]);
-            if (reach > 0 && !(double(*sums.of(b0 + b, r).peak()) > 0.999 * (reach * reach) * (reach * reach))) continue;
-          }
+          const double reach = threshold - __builtin_fabs(distance(b0 + b)[lane]);
+          if (reach > 0 && !(double(*sums.of(b0 + b, r).peak()) > 0.999 * (reach * reach) * (reach * reach))) continue;
           const int64_t j = call.block_begin(b0 + b);
           count_outliers_of<S, T>(at(r) + j * call.feature_stride, call.block_size(b0 + b), call.feature_stride, *sums.of(0, r).shift(),
                                   out.scale[r], out.mean[r], threshold, outliers + j);

@@ -54,14 +54,14 @@ TORCHPROBE_INLINE void finish_features(Features<T, N>& f, bool suited, int64_t j
     for (int i = 0; i < lanes; ++i) {
       f.count[i] = T(n);
       const bool wrong = any(unsuited(splat(f.low[i]), splat(f.high[i]), splat(f.shift[i]), splat(f.scale[i]), splat(f.abs_sum[i])));
-      const bool far = !SideBySide && distant(f.s1[i], f.s2[i], T(n));
+      const bool far = distant(f.s1[i], f.s2[i], f.s3[i], f.s4[i], T(n));
       if (!wrong && !far) continue;
       T x[MAX_VECTORS];
       for (int r = 0; r < n; ++r) x[r] = at(i, r);
       if (wrong)
         feature_again<T, N, SideBySide>(x, n, SideBySide ? n : int(run.call.strip), f, i, to.nonfinite[i]);
       else
-        feature_about<T, N, SideBySide>(x, n, near_mean(f, i, n), f, i);
+        feature_nearer<T, N, SideBySide>(x, n, f, i);
       const T scale = f.scale[i] * f.unit[i];
       if (scale > 0 && is_finite(scale)) run.scales[j + i] = scale;
       finite &= f.count[i] == T(n);
@@ -131,7 +131,7 @@ TORCHPROBE_INLINE void touch_pages(const S* const* ahead, int n, int64_t size) {
 }
 
 // The moments of the features of block b over rows [q, q + n) of a tile, a strip, whose vectors begin at x + tile.offset[r].
-template <bool Whole, class S, class T, class Ahead>
+template <class S, class T, class Ahead>
 TORCHPROBE_INLINE void strip_features(const S* x, const Tile& tile, int q, int n, int64_t b, T* const* row, const Ahead* const* ahead, Run<T>& run) {
   constexpr int W = width<T>, V = REGISTERS == 32 ? 2 : 1;
   const Call& call = run.call;
@@ -141,9 +141,9 @@ TORCHPROBE_INLINE void strip_features(const S* x, const Tile& tile, int q, int n
   auto take = [&](auto registers, T* const* row, int64_t at, int64_t j, int lanes) __attribute__((always_inline)) {
     constexpr int N = decltype(registers)::value * W;
     static_assert(sizeof(Features<T, N>) == N * FEATURE_SUMS * sizeof(T));
-    Features<T, N> here, &f = Whole ? here : *reinterpret_cast<Features<T, N>*>(kept + j * FEATURE_SUMS);
-    const bool suited = column_sums<Ahead, T, N / W, Whole>(row, n, at, run.scales + begin + j, f, ahead, first, last, tile.n);
-    if (!Whole && !last) return;
+    Features<T, N> here, &f = first && last ? here : *reinterpret_cast<Features<T, N>*>(kept + j * FEATURE_SUMS);
+    const bool suited = column_sums<Ahead, T, N / W>(row, n, at, run.scales + begin + j, f, ahead, first, last, tile.n);
+    if (!last) return;
     finish_features<T, N, false>(f, suited, begin + j, lanes, tile.n, run,
                                  [&](int i, int r) { return widen(x[tile.offset[r] + (begin + j + i) * call.feature_stride]); });
   };
@@ -151,8 +151,8 @@ TORCHPROBE_INLINE void strip_features(const S* x, const Tile& tile, int q, int n
   for (; j + V * W <= size; j += V * W) take(std::integral_constant<int, V>(), row, j, j, V * W);
   for (; j + W <= size; j += W) take(std::integral_constant<int, 1>(), row, j, j, W);
   if (j < size) {  // the last features do not fill a register: use a copy that does
-    T rest[MAX_ROWS][W];
-    T* copy[MAX_ROWS] = {};
+    T rest[STRIP_ROWS][W];
+    T* copy[STRIP_ROWS];
     for (int r = 0; r < n; ++r) {
       store(rest[r], load_part<T>(row[r] + j, size - j, 0));
       copy[r] = rest[r];
@@ -169,10 +169,7 @@ void observe_strip(const S* x, const Tile& tile, int q, int n, int64_t b, const 
     row_sums<From, T>(from, row, ahead, n, run.call.block_size(b), run.scale, vectors);
   else if constexpr (!std::is_same_v<From, T>)
     for (int r = 0; r < n; ++r) row_sum<From, T>(from[r], 1, 1, row[r]);  // only the copy
-  if (n == tile.n)
-    strip_features<true>(x, tile, q, n, b, row, ahead, run);
-  else
-    strip_features<false>(x, tile, q, n, b, row, ahead, run);
+  strip_features(x, tile, q, n, b, row, ahead, run);
 }
 
 // The sums of a tile of rows over blocks [first_block, last_block): of its vectors, from number `at` on, and of its features.
@@ -191,8 +188,8 @@ void sum_rows(const Tile& tile, int64_t first_block, int64_t last_block, Run<T>&
       const int64_t* next = q + n < tile.n ? tile.offset + q + n : here ? tile.offset : tile.next_offset;
       const int64_t next_n = q + n < tile.n ? tile.n - q - n : here ? tile.n : tile.next_n;
       const int64_t next_begin = q + n < tile.n ? begin : call.block_begin(here ? b + 1 : first_block);
-      const S *from[MAX_ROWS], *ahead[MAX_ROWS];
-      T* row[MAX_ROWS] = {};
+      const S *from[STRIP_ROWS], *ahead[STRIP_ROWS];
+      T* row[STRIP_ROWS];
       for (int r = 0; r < n; ++r) {
         from[r] = x + tile.offset[q + r] + begin * call.feature_stride;
         ahead[r] = r < next_n ? x + next[r] + next_begin * call.feature_stride : from[r];
@@ -205,7 +202,7 @@ void sum_rows(const Tile& tile, int64_t first_block, int64_t last_block, Run<T>&
         observe_strip<S, T, S>(x, tile, q, n, b, from, row, ahead, run, sums.of(b, at + q));
       } else {
         pack_rows<S, T>(x + begin * call.feature_stride, tile.offset + q, n, size, call.feature_stride, row[0], row_of_packed);
-        const T* fetch[MAX_ROWS];  // only prefetched
+        const T* fetch[STRIP_ROWS];  // only prefetched
         for (int r = 0; r < n; ++r) fetch[r] = dense ? reinterpret_cast<const T*>(ahead[r]) : row[r];
         observe_strip<S, T, T>(x, tile, q, n, b, row, row, fetch, run, sums.of(b, at + q));
       }
@@ -255,31 +252,48 @@ void observe_rows(const Call& call, int64_t first_tile, int64_t last_tile, Run<T
 // As sum_rows. Every type is read in place.
 template <class S, class T>
 void sum_side_by_side(const Tile& tile, int64_t first_block, int64_t last_block, Run<T>& run, const Sums<T>& sums, int64_t at) {
-  constexpr int N = 32;
+  constexpr int N = PEAK_BLOCK, ROOM = MAX_VECTORS + MAX_LANES;
   const Call& call = run.call;
+  T memory[SUMS * ROOM];
+  FeatureLanes<T> in_lanes;
   const S* x = static_cast<const S*>(call.x);
   const int64_t stride = call.feature_stride;
   const int n = tile.n;
   for (int64_t b = first_block; b < last_block; ++b) {
     const int64_t begin = call.block_begin(b), size = call.block_size(b);
-    const S *from = x + *tile.offset + begin * stride, *ahead = from;
+    const S *from = x + *tile.offset + begin * stride, *next = from;
     if (b + 1 < last_block)
-      ahead = from + size * stride;
+      next = from + size * stride;
     else if (tile.next_n)
-      ahead = x + *tile.next_offset + call.block_begin(first_block) * stride;
-    side_by_side_sums<S, T>(from, ahead, stride, n, size, run.scale, sums.of(b, at));
+      next = x + *tile.next_offset + call.block_begin(first_block) * stride;
+    const Vectors<T> v = sums.of(b, at), piece = size > PIECE ? Vectors<T>{memory, ROOM} : v;
+    const bool zero = side_by_side_shifts<S, T>(from, stride, n, size, v);
+    if (size > PIECE) clear(piece, n);
+    const T scale = run.scale;
     for (int64_t j = 0; j < size; j += N) {
+      // Means need all features of the block before the first power. Otherwise a few features are enough for the cache, and the next few are fetched.
+      const S* ahead = zero ? (j + N < size ? from + (j + N) * stride : next) : next + j * stride;
       const int lanes = int(size - j < N ? size - j : N);
+      if (!zero)
+        side_by_side_powers<About::Mean, S, T>(from + j * stride, ahead, stride, n, lanes, scale, v, piece);
+      else if (scale == 1)
+        side_by_side_powers<About::ZeroUnscaled, S, T>(from + j * stride, ahead, stride, n, lanes, scale, v, piece);
+      else
+        side_by_side_powers<About::Zero, S, T>(from + j * stride, ahead, stride, n, lanes, scale, v, piece);
+      if (size > PIECE && ((j + N) % PIECE == 0 || j + N >= size)) add_piece(v, piece, n);
       Features<T, N> f;
       bool suited = true;
       for (int i = 0; i < lanes; ++i) {
         const S* p = from + (j + i) * stride;
-        const T shift = median<T>(widen(p[0]), widen(p[quarter_of(n, 1)]), widen(p[quarter_of(n, 2)]), widen(p[quarter_of(n, 3)]));
-        feature_sums<S, T, N>(p, ahead + (j + i) * stride, n, shift, run.scales[begin + j + i], f, i);
+        const T shift = sample_shift<samples_of(true)>(n, [&](int r) { return T(widen(p[r])); });
+        feature_sums<S, T, N>(p, ahead + i * stride, n, shift, run.scales[begin + j + i], f, i, in_lanes, i % width<T>);
+        const int count = i % width<T> + 1;
+        if (count == width<T> || i + 1 == lanes) flush(in_lanes, i + 1 - count, count, f);
       }
       for (int i = 0; i < lanes; i += width<T>) {
         auto part = [&](const T* p) { return load_part<T>(p + i, lanes - i < width<T> ? lanes - i : width<T>, 1); };
-        suited &= !any(unsuited(part(f.low), part(f.high), part(f.shift), part(f.scale), part(f.abs_sum)));
+        suited &= !any(unsuited(part(f.low), part(f.high), part(f.shift), part(f.scale), part(f.abs_sum)) |
+                       distant(part(f.s1), part(f.s2), part(f.s3), part(f.s4), T(n)));
       }
       finish_features<T, N, true>(f, suited, begin + j, lanes, n, run, [&](int i, int r) { return widen(from[(j + i) * stride + r]); });
     }

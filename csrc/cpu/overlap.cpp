@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -31,7 +32,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t LONGEST = int64_t(1) << 20;           // most rows or columns of a grid: keeps weights at most 1 − 2^-21
-constexpr int64_t MOST_PIXELS = int64_t(1) << 31;       // in a grid
+constexpr int64_t MOST_PIXELS = int64_t(1) << 28;       // in a grid
+constexpr int64_t MOST_INPUT = int64_t(1) << 24;        // height or width of an input
+constexpr int64_t MOST_CATEGORIES = int64_t(1) << 20;
+constexpr int64_t MOST_MASK_BYTES = int64_t(1) << 29;   // of all label masks of a batch, unless TORCHPROBE_MOST_MASK_BYTES says otherwise
 constexpr double FARTHEST = double(1 << 24);            // largest coordinate of a box
 constexpr double STEPS = double(1 << 20);               // places between two points of a map, in a box: keeps weights at most 1 − 2^-20
 constexpr int64_t MASK_WORDS = (int64_t(1) << 19) / 8;  // in the images processed at a time: half a megabyte stays in a cache
@@ -43,10 +47,11 @@ class Aligned {
  public:
   explicit Aligned(int64_t size = 0) { grow(size); }
   T* get() const { return data_.get(); }
-  // Makes room for at least `size` elements. Old elements stay; new ones are 0.
-  void grow(int64_t size) {
+  int64_t size() const { return size_; }
+  // Makes room for at least `size` elements, and for half as many more than before, up to `limit`. Old elements stay; new ones are 0.
+  void grow(int64_t size, int64_t limit = std::numeric_limits<int64_t>::max()) {
     if (size <= size_) return;
-    const int64_t most = std::max(size, 2 * size_);
+    const int64_t most = std::max(size, std::min(limit, size_ + size_ / 2));
     std::unique_ptr<T, Free> data(static_cast<T*>(std::aligned_alloc(64, size_t(most * int64_t(sizeof(T)) + 63) / 64 * 64)));
     STD_TORCH_CHECK(data, "torchprobe: out of memory for label masks");
     if (size_) std::memcpy(data.get(), data_.get(), size_t(size_) * sizeof(T));
@@ -145,13 +150,20 @@ struct Work {
   Aligned<uint64_t> masks;
   std::vector<LabelMask> labels;
   std::vector<int64_t> truth, categories;
-  bool bad = false;
+  bool bad = false, too_many = false;
   int64_t bad_label = 0;
 };
 
+int64_t most_mask_bytes() {
+  const char* given = std::getenv("TORCHPROBE_MOST_MASK_BYTES");
+  const long long bytes = given ? std::atoll(given) : 0;
+  return bytes > 0 ? bytes : MOST_MASK_BYTES;
+}
+
 // Makes the masks of one image. slot: one number for each label, all −1 before and after.
+// room: bytes that are left for the masks of the batch.
 void find_labels(Work& work, const OverlapKernels& kernels, std::vector<int32_t>& slot, const int64_t* category, int64_t columns,
-                 bool per_plane) {
+                 bool per_plane, std::atomic<int64_t>& room) {
   const Grid& grid = work.plan->grid;
   const int64_t words = int64_t(grid.blocks) * BLOCK, size = int64_t(grid.rows) * grid.columns, labels = int64_t(slot.size());
   std::vector<int64_t> found;  // the label of each mask
@@ -166,7 +178,11 @@ void find_labels(Work& work, const OverlapKernels& kernels, std::vector<int32_t>
         found.push_back(*p);
       }
       if (work.bad) break;
-      work.masks.grow(int64_t(found.size()) * words);
+      const int64_t before = work.masks.size(), needed = (int64_t(found.size()) * words - before) * 8;
+      work.bad = work.too_many = needed > 0 && needed > room;
+      if (work.bad) break;
+      work.masks.grow(int64_t(found.size()) * words, before + room / 8);
+      room -= (work.masks.size() - before) * 8;
     }
     if (per_plane || k + 1 == work.plane_count || work.bad) {
       for (; first_of_plane < found.size(); ++first_of_plane) slot[size_t(found[first_of_plane])] = -1;
@@ -204,37 +220,36 @@ void find_labels(Work& work, const OverlapKernels& kernels, std::vector<int32_t>
   }
 }
 
-int64_t* count_elements(Tensor& t, int64_t dims, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == dims && t.is_contiguous() && t.is_cpu(), name,
-                  " must be contiguous int64 on the CPU");
-  return static_cast<int64_t*>(t.mutable_data_ptr());
-}
-
 void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor maps, Tensor thresholds, Tensor category, Tensor planes,
                     Tensor sizes, Tensor whole, std::string grid, int64_t height, int64_t width, bool per_plane,
                     std::optional<Tensor> boxes) {
   Tally to{};
   const OverlapKernels& kernels = choose<OverlapKernels>();
-  to.intersection = count_elements(intersection, 2, "intersection");
-  to.activation = count_elements(activation, 2, "activation");
-  int64_t* truth_counts = count_elements(truth, 1, "truth");
-  const float* map = const_elements<float>(maps, 4, "maps");
-  to.thresholds = const_elements<float>(thresholds, 1, "thresholds");
-  const int64_t* category_of = const_elements<int64_t>(category, 1, "category");
-  const int32_t* plane = const_elements<int32_t>(planes, 1, "planes");
-  const int64_t* size = const_elements<int64_t>(sizes, 2, "sizes");
-  const int64_t* everywhere = const_elements<int64_t>(whole, 1, "whole");
+  Memory memory;
+  const EveryNumber exact;
+  to.intersection = mutable_elements<int64_t>(intersection, 2, "intersection", memory);
+  to.activation = mutable_elements<int64_t>(activation, 2, "activation", memory);
+  int64_t* truth_counts = mutable_elements<int64_t>(truth, 1, "truth", memory);
+  const float* map = const_elements<float>(maps, 4, "maps", memory);
+  to.thresholds = const_elements<float>(thresholds, 1, "thresholds", memory);
+  const int64_t* category_of = const_elements<int64_t>(category, 1, "category", memory);
+  const int32_t* plane = const_elements<int32_t>(planes, 1, "planes", memory);
+  const int64_t* size = const_elements<int64_t>(sizes, 2, "sizes", memory);
+  const int64_t* everywhere = const_elements<int64_t>(whole, 1, "whole", memory);
   const int64_t images = maps.size(0), units = maps.size(1), h = maps.size(2), w = maps.size(3);
   to.labels = intersection.size(1);
   to.columns = activation.size(1);
   STD_TORCH_CHECK(intersection.size(0) == units && activation.size(0) == units && thresholds.numel() == units && truth.numel() == to.labels &&
                       category.numel() == to.labels && to.columns > 0 && sizes.size(0) == images && sizes.size(1) == 4,
                   "the counts, maps, thresholds, category and sizes do not fit together");
-  STD_TORCH_CHECK(h > 0 && w > 0 && h <= LONGEST && w <= LONGEST, "maps must have at least one position");
+  STD_TORCH_CHECK(h > 0 && w > 0 && h <= LONGEST && w <= LONGEST, "maps must have between 1 and 2^20 rows and columns");
+  STD_TORCH_CHECK(to.columns <= MOST_CATEGORIES, "activation has more than 2^20 columns");
   STD_TORCH_CHECK(grid == "half_pixel" || grid == "anchored", "grid must be half_pixel or anchored");
+  STD_TORCH_CHECK(grid != "anchored" || (height >= h && width >= w && height <= MOST_INPUT && width <= MOST_INPUT),
+                  "height and width must be those of the network's input, at most 2^24");
   const double* box_of = nullptr;
   if (boxes) {
-    box_of = const_elements<double>(*boxes, 2, "boxes");
+    box_of = const_elements<double>(*boxes, 2, "boxes", memory);
     STD_TORCH_CHECK(boxes->size(0) == images && boxes->size(1) == 4 && grid == "half_pixel", "boxes must be (images, 4), on a half-pixel grid");
   }
   for (int64_t i = 0; i < to.labels; ++i) STD_TORCH_CHECK(category_of[i] < to.columns - 1, "category holds a number beyond activation's columns");
@@ -257,7 +272,7 @@ void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor
       return p->grid.rows == rows && p->grid.columns == columns && p->box == box;
     });
     if (plan == plans.end()) {
-      const int64_t reduction = std::max<int64_t>((2 * width + columns) / (2 * columns), 1);
+      const int64_t reduction = anchor ? std::max<int64_t>((2 * width + columns) / (2 * columns), 1) : 1;  // elsewhere width may be anything
       Axis across = anchor ? anchored(w, columns, width, reduction) : in_box(w, columns, box[1], box[3]);
       Axis down = anchor ? anchored(h, rows, height, reduction) : in_box(h, rows, box[0], box[2]);
       plans.push_back(std::make_unique<Plan>(box, std::move(across), std::move(down), h, w, kernels.lanes));
@@ -271,21 +286,24 @@ void overlap_tally_(Tensor intersection, Tensor activation, Tensor truth, Tensor
   }
   STD_TORCH_CHECK(planes_left == 0 && whole_left == 0, "planes or whole hold more than sizes say");
 
+  std::atomic<int64_t> room{most_mask_bytes()};
   parallel_dynamic(images, [&] {
     return [&, slot = std::vector<int32_t>(size_t(to.labels), -1)](int64_t n) mutable {
-      find_labels(work[size_t(n)], kernels, slot, category_of, to.columns, per_plane);
+      find_labels(work[size_t(n)], kernels, slot, category_of, to.columns, per_plane, room);
     };
   });
   int64_t floats = 0, words = 0;
   for (int64_t n = 0; n < images; ++n) {  // before anything is counted: a bad label leaves the counts unchanged
     const Work& image = work[size_t(n)];
+    STD_TORCH_CHECK(!image.too_many, "planes: the label masks of this batch take more than ", most_mask_bytes(), " bytes, at image ", n,
+                    ": pass fewer images at a time, or set TORCHPROBE_MOST_MASK_BYTES");
     STD_TORCH_CHECK(!image.bad, "image ", n, " of the batch has label ", image.bad_label, ", but labels are numbered 0 to ", to.labels - 1,
                     "; whole may also hold −1 to −", to.columns - 1, " for categories");
     floats = std::max(floats, scratch_floats(image.plan->grid));
     words = std::max(words, int64_t(image.plan->grid.blocks) * BLOCK);
   }
   for (const Work& image : work) {
-    for (size_t i = 0; i < image.labels.size(); ++i) truth_counts[image.labels[i].label] += image.truth[i];
+    for (size_t i = 0; i < image.labels.size(); ++i) add(truth_counts[image.labels[i].label], image.truth[i]);
   }
 
   for (int64_t first = 0, last = 0; first < images; first = last) {

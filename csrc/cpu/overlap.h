@@ -5,6 +5,9 @@
 
 namespace torchprobe::cpu {
 
+// Adds to a count of the caller's, which may be any number: beyond the end of int64 it goes on at the other end, as PyTorch's do.
+inline void add(int64_t& count, int64_t more) { count = int64_t(uint64_t(count) + uint64_t(more)); }
+
 // A mask over a label grid has one bit for each pixel. A row consists of groups of 16 pixels, with the first pixel in the lowest bit, and the
 // rows follow each other. The bits after the last column are 0, and so are those between the last row and the next multiple of a block.
 constexpr int GROUP = 16;       // pixels

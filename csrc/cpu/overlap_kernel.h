@@ -213,7 +213,7 @@ void tally(const Image& image, const Tally& to, int64_t begin, int64_t end, floa
     const int64_t active = common(mask + drawn.first * BLOCK, mask + drawn.first * BLOCK, drawn.last - drawn.first);
     if (active == 0) continue;
     int64_t* activation = to.activation + unit * to.columns;
-    for (int64_t i = 0; i < image.category_count; ++i) activation[image.categories[i]] += active;
+    for (int64_t i = 0; i < image.category_count; ++i) add(activation[image.categories[i]], active);
     int64_t* intersection = to.intersection + unit * to.labels;
     for (int64_t i = 0; i < image.label_count; ++i) {
       const LabelMask& label = image.labels[i];
@@ -222,7 +222,7 @@ void tally(const Image& image, const Tally& to, int64_t begin, int64_t end, floa
         const int32_t first = drawn.first > label.first ? drawn.first : label.first, last = drawn.last < label.last ? drawn.last : label.last;
         both = first < last ? common(mask + first * BLOCK, label.bits + first * BLOCK, last - first) : 0;
       }
-      intersection[label.label] += both;
+      add(intersection[label.label], both);
     }
   }
 }

@@ -6,6 +6,7 @@
 // Nearly every value lies below its feature's bound, so the work is one comparison for each value. The compiler vectorizes it for any processor.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
@@ -14,6 +15,7 @@
 #include <utility>
 
 #include "arguments.h"
+#include "parallel.h"
 
 namespace torchprobe::cpu {
 namespace {
@@ -23,7 +25,14 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int BLOCK = 16;  // values that are compared at once; the same as BLOCK in torchprobe/ops/quantile.py
+constexpr int64_t MOST_LOOKED_AT = int64_t(1) << 16;  // kept values that every call looks at, if x is smaller
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+inline bool any_nan(const float* values, int64_t n) {
+  int found = 0;
+  for (int64_t i = 0; i < n; ++i) found |= values[i] != values[i];
+  return found;
+}
 
 // The buffer of one feature. All values after the first `fill` are −inf.
 struct Buffer {
@@ -31,10 +40,15 @@ struct Buffer {
   int64_t slots, capacity;
   int64_t &fill, &nans, &ties;
   float& bound;
+  std::atomic<bool>& damaged;
 
   // Makes room for one more block. No dropped value is above the bound, now or later.
   void make_room() {
     if (slots - fill >= BLOCK) return;
+    if (any_nan(values, fill)) {  // it has no place in an order: nth_element could leave the buffer
+      damaged = true;
+      std::replace_if(values, values + fill, [](float v) { return v != v; }, LOWEST);
+    }
     std::nth_element(values, values + capacity - 1, values + fill, std::greater<float>());
     const float next = values[capacity - 1];
     if (next != bound) ties = 0;
@@ -66,9 +80,10 @@ struct State {
   int64_t *fill, *nans, *ties;
   float* bound;
   int64_t slots, capacity;
+  std::atomic<bool>& damaged;
 
   Buffer buffer(int64_t feature) const {
-    return {values + feature * slots, slots, capacity, fill[feature], nans[feature], ties[feature], bound[feature]};
+    return {values + feature * slots, slots, capacity, fill[feature], nans[feature], ties[feature], bound[feature], damaged};
   }
 };
 
@@ -131,7 +146,7 @@ struct View {
   int64_t size[MAX_DIMS], stride[MAX_DIMS];
 
   View(const Tensor& x, int64_t feature_dim) : features(x.size(feature_dim)), feature_stride(x.stride(feature_dim)) {
-    positions = join_positions(x, feature_dim, dims, size, stride);
+    positions = join_positions(Shape(x), feature_dim, dims, size, stride);
     if (!dims) size[0] = 1, stride[0] = 1, dims = 1;
   }
 };
@@ -142,7 +157,7 @@ void keep_largest(const State& state, const View& view, const S* x) {
   const int64_t run = view.size[last], step = view.stride[last], runs = view.positions / run;
   const bool side_by_side = view.feature_stride == 1 && step != 1;
   const int64_t grain = std::max<int64_t>(BLOCK, (1 << 15) / view.positions);
-  torch::stable::parallel_for(0, view.features, grain, [&](int64_t begin, int64_t end) {
+  parallel(0, view.features, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = 0; r < runs; ++r) {
       const S* at = x;
       for (int64_t d = last - 1, rest = r; d >= 0; rest /= view.size[d--]) at += rest % view.size[d] * view.stride[d];
@@ -155,38 +170,52 @@ void keep_largest(const State& state, const View& view, const S* x) {
   });
 }
 
+// Raises if the buffers are not what earlier calls left there. Of many kept values only those that are sorted are looked at: see make_room.
+void check_contents(const State& state, int64_t features, int64_t elements) {
+  int64_t kept = 0;
+  for (int64_t f = 0; f < features; ++f) {
+    STD_TORCH_CHECK(state.fill[f] >= 0 && state.fill[f] <= state.slots, "counts is damaged: feature ", f, " keeps ", state.fill[f], " of ",
+                    state.slots, " values");
+    STD_TORCH_CHECK(state.nans[f] >= 0 && state.nans[f] <= MOST_CALLS && state.ties[f] >= 0 && state.ties[f] <= MOST_CALLS,
+                    "counts is damaged: feature ", f, " has a negative or absurd number");
+    STD_TORCH_CHECK(state.bound[f] == state.bound[f], "bound is damaged: that of feature ", f, " is nan");
+    kept += state.fill[f];
+  }
+  if (kept > std::max(elements, MOST_LOOKED_AT)) return;
+  for (int64_t f = 0; f < features; ++f) {
+    STD_TORCH_CHECK(!any_nan(state.values + f * state.slots, state.fill[f]), "values is damaged: feature ", f, " keeps nan");
+  }
+}
+
 void keep_largest_(Tensor values, Tensor counts, Tensor bound, Tensor x, int64_t feature_dim, int64_t capacity) {
-  using torch::headeronly::ScalarType;
   if (feature_dim < 0) feature_dim += x.dim();
   STD_TORCH_CHECK(feature_dim >= 0 && feature_dim < x.dim(), "feature_dim is outside the tensor");
+  const Dtype dtype = dtype_of(x);
   const int64_t features = x.size(feature_dim);
-  STD_TORCH_CHECK(values.dim() == 2 && values.size(0) == features && values.scalar_type() == ScalarType::Float && values.is_contiguous() &&
-                      counts.dim() == 2 && counts.size(0) == 3 && counts.size(1) == features && counts.scalar_type() == ScalarType::Long &&
-                      counts.is_contiguous() && bound.dim() == 1 && bound.size(0) == features &&
-                      bound.scalar_type() == ScalarType::Float && bound.is_contiguous() && values.is_cpu() && counts.is_cpu() &&
-                      bound.is_cpu(),
+  Memory memory;
+  std::atomic<bool> damaged{false};
+  float* kept = mutable_elements<float>(values, 2, "values", memory);
+  int64_t* fill = mutable_elements<int64_t>(counts, 2, "counts", memory);
+  float* bounds = mutable_elements<float>(bound, 1, "bound", memory);
+  STD_TORCH_CHECK(x.is_cpu() && values.size(0) == features && counts.size(0) == 3 && counts.size(1) == features && bound.size(0) == features,
                   "the buffers were not made for ", features, " features on the CPU");
+  STD_TORCH_CHECK(capacity >= 1 && capacity <= MOST_ELEMENTS, "capacity must be at least 1, and at most 2^36");
+  memory.reads(x, "x");
   if (x.numel() == 0) return;
   const View view(x, feature_dim);
-  int64_t* fill = static_cast<int64_t*>(counts.mutable_data_ptr());
-  const State state{static_cast<float*>(values.mutable_data_ptr()),
-                    fill,
-                    fill + features,
-                    fill + 2 * features,
-                    static_cast<float*>(bound.mutable_data_ptr()),
-                    values.size(1),
-                    capacity};
-  const auto [least, most] = std::minmax_element(fill, fill + features);
-  STD_TORCH_CHECK(*least >= 0 && *most <= state.slots && capacity >= 1, "the buffers are damaged");
-  STD_TORCH_CHECK(state.slots >= capacity + BLOCK || *most + view.positions + BLOCK <= state.slots, "the buffers have no room for ",
+  const EveryNumber exact;
+  const State state{kept, fill, fill + features, fill + 2 * features, bounds, values.size(1), capacity, damaged};
+  check_contents(state, features, x.numel());
+  const int64_t most = *std::max_element(fill, fill + features);
+  STD_TORCH_CHECK(state.slots >= capacity + BLOCK || most + view.positions + BLOCK <= state.slots, "the buffers have no room for ",
                   view.positions, " positions more");
-  switch (x.scalar_type()) {
-    case ScalarType::Double: return keep_largest(state, view, static_cast<const double*>(x.const_data_ptr()));
-    case ScalarType::Float: return keep_largest(state, view, static_cast<const float*>(x.const_data_ptr()));
-    case ScalarType::BFloat16: return keep_largest(state, view, static_cast<const BFloat16*>(x.const_data_ptr()));
-    case ScalarType::Half: return keep_largest(state, view, static_cast<const Float16*>(x.const_data_ptr()));
-    default: STD_TORCH_CHECK(false, "keep_largest_ reads float64, float32, bfloat16 and float16");
+  switch (dtype) {
+    case Dtype::Float64: keep_largest(state, view, static_cast<const double*>(x.const_data_ptr())); break;
+    case Dtype::Float32: keep_largest(state, view, static_cast<const float*>(x.const_data_ptr())); break;
+    case Dtype::BFloat16: keep_largest(state, view, static_cast<const BFloat16*>(x.const_data_ptr())); break;
+    case Dtype::Float16: keep_largest(state, view, static_cast<const Float16*>(x.const_data_ptr())); break;
   }
+  STD_TORCH_CHECK(!damaged, "values is damaged: it keeps nan");
 }
 
 }  // namespace

@@ -49,6 +49,10 @@ TORCHPROBE_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 template <class T>
+TORCHPROBE_INLINE void add_to(T* p, Vec<T> v) {
+  store(p, load(p) + v);
+}
+template <class T>
 TORCHPROBE_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};  // a broadcast, since x − 0 is x for every x
 }
@@ -81,6 +85,8 @@ TORCHPROBE_INLINE void store_as(double* p, E v) {
 
 TORCHPROBE_INLINE vfloat abs(vfloat v) { return (vfloat)((vint)v & 0x7fffffff); }
 TORCHPROBE_INLINE vdouble abs(vdouble v) { return (vdouble)((vlong)v & 0x7fffffffffffffff); }
+TORCHPROBE_INLINE float abs(float v) { return __builtin_fabsf(v); }
+TORCHPROBE_INLINE double abs(double v) { return __builtin_fabs(v); }
 
 // fma is a·b + c, rounded once if the hardware can do that. Scalars and vectors are rounded in the same way.
 // min and max return the second operand if one operand is nan. Bit i of gt says whether a[i] > b[i].
@@ -138,25 +144,6 @@ TORCHPROBE_INLINE bool any(I mask) {
 #endif
 }
 
-// The sums of the lanes of four vectors, widened to double.
-struct Four {
-  double a, b, c, d;
-};
-#if defined(TORCHPROBE_AVX512) || defined(TORCHPROBE_AVX2)
-#if defined(TORCHPROBE_AVX512)
-TORCHPROBE_INLINE __m256 fold(vfloat v) {
-  return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
-}
-#else
-TORCHPROBE_INLINE __m256 fold(vfloat v) { return (__m256)v; }
-#endif
-TORCHPROBE_INLINE Four reduce4(vfloat a, vfloat b, vfloat c, vfloat d) {
-  const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
-  float lanes[4];
-  _mm_storeu_ps(lanes, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
-  return {lanes[0], lanes[1], lanes[2], lanes[3]};
-}
-#endif
 // The sum, the minimum and the maximum of the lanes. The upper half is combined with the lower half until one lane is left.
 template <class V, class F>
 TORCHPROBE_INLINE auto fold_lanes(V v, F f) {
@@ -196,11 +183,6 @@ TORCHPROBE_FOLD(reduce_min, min)
 TORCHPROBE_FOLD(reduce_max, max)
 #undef TORCHPROBE_FOLD
 #endif
-template <class V>
-TORCHPROBE_INLINE Four reduce4(V a, V b, V c, V d) {
-  return {reduce(a), reduce(b), reduce(c), reduce(d)};
-}
-
 // Half precision in memory, float in registers.
 struct BFloat16 {
   uint16_t bits;
@@ -231,11 +213,15 @@ TORCHPROBE_INLINE float widen(Float16 x) {
 }
 TORCHPROBE_INLINE vdouble load_wide(const double* p) { return load<double>(p); }
 TORCHPROBE_INLINE vfloat load_wide(const float* p) { return load<float>(p); }
+#if defined(TORCHPROBE_AVX2)
+TORCHPROBE_INLINE vfloat widen_all(__m128i bits, BFloat16) { return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16); }
+TORCHPROBE_INLINE vfloat widen_all(__m128i bits, Float16) { return (vfloat)_mm256_cvtph_ps(bits); }
+#endif
 TORCHPROBE_INLINE vfloat load_wide(const BFloat16* p) {
 #if defined(TORCHPROBE_AVX512)
   return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 #elif defined(TORCHPROBE_AVX2)
-  return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+  return widen_all(_mm_loadu_si128((const __m128i*)p), *p);
 #else
   vfloat v;
   for (int i = 0; i < width<float>; ++i) v[i] = widen(p[i]);
@@ -246,7 +232,7 @@ TORCHPROBE_INLINE vfloat load_wide(const Float16* p) {
 #if defined(TORCHPROBE_AVX512)
   return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(TORCHPROBE_AVX2)
-  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  return widen_all(_mm_loadu_si128((const __m128i*)p), *p);
 #else
   vfloat v;
   for (int i = 0; i < width<float>; ++i) v[i] = widen(p[i]);
@@ -270,39 +256,112 @@ TORCHPROBE_INLINE auto load_part(const S* p, int64_t n, decltype(widen(S{})) fil
   }
 #else
   using T = decltype(widen(S{}));
+#if defined(TORCHPROBE_AVX2)
+  if constexpr (sizeof(S) == 4) {
+    const vint used = (vint)_mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return (vfloat)_mm256_blendv_ps((__m256)splat<float>(fill), _mm256_maskload_ps(p, (__m256i)used), (__m256)used);
+  } else if constexpr (sizeof(S) == 8) {
+    const vlong used = (vlong)_mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+    return (vdouble)_mm256_blendv_pd((__m256d)splat<double>(fill), _mm256_maskload_pd(p, (__m256i)used), (__m256d)used);
+  }
+  if constexpr (sizeof(S) == 2) {  // eight elements, from two loads that overlap
+    uint64_t low = 0, high = 0;
+    if (n >= 4) {
+      __builtin_memcpy(&low, p, 8);
+      __builtin_memcpy(&high, p + n - 4, 8);
+      high = n == 4 ? 0 : high >> 16 * (8 - n);
+    } else {
+      for (int i = 0; i < n; ++i) low |= uint64_t(p[i].bits) << 16 * i;
+    }
+    const __m128i bits = _mm_set_epi64x(int64_t(high), int64_t(low));
+    const __m256i used = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return (vfloat)_mm256_blendv_ps((__m256)splat<float>(fill), (__m256)widen_all(bits, S{}), (__m256)used);
+  }
+#endif
   T lanes[width<T>];
   for (int i = 0; i < width<T>; ++i) lanes[i] = i < n ? widen(p[i]) : fill;
   return load<T>(lanes);
 #endif
 }
 
-// Transposes W vectors of W lanes in place, by log2(W) rounds of a perfect shuffle.
+// Lane i of the result is lane I of a, or lane I − W of b.
 #if !defined(__has_builtin)
 #define __has_builtin(x) 0
 #endif
+template <int... I, class V>
+TORCHPROBE_INLINE V permute(V a, V b, std::integer_sequence<int, I...>) {
 #if __has_builtin(__builtin_shufflevector)
-template <class V, int... I>
-TORCHPROBE_INLINE void interleave(V a, V b, V& low, V& high, std::integer_sequence<int, I...>) {
-  constexpr int W = sizeof...(I);
-  low = __builtin_shufflevector(a, b, (I / 2 + (I % 2) * W)...);
-  high = __builtin_shufflevector(a, b, (W / 2 + I / 2 + (I % 2) * W)...);
-}
+  return __builtin_shufflevector(a, b, I...);
 #else
-template <class V, int... I>
-TORCHPROBE_INLINE void interleave(V a, V b, V& low, V& high, std::integer_sequence<int, I...>) {
   constexpr int W = sizeof...(I);
-  ((low[I] = (I % 2 ? b : a)[I / 2], high[I] = (I % 2 ? b : a)[W / 2 + I / 2]), ...);
-}
+  V v;
+  int lane = 0;
+  ((v[lane++] = I < W ? a[I % W] : b[I % W]), ...);
+  return v;
 #endif
-template <class V>
-TORCHPROBE_INLINE void transpose(V* v) {
-  constexpr int W = sizeof(V) / sizeof(v[0][0]);
+}
+// Transposes W vectors of W lanes in place, by log2(W) rounds of a perfect shuffle.
+template <class V, int... I>
+TORCHPROBE_INLINE void transpose(V* v, std::integer_sequence<int, I...>) {
+  constexpr int W = sizeof...(I);
 #pragma GCC unroll 4
   for (int round = 1; round < W; round *= 2) {
     V t[W];
 #pragma GCC unroll 16
-    for (int i = 0; i < W / 2; ++i) interleave(v[i], v[i + W / 2], t[2 * i], t[2 * i + 1], std::make_integer_sequence<int, W>());
+    for (int i = 0; i < W / 2; ++i) {
+      t[2 * i] = permute(v[i], v[i + W / 2], std::integer_sequence<int, (I / 2 + (I % 2) * W)...>());
+      t[2 * i + 1] = permute(v[i], v[i + W / 2], std::integer_sequence<int, (W / 2 + I / 2 + (I % 2) * W)...>());
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) v[i] = t[i];
   }
 }
+template <class V>
+TORCHPROBE_INLINE void transpose(V* v) {
+  transpose(v, std::make_integer_sequence<int, sizeof(V) / sizeof(v[0][0])>());
+}
+// Lane i of the result is what fold_lanes would make of v[i], in the same order. There are W vectors; it overwrites them.
+template <int HALF, class V, class F, int... I>
+TORCHPROBE_INLINE V fold_each(V* v, F f, std::integer_sequence<int, I...> lanes) {
+  constexpr int W = sizeof...(I);
+#pragma GCC unroll 8
+  for (int i = 0; i < HALF; ++i)
+    v[i] = f(permute(v[i], v[i + HALF], std::integer_sequence<int, (I % (2 * HALF) < HALF ? I : W + I - HALF)...>()),
+             permute(v[i], v[i + HALF], std::integer_sequence<int, (I % (2 * HALF) < HALF ? I + HALF : W + I)...>()));
+  if constexpr (HALF > 1) return fold_each<HALF / 2>(v, f, lanes);
+  return v[0];
+}
+template <class V, class F>
+TORCHPROBE_INLINE V fold_each(V* v, F f) {
+  constexpr int W = sizeof(V) / sizeof(v[0][0]);
+  return fold_each<W / 2>(v, f, std::make_integer_sequence<int, W>());
+}
+
+// Up to W times K vectors, whose lanes are to be added up, or whose least or largest lane is to be found. `to` gets one number for each.
+template <class T, int K>
+struct Lanes {
+  static constexpr int W = width<T>, FEW = 4;
+  Vec<T> of[K][W];
+
+  TORCHPROBE_INLINE void sum(int k, int count, T* to) {
+    fold(k, count, to, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+  }
+  TORCHPROBE_INLINE void least(int k, int count, T* to) {
+    fold(k, count, to, [](auto a, auto b) __attribute__((always_inline)) { return min(a, b); });
+  }
+  TORCHPROBE_INLINE void largest(int k, int count, T* to) {
+    fold(k, count, to, [](auto a, auto b) __attribute__((always_inline)) { return max(a, b); });
+  }
+
+ private:
+  // The rest of a register of `to` is overwritten if there are more than a few.
+  template <class F>
+  TORCHPROBE_INLINE void fold(int k, int count, T* to, F f) {
+    if (count < FEW && count < W) {
+      for (int i = 0; i < count; ++i) to[i] = fold_lanes(of[k][i], f);
+      return;
+    }
+    for (int i = count; i < W; ++i) of[k][i] = of[k][0];
+    store(to, fold_each(of[k], f));
+  }
+};

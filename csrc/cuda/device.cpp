@@ -1,3 +1,8 @@
+// Which devices can run this build; and the Python module torchprobe._C_cuda, which says so. Importing it loads this library, and the static
+// registration in binding.cpp tells PyTorch's dispatcher about the kernels; nothing is asked of a device.
+
+#include <Python.h>
+
 #include "device.h"
 
 #include <torch/headeronly/util/Exception.h>
@@ -11,14 +16,12 @@
 namespace torchprobe::cuda {
 namespace {
 
-struct Known {
-  std::mutex lock;
-  std::map<int, Support> devices;
-};
-Known& known() {
-  static Known* forever = new Known;  // other threads may still ask while the process ends
-  return *forever;
-}
+// Never destroyed: other threads may still ask while the process ends.
+auto& known = *new std::map<int, Support>;
+auto& lock = *new std::mutex;
+
+// The architectures this build has code for, in the format of TORCH_CUDA_ARCH_LIST.
+constexpr const char* ARCHITECTURES = TORCHPROBE_CUDA_ARCHITECTURES;
 
 // Whether the machine code or PTX of one architecture, such as "8.6", "9.0a" or "12.0+PTX", runs on a device. A name is taken at its word.
 bool runs_on(const std::string& architecture, int major, int minor) {
@@ -27,6 +30,17 @@ bool runs_on(const std::string& architecture, int major, int minor) {
   const std::string rest = architecture.substr(size_t(length));
   if (rest[0] == 'a') return code_major == major && code_minor == minor;
   return code_major == major ? code_minor <= minor : code_major < major && rest == "+PTX";
+}
+
+// "13.0"
+std::string version(int number = CUDART_VERSION) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
+// Whether a compute capability is among what they run on.
+bool covers(int major, int minor) {
+  std::istringstream all(ARCHITECTURES);
+  for (std::string one; all >> one;)
+    if (runs_on(one, major, minor)) return true;
+  return false;
 }
 
 std::string foresee(int device) {
@@ -38,7 +52,7 @@ std::string foresee(int device) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
   if (covers(major, minor)) return "";
-  return "it has compute capability " + std::to_string(major) + "." + std::to_string(minor) + ", and this build has code for " + architectures();
+  return "it has compute capability " + std::to_string(major) + "." + std::to_string(minor) + ", and this build has code for " + ARCHITECTURES;
 }
 
 // Errors that will be there the next time too. All others belong to something else that went wrong on the device.
@@ -51,7 +65,7 @@ bool lasts(cudaError_t error) {
 }
 
 Support ask(int device) {
-  Support result{foresee(device), {}};
+  Support result{foresee(device), {device, 0, 0}};
   if (!result.obstacle.empty()) return result;
   const Current current(device);
   check(cudaDeviceGetAttribute(&result.device.multiprocessors, cudaDevAttrMultiProcessorCount, device), device);
@@ -69,19 +83,10 @@ Support ask(int device) {
 }  // namespace
 
 const Support& support(int device) {
-  std::lock_guard<std::mutex> hold(known().lock);
-  auto found = known().devices.find(device);
-  if (found == known().devices.end()) found = known().devices.emplace(device, ask(device)).first;
+  const std::lock_guard<std::mutex> hold(lock);
+  auto found = known.find(device);
+  if (found == known.end()) found = known.emplace(device, ask(device)).first;
   return found->second;
-}
-
-std::string obstacle(int device) {
-  {
-    std::lock_guard<std::mutex> hold(known().lock);
-    const auto found = known().devices.find(device);
-    if (found != known().devices.end()) return found->second.obstacle;
-  }
-  return foresee(device);
 }
 
 void check(cudaError_t error, int device) {
@@ -90,21 +95,46 @@ void check(cudaError_t error, int device) {
   STD_TORCH_CHECK(false, "torchprobe: observe_ failed on cuda:", device, ": ", cudaGetErrorString(error));
 }
 
-Current::Current(int device) : guard_(device) {
-  check(cudaSetDevice(device), device);
-  check(cudaThreadExchangeStreamCaptureMode(&mode_), device);
-}
-Current::~Current() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+namespace {
 
-const char* architectures() { return TORCHPROBE_CUDA_ARCHITECTURES; }
-
-bool covers(int major, int minor) {
-  std::istringstream all(architectures());
-  for (std::string one; all >> one;)
-    if (runs_on(one, major, minor)) return true;
-  return false;
+// The obstacle of a device that need not have been used yet: as far as one can tell without a context on it.
+std::string obstacle(int device) {
+  {
+    const std::lock_guard<std::mutex> hold(lock);
+    if (const auto found = known.find(device); found != known.end()) return found->second.obstacle;
+  }
+  return foresee(device);
 }
 
-std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+PyObject* describe(PyObject*, PyObject*) {
+  return PyUnicode_FromFormat("CUDA %s for %s", version().c_str(), ARCHITECTURES);
+}
 
+PyObject* covers(PyObject*, PyObject* arguments) {
+  int major, minor;
+  if (!PyArg_ParseTuple(arguments, "ii", &major, &minor)) return nullptr;
+  return PyBool_FromLong(covers(major, minor));
+}
+
+PyObject* unavailable(PyObject*, PyObject* device) {
+  const long index = PyLong_AsLong(device);
+  if (index == -1 && PyErr_Occurred()) return nullptr;
+  const std::string reason = obstacle(int(index));
+  if (reason.empty()) Py_RETURN_NONE;
+  return PyUnicode_FromString(reason.c_str());
+}
+
+}  // namespace
 }  // namespace torchprobe::cuda
+
+PyMODINIT_FUNC PyInit__C_cuda(void) {
+  using namespace torchprobe::cuda;
+  static PyMethodDef methods[] = {
+      {"describe", describe, METH_NOARGS, "The version of CUDA and the architectures that the kernels were built for."},
+      {"covers", covers, METH_VARARGS, "Whether there is code for a compute capability, given as two numbers."},
+      {"unavailable", unavailable, METH_O, "Why the kernels cannot run on the device of this index, in one line, or None. Makes no context."},
+      {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C_cuda", "Native CUDA kernels of torchprobe.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

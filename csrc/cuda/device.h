@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "observe.h"
+#include "plan.h"
 
 namespace torchprobe::cuda {
 
@@ -18,31 +18,30 @@ struct Support {
 // lack of memory.
 const Support& support(int device);
 
-// The obstacle of a device that need not have been used yet: as far as one can tell without a context on it.
-std::string obstacle(int device);
-
 // Throws what a call of the CUDA runtime says, if it is an error.
 void check(cudaError_t error, int device);
 
-// Makes a device the current one, for PyTorch and for the runtime in this build. Lets kernels be loaded, which happens when they are first
-// used, even while a stream is being captured.
-class Current {
+// Lets kernels be loaded, which happens when they are first used, even while a stream is being captured.
+class Loading {
  public:
-  explicit Current(int device);
-  ~Current();
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
+  explicit Loading(int device) { check(cudaThreadExchangeStreamCaptureMode(&mode_), device); }
+  ~Loading() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Loading(const Loading&) = delete;
+  Loading& operator=(const Loading&) = delete;
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// The architectures this build has code for, in the format of TORCH_CUDA_ARCH_LIST; whether a compute capability is among what they run on.
-const char* architectures();
-bool covers(int major, int minor);
+// Makes a device the current one, for PyTorch and for the runtime in this build. Setting it makes its context known to this runtime, and with
+// CUDA_MODULE_LOADING=EAGER loads every kernel.
+class Current {
+ public:
+  explicit Current(int device) : guard_(device), loading_(device) { check(cudaSetDevice(device), device); }
 
-// "13.0": the version of the CUDA runtime in this build.
-std::string version(int number = CUDART_VERSION);
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Loading loading_;
+};
 
 }  // namespace torchprobe::cuda

@@ -1,13 +1,13 @@
 // What the blocks found out, merged into the state. Every merge has its place in a fixed order, so the result is the same each time.
 #pragma once
 
-#include "vectors.cuh"
+#include "judge.cuh"
 
 namespace torchprobe::cuda {
 
 // One feature: moments about the mean, and what is simply added up.
 struct Feature {
-  double count, mean, m2, m3, m4, low, high, nonfinite, abs_sum, outliers;
+  double count, mean, m2, m3, m4, low, high, nonfinite, abs_sum;
 };
 
 // Chan et al. (1982) and Pébay (SAND2008-6212).
@@ -23,14 +23,13 @@ static __device__ __noinline__ Feature merged(const Feature& a, const Feature& b
           a.count == 0 || (b.count > 0 && b.low < a.low) ? b.low : a.low,
           a.count == 0 || (b.count > 0 && b.high > a.high) ? b.high : a.high,
           a.nonfinite + b.nonfinite,
-          a.abs_sum + b.abs_sum,
-          a.outliers + b.outliers};
+          a.abs_sum + b.abs_sum};
 }
 
 // What tiles recorded of feature j. Their powers are first turned into powers about one pivot, which takes no division: for hundreds of tiles
 // the pivot, the shift of the first, is close enough to the mean, as a tile far from it would itself make for a large variance.
 template <class T>
-__device__ __noinline__ Feature recorded(const Plan& plan, int64_t first, int64_t last, int64_t j) {
+__device__ inline Feature recorded(const Plan& plan, int64_t first, int64_t last, int64_t j) {
   const int64_t features = plan.call.features;
   Feature f{};
   f.low = INFINITY, f.high = -INFINITY;
@@ -68,87 +67,81 @@ __device__ inline void add_to_state(const Plan& plan, int64_t j, const Feature& 
   double* at = plan.state + layout::HEADER + j;
   const int64_t n = plan.call.features;
   const Feature all = merged({at[layout::COUNT * n], at[layout::MEAN * n], at[layout::M2 * n], at[layout::M3 * n], at[layout::M4 * n],
-                              at[layout::MIN * n], at[layout::MAX * n], at[layout::NONFINITE * n], at[layout::ABS_SUM * n], at[layout::OUTLIERS * n]},
+                              at[layout::MIN * n], at[layout::MAX * n], at[layout::NONFINITE * n], at[layout::ABS_SUM * n]},
                              f);
   at[layout::COUNT * n] = all.count, at[layout::MEAN * n] = all.mean;
   at[layout::M2 * n] = all.m2, at[layout::M3 * n] = all.m3, at[layout::M4 * n] = all.m4;
   at[layout::MIN * n] = all.low, at[layout::MAX * n] = all.high;
-  at[layout::NONFINITE * n] = all.nonfinite, at[layout::ABS_SUM * n] = all.abs_sum, at[layout::OUTLIERS * n] = all.outliers;
+  at[layout::NONFINITE * n] = all.nonfinite, at[layout::ABS_SUM * n] = all.abs_sum;
 }
 
-__device__ inline void add_to_state(const Plan& plan, const Summary& s) {
-  double* at = plan.state;
-  const Summary all = merged({at[layout::VECTORS], at[layout::CONSTANT], at[layout::INVALID], at[layout::KURTOSIS_MEAN], at[layout::KURTOSIS_M2]}, s);
-  at[layout::VECTORS] = all.vectors, at[layout::CONSTANT] = all.constant, at[layout::INVALID] = all.invalid;
-  at[layout::KURTOSIS_MEAN] = all.mean, at[layout::KURTOSIS_M2] = all.m2;
-}
-
-// A call of one tile is merged by the block that read it.
-template <class T>
-__device__ __noinline__ void merge_only_tile(const Plan& plan) {
-  __syncthreads();
-  for (int64_t j = threadIdx.x; j < plan.call.features; j += blockDim.x) {
-    Feature f = recorded<T>(plan, 0, 1, j);
-    f.outliers = plan.outliers[j];
-    add_to_state(plan, j, f);
+// Merges what threads have whose numbers differ by a multiple of `step`, in the order of these numbers.
+template <class Value>
+__device__ inline const Value& merge_threads(const Value& mine, int step) {
+  Value* const area = reinterpret_cast<Value*>(shared_memory);
+  area[threadIdx.x] = mine;
+  for (int half = MERGE_THREADS / 2; half >= step; half /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < half) area[threadIdx.x] = merged(area[threadIdx.x], area[threadIdx.x + half]);
   }
-  for (int64_t bin = threadIdx.x; bin < layout::BINS; bin += blockDim.x) plan.state[layout::HISTOGRAM + bin] += plan.histograms[bin];
+  __syncthreads();
+  return area[threadIdx.x % step];
+}
+
+// 32 features, whose tiles are shared out among the warps of the block.
+template <class T>
+__device__ void merge_features(const Plan& plan, int64_t first) {
+  constexpr int PARTS = MERGE_THREADS / 32;
+  const int part = threadIdx.x / 32;
+  const int64_t j = first + threadIdx.x % 32;
+  const bool here = j < plan.call.features;
+  const Feature mine = here ? recorded<T>(plan, part * plan.tiles / PARTS, (part + 1) * plan.tiles / PARTS, j) : Feature{};
+  const Feature& all = merge_threads(mine, 32);
+  if (part == 0 && here) add_to_state(plan, j, all);
+}
+
+// Vectors, 32 a warp at a time. The block that ends last adds the summaries of all blocks to the state.
+template <class S>
+__device__ void judge_vectors(const Plan& plan, bool active) {
+  uint32_t* histogram = reinterpret_cast<uint32_t*>(shared_memory + MERGE_THREADS * sizeof(Summary));
+  uint32_t* last = histogram + layout::BINS;
+  for (int bin = threadIdx.x; bin < layout::BINS; bin += MERGE_THREADS) histogram[bin] = 0;
+  __syncthreads();
+  Tally tally{};
+  if (active)
+    for (int64_t v = int64_t(blockIdx.x) * MERGE_THREADS + threadIdx.x / 32 * 32; v < plan.call.vectors; v += int64_t(plan.judges) * MERGE_THREADS)
+      Judge<S>(plan, v).run(histogram, tally);
+  const Summary mine = merge_threads(summed_up(tally), 1);
+  for (int bin = threadIdx.x; bin < layout::BINS; bin += MERGE_THREADS)
+    if (histogram[bin]) atomicAdd(plan.state + layout::HISTOGRAM + bin, double(histogram[bin]));
   if (threadIdx.x == 0) {
-    add_to_state(plan, *plan.summary);
+    plan.summaries[blockIdx.x] = mine;
+    __threadfence();
+    *last = !plan.tiles || atomicAdd(plan.arrived, 1u) + 1 == uint32_t(plan.judges);
+    __threadfence();
+  }
+  __syncthreads();
+  if (!*last) return;
+  Summary all{};
+  for (int b = threadIdx.x; b < plan.judges; b += MERGE_THREADS) all = merged(all, plan.summaries[b]);
+  all = merge_threads(all, 1);
+  if (threadIdx.x == 0) {
+    static_assert(layout::KURTOSIS_M2 == layout::VECTORS + 4, "a Summary lies in the state as it is");
+    Summary& of_state = *reinterpret_cast<Summary*>(plan.state + layout::VECTORS);
+    of_state = merged(of_state, all);
     plan.state[layout::CALLS] += 1;
   }
 }
 
-// The second launch. Blocks of 32 features (or bins) × MERGE_PARTS threads that share the tiles between them; the last block has the summaries.
-template <class T>
-__global__ void __launch_bounds__(32 * MERGE_PARTS) merge_tiles(const __grid_constant__ Plan plan) {
+// The second launch: first the blocks that judge vectors, then those that merge features.
+template <class S>
+__global__ void __launch_bounds__(MERGE_THREADS) finish(const __grid_constant__ Plan plan) {
   const bool active = plan.tiles > 0 && *plan.active;
-  const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
-  const int64_t feature_blocks = (plan.call.features + 31) / 32, block = blockIdx.x;
-
-  if (block < feature_blocks) {
-    if (!active) return;
-    Feature* area = shared<Feature>(0);
-    const int64_t j = block * 32 + lane;
-    Feature f{};
-    if (j < plan.call.features) {
-      f = recorded<T>(plan, part * plan.tiles / MERGE_PARTS, (part + 1) * plan.tiles / MERGE_PARTS, j);
-      for (int64_t s = part; s < plan.summaries; s += MERGE_PARTS) f.outliers += plan.outliers[s * plan.call.features + j];
-    }
-    area[threadIdx.x] = f;
-    for (int half = MERGE_PARTS / 2; half; half /= 2) {
-      __syncthreads();
-      if (part < half) area[threadIdx.x] = merged(area[threadIdx.x], area[threadIdx.x + half * 32]);
-    }
-    if (part == 0 && j < plan.call.features) add_to_state(plan, j, area[lane]);
-  } else if (block < feature_blocks + HISTOGRAM_BLOCKS) {
-    if (!active) return;
-    double* area = shared<double>(0);
-    const int64_t bin = (block - feature_blocks) * 32 + lane;
-    double count = 0;
-    if (bin < layout::BINS)
-      for (int64_t s = part; s < plan.summaries; s += MERGE_PARTS) count += plan.histograms[s * layout::BINS + bin];
-    area[threadIdx.x] = count;
-    __syncthreads();
-    if (part == 0 && bin < layout::BINS) {
-      for (int p = 1; p < MERGE_PARTS; ++p) count += area[p * 32 + lane];
-      plan.state[layout::HISTOGRAM + bin] += count;
-    }
-  } else {
-    Summary* area = shared<Summary>(0);
-    Summary all{};
-    if (active)
-      for (int64_t s = threadIdx.x; s < plan.summaries; s += blockDim.x) all = merged(all, plan.summary[s]);
-    area[threadIdx.x] = all;
-    for (int half = 16 * MERGE_PARTS; half; half /= 2) {
-      __syncthreads();
-      if (int(threadIdx.x) < half) area[threadIdx.x] = merged(area[threadIdx.x], area[threadIdx.x + half]);
-    }
-    if (threadIdx.x == 0) {
-      if (active) add_to_state(plan, area[0]);
-      plan.state[layout::CALLS] += 1;
-    }
-  }
+  if (int64_t(blockIdx.x) < plan.judges)
+    judge_vectors<S>(plan, active);
+  else if (active)
+    merge_features<Compute<S>>(plan, (int64_t(blockIdx.x) - plan.judges) * 32);
 }
+constexpr size_t FINISH_SHARED = MERGE_THREADS * (sizeof(Feature) > sizeof(Summary) ? sizeof(Feature) : sizeof(Summary)) + (layout::BINS + 1) * 4;
 
 }  // namespace torchprobe::cuda

@@ -1,3 +1,3 @@
 #include "kernels.cuh"
 
-template struct torchprobe::cuda::Kernels<torchprobe::cuda::BFloat16>;
+namespace torchprobe::cuda { template Kernels kernels_of<BFloat16>(const Plan&); }

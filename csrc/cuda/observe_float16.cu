@@ -1,3 +1,3 @@
 #include "kernels.cuh"
 
-template struct torchprobe::cuda::Kernels<torchprobe::cuda::Float16>;
+namespace torchprobe::cuda { template Kernels kernels_of<Float16>(const Plan&); }

@@ -1,3 +1,3 @@
 #include "kernels.cuh"
 
-template struct torchprobe::cuda::Kernels<float>;
+namespace torchprobe::cuda { template Kernels kernels_of<float>(const Plan&); }

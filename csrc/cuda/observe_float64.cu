@@ -1,3 +1,3 @@
 #include "kernels.cuh"
 
-template struct torchprobe::cuda::Kernels<double>;
+namespace torchprobe::cuda { template Kernels kernels_of<double>(const Plan&); }

@@ -13,9 +13,12 @@ file                   subject
 =====================  =====================================================================
 ``observe``            ``observe_``, and merging states with third and fourth moments
 ``layout``             what each number of a state means
+``states``             whole states of ``observe_``, while threads observe
+``memory``             the memory of arguments, checked
 ``positions``          the vectors of an activation
 ``observers``          Python code that a compiled graph calls with an activation or gradient
 ``quantile``           the largest values of every feature
+``exponents``          ``exponents_``: exponents of values, and what forecasts of eight bits need
 ``overlap``            ``overlap_tally_``
 ``average_precision``  ``average_precision``
 ``library``            registers operators, loads compiled kernels
@@ -26,10 +29,12 @@ file                   subject
 import torch as _torch
 
 from torchprobe.ops import average_precision as _average_precision
+from torchprobe.ops import exponents as _exponents
 from torchprobe.ops import observe as _observe
 from torchprobe.ops import observers as _observers
 from torchprobe.ops import overlap as _overlap
 from torchprobe.ops import quantile as _quantile
+from torchprobe.ops import states as _states
 from torchprobe.ops.average_precision import average_precision
 from torchprobe.ops.library import kernels, load_kernels
 from torchprobe.ops.observe import new_state, observe_
@@ -43,4 +48,6 @@ _observers.register(_registrations)
 _overlap.register(_registrations)
 _average_precision.register(_registrations)
 _quantile.register(_registrations)
+_exponents.register(_registrations)
+_states.register(_registrations)
 load_kernels()

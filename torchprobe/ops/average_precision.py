@@ -16,12 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchprobe.ops.float_mode import every_number
 from torchprobe.ops.library import define, takes
+from torchprobe.ops.memory import check_memory
 
 SCHEMA = (
     "average_precision(Tensor scores, Tensor crow, Tensor col, int concepts, Tensor? eligible=None, Tensor? group=None, bool both=False) "
     "-> Tensor"
 )
+MOST_CONCEPTS, MOST_UNITS, MOST_GROUPS, MOST_RESULTS = 1 << 22, 1 << 26, 1 << 20, 1 << 26
+"""The limits of one call of the operator. :func:`average_precision` divides the units among as many calls as the results need."""
 _BLOCK = 1 << 22  # entries of the label matrix, for all units that the reference processes at a time
 
 
@@ -55,7 +59,8 @@ def average_precision(
         scores: (units, images), float64 or float32 (smaller types are converted to float32); no nan.
         crow, col: int64 or int32, the indices of a CSR matrix (images, concepts). The concepts of image i are ``col[crow[i]:crow[i + 1]]``,
             each at most once.
-        concepts: the number of concepts.
+        concepts: the number of concepts, at most 2²². The operator gives at most 2²⁶ results at a time, and takes at most 2²⁶ units and
+            2²⁰ groups; this function calls it several times if need be.
         eligible, group: bool (images, groups) and int64 (concepts,). For concept c only the images i with ``eligible[i, group[c]]`` count.
             The others are left out even if they show the concept. Default: all images.
         both: also compute AP of ``−scores``, from the same sort.
@@ -64,7 +69,7 @@ def average_precision(
         float64 (units, concepts), or (2, units, concepts) with ``both``; nan for a concept that no image shows.
 
     Raises:
-        ValueError: a nan, or arguments that do not fit together; the message says which.
+        ValueError: a nan, or arguments that do not fit together or reach beyond their storage; the message says which.
 
     >>> import torch
     >>> from torchprobe.ops import average_precision
@@ -74,15 +79,30 @@ def average_precision(
             [0.6667,    nan]], dtype=torch.float64)
     """
     if isinstance(scores, Tensor) and scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
+        with every_number():
+            scores = scores.float()
     a = Arguments(scores, crow, col, concepts, eligible, group, both)
+    if isinstance(scores, Tensor) and scores.dim() == 2 and scores.shape[0] and isinstance(concepts, int) and 0 < concepts <= MOST_CONCEPTS:
+        step = MOST_RESULTS // (2 * concepts)
+        if step < scores.shape[0] <= MOST_UNITS:
+            return torch.cat([_call(a._replace(scores=part)) for part in scores.split(step)], 1 if both else 0)
+    return _call(a)
+
+
+def _call(a: Arguments) -> Tensor:
     try:
         result: Tensor = torch.ops.torchprobe.average_precision(*a)
     except (RuntimeError, TypeError, AttributeError):
         check(a)  # a clear message, if an argument was the cause
+        check_memory({}, memory_of(a), copied=True)
         check_values(a)
         raise
     return result
+
+
+def memory_of(a: Arguments) -> dict[str, Tensor | None]:
+    """The tensors among the arguments, by name."""
+    return {name: value for name, value in a._asdict().items() if isinstance(value, Tensor)}
 
 
 def check(a: Arguments) -> None:
@@ -96,14 +116,23 @@ def check(a: Arguments) -> None:
             f"labels must be crow of shape ({images + 1},) for {images} images, and col, both int64 or both int32; got {crow.dtype} "
             f"{tuple(crow.shape)} and {col.dtype} {tuple(col.shape)}"
         )
-    if a.concepts < 0:
-        raise ValueError(f"the number of concepts cannot be {a.concepts}")
+    units = a.scores.shape[0]
+    if not 0 <= a.concepts <= MOST_CONCEPTS:
+        raise ValueError(f"the number of concepts cannot be {a.concepts}; it is from 0 to {MOST_CONCEPTS}")
+    if images >= 1 << 31:
+        raise ValueError(f"scores has {images} images, more than 2**31")
+    if units > MOST_UNITS or (1 + a.both) * units * a.concepts > MOST_RESULTS:
+        raise ValueError(
+            f"scores of {units} units for {a.concepts} concepts give more than {MOST_RESULTS} results: pass fewer units at a time"
+        )
     if (a.eligible is None) != (a.group is None):
         raise ValueError("eligible and group must be given together")
     if a.eligible is not None and a.group is not None:
         if a.eligible.dtype != torch.bool or a.eligible.dim() != 2 or a.eligible.shape[0] != images:
             got = f"{a.eligible.dtype} of shape {tuple(a.eligible.shape)}"
             raise ValueError(f"eligible must be bool of shape ({images}, groups), got {got}")
+        if a.eligible.shape[1] > MOST_GROUPS:
+            raise ValueError(f"eligible has {a.eligible.shape[1]} groups, more than {MOST_GROUPS}")
         if a.group.dtype != torch.int64 or tuple(a.group.shape) != (a.concepts,):
             raise ValueError(f"group must be int64 of shape ({a.concepts},), got {a.group.dtype} of shape {tuple(a.group.shape)}")
 
@@ -129,6 +158,7 @@ def check_values(a: Arguments) -> None:
 
 
 @takes(Arguments)
+@every_number()
 def reference(a: Arguments) -> Tensor:
     """The meaning of :func:`average_precision`, in PyTorch on any device, several units at a time.
 
@@ -136,6 +166,7 @@ def reference(a: Arguments) -> Tensor:
     the mean of tp / n over the positives.
     """
     check(a)
+    check_memory({}, memory_of(a), copied=True)
     check_values(a)
     device, (units, images) = a.scores.device, a.scores.shape
     col = a.col.to(device).long()

@@ -5,6 +5,7 @@ Without compiled kernels every operator runs its PyTorch reference.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -17,6 +18,9 @@ from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+from torchprobe.ops.memory import check_memory
 
 Parameters = ParamSpec("Parameters")
 Arguments = TypeVar("Arguments")
@@ -24,6 +28,8 @@ Result = TypeVar("Result")
 
 _MODULES = {"cpu": "torchprobe._C", "cuda": "torchprobe._C_cuda"}
 _REASONS = Path(__file__).parents[1] / "_build.json"  # setup.py writes it: device → why its module was not built
+KERNELS_FROM = (2, 10)
+"""The oldest torch whose stable interface the compiled kernels can use; ``setup.py`` has the same."""
 loaded: dict[str, ModuleType] = {}
 """Device → the compiled module that serves it."""
 status: dict[str, str] = {}
@@ -44,8 +50,35 @@ def define(library: torch.library.Library, schema: str, reference: Callable[...,
     library.define(schema)
     library.impl(name, reference, "CompositeExplicitAutograd")
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # skips autograd, which would only cost time
+    resolve_views(library, name)
     if fake is not None:
         torch.library.register_fake(f"torchprobe::{name}", fake, lib=library)
+
+
+def resolve_views(library: torch.library.Library, name: str) -> None:
+    """Gives an operator tensors without the marks "negated" and "conjugated", which kernels do not know."""
+    for key in ("Negative", "Conjugate"):
+        library.impl(name, functools.partial(_resolved, name), key)
+
+
+def _resolved(name: str, *given: Any, **named: Any) -> Any:
+    """Runs an operator on what negated and conjugated views mean. What is written to cannot be one: the result would have nowhere to go.
+
+    PyTorch's own way copies before anything is checked, and writes back after the call.
+    """
+    operator = getattr(torch.ops.torchprobe, name).default
+    arguments: dict[str, Any] = dict(zip((argument.name for argument in operator._schema.arguments), given, strict=False)) | named
+    for argument in operator._schema.arguments:
+        value: Any = arguments.get(argument.name)
+        parts: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+        for tensor in parts:
+            if not isinstance(tensor, Tensor) or not (tensor.is_neg() or tensor.is_conj()):
+                continue
+            if argument.is_write or tensor is not value:
+                raise ValueError(f"{argument.name} is a negated or conjugated view: pass {argument.name}.resolve_neg().resolve_conj()")
+            check_memory({}, {argument.name: tensor}, copied=True)
+            arguments[argument.name] = tensor.resolve_neg().resolve_conj()
+    return operator(**arguments)
 
 
 def takes(
@@ -107,6 +140,16 @@ def kernels() -> dict[str, str]:
     return lines
 
 
+def torch_release(version: str) -> tuple[int, int]:
+    """Major and minor number of a version of torch.
+
+    >>> torch_release("2.10.0a0+git1234"), torch_release("2.6.0+cu124")
+    ((2, 10), (2, 6))
+    """
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
 def warn_unavailable(device: int) -> None:
     """Warns that a GPU cannot run the loaded kernels, with the reason; only once for each GPU."""
     if device not in warned:
@@ -120,6 +163,8 @@ def _load(device: str, module: str) -> str:
         return "disabled: TORCHPROBE_DISABLE_KERNELS is set"
     if importlib.util.find_spec(module) is None:
         return f"not built: {_build_reason(device)}"
+    if torch_release(torch.__version__) < KERNELS_FROM:
+        return f"not loaded: torch {torch.__version__} is older than 2.10, and the kernels need the stable interface that came with it"
     if device == "cuda" and not torch.version.cuda:  # the libraries that it needs are not installed
         return f"not loaded: torch {torch.__version__} is a build without CUDA"
     try:

@@ -10,25 +10,33 @@ without a native kernel. None of them synchronizes with the device.
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
+from torchprobe.common.numbers import whole
+from torchprobe.common.threads import lock
 from torchprobe.ops import layout
+from torchprobe.ops.float_mode import LEFT_TO_ONE_THREAD, every_number
 from torchprobe.ops.library import define, warn_unavailable
+from torchprobe.ops.memory import MOST_CALLS, check_memory
 
 SCHEMA = "observe_(Tensor(a!) state, Tensor x, int feature_dim=-1, float outlier_sigma=6.0, int every=1, Tensor? mask=None) -> ()"
 FALLBACK = SCHEMA.replace("observe_", "observe_reference_")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MOST_FEATURES = 1 << 26
+"""The largest width of a layer: its state takes 5 GB."""
+NO_MEMORY = "torchprobe: no memory for"
+"""The beginning of what csrc/cuda/binding.cpp says when its workspace cannot be allocated."""
 _BLOCK = 1 << 20  # elements that the reference converts to float64 at a time
-_updating = threading.Lock()  # threads may share a state
 
 
 def new_state(features: int, device: torch.device | str | None = None) -> Tensor:
-    """An empty state for a layer with ``features`` features: zeros, float64, or float32 on a device without float64."""
-    if features < 1:
-        raise ValueError(f"features must be at least 1, got {features}")
+    """An empty state for a layer with ``features`` features: zeros, float64, or float32 on a device without float64.
+
+    Raises:
+        ValueError: ``features`` is not a whole number between 1 and :data:`MOST_FEATURES`.
+    """
+    features = whole("features", features, 1, MOST_FEATURES)
     device = torch.device(device) if device is not None else torch.get_default_device()
     dtype = torch.float32 if device.type == "mps" else torch.float64
     with torch.inference_mode(False):  # a tensor from inference mode could not be updated outside it
@@ -46,21 +54,23 @@ def observe_(
     """Adds one activation to a state, in place.
 
     Args:
-        state: a state from :func:`new_state` for this number of features; see :mod:`torchprobe.ops.layout`.
-        x: floating point (float64, float32, bfloat16, float16), any strides, at least one dimension. The slices along ``feature_dim`` are
-            its *vectors*; the other dimensions are positions. There may be zero positions, but not zero features.
+        state: a state from :func:`new_state` for this number of features; see :mod:`torchprobe.ops.layout`. Threads may share it.
+        x: floating point (float64, float32, bfloat16, float16), any strides, at least one dimension, at most 2³⁶ elements. The slices along
+            ``feature_dim`` are its *vectors*; the other dimensions are positions. There may be zero positions, but not zero features.
         feature_dim: the dimension that holds the features.
-        outlier_sigma: element i of a vector is an outlier when abs(x_i − mean) > outlier_sigma · std of that vector.
-        every: read only calls 0, every, 2·every, …; the counter is slot 0 of the state, so the host need not know it.
+        outlier_sigma: element i of a vector is an outlier when abs(x_i − mean) > outlier_sigma · std of that vector. It is positive.
+        every: read only calls 0, every, 2·every, …; the counter is slot 0 of the state, so the host need not know it. At most 2⁵³.
         mask: bool, the shape of ``x`` without ``feature_dim``; vectors where it is False are ignored.
 
     Raises:
-        ValueError: state, x and mask do not fit together; the message says how.
+        ValueError: state, x and mask do not fit together, one reaches beyond its storage, or the state shares memory with another; the
+            message says how.
+        torch.OutOfMemoryError: a GPU has no memory for the few numbers that a call needs for its duration.
 
     Numerics: tiles are computed in float32 (float64 for float64 input), each shifted by a value of the tile and scaled by a power of two.
     The formulas of Chan et al. (1982) and Pébay (SAND2008-6212) merge them into the float64 state. The relative error of kurtosis is at
     most 1e-5 compared with two passes in float64, at any offset and scale of float32. For float64 input the fourth powers must fit into
-    float64, so abs(x) must lie within about 1e±75.
+    float64, so abs(x) must lie within about 1e±75. Subnormal numbers of every type count, also under ``torch.set_flush_denormal(True)``.
 
     >>> import torch
     >>> from torchprobe.ops import new_state, observe_
@@ -71,13 +81,25 @@ def observe_(
     """
     try:
         torch.ops.torchprobe.observe_(state, x, feature_dim, outlier_sigma, every, mask)
-    except (RuntimeError, TypeError, AttributeError):
-        check(state, x, feature_dim, every, mask)  # a clear message, if an argument was the cause
+    except (RuntimeError, TypeError, AttributeError) as error:
+        check(state, x, feature_dim, every, mask, outlier_sigma)  # a clear message, if an argument was the cause
+        check_memory({"state": state}, {"x": x, "mask": mask})
+        if NO_MEMORY in str(error):  # a kernel on the stable ABI cannot raise it itself
+            raise torch.OutOfMemoryError(str(error)) from None
         raise
 
 
-def check(state: Tensor, x: Tensor, feature_dim: int, every: int, mask: Tensor | None) -> None:
-    """Raises ``ValueError`` that names the arguments that do not fit."""
+def check_state(name: str, state: Tensor) -> None:
+    """Raises ``ValueError`` for a tensor that cannot be a state."""
+    if not isinstance(state, Tensor) or state.dim() != 1 or not state.is_contiguous() or layout.width(state.shape[0]) is None:
+        what = f"a tensor of shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+        raise ValueError(f"{name}: {what} is not a state of observe_; make one with torchprobe.ops.new_state(features)")
+    if state.dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"{name} must be float64 (float32 on a device without float64), got {state.dtype}")
+
+
+def check(state: Tensor, x: Tensor, feature_dim: int, every: int, mask: Tensor | None, outlier_sigma: float = 6.0) -> None:
+    """Raises ``ValueError`` that names the arguments that do not fit. Reads neither numbers nor memory."""
     if not isinstance(x, Tensor):
         raise ValueError(f"observe_ reads a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -87,21 +109,18 @@ def check(state: Tensor, x: Tensor, feature_dim: int, every: int, mask: Tensor |
     features = x.shape[feature_dim]
     if features == 0:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} has no features along feature_dim={feature_dim}")
-    if state.dim() != 1 or not state.is_contiguous() or layout.width(state.shape[0]) is None:
-        raise ValueError(
-            f"a tensor of shape {tuple(state.shape)} is not a state of observe_; make one with torchprobe.ops.new_state(features)"
-        )
+    check_state("state", state)
     if state.shape[0] != layout.size(features):
         raise ValueError(
             f"the state was made for {layout.width(state.shape[0])} features, but x has shape {tuple(x.shape)}: "
             f"{features} along feature_dim={feature_dim}"
         )
-    if state.dtype not in (torch.float64, torch.float32):
-        raise ValueError(f"the state must be float64 (float32 on a device without float64), got {state.dtype}")
     if state.device != x.device:
         raise ValueError(f"the state is on {state.device} and x on {x.device}")
-    if every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")
+    if not 1 <= every <= MOST_CALLS:
+        raise ValueError(f"every must be at least 1, got {every}" if every < 1 else f"every must be at most {MOST_CALLS}, got {every}")
+    if not outlier_sigma > 0:
+        raise ValueError(f"outlier_sigma must be positive, got {outlier_sigma}")
     if mask is not None:
         positions = list(x.shape)
         del positions[feature_dim]
@@ -121,12 +140,22 @@ def reference(
     mask: Tensor | None = None,
 ) -> None:
     """The meaning of :func:`observe_`, in PyTorch on any device: two passes in the precision of the state, without synchronization."""
-    check(state, x, feature_dim, every, mask)
+    with lock:  # threads may share a state
+        _add(state, x, feature_dim, outlier_sigma, every, mask)
+
+
+def _add(state: Tensor, x: Tensor, feature_dim: int, outlier_sigma: float, every: int, mask: Tensor | None) -> None:
+    """In the order of the caller."""
+    check(state, x, feature_dim, every, mask, outlier_sigma)
+    check_layout(x)
+    check_memory({"state": state}, {"x": x, "mask": mask})
     vectors = x.detach().movedim(feature_dim, -1)
     keep = torch.ones(vectors.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
     vectors, keep = vectors.flatten(0, -2) if vectors.dim() > 1 else vectors[None], keep.flatten()
-    rows = max(1, _BLOCK // vectors.shape[-1])
-    with _updating:
+    with every_number() as flushed:
+        rows = max(1, (LEFT_TO_ONE_THREAD if flushed else _BLOCK) // vectors.shape[-1])
+        if state.device.type == "cpu" and not 0 <= float(state[layout.CALLS]) < MOST_CALLS:
+            raise ValueError(f"the state is damaged: it has counted {float(state[layout.CALLS])} calls")
         total = state
         for block, kept in zip(vectors.split(rows), keep.split(rows), strict=True):
             if block.shape[0]:
@@ -144,9 +173,9 @@ def _fallback(
     every: int = 1,
     mask: Tensor | None = None,
 ) -> None:
-    """A native kernel calls this if it cannot run on the device."""
+    """A native kernel calls this if it cannot run on the device, and in the turn of a launch: nothing here waits for another thread."""
     warn_unavailable(x.get_device())
-    reference(state, x, feature_dim, outlier_sigma, every, mask)
+    _add(state, x, feature_dim, outlier_sigma, every, mask)
 
 
 def _observe_block(x: Tensor, keep: Tensor, outlier_sigma: float) -> Tensor:
@@ -157,18 +186,21 @@ def _observe_block(x: Tensor, keep: Tensor, outlier_sigma: float) -> Tensor:
     used = finite & keep[:, None]
     inf = float("inf")
 
-    # Features. The shift by the minimum keeps a constant feature exactly constant.
+    # Features. The shift by the minimum keeps a constant feature exactly constant, and deviations as exact as the values: at a large offset
+    # the rounding of a mean is larger than theirs.
     count = used.sum(0)
     low, high = x.where(used, inf).amin(0), x.where(used, -inf).amax(0)
     low, high = low.where(count > 0, 0), high.where(count > 0, 0)
-    mean = low + (x - low).where(used, 0).sum(0) / count.clamp(min=1)
-    d = (x - mean).where(used, 0)
+    shifted = (x - low).where(used, 0)
+    shift = shifted.sum(0) / count.clamp(min=1)
+    mean, d = low + shift, (shifted - shift).where(used, 0)
 
     # Vectors: the kurtosis of each, in units of its largest deviation, so that nothing underflows or overflows.
     valid = finite.all(1) & keep
     rows = x.where(valid[:, None], 0)
     first, last = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    deviation = rows - (first + (rows - first).mean(1, keepdim=True))
+    deviation = rows - first
+    deviation = deviation - deviation.mean(1, keepdim=True)
     deviation = deviation / deviation.abs().amax(1, keepdim=True).where(last > first, 1)
     m2 = deviation.square().mean(1)
     varies = (last > first).squeeze(1)
@@ -188,6 +220,12 @@ def _observe_block(x: Tensor, keep: Tensor, outlier_sigma: float) -> Tensor:
     powers = tuple(d.pow(k).sum(0) for k in (2, 3, 4))
     layout.rows(state).copy_(torch.stack([column.to(state.dtype) for column in columns + powers]))
     return state
+
+
+def check_layout(x: Tensor) -> None:
+    """Raises ``ValueError`` for a tensor whose elements are not in one piece of memory."""
+    if x.layout != torch.strided or x.is_nested:
+        raise ValueError(f"x has the layout {x.layout}{', nested' if x.is_nested else ''}: pass a strided tensor, such as x.to_dense()")
 
 
 def histogram_bin(kurtosis: Tensor) -> Tensor:
@@ -236,7 +274,7 @@ def _fake(
     every: int = 1,
     mask: Tensor | None = None,
 ) -> None:
-    check(state, x, feature_dim, every, mask)
+    check(state, x, feature_dim, every, mask, outlier_sigma)
 
 
 def _vmap(*_: object) -> None:

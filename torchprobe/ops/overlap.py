@@ -12,6 +12,7 @@ every device without a native kernel. All of them give exactly the same counts: 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from torchprobe.ops.float_mode import every_number
 from torchprobe.ops.library import define, takes
+from torchprobe.ops.memory import check_memory
 
 SCHEMA = (
     "overlap_tally_(Tensor(a!) intersection, Tensor(b!) activation, Tensor(c!) truth, Tensor maps, Tensor thresholds, Tensor category, "
@@ -27,10 +30,15 @@ SCHEMA = (
     "Tensor? boxes=None) -> ()"
 )
 GRIDS = ("half_pixel", "anchored")
-LONGEST, MOST_PIXELS = 1 << 20, 1 << 31
+LONGEST, MOST_PIXELS = 1 << 20, 1 << 28
 """The most rows or columns, and the most pixels, of a label grid. On a longer one a rounded weight could give a value beyond both ends."""
 FARTHEST = 1 << 24
-"""The largest coordinate of a box."""
+"""The largest coordinate of a box, and the largest height or width of an input."""
+MOST_CATEGORIES = 1 << 20
+"""The most columns of ``activation``."""
+MOST_MASK_BYTES = 1 << 29
+"""The most memory that the label masks of a batch may take: a bit for each pixel of each label of each image. The environment variable
+``TORCHPROBE_MOST_MASK_BYTES`` sets another limit."""
 STEPS = 1 << 20
 """Places between two points of a map at which a pixel may lie, if a box is given: with these, no rounded weight is 1."""
 _BLOCK = 1 << 23, 1 << 26  # pixels of all units that the reference interpolates at a time: on the CPU, on other devices
@@ -100,8 +108,12 @@ def overlap_tally_(
             nearest 2⁻²⁰. Pixels outside the outermost points have the values of those points.
 
     Raises:
-        ValueError: the arguments do not fit together, a label is out of range, or a map is finer than the label grid with "anchored". The
-            counts are unchanged then.
+        ValueError: the arguments do not fit together, reach beyond their storage, or share memory with counts; a label is out of range; a
+            map is finer than the label grid with "anchored"; or a limit is exceeded. The counts are unchanged then.
+
+    Limits: 2²⁰ rows or columns of a map or a label grid, 2²⁸ pixels of a label grid, 2²⁴ for ``height``, ``width`` and the coordinates of
+    boxes, 2²⁰ columns of ``activation``, and 512 MiB for the label masks of a batch, a bit for each pixel of each label of each image, and
+    as much again while they grow; the environment variable ``TORCHPROBE_MOST_MASK_BYTES`` sets another limit.
 
     Numerics: weights are the exact fractions rounded to float32. Rows are interpolated before columns, each as a + w·(b − a), and every
     operation is rounded to float32. Active means strictly greater. So a plateau keeps its value, and no pixel exceeds the largest value of
@@ -128,8 +140,17 @@ def overlap_tally_(
         torch.ops.torchprobe.overlap_tally_(*a)
     except (RuntimeError, TypeError, AttributeError):
         check(a)  # a clear message, if an argument was the cause
+        check_memory(*memory_of(a), copied=True)
         check_values(a)
         raise
+
+
+def memory_of(a: Arguments) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors among the arguments, by name: what is written to, and what is read."""
+    tensors = {name: value for name, value in a._asdict().items() if isinstance(value, Tensor)}
+    counts: tuple[str, ...] = ("intersection", "activation", "truth")
+    written = {name: tensors.pop(name) for name in counts if name in tensors}
+    return written, tensors
 
 
 def check(a: Arguments) -> None:
@@ -139,8 +160,8 @@ def check(a: Arguments) -> None:
         got = f"{maps.dtype} of shape {tuple(maps.shape)}" if isinstance(maps, Tensor) else type(maps).__name__
         raise ValueError(f"maps must be floating point of shape (images, units, h, w), got {got}")
     images, units, h, w = maps.shape
-    if h == 0 or w == 0:
-        raise ValueError(f"maps of shape {tuple(maps.shape)} have no positions")
+    if h == 0 or w == 0 or max(h, w) > LONGEST:
+        raise ValueError(f"maps of shape {tuple(maps.shape)} have no positions, or more than {LONGEST} rows or columns")
     labels = a.truth.shape[0] if a.truth.dim() == 1 else -1
     columns = a.activation.shape[-1]
     for name, tensor, dtype, shape in (
@@ -162,12 +183,12 @@ def check(a: Arguments) -> None:
     for name, tensor in {**counts, "thresholds": a.thresholds}.items():
         if tensor.device != maps.device or (name in counts and not tensor.is_contiguous()):
             raise ValueError(f"{name} must be contiguous on {maps.device}, where the maps are; it is on {tensor.device}")
-    if columns < 1:
-        raise ValueError("activation needs a last column, which counts every image")
+    if not 1 <= columns <= MOST_CATEGORIES:
+        raise ValueError(f"activation has {columns} columns; it needs a last one, which counts every image, and at most {MOST_CATEGORIES}")
     if a.grid not in GRIDS:
         raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {a.grid!r}")
-    if a.grid == "anchored" and (a.height < h or a.width < w):
-        given = f"{a.height} × {a.width} is less than the {h} × {w} of the maps"
+    if a.grid == "anchored" and not (h <= a.height <= FARTHEST and w <= a.width <= FARTHEST):
+        given = f"{a.height} × {a.width} is less than the {h} × {w} of the maps, or more than {FARTHEST}"
         raise ValueError(f'grid="anchored" needs height and width of the network\'s input; {given}')
     if (boxes := a.boxes) is not None:
         if boxes.dtype != torch.float64 or tuple(boxes.shape) != (images, 4) or boxes.device.type not in ("cpu", "meta"):
@@ -202,6 +223,14 @@ def check_values(a: Arguments) -> None:
                 raise ValueError(f"boxes[{n}] = {a.boxes[n].tolist()} must be top < bottom and left < right, within ±{FARTHEST}")
     for rows, columns in {(rows, columns) for _, rows, columns, _ in sizes}:
         upsample(a.maps[:0, :0], rows, columns, a.grid, a.height, a.width)
+    most = most_mask_bytes()
+    if sum(size * min(labels, size) for size in pixels) // 8 > most:  # the usual batch is far from it
+        needed = 0
+        for n, (size, part) in enumerate(zip(pixels, a.planes.split(pixels), strict=True)):
+            needed += len(part.unique()) * size // max(sizes[n][0], 1) // 8
+            if needed > most:
+                what = f"the label masks of this batch take more than {most} bytes, at image {n}: pass fewer images at a time"
+                raise ValueError(f"planes: {what}, or set TORCHPROBE_MOST_MASK_BYTES")
 
 
 def axis_in_box(n: int, size: int, first: float, last: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,11 +281,13 @@ def upsample(
 
 
 @takes(Arguments)
+@every_number()
 def reference(a: Arguments) -> None:
     """The meaning of :func:`overlap_tally_`, in PyTorch on any device: images with the same grid together, only active units, intersections
     as a product of masks. On other devices every operation and synchronization is expensive, so a batch needs only a few dozen operations
     and a few synchronizations."""
     check(a)
+    check_memory(*memory_of(a), copied=True)
     check_values(a)
     maps, thresholds, device = a.maps, a.thresholds, a.maps.device
     sizes = a.sizes.tolist()
@@ -279,17 +310,29 @@ def reference(a: Arguments) -> None:
         step = max(1, block // (pixels * max(labels.shape[1], units.shape[1], 1)))
         for start in range(0, len(images), step):
             part = slice(start, start + step)
-            masks = _masks(planes[part], whole[part], labels[part], a.per_plane)
-            area = masks.sum(2).long()
-            a.truth.index_add_(0, labels[part].flatten(), area.flatten())
-            present = _present(a.category.to(device)[labels[part]], area, whole[part], a.activation.shape[1])
-            for some in units[part].split(max(1, block // (pixels * step)), 1):
+            at_once = max(1, block // (pixels * step))
+            regions = []
+            for some in units[part].split(at_once, 1):
                 image = torch.tensor(images[part], device=device)[:, None]
                 mask = upsample(maps[image, some], rows, columns, a.grid, a.height, a.width, box) > thresholds[some][..., None, None]
-                mask = (mask & active[image, some][..., None, None]).flatten(2)
-                common = (mask.to(masks.dtype) @ masks.mT).long()
-                a.intersection.index_put_((some[:, :, None], labels[part][:, None]), common, accumulate=True)
+                regions.append((some, (mask & active[image, some][..., None, None]).flatten(2)))
+            areas = []
+            for names in labels[part].split(at_once, 1):  # an image may show very many labels
+                masks = _masks(planes[part], whole[part], names, a.per_plane)
+                areas.append(masks.sum(2).long())
+                a.truth.index_add_(0, names.flatten(), areas[-1].flatten())
+                for some, mask in regions:
+                    common = (mask.to(masks.dtype) @ masks.mT).long()
+                    a.intersection.index_put_((some[:, :, None], names[:, None]), common, accumulate=True)
+            present = _present(a.category.to(device)[labels[part]], torch.cat(areas, 1), whole[part], a.activation.shape[1])
+            for some, mask in regions:
                 a.activation.index_add_(0, some.flatten(), (mask.sum(2)[..., None] * present[:, None]).flatten(0, 1))
+
+
+def most_mask_bytes() -> int:
+    """How much memory the label masks of a batch may take."""
+    given = os.environ.get("TORCHPROBE_MOST_MASK_BYTES", "")
+    return int(given) if given.isdecimal() and int(given) else MOST_MASK_BYTES
 
 
 def _true_columns(chosen: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchprobe.ops.float_mode import every_number
 from torchprobe.ops.library import define
-from torchprobe.ops.observe import DTYPES
+from torchprobe.ops.memory import MOST_CALLS, MOST_ELEMENTS, check_memory
+from torchprobe.ops.observe import DTYPES, check_layout
 
 SCHEMA = "keep_largest_(Tensor(a!) values, Tensor(b!) counts, Tensor(c!) bound, Tensor x, int feature_dim, int capacity) -> ()"
 BLOCK = 16
@@ -39,12 +41,17 @@ def keep_largest_(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feat
         counts: int64 (3, features): the numbers of kept values, of nan, and of values equal to ``bound`` that were not kept (meaningless
             while the bound is −inf).
         bound: float32 (features,): the upper bound of all values that were not kept. −inf itself is never kept.
-        x: floating point (float64, float32, bfloat16, float16), any strides; float64 is rounded to float32, the others are exact.
+        x: floating point (float64, float32, bfloat16, float16), any strides, at most 2³⁶ elements; float64 is rounded to float32, the
+            others are exact.
         feature_dim: the dimension that holds the features.
-        capacity: at least 1.
+        capacity: at least 1, at most 2³⁶.
 
     Raises:
-        ValueError: the tensors do not fit together; the message says how.
+        ValueError: the tensors do not fit together, one reaches beyond its storage, or a buffer shares memory with another argument; or the
+            buffers are damaged: ``counts`` that no call leaves, nan in ``bound`` or among the kept ``values``. The message says which.
+
+    Where many values are kept, the kernel finds nan among them only when it sorts them; the buffers may have changed then. A device other
+    than the CPU would have to wait to look, so there nan among kept values is dropped instead.
 
     >>> import torch
     >>> from torchprobe.ops.quantile import keep_largest_, new_buffers
@@ -57,6 +64,8 @@ def keep_largest_(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feat
         torch.ops.torchprobe.keep_largest_(values, counts, bound, x, feature_dim, capacity)
     except (RuntimeError, TypeError, AttributeError):
         check(values, counts, bound, x, feature_dim, capacity)  # a clear message, if an argument was the cause
+        check_memory({"values": values, "counts": counts, "bound": bound}, {"x": x})
+        check_contents(values, counts, bound, x.numel() // x.shape[feature_dim] if x.numel() else 0, capacity)
         raise
 
 
@@ -77,17 +86,40 @@ def check(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_dim:
         raise ValueError(
             f"the buffers were made for {values.shape[0]} features, x of shape {tuple(x.shape)} has {features} along {feature_dim}"
         )
-    if capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    if not 1 <= capacity <= MOST_ELEMENTS:
+        raise ValueError(f"capacity must be at least 1, and at most 2**36; got {capacity}")
 
 
+def check_contents(values: Tensor, counts: Tensor, bound: Tensor, positions: int, capacity: int) -> None:
+    """Raises ``ValueError`` for buffers that no call leaves, or without room. On another device than the CPU it would wait, and does
+    nothing."""
+    if values.device.type != "cpu" or not positions:
+        return
+    slots = values.shape[1]
+    fill = counts[0]
+    if bool((counts < 0).any() | (counts > MOST_CALLS).any() | (fill > slots).any()):
+        raise ValueError(f"counts is damaged: it holds negative or absurd numbers, or more than the {slots} values there is room for")
+    if bool(bound.isnan().any()):
+        raise ValueError("bound is damaged: it holds nan")
+    if slots < capacity + BLOCK and int(fill.max()) + positions + BLOCK > slots:
+        raise ValueError(f"values has {slots} slots for each feature, which has no room for {positions} positions more")
+    kept = torch.arange(slots, device="cpu") < fill[:, None]
+    if bool((values.isnan() & kept).any()):
+        raise ValueError("values is damaged: it keeps nan")
+
+
+@every_number()
 def reference(values: Tensor, counts: Tensor, bound: Tensor, x: Tensor, feature_dim: int, capacity: int) -> None:
     """The meaning of :func:`keep_largest_`, in PyTorch on any device, without synchronization."""
     check(values, counts, bound, x, feature_dim, capacity)
+    check_layout(x)
+    check_memory({"values": values, "counts": counts, "bound": bound}, {"x": x})
     if not x.numel():
         return
+    check_contents(values, counts, bound, x.numel() // x.shape[feature_dim], capacity)
     rows = x.detach().movedim(feature_dim, 0).reshape(x.shape[feature_dim], -1).to(values.dtype)
     nan = rows.isnan()
+    values = values.masked_fill_(values.isnan(), -torch.inf)  # where nobody has looked
     ties = counts[2] + (rows == bound[:, None]).sum(1)
     pool = torch.cat([values, rows.masked_fill(nan | (rows <= bound[:, None]), -torch.inf)], 1)
     kept = pool.topk(min(capacity, values.shape[1]), 1).values  # there may be fewer slots than the capacity

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchprobe.ops import layout
+from torchprobe.ops import exponents, layout
+from torchprobe.ops.exponents import exponents_
 from torchprobe.ops.observe import DTYPES, new_state, observe_, reference
 
 TOLERANCE = 1e-5
@@ -31,7 +32,8 @@ class Check:
 
 
 def run(device: torch.device | str = "cpu") -> list[Check]:
-    """Compares ``observe_`` on ``device`` with the reference in float64, for many types, layouts, offsets and scales, nan and inf.
+    """Compares ``observe_`` and ``exponents_`` on ``device`` with their references in float64, for many types, layouts, offsets and scales,
+    nan and inf.
 
     Takes about a second on a CPU. If a kernel raises, the check fails, and this function does not raise.
 
@@ -39,7 +41,8 @@ def run(device: torch.device | str = "cpu") -> list[Check]:
     >>> all(check.passed for check in selfcheck.run())
     True
     """
-    return [_check(name, make, torch.device(device)) for name, make in _cases()]
+    checks = [_check(name, make, torch.device(device)) for name, make in _cases()]
+    return checks + [_check_exponents(f"exponents, {name}", make, torch.device(device)) for name, make in _cases()]
 
 
 def _cases() -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -98,6 +101,27 @@ def _check(name: str, make: Callable[[], Case], device: torch.device) -> Check:
     difference = _difference(state.cpu().double(), expected)
     detail = f"{str(x.dtype)[6:]} {tuple(x.shape)}, {1e3 * (time.perf_counter() - begin):.1f} ms"
     return Check(name, difference <= tolerance, difference, tolerance, detail)
+
+
+def _check_exponents(name: str, make: Callable[[], Case], device: torch.device) -> Check:
+    x, feature_dim, mask = make()
+    shapes = exponents.shapes(x.shape[feature_dim])
+    state = {key: torch.zeros(shape, dtype=torch.float64, device=device) for key, shape in shapes.items()}
+    expected = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in shapes.items()}
+    exponents.reference(**expected, x=x.double(), feature_dim=feature_dim, mask=mask)
+    begin = time.perf_counter()
+    try:
+        exponents_(**state, x=x.to(device), feature_dim=feature_dim, mask=None if mask is None else mask.to(device))
+    except Exception as error:
+        return Check(name, False, float("nan"), 1e-10, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    difference = 0.0
+    for key, want in expected.items():
+        got = state[key].cpu()
+        exact = key in ("counts", "largest")
+        off = (got - want).abs() / want.abs().clamp(min=1e-300)
+        difference = max(difference, float(off.max()) if not exact else 0.0 if torch.equal(got, want) else float("inf"))
+    detail = f"{str(x.dtype)[6:]} {tuple(x.shape)}, {1e3 * (time.perf_counter() - begin):.1f} ms"
+    return Check(name, difference <= 1e-10, difference, 1e-10, detail)
 
 
 def _difference(state: Tensor, expected: Tensor) -> float:

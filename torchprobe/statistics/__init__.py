@@ -11,6 +11,8 @@
 :class:`Norms`             the L2 norm and the root mean square of each vector
 :class:`Sparsity`          exact zeros, and features that are always zero
 :class:`Saturation`        values at the ends of the range of an activation function
+:class:`Routing`           the load of each expert of a mixture of experts, and the entropy of the router
+:class:`Exponents`         binary exponents, and what forecasts of 8-bit formats need
 :class:`Several`           several statistics of one layer, updated by one hook
 =========================  ====================================================================================
 
@@ -18,9 +20,11 @@ Where what is:
 
 ===============  ==============================================================================================
 ``statistic``    the contract: what a subclass writes, and everything that follows from it
+``layers``       the states of many layers at once; the order of threads
+``saved``        states that were saved, checked
 ``tensors``      states and their merging, checks of what is read
 ``dynamic``      states without a fixed shape; classes with the verbs of the earlier protocol
-``factory``      from the argument ``statistic`` of ``record`` to the statistics; several as one
+``factory``      from the argument ``statistic`` of ``record`` to the statistics; ``several``: several as one
 ``moments``      moments, vector kurtosis and its reference values (the formulas that merge: ``ops.observe``);
                  ``moment_fields``: from states to fields
 ``quantile``     upper quantiles, exact or sketched; ``tail``: the largest values of a stream
@@ -28,6 +32,8 @@ Where what is:
 ``norms``        the length of each vector
 ``sparsity``     zeros
 ``saturation``   values at the ends of a range
+``routing``      routers of mixtures of experts
+``exponents``    exponents of values (the read: ``ops.exponents``; the forecasts: ``analysis.quantization``)
 ===============  ==============================================================================================
 """
 
@@ -37,14 +43,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from torchprobe.statistics.dynamic import DynamicStatistic
-from torchprobe.statistics.factory import Several
 from torchprobe.statistics.moments import Moments
+from torchprobe.statistics.several import Several
 from torchprobe.statistics.statistic import Statistic
 from torchprobe.statistics.tensors import FEATURES, State
 
 if TYPE_CHECKING:
+    from torchprobe.statistics.exponents import Exponents
     from torchprobe.statistics.norms import Norms
     from torchprobe.statistics.quantile import Quantile
+    from torchprobe.statistics.routing import Routing
     from torchprobe.statistics.saturation import Saturation
     from torchprobe.statistics.sparsity import Sparsity
     from torchprobe.statistics.top_inputs import TopInputs
@@ -60,14 +68,18 @@ __all__ = [
     "Norms",
     "Sparsity",
     "Saturation",
+    "Routing",
+    "Exponents",
     "Several",
 ]
 
 _LAZY = {
+    "Exponents": "torchprobe.statistics.exponents",
     "Quantile": "torchprobe.statistics.quantile",
     "TopInputs": "torchprobe.statistics.top_inputs",
     "Norms": "torchprobe.statistics.norms",
     "Sparsity": "torchprobe.statistics.sparsity",
+    "Routing": "torchprobe.statistics.routing",
     "Saturation": "torchprobe.statistics.saturation",
 }
 

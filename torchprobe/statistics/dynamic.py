@@ -49,6 +49,10 @@ class DynamicStatistic(Statistic):
     def summary(self) -> dict[str, float]:
         raise self._undefined("summary()")
 
+    def problem(self) -> tuple[str, str] | None:
+        """None: ``load_state_dict`` checks what it takes."""
+        return None
+
     @property
     def empty(self) -> bool:
         """Whether it has seen nothing."""
@@ -67,10 +71,17 @@ class DynamicStatistic(Statistic):
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     @classmethod
-    def close_windows(cls: type[Self], windows: Sequence[Self], closed: Sequence[Self | None]) -> list[Self]:
-        result = [window.clone() if one is None else one.merge(window) for window, one in zip(windows, closed, strict=True)]
+    def take_windows(cls: type[Self], windows: Sequence[Self], into: list[Self]) -> None:
+        into += [window.clone() for window in windows]
         cls.reset_all(windows)
-        return result
+
+    def restore_window(self: Self, taken: Self) -> None:
+        self.__dict__.update(taken.clone().__dict__)
+
+    @classmethod
+    def join_windows(cls: type[Self], taken: Sequence[Self], closed: Sequence[Self | None]) -> list[Self]:
+        """What is closed grows in place: it may be large."""
+        return [window if one is None else one.merge(window) for window, one in zip(taken, closed, strict=True)]
 
     @classmethod
     def reset_all(cls: type[Self], statistics: Sequence[Self]) -> None:

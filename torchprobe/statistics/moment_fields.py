@@ -125,13 +125,14 @@ def bin_edges() -> Tensor:
 
 def skewness(rows: Mapping[str, Tensor]) -> Tensor:
     """m3 / m2^1.5 of each feature; nan for a constant one."""
-    # Divide step by step: m2 cubed would under- or overflow long before the ratio does. A constant feature gives 0/0 = nan, as intended.
-    return rows["m3"] / rows["m2"] / (rows["m2"] / rows["count"]).sqrt()
+    # Divide step by step: m2 cubed would under- or overflow long before the ratio does. Those of a constant feature may be rounding.
+    found = rows["m3"] / rows["m2"] / (rows["m2"] / rows["count"]).sqrt()
+    return found.where(rows["min"] < rows["max"], torch.nan)
 
 
 def kurtosis(rows: Mapping[str, Tensor]) -> Tensor:
     """m4 / m2² of each feature; nan for a constant one."""
-    return rows["m4"] / rows["m2"] / rows["m2"] * rows["count"]
+    return (rows["m4"] / rows["m2"] / rows["m2"] * rows["count"]).where(rows["min"] < rows["max"], torch.nan)
 
 
 def outlier_frequency(states: Tensor, features: int, outlier_sigma: float) -> Tensor:

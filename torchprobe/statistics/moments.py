@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from torchprobe.common.deprecation import renamed
-from torchprobe.ops import layout
+from torchprobe.common.numbers import positive
+from torchprobe.ops import layout, states
 from torchprobe.ops.observe import merge_states, new_state, observe_
+from torchprobe.statistics.moment_checks import problem
 from torchprobe.statistics.moment_fields import (
     BINS,
     BINS_PER_OCTAVE,
@@ -45,8 +47,6 @@ __all__ = [
     "kurtosis_ceiling",
 ]
 
-_SIGNED = ("min", "max", "mean", "m3")  # the parts of a state that may be negative
-
 
 class Moments(Statistic):
     """Mean, variance, skewness, kurtosis and extremes of each feature, and the kurtosis across the features of each vector.
@@ -66,6 +66,8 @@ class Moments(Statistic):
 
     Over everything, also plain numbers: ``abs_max`` is the largest abs(x), ``rms`` the root of the mean square, ``dead_features`` the share
     of the features whose every value is 0. For the other fields of a layer see :data:`FIELDS`.
+
+    Threads may share it: they may update it, merge it and read it at the same time, and nothing is lost.
 
     ``update``, ``merge`` and ``reset`` never synchronize with the device; reading a plain number does. Merging follows Chan et al.
     (1982) and Pébay (SAND2008-6212). For the numerics and their limits see :func:`torchprobe.ops.observe_`.
@@ -90,15 +92,9 @@ class Moments(Statistic):
     histogram_bins = BINS
 
     def __init__(self, features: int, device: torch.device | str | None = None, outlier_sigma: float = 6.0) -> None:
-        if not outlier_sigma > 0:
-            raise ValueError(f"outlier_sigma must be positive, got {outlier_sigma}")
+        self.outlier_sigma = positive("outlier_sigma", outlier_sigma)
+        self.state = new_state(features, device)
         self.features = int(features)
-        self.outlier_sigma = float(outlier_sigma)
-        self.state = new_state(self.features, device)
-        self._window_of: Tensor | None = None  # the state that `_window` is a view of
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_window_of": None, "_window": None}  # pickle would separate the view from its state
 
     # -- the contract of a statistic -------------------------------------------------------------------------------
 
@@ -127,11 +123,34 @@ class Moments(Statistic):
     def call_counter(self) -> Tensor:
         return self.state[layout.CALLS]
 
-    def window_tensors(self) -> dict[str, Tensor]:
+    # The state changes inside of an operator, so whatever reads or replaces it is an operator, too: see torchprobe.ops.states.
+
+    @classmethod
+    def read(cls, statistics: Sequence[Moments]) -> dict[str, Tensor]:
+        return {"state": states.read([statistic.state for statistic in statistics])}
+
+    def add_states(self, contents: Mapping[str, Tensor]) -> None:
+        states.merge(self.state, contents["state"].to(self.state))
+
+    def replace_states(self, contents: Mapping[str, Tensor]) -> None:
+        states.write(self.state, contents["state"].to(self.state))
+
+    @classmethod
+    def take_windows(cls, windows: Sequence[Moments], into: list[Moments]) -> None:
         """All but the counter of calls, which ``every`` needs in later windows."""
-        if self._window_of is not self.state:  # keep the view: slicing costs a call of the dispatcher
-            self._window, self._window_of = self.state[layout.CALLS + 1 :], self.state
-        return {"state": self._window}
+        out = windows[0].state.new_zeros(len(windows), windows[0].state.shape[0])
+        into += [window.with_states({"state": row}) for window, row in zip(windows, out.unbind(0), strict=True)]
+        states.take([window.state for window in windows], out)
+
+    def restore_window(self, taken: Moments) -> None:
+        """Others may have observed since."""
+        taken.state[layout.CALLS] = 0
+        states.merge(self.state, taken.state)
+
+    @classmethod
+    def reset_all(cls, statistics: Sequence[Moments]) -> None:
+        out = statistics[0].state.new_empty(len(statistics), statistics[0].state.shape[0])
+        states.take([statistic.state for statistic in statistics], out, calls=True)
 
     def merge_windows(self, closed: Mapping[str, Tensor], window: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The counter of the window was never reset, so it holds the calls of all windows."""
@@ -140,13 +159,7 @@ class Moments(Statistic):
         return {"state": merged}
 
     def problem(self) -> tuple[str, str] | None:
-        parts = self.parts()
-        for name, part in parts.items():
-            if name not in _SIGNED and not bool((part >= 0).all()):
-                return name, "holds negative numbers or nan"
-        if float(parts["vector_kurtosis_histogram"].sum()) != self.vectors:
-            return "vector_kurtosis_histogram", f"does not add up to the {self.vectors} vectors counted"
-        return None
+        return problem(self.parts())
 
     def parts(self) -> dict[str, Tensor]:
         """Views of the state under the names that files keep."""
@@ -160,13 +173,17 @@ class Moments(Statistic):
         }
         views = {name: self.state[index] for name, index in scalars.items()}
         views["vector_kurtosis_histogram"] = layout.histogram(self.state)
-        views.update(self._rows())
+        views.update(_named_rows(self.state))
         return views
 
     # -- per feature -----------------------------------------------------------------------------------------------
 
+    def _now(self) -> Tensor:
+        """The state at this moment: a copy."""
+        return self.contents()["state"]
+
     def _rows(self) -> dict[str, Tensor]:
-        return dict(zip(layout.ROWS, layout.rows(self.state).unbind(0), strict=True))
+        return _named_rows(self._now())
 
     @property
     def count(self) -> Tensor:
@@ -198,9 +215,9 @@ class Moments(Statistic):
 
     @property
     def variance(self) -> Tensor:
-        """Population variance."""
+        """Population variance; exactly 0 for a constant feature, however its state was merged."""
         rows = self._rows()
-        return rows["m2"] / rows["count"]
+        return (rows["m2"] / rows["count"]).where((rows["min"] < rows["max"]) | (rows["count"] == 0), 0)
 
     @property
     def std(self) -> Tensor:
@@ -219,37 +236,39 @@ class Moments(Statistic):
     @property
     def outlier_frequency(self) -> Tensor:
         """Share of ``vectors`` in which the feature is an outlier; nan if no feature can be one: (d − 1)/√d ≤ outlier_sigma."""
-        return outlier_frequency(self.state, self.features, self.outlier_sigma)
+        return outlier_frequency(self._now(), self.features, self.outlier_sigma)
 
     # -- over vectors ----------------------------------------------------------------------------------------------
 
     @property
     def calls(self) -> int:
         """How often :meth:`update` was called, including calls that ``every`` skipped."""
-        return int(self.state[layout.CALLS])
+        return int(self._now()[layout.CALLS])
 
     @property
     def vectors(self) -> int:
         """Vectors whose kurtosis was counted."""
-        return int(self.state[layout.VECTORS])
+        return int(self._now()[layout.VECTORS])
 
     @property
     def constant_vectors(self) -> int:
-        return int(self.state[layout.CONSTANT])
+        return int(self._now()[layout.CONSTANT])
 
     @property
     def invalid_vectors(self) -> int:
-        return int(self.state[layout.INVALID])
+        return int(self._now()[layout.INVALID])
 
     @property
     def vector_kurtosis(self) -> float:
         """Mean over vectors of the kurtosis across features; nan without a vector."""
-        return float(self.state[layout.KURTOSIS_MEAN]) if self.vectors else math.nan
+        state = self._now()
+        return float(state[layout.KURTOSIS_MEAN]) if state[layout.VECTORS] else math.nan
 
     @property
     def vector_kurtosis_std(self) -> float:
         """Population standard deviation of the kurtosis over vectors."""
-        return math.sqrt(float(self.state[layout.KURTOSIS_M2]) / self.vectors) if self.vectors else math.nan
+        state = self._now()
+        return math.sqrt(float(state[layout.KURTOSIS_M2] / state[layout.VECTORS])) if state[layout.VECTORS] else math.nan
 
     def vector_kurtosis_quantile(self, q: float) -> float:
         """Quantile of the vector kurtosis, from a histogram with 64 bins per octave: within 0.8 % of the truth up to 2^18.
@@ -259,7 +278,7 @@ class Moments(Statistic):
         """
         if not 0 <= q <= 1:
             raise ValueError(f"q must be in [0, 1], got {q}")
-        return float(vector_kurtosis_quantile(self.state, q))
+        return float(vector_kurtosis_quantile(self._now(), q))
 
     # -- display ---------------------------------------------------------------------------------------------------
 
@@ -277,6 +296,10 @@ class Moments(Statistic):
             f"x∈[{f['min']:.3g}, {f['max']:.3g}] μ={mean:.3g} σ={f['std']:.3g} "
             f"κ={f['kurtosis_median']:.3g} vector κ={f['vector_kurtosis']:.4g}{''.join(', ' + note for note in notes)})"
         )
+
+
+def _named_rows(state: Tensor) -> dict[str, Tensor]:
+    return dict(zip(layout.ROWS, layout.rows(state).unbind(0), strict=True))
 
 
 def _seen(rows: Mapping[str, Tensor], name: str) -> Tensor:

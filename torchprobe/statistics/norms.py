@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from torchprobe.statistics.saved import count_problem
 from torchprobe.statistics.statistic import Statistic
 from torchprobe.statistics.tensors import State
 
@@ -69,6 +70,16 @@ class Norms(Statistic):
             "rms_max": largest / root,
             "invalid_vectors": states["invalid_vectors"],
         }
+
+    def problem(self) -> tuple[str, str] | None:
+        if wrong := super().problem() or count_problem("invalid_vectors", self.invalid_vectors, self.tensors()["vectors"]):
+            return wrong
+        seen = self.tensors()["vectors"] > self.invalid_vectors
+        if not bool(self.norm_sum >= 0):
+            return "norm_sum", f"is {float(self.norm_sum):g}, and no norms add up to that"
+        if not bool((self.largest >= 0) if seen else (self.largest == -math.inf)):
+            return "largest", f"is {float(self.largest):g}, and no norm is"
+        return None
 
 
 def _norms(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 from collections.abc import Mapping
 from fractions import Fraction
 from types import MappingProxyType
@@ -13,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchprobe.common.numbers import shown, whole
+from torchprobe.ops.memory import MOST_CALLS
+from torchprobe.ops.observe import MOST_FEATURES
 from torchprobe.statistics.dynamic import DynamicStatistic
-from torchprobe.statistics.tail import Tail, slots
+from torchprobe.statistics.saved import check_keys, check_mapping, same
+from torchprobe.statistics.tail import Tail, loaded, slots
 from torchprobe.statistics.tensors import check_input, describe
 
 NETDISSECT = Fraction(5, 999)
@@ -26,10 +29,12 @@ METHODS = ("inverted_cdf", "hazen")
 MEMORY = 256 << 20
 """Default budget in bytes. At 0.5 %, 2048 features are exact up to 3.5 million positions."""
 
+MOST_MEMORY = 1 << 42
+"""The largest budget in bytes: 4 TiB."""
+
 _SAFETY = (7, 10, 13)  # thinnings of the three small samples, which the main buffer falls back on
 _SHARE = 16  # the capacity of the main buffer is this many times that of a small sample
 _FIXED = 4 * slots(0) + 4  # values that the buffers need in addition to their capacities
-_updating = threading.Lock()  # threads may share a statistic
 
 
 class Quantile(DynamicStatistic):
@@ -87,12 +92,10 @@ class Quantile(DynamicStatistic):
         memory: int = MEMORY,
         seed: int = 0,
     ) -> None:
-        if features < 1:
-            raise ValueError(f"features must be at least 1, got {features}")
-        self.features = int(features)
+        self.features = whole("features", features, 1, MOST_FEATURES)
         self.quantile = _level(quantile)
-        self.capacity = _capacity(memory // (4 * self.features))
-        self.seed = seed
+        self.capacity = _capacity(whole("memory", memory, 1, MOST_MEMORY) // (4 * self.features))
+        self.seed = whole("seed", seed, 0, (1 << 63) - 1)
         self._device = device
         self.reset()
 
@@ -115,14 +118,13 @@ class Quantile(DynamicStatistic):
             x, feature_dim, mask = x[None], -1, None if mask is None else mask[None]
         if mask is not None:
             x, feature_dim = x.movedim(feature_dim, -1)[mask], -1
-        with _updating:
-            self.positions += x.numel() // self.features
-            self._fit()
-            if self._main.thinning:  # the buffers no longer see every nan
-                self._main.counts[1] += _nans(x, feature_dim)
-            draw = torch.rand(x.select(feature_dim, 0).shape, generator=self._generator, device="cpu")
-            for tail in self._tails:
-                tail.add(x, feature_dim, draw)
+        self.positions += x.numel() // self.features
+        self._fit()
+        if self._main.thinning:  # the buffers no longer see every nan
+            self._main.counts[1] += _nans(x, feature_dim)
+        draw = torch.rand(x.select(feature_dim, 0).shape, generator=self._generator, device="cpu")
+        for tail in self._tails:
+            tail.add(x, feature_dim, draw)
 
     def merge(self, other: Quantile) -> Quantile:
         """Adds, in place, everything ``other`` has seen, and returns itself. ``other`` may be on another device.
@@ -132,11 +134,10 @@ class Quantile(DynamicStatistic):
             ValueError: it has another width, quantile or memory.
         """
         self.check_mergeable(other)
-        with _updating:
-            self.positions += other.positions
-            for mine, theirs in zip(self._tails, other._tails, strict=True):
-                mine.merge(theirs, self._generator)
-            self._fit()
+        self.positions += other.positions
+        for mine, theirs in zip(self._tails, other._tails, strict=True):
+            mine.merge(theirs, self._generator)
+        self._fit()
         return self
 
     def reset(self) -> None:
@@ -171,31 +172,34 @@ class Quantile(DynamicStatistic):
         Raises:
             ValueError: another width, quantile or memory; a part is missing, unknown or damaged. Nothing is changed then.
         """
+        check_mapping("Quantile", state)
         for name in ("features", "quantile", "capacity"):
-            if state.get(name) != (own := str(self.quantile) if name == "quantile" else getattr(self, name)):
-                raise ValueError(f"the saved Quantile has {name}={state.get(name)}, this one has {name}={own}")
-        if state.keys() != (expected := self.state_dict().keys()):
-            raise ValueError(
-                f"the saved Quantile lacks {sorted(expected - state.keys())} and has unknown {sorted(state.keys() - expected)}"
-            )
-        tails = [_loaded(index, tail, state) for index, tail in enumerate(self._tails)]
+            if not same(state.get(name), own := str(self.quantile) if name == "quantile" else getattr(self, name)):
+                raise ValueError(f"the saved Quantile has {name}={shown(state.get(name))}, this one has {name}={own}")
+        check_keys("Quantile", state, self._keys())
+        tails = [loaded(index, tail, state) for index, tail in enumerate(self._tails)]
         positions = state["positions"]
-        if not isinstance(positions, int) or positions < max(tails[0].offered, int(tails[0].counts[1].max())):
-            raise ValueError(f"positions of the saved Quantile are {positions!r}, fewer than its buffers saw")
+        if type(positions) is not int or not positions <= MOST_CALLS or positions < max(tails[0].offered, int(tails[0].counts[1].max())):
+            raise ValueError(f"positions of the saved Quantile are {shown(positions)}, absurd or fewer than its buffers saw")
         generator = torch.Generator("cpu")
         try:
             generator.set_state(state["generator"])
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError("generator of the saved Quantile is not the state of a random generator") from error
         self.positions, self._tails, self._generator = positions, tails, generator
 
+    def _keys(self) -> list[str]:
+        parts = [f"{i}/{part}" for i in range(len(self._tails)) for part in ("thinning", "offered", "values", "counts", "bound")]
+        return ["features", "quantile", "capacity", "positions", "generator", *parts]
+
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> Quantile:
+        check_mapping("Quantile", state)
         features, quantile, capacity = (state.get(name) for name in ("features", "quantile", "capacity"))
-        if not isinstance(features, int) or not isinstance(capacity, int) or features < 1 or capacity < 1:
-            raise ValueError(f"the saved Quantile has features={features} and capacity={capacity}; expected numbers of at least 1")
+        features = whole("features of the saved Quantile", features, 1, MOST_FEATURES)
+        capacity = whole("capacity of the saved Quantile", capacity, 1, MOST_MEMORY)
         if not isinstance(quantile, str) or not re.fullmatch(r"[1-9][0-9]{0,399}/[1-9][0-9]{0,399}", quantile):
-            raise ValueError(f"the saved Quantile has quantile={quantile!r}; expected a fraction between 0 and 1")
+            raise ValueError(f"the saved Quantile has quantile={shown(quantile)}; expected a fraction between 0 and 1")
         if getattr(state.get("0/bound"), "shape", None) != (features,):  # before any memory is allocated
             raise ValueError(f"0/bound of the saved Quantile is {describe(state.get('0/bound'))}, expected the shape {(features,)}")
         new = cls(features, Fraction(quantile), device, memory=4 * features * (_FIXED + 2))  # the least; the capacity follows
@@ -245,7 +249,7 @@ class Quantile(DynamicStatistic):
         return self._main.thinning == 0
 
     def value(self, quantile: float | Fraction | None = None, method: str = "inverted_cdf") -> Tensor:
-        """The quantile of each feature: float32 (features,), nan if nothing was seen.
+        """The quantile of each feature: float32 (features,), nan if nothing was seen, or nothing is known (then :meth:`error` is inf).
 
         Args:
             quantile: another share, at most that of the statistic. Default: that of the statistic.
@@ -299,9 +303,13 @@ class Quantile(DynamicStatistic):
         value = torch.full_like(self._main.bound, torch.nan)
         error = torch.full_like(value, torch.inf, dtype=torch.float64).where(counts > 0, 0)
         missing = counts > 0
+        limit = torch.full_like(value, torch.inf)
         for tail in self._tails:
             rank = above >> tail.thinning
             found, known = tail.largest(rank)
+            if tail.thinning:  # that a sample has too few values says "−inf" only if it has taken as many
+                known = known & ((found > -torch.inf) | ((rank < tail.offered) & (counts == self.positions)))
+            limit = torch.minimum(limit, tail.bound.where(tail.bound > -torch.inf, torch.inf))
             value = found.where(missing & known, value)
             rate = 2.0**-tail.thinning
             spread = ((rank + 1) * (1 - rate)).sqrt().double() / rate / counts
@@ -309,8 +317,8 @@ class Quantile(DynamicStatistic):
             missing = missing & ~known
             if not missing.any():
                 break
-        else:  # only a limit is known: the value is at most what the last buffer dropped
-            value = self._tails[-1].bound.where(missing, value)
+        else:  # only a limit is known: the value is at most the least that any buffer dropped; nan: not even that
+            value = limit.where(limit < torch.inf, torch.nan).where(missing, value)
         return value, error
 
     # -- parts -----------------------------------------------------------------------------------------------------
@@ -349,9 +357,12 @@ def _capacity(total: int) -> int:
 
 
 def _level(quantile: float | Fraction) -> Fraction:
-    level = quantile if isinstance(quantile, Fraction) else Fraction(str(quantile)) if 0 < quantile < 1 else Fraction(0)
+    try:
+        level = quantile if isinstance(quantile, Fraction) else Fraction(str(quantile)) if 0 < quantile < 1 else Fraction(0)
+    except (TypeError, ValueError, RuntimeError):
+        level = Fraction(0)
     if not 0 < level < 1:
-        raise ValueError(f"quantile must be between 0 and 1, got {quantile}")
+        raise ValueError(f"quantile must be between 0 and 1, got {shown(quantile)}")
     return level
 
 
@@ -364,36 +375,3 @@ def _nans(x: Tensor, feature_dim: int) -> Tensor:
     if x.device.type == "cpu" and not x.sum().isnan():  # the usual case, in one read; another device would synchronize here
         return torch.zeros(x.shape[feature_dim], dtype=torch.int64, device="cpu")
     return x.isnan().movedim(feature_dim, -1).reshape(-1, x.shape[feature_dim]).sum(0)
-
-
-def _loaded(index: int, tail: Tail, state: Mapping[str, Any]) -> Tail:
-    """Buffer number ``index`` of a saved state, checked; ``tail`` is an empty one like it."""
-    values, counts, bound = (state[f"{index}/{name}"] for name in ("values", "counts", "bound"))
-    thinning, offered = state[f"{index}/thinning"], state[f"{index}/offered"]
-    kept = values.shape[-1] if isinstance(values, Tensor) and values.dim() else 0
-    for name, part, dtype, shape in (
-        ("values", values, torch.float32, (len(tail.bound), kept)),
-        ("counts", counts, torch.int64, (3, len(tail.bound))),
-        ("bound", bound, torch.float32, (len(tail.bound),)),
-    ):
-        if not isinstance(part, Tensor) or part.dtype != dtype or tuple(part.shape) != shape:
-            raise ValueError(f"{index}/{name} of the saved Quantile is {describe(part)}, expected {dtype} of shape {shape}")
-    plausible = (
-        isinstance(thinning, int)
-        and isinstance(offered, int)
-        and 0 <= thinning < 63
-        and values.shape[1] <= min(offered, slots(tail.capacity))
-    )
-    filled = torch.arange(values.shape[1], device=values.device) < counts[0, :, None]
-    if (
-        not plausible
-        or bool((counts < 0).any())
-        or bool((counts[0] > values.shape[1]).any())
-        or not torch.equal(values > -torch.inf, filled)
-        or bool(bound.isnan().any())
-    ):
-        raise ValueError(f"the buffer {index} of the saved Quantile is damaged")
-    loaded = Tail(len(tail.bound), tail.capacity, thinning, tail.bound.device)
-    loaded.values, loaded.counts, loaded.bound = (part.to(tail.bound.device).clone() for part in (values, counts, bound))
-    loaded.offered = offered
-    return loaded

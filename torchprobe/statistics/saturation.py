@@ -9,6 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from torchprobe.common.numbers import real
+from torchprobe.statistics.saved import count_problem
 from torchprobe.statistics.statistic import Statistic
 from torchprobe.statistics.tensors import FEATURES, State, column_counts
 
@@ -63,6 +65,7 @@ class Saturation(Statistic):
         high: float = 1.0,
         tolerance: float = 0.01,
     ) -> None:
+        low, high, tolerance = real("low", low), real("high", high), real("tolerance", tolerance)
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(
                 f"low and high must be finite, and low < high; got {low} and {high}. For one end, such as ReLU's, use Sparsity"
@@ -70,7 +73,7 @@ class Saturation(Statistic):
         if not 0 <= tolerance < 0.5:
             raise ValueError(f"tolerance is a share of the range, at least 0 and below 0.5; got {tolerance}")
         super().__init__(features, device)
-        self.low, self.high, self.tolerance = float(low), float(high), float(tolerance)
+        self.low, self.high, self.tolerance = low, high, tolerance
 
     def accumulate(self, x: Tensor, kept: Tensor) -> None:
         margin = self.tolerance * (self.high - self.low)
@@ -86,3 +89,7 @@ class Saturation(Statistic):
             "saturated_high": states["above"].sum(-1) / values,
             "saturated_features": stuck.to(both.dtype).mean(-1),
         }
+
+    def problem(self) -> tuple[str, str] | None:
+        vectors = self.tensors()["vectors"]
+        return super().problem() or count_problem("below", self.below, vectors) or count_problem("above", self.above, vectors - self.below)

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from torchprobe.statistics.saved import count_problem
 from torchprobe.statistics.statistic import Statistic
 from torchprobe.statistics.tensors import FEATURES, State, column_counts
 
@@ -51,3 +52,6 @@ class Sparsity(Statistic):
             "zero_share": states["zeros"].sum(-1) / (states["vectors"] * self.features),
             "dead_features": (states["zeros"] == vectors).to(vectors.dtype).mean(-1),
         }
+
+    def problem(self) -> tuple[str, str] | None:
+        return super().problem() or count_problem("zeros", self.zeros, self.tensors()["vectors"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
-import threading
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -13,27 +11,26 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from torchprobe.common.numbers import shown, whole
+from torchprobe.common.threads import ordered
+from torchprobe.ops.observe import MOST_FEATURES
+from torchprobe.statistics.layers import Layers, order_verbs
+from torchprobe.statistics.saved import DamagedState, check_keys, check_mapping, count_problem, fits, made, same
 from torchprobe.statistics.tensors import (
     State,
     arguments_of,
     check_input,
-    clear,
     describe,
     field_of,
     hashable,
     html_table,
     no_autocast,
-    number_dtype,
-    reduced,
-    stacked,
 )
-
-_updating = threading.RLock()  # threads may share a statistic, and a statistic may update another one
 
 Self = TypeVar("Self", bound="Statistic")
 
 
-class Statistic:
+class Statistic(Layers):
     """A streaming, mergeable statistic of one layer.
 
     A subclass names its states and its fields, and writes two methods. It then works everywhere :class:`~torchprobe.Moments` does: in
@@ -53,6 +50,10 @@ class Statistic:
         :meth:`merge_states`, only for states with ``reduce=None``.
 
     One more state comes for free: ``vectors``, float64 (), the number of vectors seen. A field can be read as an attribute, too.
+
+    Threads may share a statistic. All verbs, also those that a subclass defines, run one after the other, so that nothing is lost, and
+    what :meth:`clone`, :meth:`state_dict`, :meth:`summary`, a pickle and a merge read is whole. The states themselves, as attributes, are
+    what updates write to.
 
     >>> from torchprobe.statistics import FEATURES, State
     >>> class Largest(Statistic):
@@ -94,9 +95,7 @@ class Statistic:
     """Bins of the histogram that a history keeps of every window; 0: none. See :meth:`window_histogram`."""
 
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
-        if features < 1:
-            raise ValueError(f"features must be at least 1, got {features}")
-        self.features = int(features)
+        self.features = whole("features", features, 1, MOST_FEATURES)
         self._counts_vectors = not hasattr(type(self), "vectors") and "vectors" not in (*self.states, *self.arguments)
         if self._counts_vectors:
             self.states = {**self.states, "vectors": State()}
@@ -113,11 +112,15 @@ class Statistic:
             cls.fused = False
         if "__init__" in cls.__dict__ and "arguments" not in cls.__dict__:
             cls.arguments = arguments_of(cls, cls.arguments)
+        order_verbs(cls)
 
     # -- what a subclass writes ----------------------------------------------------------------------------------------
 
     def accumulate(self, x: Tensor, kept: Tensor) -> None:
         """Adds the vectors of one call to the states, in place or by assignment. It should not wait for the device.
+
+        ``self.vectors`` is the number of vectors of the calls before: it does not include this call. Those of this call that count are
+        ``kept.sum()``.
 
         Args:
             x: (vectors, features), at least one vector, detached. float32, or float64 for a float64 activation. It may hold nan and inf.
@@ -158,7 +161,7 @@ class Statistic:
             ValueError: another width or type, or a mask that does not fit.
         """
         check_input(type(self).__name__, self.features, x, feature_dim, mask)
-        with torch.no_grad(), _updating, no_autocast(x.device.type):
+        with torch.no_grad(), no_autocast(x.device.type):
             vectors = x.detach().movedim(feature_dim, -1).reshape(-1, self.features)
             if not len(vectors):
                 return
@@ -190,9 +193,8 @@ class Statistic:
             ValueError: it has another width or other arguments.
         """
         self.check_mergeable(other)
-        mine = self.tensors()
         with torch.no_grad():
-            self._set(self.merged(mine, {name: tensor.to(mine[name]) for name, tensor in other.tensors().items()}))
+            self.add_states(other.contents())
         return self
 
     def check_mergeable(self, other: Statistic) -> None:
@@ -215,32 +217,36 @@ class Statistic:
 
     def state_dict(self) -> dict[str, Any]:
         """:meth:`setup` and every part of the state under its name, cloned: plain numbers, text and tensors."""
-        return {**self.setup(), **{name: part.clone() for name, part in self.parts().items()}}
+        whole_state = self.with_states(self.contents())
+        return {**self.setup(), **{name: part.clone() for name, part in whole_state.parts().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: another width or other arguments; a part is missing, unknown or of another shape or type. Nothing is changed then.
+            ValueError: another width or other arguments; a part is missing, unknown, damaged, or of another shape or type. Nothing is
+                changed then.
         """
         self._check_state(state)
-        with torch.no_grad():
-            for key, part in self.parts().items():
+        with torch.inference_mode(False), torch.no_grad():
+            new = self.with_states({name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()})
+            for key, part in new.parts().items():
                 part.copy_(state[key])
+            if problem := new.problem():
+                raise DamagedState(type(self).__name__, *problem)
+            self.replace_states(new.tensors())
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         name, setup, parts = type(self).__name__, self.setup(), self.parts()
+        check_mapping(name, state)
         for key, mine in setup.items():
-            if hashable(state.get(key)) != mine:
-                raise ValueError(f"the saved state of {name} has {key}={state.get(key)}, this one has {key}={mine}")
+            if not same(hashable(state.get(key)), mine):
+                raise ValueError(f"the saved state of {name} has {key}={shown(state.get(key))}, this one has {key}={mine}")
         saved = {key: value for key, value in state.items() if key not in setup}
-        if saved.keys() != parts.keys():
-            lacks, unknown = sorted(parts.keys() - saved.keys()), sorted(saved.keys() - parts.keys())
-            raise ValueError(f"the saved state of {name} lacks {lacks} and has unknown {unknown}")
+        check_keys(name, saved, parts)
         for key, part in parts.items():
-            found = saved[key]
-            if not isinstance(found, Tensor) or found.shape != part.shape or found.is_floating_point() != part.is_floating_point():
-                raise ValueError(f"{key} in the saved state of {name} is {describe(found)}, expected {describe(part)}")
+            if not fits(saved[key], part):
+                raise ValueError(f"{key} in the saved state of {name} is {describe(saved[key])}, expected {describe(part)}")
 
     @classmethod
     def from_state(cls: type[Self], state: Mapping[str, Any], device: torch.device | str = "cpu") -> Self:
@@ -249,19 +255,36 @@ class Statistic:
         Raises:
             ValueError: the state is incomplete or damaged.
         """
+        check_mapping(cls.__name__, state)
         if missing := [key for key in ("features", *cls.arguments) if key not in state]:
             raise ValueError(f"the saved state of {cls.__name__} lacks {missing}")
+        features = whole(f"features in the saved state of {cls.__name__}", state["features"], 1, MOST_FEATURES)
         arguments = {name: hashable(state[name]) for name in cls.arguments}
         with contextlib.suppress(NotImplementedError, RuntimeError):  # a constructor may read tensors, which "meta" tensors do not allow
-            cls(state["features"], device="meta", **arguments)._check_state(state)  # before any memory is allocated
-        new = cls(state["features"], device=device, **arguments)
+            made(cls, features, "meta", arguments)._check_state(state)  # before any memory is allocated
+        new = made(cls, features, device, arguments)
         new.load_state_dict(state)
         return new
 
     def clone(self: Self) -> Self:
         """An independent copy."""
-        tensors = {id(tensor): tensor.clone() for tensor in self.tensors().values()}  # views of many layers; copy no more than ours
-        return copy.deepcopy(self, dict[int, Any](tensors))
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__getstate__())
+        return new
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = new = self.clone()
+        return new
+
+    @ordered
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, copied while no other thread changes it: for copies and pickles."""
+        memo = dict[int, Any]()
+        contents = self.contents()
+        for name, tensor in self.tensors().items():
+            memo[id(tensor)] = contents[name]  # not views of many layers: copy no more than ours
+        copied: dict[str, Any] = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
@@ -278,8 +301,11 @@ class Statistic:
         raise NotImplementedError(f"{type(self).__name__} has histogram_bins and must define histogram_edges()")
 
     def problem(self) -> tuple[str, str] | None:
-        """What is wrong with a state that was read from a file: the name of the part, and the reason. None if nothing is."""
-        return None
+        """What is wrong with a state that was saved: the name of the part, and the reason. None if nothing is.
+
+        A subclass may know more than this: the number of vectors is a whole number.
+        """
+        return None if not self._counts_vectors else count_problem("vectors", self.tensors()["vectors"])
 
     def __getattr__(self, name: str) -> Any:
         """A field as a plain number, unless a state has its name."""
@@ -291,110 +317,3 @@ class Statistic:
     def __repr__(self) -> str:
         numbers = [f"{name}={value:.4g}" for name, value in self.summary().items()]
         return f"{type(self).__name__}({', '.join([f'{self.features} features', *numbers])})"
-
-    # -- what recorders use --------------------------------------------------------------------------------------------
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The states themselves, by name."""
-        return {name: getattr(self, name) for name in self.states}
-
-    def parts(self) -> dict[str, Tensor]:
-        """The states, or views of parts of them, under the names that files keep."""
-        return self.tensors()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the states are."""
-        return next((tensor.device for tensor in self.tensors().values()), torch.device("cpu"))
-
-    def group_key(self) -> tuple[Any, ...]:
-        """Statistics with equal keys can be stacked."""
-        return (type(self), self.device, *self.setup().items())
-
-    def nonempty(self, states: Mapping[str, Tensor]) -> Tensor:
-        """Which of many layers have seen anything: bool (layers,)."""
-        changed = [(tensor != self.states[name].empty).reshape(len(tensor), -1).any(1) for name, tensor in states.items()]
-        return torch.stack(changed).any(0)
-
-    def saw_anything(self) -> Tensor:
-        """Whether it has seen anything: bool (), without waiting for the device."""
-        return self.nonempty(stacked([self.tensors()]))[0]
-
-    @property
-    def call_counter(self) -> Tensor | None:
-        """The number of calls, if the statistic counts them on the device."""
-        return None
-
-    def window_tensors(self) -> dict[str, Tensor]:
-        """What is emptied when a window is closed, by the name of its state."""
-        return self.tensors()
-
-    def merged(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The states of everything that either has seen; there may be a leading dimension of layers."""
-        result = {**reduced(self.states, a, b), **self.merge_states(a, b)}
-        for name in self.states:
-            if name not in result:
-                raise NotImplementedError(f"{type(self).__name__} must define merge_states(a, b) for {name}, which has reduce=None")
-            if result[name].shape != a[name].shape:
-                raise ValueError(f"{type(self).__name__}.merge_states made {name} {describe(result[name])} out of {describe(a[name])}")
-        return result
-
-    def merge_windows(self, closed: Mapping[str, Tensor], window: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As :meth:`merged`, for a window that follows the closed ones."""
-        return self.merged(closed, window)
-
-    def add_window(self: Self, window: Self) -> Self:
-        """Adds, in place, a window that follows those already seen; returns itself."""
-        self._set(self.merge_windows(self.tensors(), window.tensors()))
-        return self
-
-    def _set(self, contents: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.tensors().items():
-            tensor.copy_(contents[name])
-
-    @classmethod
-    def summaries(cls: type[Self], statistics: Sequence[Self], histograms: bool = False) -> Tensor:
-        """The fields of statistics with one :meth:`group_key`, in their order: float (layers, fields); nan if nothing was seen.
-
-        With ``histograms`` these follow the fields: (layers, fields + histogram_bins). It does not wait for the device.
-        """
-        first = statistics[0]
-        states = stacked([statistic.tensors() for statistic in statistics])
-        found = first.summarize(states) if first.fields else {}
-        dtype = number_dtype(first.device)
-        columns = []
-        for name in first.fields:
-            if not isinstance(number := found.get(name), Tensor) or number.shape != (len(statistics),):
-                what = f"shape {(len(statistics),)} for {len(statistics)} layers; {name!r} is {describe(number)}"
-                raise ValueError(f"{cls.__name__}.summarize must return tensors of {what}")
-            columns.append(number.to(dtype)[:, None])
-        if histograms and first.histogram_bins:
-            columns.append(first.window_histogram(states).to(dtype))
-        numbers = torch.cat(columns, -1) if columns else torch.empty(len(statistics), 0, dtype=dtype, device=first.device)
-        return numbers.where(first.nonempty(states)[:, None], math.nan)
-
-    @classmethod
-    def close_windows(cls: type[Self], windows: Sequence[Self], closed: Sequence[Self | None]) -> list[Self]:
-        """Adds windows to what is closed, and empties them. All have one :meth:`group_key`; None: nothing is closed yet.
-
-        It takes the same number of launches for any number of layers, and does not wait for the device.
-        """
-        first = windows[0]
-        states = stacked([window.tensors() for window in windows])
-        empty = {name: torch.full_like(tensor, first.states[name].empty) for name, tensor in first.tensors().items()}
-        before = stacked([empty if one is None else one.tensors() for one in closed])
-        rows = {name: tensor.unbind(0) for name, tensor in first.merge_windows(before, states).items()}
-        result = []
-        for index, window in enumerate(windows):
-            new = copy.copy(window)
-            for name, tensors in rows.items():
-                setattr(new, name, tensors[index])
-            result.append(new)
-        clear(first.states, {name: [window.window_tensors()[name] for window in windows] for name in states})
-        return result
-
-    @classmethod
-    def reset_all(cls: type[Self], statistics: Sequence[Self]) -> None:
-        """:meth:`reset` for statistics with one :meth:`group_key`, in the same number of launches for any number of layers."""
-        states = statistics[0].states
-        clear(states, {name: [statistic.tensors()[name] for statistic in statistics] for name in states})

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchprobe.ops.memory import MOST_CALLS
 from torchprobe.ops.quantile import BLOCK, keep_largest_, new_buffers
+from torchprobe.statistics.saved import holds_numbers
+from torchprobe.statistics.tensors import describe
 
 
 class Tail:
@@ -20,7 +25,7 @@ class Tail:
     def __init__(self, features: int, capacity: int, thinning: int, device: torch.device | str | None) -> None:
         self.capacity = capacity
         self.thinning = thinning
-        self.offered = 0  # positions taken since the beginning: an upper limit for the values kept of a feature
+        self.offered = 0  # positions taken, as far as they were not thinned out again: an upper limit for the values kept of a feature
         self.values, self.counts, self.bound = new_buffers(features, 0, device)
 
     def add(self, x: Tensor, feature_dim: int, draw: Tensor) -> None:
@@ -47,6 +52,7 @@ class Tail:
         self.values[:, kept.shape[1] :] = -torch.inf
         self.counts[0] = (kept > -torch.inf).sum(1)
         self.counts[2] //= 2
+        self.offered -= self.offered // 2
         self.thinning += 1
 
     def merge(self, other: Tail, generator: torch.Generator) -> None:
@@ -109,3 +115,41 @@ class Tail:
 def slots(capacity: int) -> int:
     """How many values of a feature there is room for. Room beyond the capacity makes selections rarer."""
     return capacity + capacity // 4 + BLOCK
+
+
+def loaded(index: int, tail: Tail, state: Mapping[str, Any]) -> Tail:
+    """Buffer number ``index`` of a saved state, checked; ``tail`` is one of its width and capacity.
+
+    Raises:
+        ValueError: something in it does not fit, or no run leaves it.
+    """
+    values, counts, bound = (state[f"{index}/{name}"] for name in ("values", "counts", "bound"))
+    thinning, offered = state[f"{index}/thinning"], state[f"{index}/offered"]
+    kept = values.shape[-1] if isinstance(values, Tensor) and values.dim() else 0
+    for name, part, dtype, shape in (
+        ("values", values, torch.float32, (len(tail.bound), kept)),
+        ("counts", counts, torch.int64, (3, len(tail.bound))),
+        ("bound", bound, torch.float32, (len(tail.bound),)),
+    ):
+        if not isinstance(part, Tensor) or part.dtype != dtype or tuple(part.shape) != shape or not holds_numbers(part):
+            raise ValueError(f"{index}/{name} of the saved Quantile is {describe(part)}, expected {dtype} of shape {shape}")
+    plausible = (
+        type(thinning) is int
+        and type(offered) is int
+        and 0 <= thinning < 63
+        and offered <= MOST_CALLS
+        and values.shape[1] <= min(offered, slots(tail.capacity))
+    )
+    filled = torch.arange(values.shape[1], device=values.device) < counts[0, :, None]
+    if (
+        not plausible
+        or bool((counts < 0).any() | (counts > MOST_CALLS).any())
+        or bool((counts[0] > values.shape[1]).any())
+        or not torch.equal(values > -torch.inf, filled)
+        or bool(bound.isnan().any())
+    ):
+        raise ValueError(f"the buffer {index} of the saved Quantile is damaged")
+    new = Tail(len(tail.bound), tail.capacity, thinning, tail.bound.device)
+    new.values, new.counts, new.bound = (part.to(tail.bound.device).clone() for part in (values, counts, bound))
+    new.offered = offered
+    return new

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchprobe.common.numbers import shown, whole
+from torchprobe.ops.memory import MOST_CALLS
+from torchprobe.ops.observe import MOST_FEATURES
 from torchprobe.statistics.dynamic import DynamicStatistic
+from torchprobe.statistics.saved import DamagedState, check_keys, check_mapping, count_problem, fits, same
 from torchprobe.statistics.tensors import check_input, describe
 
 SCORES = ("max", "mean")
@@ -19,9 +22,11 @@ SCORES = ("max", "mean")
 RANK_STRIDE = 1 << 40
 """Default ids of rank r begin at r · RANK_STRIDE, so that the ids of different ranks differ."""
 
+MOST_KEPT = 1 << 32
+"""The most inputs that are kept, over all features: 64 GiB."""
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _BLOCK = 1 << 20  # elements that are widened to float64 at a time
-_updating = threading.Lock()  # threads may share a statistic
 
 
 class TopInputs(DynamicStatistic):
@@ -62,11 +67,12 @@ class TopInputs(DynamicStatistic):
     arguments = ("k", "score")
 
     def __init__(self, features: int, k: int = 20, device: torch.device | str | None = None, score: str = "max") -> None:
-        if features < 1 or k < 1:
-            raise ValueError(f"features and k must be at least 1, got {features} and {k}")
+        self.features, self.k = whole("features", features, 1, MOST_FEATURES), whole("k", k, 1, MOST_KEPT)
         if score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-        self.features, self.k, self.score = int(features), int(k), score
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {shown(score)}")
+        if self.features * self.k > MOST_KEPT:
+            raise ValueError(f"k must be at most {MOST_KEPT // self.features} for {features} features, got {k}")
+        self.score = score
         self.inputs = 0
         self.numbered = 0  # inputs with default ids, in all windows of a recording
         device = torch.device(device) if device is not None else torch.get_default_device()
@@ -112,13 +118,12 @@ class TopInputs(DynamicStatistic):
             return
         maps = x.movedim(feature_dim, 1).flatten(2) if x.dim() > 2 else x[:, :, None]
         scores = (_largest if self.score == "max" else _mean)(maps)
-        with _updating:
-            self.inputs += inputs
-            if ids is None:
-                self.numbered = start + inputs
-            self._unscored += scores.isnan().sum(0)
-            ids_of = numbers.to(self._ids).expand(self.features, inputs)
-            self._take(scores.T.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), ids_of.where(~scores.T.isnan(), -1))
+        self.inputs += inputs
+        if ids is None:
+            self.numbered = start + inputs
+        self._unscored += scores.isnan().sum(0)
+        ids_of = numbers.to(self._ids).expand(self.features, inputs)
+        self._take(scores.T.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), ids_of.where(~scores.T.isnan(), -1))
 
     def merge(self, other: TopInputs) -> TopInputs:
         """Adds, in place, everything ``other`` has seen, and returns itself. ``other`` may be on another device.
@@ -128,11 +133,10 @@ class TopInputs(DynamicStatistic):
             ValueError: it has another width, k or score.
         """
         self.check_mergeable(other)
-        with _updating:
-            self.inputs += other.inputs
-            self.numbered = max(self.numbered, other.numbered)
-            self._unscored += other._unscored.to(self._unscored)
-            self._take(other._scores.to(self._scores), other._ids.to(self._ids))
+        self.inputs += other.inputs
+        self.numbered = max(self.numbered, other.numbered)
+        self._unscored += other._unscored.to(self._unscored)
+        self._take(other._scores.to(self._scores), other._ids.to(self._ids))
         return self
 
     def reset(self) -> None:
@@ -153,33 +157,34 @@ class TopInputs(DynamicStatistic):
         Raises:
             ValueError: another width, k or score; a part is missing, unknown or of the wrong shape. Nothing is changed then.
         """
+        check_mapping("TopInputs", state)
         for name in ("features", "k", "score"):
-            if state.get(name) != getattr(self, name):
-                raise ValueError(f"the saved TopInputs have {name}={state.get(name)}, these have {name}={getattr(self, name)}")
+            if not same(state.get(name), getattr(self, name)):
+                raise ValueError(f"the saved TopInputs have {name}={shown(state.get(name))}, these have {name}={getattr(self, name)}")
         state = {"numbered": state.get("inputs"), **state}  # missing from states of an earlier version
-        if state.keys() != (expected := self.state_dict().keys()):
-            raise ValueError(
-                f"the saved TopInputs lack {sorted(expected - state.keys())} and have unknown {sorted(state.keys() - expected)}"
-            )
+        check_keys("TopInputs", state, ("features", "k", "score", "inputs", "numbered", *self._parts()))
         for name, part in self._parts().items():
-            if not isinstance(state[name], Tensor) or state[name].shape != part.shape or state[name].dtype != part.dtype:
+            if not fits(state[name], part) or state[name].dtype != part.dtype:
                 raise ValueError(f"{name} of the saved TopInputs is {describe(state[name])}, expected {describe(part)}")
         for name in ("inputs", "numbered"):
-            if not isinstance(state[name], int) or state[name] < 0:
-                raise ValueError(f"{name} of the saved TopInputs is {state[name]!r}")
+            if type(state[name]) is not int or not 0 <= state[name] <= MOST_CALLS:
+                raise ValueError(f"{name} of the saved TopInputs is {shown(state[name])}")
+        if problem := _problem(state["scores"], state["ids"], state["unscored"], state["inputs"]):
+            raise DamagedState("TopInputs", *problem)
         self.inputs, self.numbered = state["inputs"], state["numbered"]
         for name, part in self._parts().items():
             part.copy_(state[name])
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> TopInputs:
+        check_mapping("TopInputs", state)
         if missing := [name for name in ("features", "k", "score", "scores") if name not in state]:
             raise ValueError(f"the saved TopInputs lack {missing}")
-        shape = (state["features"], state["k"])
-        if getattr(state["scores"], "shape", None) != shape or state["score"] not in SCORES:  # before any memory is allocated
-            what = f"scores of {describe(state['scores'])} and score={state['score']!r}"
-            raise ValueError(f"the saved TopInputs have {what}; expected the shape {shape} and one of {', '.join(SCORES)}")
-        new = cls(*shape, device, state["score"])
+        features, k = (whole(f"{name} of the saved TopInputs", state[name], 1, MOST_KEPT) for name in ("features", "k"))
+        if getattr(state["scores"], "shape", None) != (features, k) or state["score"] not in SCORES:  # before any memory is allocated
+            what = f"scores of {describe(state['scores'])} and score={shown(state['score'])}"
+            raise ValueError(f"the saved TopInputs have {what}; expected the shape {(features, k)} and one of {', '.join(SCORES)}")
+        new = cls(features, k, device, state["score"])
         new.load_state_dict(state)
         return new
 
@@ -201,12 +206,11 @@ class TopInputs(DynamicStatistic):
         return dict(zip(self.fields, map(float, numbers), strict=True))
 
     @classmethod
-    def close_windows(cls, windows: Sequence[TopInputs], closed: Sequence[TopInputs | None]) -> list[TopInputs]:
+    def take_windows(cls, windows: Sequence[TopInputs], into: list[TopInputs]) -> None:
         numbered = [window.numbered for window in windows]
-        result = super().close_windows(windows, closed)
+        super().take_windows(windows, into)
         for window, number in zip(windows, numbered, strict=True):
             window.numbered = number
-        return result
 
     # -- reads -----------------------------------------------------------------------------------------------------
 
@@ -239,6 +243,20 @@ class TopInputs(DynamicStatistic):
 
     def __repr__(self) -> str:
         return f"TopInputs({self.features} features, the {self.k} of {self.inputs} inputs with the largest {self.score})"
+
+
+def _problem(scores: Tensor, ids: Tensor, unscored: Tensor, inputs: int) -> tuple[str, str] | None:
+    """What is wrong with a saved state: scores descend, and each id stands once, before the places without one."""
+    if wrong := count_problem("unscored", unscored, inputs):
+        return wrong
+    if bool(scores.isnan().any()) or bool((scores[:, 1:] > scores[:, :-1]).any()):
+        return "scores", "holds nan, or does not descend"
+    empty, ordered = ids < 0, ids.sort(1).values
+    if bool((ids < -1).any()) or bool((empty[:, :-1] & ~empty[:, 1:]).any()) or bool((empty & (scores > -torch.inf)).any()):
+        return "ids", "holds numbers below -1, or a score without an id"
+    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        return "ids", "holds an id twice for a feature"
+    return None
 
 
 def ranked(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
