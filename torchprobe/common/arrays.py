@@ -20,21 +20,25 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from torchprobe.common import limits
 from torchprobe.common.messages import DISTRIBUTION, did_you_mean, listing, reason
+from torchprobe.common.parquet_footer import values_of
+from torchprobe.common.reading import open_regular
+from torchprobe.common.storage import Checksums
 
 SUFFIXES = (".npy", ".npz", ".safetensors", ".parquet")
 """The endings of files that :func:`open_arrays` reads."""
 
-MOST_IN_MEMORY = 1 << 32
-"""Bytes of the largest array that is unpacked into memory. A larger one must be in a file that is mapped: ``.npy``, ``.safetensors``."""
-
-_MEMBERS = 10_000  # arrays in one file
-_RATIO, _ALWAYS = 100, 1 << 26  # an array above 64 MiB that compression made more than 100 times smaller is refused
+_ALWAYS = 1 << 26  # bytes: a smaller array is unpacked however well it was compressed
 
 Kind = Literal["float", "whole", "text", "other"]
+
+
+class _Damaged(ValueError):
+    """A file that cannot be read, with a message that is complete."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Array:
         if self.kind not in ("float", "whole"):
             hint = "; Python objects are code (pickle) and are never read: save numbers, as with .astype(np.float32)"
             raise ValueError(f"{self.where} holds {self.dtype}, not real numbers{hint if self.dtype == 'object' else ''}")
-        found = self._read()
+        found = self._values()
         return found if isinstance(found, Tensor) else to_tensor(found, self.where)
 
     def texts(self) -> list[str]:
@@ -74,7 +78,18 @@ class Array:
         """
         if self.kind != "text" or len(self.shape) != 1:
             raise ValueError(f"{self.where} holds {self.dtype} {self.shape}, not one text for each row")
-        return [str(one) for one in self._read()]
+        try:
+            return [str(one) for one in self._values()]
+        except (SystemError, ValueError) as error:  # characters that do not exist
+            raise ValueError(f"{self.where} is damaged: {reason(error)}") from error
+
+    def _values(self) -> Any:
+        try:
+            return self._read()
+        except (limits.LimitError, _Damaged):
+            raise
+        except Exception as error:  # hostile bytes may raise anything in a decoder
+            raise ValueError(f"{self.where} cannot be read: {reason(error)}") from error
 
 
 def to_tensor(array: NDArray[Any], where: str = "the array") -> Tensor:
@@ -111,7 +126,7 @@ def open_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
             lists of one length (n, d).
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: another ending, or the file is damaged, or it cannot be read for another reason; the message has it.
 
     >>> import tempfile
@@ -127,10 +142,15 @@ def open_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
         hint = ". Files with pickle may hold code: save the numbers with np.save or safetensors" if pickled else ""
         raise ValueError(f"{path}: arrays are read from {', '.join(SUFFIXES)}{hint}")
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        what = "is not a regular file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"no such file: {path} {what}")
     try:
-        return readers[path.suffix.lower()](path)
-    except (OSError, zipfile.BadZipFile, SafetensorError, EOFError, struct.error, NotImplementedError) as error:
+        found = readers[path.suffix.lower()](path)
+        limits.check("arrays", len(found), str(path))
+        return found
+    except (limits.LimitError, _Damaged):
+        raise
+    except Exception as error:  # hostile bytes may raise anything in a decoder
         raise ValueError(f"{path} cannot be read as {path.suffix}: {reason(error)}") from error
 
 
@@ -198,8 +218,8 @@ def _header(stream: IO[bytes], where: str) -> _Header:
         shape, fortran, dtype = readers[version](stream)
         if any(size < 0 for size in shape):
             raise ValueError(f"the shape {shape}")
-    except (ValueError, TypeError, SyntaxError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{where} is not an array in NumPy's format: {reason(error)}") from error
+    except Exception as error:  # hostile bytes may raise anything in a decoder
+        raise _Damaged(f"{where} is not an array in NumPy's format: {reason(error)}") from error
     return _Header(shape, "F" if fortran else "C", dtype, stream.tell())
 
 
@@ -213,34 +233,33 @@ def _mapped(path: Path, header: _Header, start: int) -> Callable[[], NDArray[Any
 
 
 def _npy(path: Path) -> dict[str, Array]:
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         header = _header(stream, str(path))
     if not header.dtype.hasobject and header.size + header.bytes > path.stat().st_size:
-        raise ValueError(f"{path} is cut off: {header.dtype} {header.shape} needs {header.bytes:,} bytes")
+        raise _Damaged(f"{path} is cut off: {header.dtype} {header.shape} needs {header.bytes:,} bytes")
     return {"": Array(str(path), header.shape, str(header.dtype), header.kind, _mapped(path, header, header.size))}
 
 
 def _npz(path: Path) -> dict[str, Array]:
     found = {}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
+    with zipfile.ZipFile(path) as archive, open_regular(path) as raw:
         members = archive.infolist()
-        if len(members) > _MEMBERS:
-            raise ValueError(f"{path} has {len(members):,} members, more than {_MEMBERS:,}")
+        limits.check("arrays", len(members), str(path))
         for member in members:
             name, where = member.filename.removesuffix(".npy"), f"{path}:{member.filename.removesuffix('.npy')}"
             if member.flag_bits & 1:
-                raise ValueError(f"{where} is encrypted")
+                raise _Damaged(f"{where} is encrypted")
             with archive.open(member) as stream:
                 header = _header(stream, where)
             if not header.dtype.hasobject and header.size + header.bytes != member.file_size:
-                raise ValueError(
+                raise _Damaged(
                     f"{where} is damaged: {header.dtype} {header.shape} needs {header.size + header.bytes:,} bytes, "
                     f"the archive says {member.file_size:,}"
                 )
             if member.compress_type == zipfile.ZIP_STORED:
                 read = _mapped(path, header, _start(raw, member, where) + header.size)
                 if not header.dtype.hasobject and _start(raw, member, where) + member.file_size > path.stat().st_size:
-                    raise ValueError(f"{where} is cut off")
+                    raise _Damaged(f"{where} is cut off")
             else:
                 read = _unpacked(path, member, where)
             found[name] = Array(where, header.shape, str(header.dtype), header.kind, read)
@@ -252,26 +271,27 @@ def _start(raw: IO[bytes], member: zipfile.ZipInfo, where: str) -> int:
     raw.seek(member.header_offset)
     local = raw.read(30)
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
-        raise ValueError(f"{where} is damaged: there is no header at {member.header_offset}")
+        raise _Damaged(f"{where} is damaged: there is no header at {member.header_offset}")
     name, extra = struct.unpack("<HH", local[26:])
     return member.header_offset + 30 + int(name) + int(extra)
 
 
 def _unpacked(path: Path, member: zipfile.ZipInfo, where: str) -> Callable[[], NDArray[Any]]:
     def read() -> NDArray[Any]:
-        size = member.file_size
-        if size > MOST_IN_MEMORY or size > max(_ALWAYS, _RATIO * member.compress_size):
-            raise ValueError(
-                f"{where} unpacks {member.compress_size:,} bytes to {size:,}, which is refused: save it with np.save or np.savez, "
-                "which do not compress"
-            )
-        try:
-            with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
-                return np.asarray(npy.read_array(stream, allow_pickle=False))
-        except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{where} is damaged: {reason(error)}") from error
+        _require_memory(where, member.file_size, member.compress_size)
+        with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+            return np.asarray(npy.read_array(stream, allow_pickle=False))
 
     return read
+
+
+def _require_memory(where: str, size: int, stored: int) -> None:
+    """Refuses to unpack what is too large, or far larger than the file says."""
+    advice = "save it with np.save or np.savez, which do not compress"
+    if why := limits.problem("array_bytes", size):
+        raise limits.LimitError(f"{where} has {why}; or {advice}")
+    if size > _ALWAYS and (why := limits.problem("array_ratio", -(-size // max(stored, 1)))):
+        raise limits.LimitError(f"{where} unpacks {stored:,} bytes to {size:,}, which is refused: it is {why}; or {advice}")
 
 
 # -- safetensors and Parquet ---------------------------------------------------------------------------------------------
@@ -279,12 +299,13 @@ def _unpacked(path: Path, member: zipfile.ZipInfo, where: str) -> Callable[[], N
 
 def _safetensors(path: Path) -> dict[str, Array]:
     opened: Any = safe_open(os.fspath(path), framework="pt")
+    sums = Checksums(os.fspath(path), opened.metadata() or {})  # of files of this library
     found = {}
     for name in opened.keys():  # noqa: SIM118 – the file is not a mapping
         one = opened.get_slice(name)
         dtype = str(one.get_dtype())
         kind: Kind = "float" if dtype.startswith(("F", "BF")) else "whole" if dtype.startswith(("I", "U")) else "other"
-        read = lambda name=name: opened.get_tensor(name)  # noqa: E731
+        read = lambda name=name: sums.check(name, opened.get_tensor(name))  # noqa: E731
         found[name] = Array(f"{path}:{name}", tuple(one.get_shape()), dtype, kind, read)
     return found
 
@@ -297,28 +318,29 @@ def _parquet(path: Path) -> dict[str, Array]:
         raise ValueError(
             f"{path}: Parquet files are read with pyarrow, which is not installed: pip install pyarrow, or '{DISTRIBUTION}[parquet]'"
         ) from error
-    try:
-        file: Any = parquet.ParquetFile(path)
-        rows, types = int(file.metadata.num_rows), pyarrow.types
-        found = {}
-        for column in file.schema_arrow:
-            lists = types.is_fixed_size_list(column.type) or types.is_list(column.type) or types.is_large_list(column.type)
-            inner = column.type.value_type if lists else column.type
-            kind: Kind = (
-                "float"
-                if types.is_floating(inner)
-                else "whole"
-                if types.is_integer(inner)
-                else "text"
-                if types.is_string(inner) or types.is_large_string(inner)
-                else "other"
-            )
-            width = _width(file, column.name) if lists and rows else 0
-            shape = (rows, width) if lists else (rows,)
-            where = f"{path}:{column.name}"
-            found[column.name] = Array(where, shape, str(column.type), kind, _column(path, column.name, shape, where, kind))
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} cannot be read as .parquet: {reason(error)}") from error
+    file: Any = parquet.ParquetFile(path)
+    limits.check("arrays", len(file.schema_arrow), str(path))
+    rows, types, values = int(file.metadata.num_rows), pyarrow.types, values_of(path)
+    found = {}
+    for column in file.schema_arrow:
+        lists = types.is_fixed_size_list(column.type) or types.is_list(column.type) or types.is_large_list(column.type)
+        inner = column.type.value_type if lists else column.type
+        word = inner.value_type if types.is_dictionary(inner) else inner  # texts that repeat, as pandas' categories
+        kind: Kind = (
+            "float"
+            if types.is_floating(inner)
+            else "whole"
+            if types.is_integer(inner)
+            else "text"
+            if types.is_string(word) or types.is_large_string(word)
+            else "other"
+        )
+        where = f"{path}:{column.name}"
+        if lists:
+            _require_memory(where, 8 * values.get(column.name, 0), path.stat().st_size)
+        width = _width(file, column.name) if lists and rows else 0
+        shape = (rows, width) if lists else (rows,)
+        found[column.name] = Array(where, shape, str(column.type), kind, _column(path, column.name, shape, where, kind))
     return found
 
 
@@ -330,32 +352,40 @@ def _width(file: Any, column: str) -> int:
 
 def _column(path: Path, name: str, shape: tuple[int, ...], where: str, kind: Kind) -> Callable[[], Any]:
     def read() -> Any:
-        import pyarrow
         from pyarrow import parquet
 
-        if 8 * math.prod(shape) > MOST_IN_MEMORY:
-            raise ValueError(f"{where} is too large to be read into memory, {shape}: save it with np.save")
+        _require_memory(where, 8 * math.prod(shape), path.stat().st_size)
+        if kind == "text":
+            return _texts(parquet.ParquetFile(path, read_dictionary=[name]), name, where)
         parts: list[Any] = []
         start = 0
-        try:
-            for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024, columns=[name]):
-                column = batch.column(0)
-                if column.null_count:
-                    raise ValueError(f"{where} has no value in a row from {start} to {start + len(column) - 1}")
-                if kind == "text":
-                    parts += column.to_pylist()
-                    start += len(column)
-                    continue
-                values = column.flatten() if len(shape) == 2 else column
-                lengths = set(column.value_lengths().to_pylist()) if len(shape) == 2 and hasattr(column, "value_lengths") else set()
-                if lengths - {shape[-1]} or len(values) != len(column) * (shape[1] if len(shape) == 2 else 1):
-                    raise ValueError(f"{where} has lists of different lengths, from row {start} on: expected {shape[-1]} numbers in each")
-                if values.null_count:
-                    raise ValueError(f"{where} lacks a number in a row from {start} to {start + len(column) - 1}")
-                parts.append(values.to_numpy(zero_copy_only=False).reshape(len(column), *shape[1:]))
-                start += len(column)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{where} cannot be read: {reason(error)}") from error
-        return parts if kind == "text" else np.concatenate(parts) if parts else np.empty(shape)
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024, columns=[name]):
+            column = batch.column(0)
+            if column.null_count:
+                raise _Damaged(f"{where} has no value in a row from {start} to {start + len(column) - 1}")
+            values = column.flatten() if len(shape) == 2 else column
+            lengths = set(column.value_lengths().to_pylist()) if len(shape) == 2 and hasattr(column, "value_lengths") else set()
+            if lengths - {shape[-1]} or len(values) != len(column) * (shape[1] if len(shape) == 2 else 1):
+                raise _Damaged(f"{where} has lists of different lengths, from row {start} on: expected {shape[-1]} numbers in each")
+            if values.null_count:
+                raise _Damaged(f"{where} lacks a number in a row from {start} to {start + len(column) - 1}")
+            parts.append(values.to_numpy(zero_copy_only=False).reshape(len(column), *shape[1:]))
+            start += len(column)
+        return np.concatenate(parts) if parts else np.empty(shape)
 
     return read
+
+
+def _texts(file: Any, name: str, where: str) -> list[str]:
+    """The texts of a column. Equal texts are one object, so that a small file does not become a large list."""
+    found: list[str] = []
+    for batch in file.iter_batches(batch_size=1024, columns=[name]):
+        column = batch.column(0)
+        if column.null_count:
+            raise _Damaged(f"{where} has no value in a row from {len(found)} to {len(found) + len(column) - 1}")
+        if not hasattr(column, "dictionary"):
+            found += column.to_pylist()
+            continue
+        words = column.dictionary.to_pylist()
+        found += [words[i] for i in column.indices.to_pylist()]
+    return found

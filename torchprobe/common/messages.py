@@ -13,13 +13,13 @@ DISTRIBUTION = "torchprobe-interp"
 """
 
 
-def listing(names: Sequence[str], most: int = 8) -> str:
+def listing(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
     """The first of many names.
 
     >>> listing(["a", "b", "c", "d"], most=2)
     'a, b … and 2 more'
     """
-    return ", ".join(names[:most]) + (f" … and {len(names) - most} more" if len(names) > most else "")
+    return between.join(names[:most]) + (f" … and {len(names) - most} more" if len(names) > most else "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -33,13 +33,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    r"""The type and the first line of an error, at most 200 characters.
+    r"""The type and the first line of an error, at most 500 characters.
 
     >>> reason(ValueError("not a picture\nat byte 0"))
     'ValueError: not a picture'
     """
     line = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-    return line if len(line) <= 200 else line[:199] + "…"
+    return line if len(line) <= 500 else line[:499] + "…"
 
 
 def counted(n: int, noun: str) -> str:

@@ -5,19 +5,43 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 
+from torchprobe.common.messages import reason
+
 T = TypeVar("T")
+
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """During the block this process works alone: :class:`Ranks` that begin in it are one, whatever ``torch.distributed`` says.
+
+    >>> with alone(), Ranks() as ranks:
+    ...     ranks.size
+    1
+    """
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
+class RankLostError(RuntimeError):
+    """Another process of the run has ended, so this one cannot go on."""
 
 
 class Ranks:
     """``rank``, the number ``size`` of ranks, and values that they send each other over the host.
 
-    All ranks must call the same methods in the same order.
+    All ranks must call the same methods in the same order. Each method raises :class:`RankLostError` if another rank has ended.
 
     >>> with Ranks() as ranks:
     ...     (ranks.rank, ranks.size, ranks.from_first("a"), list(ranks.to_first("b")))
@@ -30,7 +54,7 @@ class Ranks:
 
     def __enter__(self) -> Ranks:
         dist = torch.distributed
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if not _ALONE.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # shares may take hours
         return self
@@ -40,6 +64,17 @@ class Ranks:
             torch.distributed.destroy_process_group(self._group)
         self._group = None
 
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Says what the errors of the backend mean."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankLostError(
+                f"rank {self.rank} of {self.size} lost the others: a rank has ended, and its own message says why. What was saved is kept: "
+                f"run the same command again, with --resume where there is one ({reason(error)})"
+            ) from error
+
     @property
     def first(self) -> bool:
         return self.rank == 0
@@ -47,14 +82,16 @@ class Ranks:
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self._group is not None:
-            torch.distributed.barrier(self._group)
+            with self._together():
+                torch.distributed.barrier(self._group)
 
     def from_first(self, value: Any) -> Any:
         """The value of the first rank, on every rank."""
         if self._group is None:
             return value
         box = [value]
-        torch.distributed.broadcast_object_list(box, 0, group=self._group)
+        with self._together():
+            torch.distributed.broadcast_object_list(box, 0, group=self._group)
         return box[0]
 
     def on_first(self, action: Callable[[], T]) -> T:
@@ -77,10 +114,12 @@ class Ranks:
             return
         for sender in range(1, self.size):
             if self.rank == sender:
-                torch.distributed.send_object_list([value], 0, group=self._group)
+                with self._together():
+                    torch.distributed.send_object_list([value], 0, group=self._group)
             elif self.rank == 0:
                 box: list[Any] = [None]
-                torch.distributed.recv_object_list(box, sender, group=self._group)
+                with self._together():
+                    torch.distributed.recv_object_list(box, sender, group=self._group)
                 yield box[0]
 
 

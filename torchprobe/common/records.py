@@ -120,7 +120,10 @@ def _decode(kind: Any, plain: Any, where: str) -> Any:
     if kind is float and plain is None:
         return math.nan
     if kind is float and isinstance(plain, int) and not isinstance(plain, bool):
-        return float(plain)
+        try:
+            return float(plain)
+        except OverflowError:
+            raise ValueError(f"{where}: a whole number that is too large for a float") from None
     return _checked(plain, kind, where)
 
 
