@@ -1,6 +1,9 @@
 """Where inputs come from.
 
 ============================  ========================================================================
+:func:`open_images`           images from anywhere: folders, tar shards, s3:// and the like, data sets, loaders, Hugging Face
+:func:`open_shards`           images in tar shards, as WebDataset writes them, with labels
+:class:`ImageSet`             what every set of images does: the protocol that functions and commands take
 :class:`Images`               image files in batches; files that cannot be read are counted and named
 :func:`image_folder`          the images in a folder and its subfolders
 :class:`LabeledImages`        images with labels, which are rows of the head
@@ -38,12 +41,15 @@ from torchprobe.datasets.importers import (
     import_voc,
 )
 from torchprobe.datasets.labeled import LabeledImages, labeled_folder
+from torchprobe.datasets.protocol import ImageSet
+from torchprobe.datasets.readers import open_images, open_shards
 from torchprobe.datasets.texts import Texts, text_file
 
 __all__ = [
-    "Broden", "BrodenWriter", "DatasetError", "Images", "ImportReport", "LabeledImages", "image_folder", "imagenet_set", "import_ade20k",
+    "Broden", "BrodenWriter", "DatasetError", "ImageSet", "Images", "ImportReport", "LabeledImages", "image_folder", "imagenet_set",
+    "import_ade20k",
     "import_binary_masks", "import_coco", "import_coco_panoptic", "import_hugging_face", "import_label_maps", "import_voc",
-    "Texts", "labeled_folder", "text_file", "validate",
+    "Texts", "labeled_folder", "open_images", "open_shards", "text_file", "validate",
 ]  # fmt: skip
 
 __getattr__ = renamed(__name__, {"LabelledImages": "LabeledImages", "labelled_folder": "labeled_folder"})

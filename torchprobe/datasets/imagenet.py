@@ -7,7 +7,6 @@ them for zero-shot heads.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torchprobe.common.messages import counted, install_hint, listing
+from torchprobe.common.reading import read_json
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.labeled import MOST_NAMES, LabeledImages, class_folders, collect
 
@@ -170,7 +170,7 @@ def _rows_of(classes: Mapping[str, str], path: Path) -> dict[str, tuple[int, ...
 
 def _mapping(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} from the release of ObjectNet cannot be read: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):

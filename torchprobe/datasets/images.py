@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torchprobe.common import limits
+from torchprobe.common.facts import files_digest
 from torchprobe.common.messages import reason
+from torchprobe.datasets.pictures import FileError, opened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from typing_extensions import Self
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """The endings of image files, in any case."""
@@ -30,22 +36,52 @@ class DatasetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Images:
-    """Image files, in order.
+    """Image files, in order: an :class:`~torchprobe.datasets.protocol.ImageSet`.
 
     Args:
-        paths: the files.
+        paths: the files. In sets that are kept otherwise, what stands for each image.
         root: the folder that names of files are relative to.
     """
 
-    paths: Sequence[Path]
+    paths: Sequence[Any]
     root: Path | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def name(self, path: Path) -> str:
+    def name(self, path: Any) -> str:
         """The name of a file in messages and tables."""
         return path.relative_to(self.root).as_posix() if self.root and path.is_relative_to(self.root) else str(path)
+
+    def digest(self) -> str:
+        """A digest of the names and the bytes of all files. Every file is read, once in a process."""
+        return files_digest(map(self.name, self.paths), self.paths)
+
+    def size(self, path: Any) -> int | None:
+        """The bytes of a file; None if it is missing or its size is unknown."""
+        return path.stat().st_size if path.exists() else None
+
+    def take(self, numbers: Sequence[int]) -> Self:
+        """The images with these numbers, in this order."""
+        return replace(self, paths=[self.paths[i] for i in numbers])
+
+    def content(self, path: Any) -> str | os.PathLike[str] | bytes:
+        """What :func:`torchprobe.datasets.pictures.opened` opens: a file, or its bytes.
+
+        Raises:
+            FileError: it cannot be read.
+        """
+        found: str = os.fspath(path)
+        return found
+
+    def picture(self, path: Any) -> Image:
+        """One image in RGB, as pages show it.
+
+        Raises:
+            FileError: it cannot be read; the message does not name it.
+        """
+        with opened(self.content(path)) as image:
+            return rgb(image)
 
     def batches(
         self, preprocess: Callable[[Image], Tensor], size: int, workers: int = 2, only: Sequence[int] | None = None
@@ -71,12 +107,16 @@ class Images:
             try:
                 for index, (start, group) in enumerate(zip(starts, groups, strict=True)):
                     for later in groups[index + len(ahead) : index + 3]:
-                        ahead.append([threads.submit(_load, path, preprocess) for path in later])
+                        ahead.append(self.begin(threads, later, preprocess))
                     yield self._collect(start, group, [future.result() for future in ahead.popleft()])
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)  # a caller that stops early does not wait
 
-    def _collect(self, start: int, group: Sequence[Path], results: list[Tensor | str]) -> Batch:
+    def begin(self, threads: ThreadPoolExecutor, group: Sequence[Any], preprocess: Callable[[Image], Tensor]) -> list[Future[Tensor | str]]:
+        """Begins to read the images of a batch: for each, its tensor, or the reason why there is none."""
+        return [threads.submit(load, partial(self.content, path), preprocess) for path in group]
+
+    def _collect(self, start: int, group: Sequence[Any], results: list[Tensor | str]) -> Batch:
         batch = Batch(files=len(group))
         for index, (path, result) in enumerate(zip(group, results, strict=True), start):
             if isinstance(result, str):
@@ -98,6 +138,7 @@ class Batch:
         names: of these files.
         indices: positions of these files in the data set.
         unreadable: the other files, each with the reason.
+        labels: rows of the head, one for each name, −1 if unknown; None: the data set has them, or there are none.
     """
 
     files: int
@@ -105,6 +146,7 @@ class Batch:
     names: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    labels: list[int] | None = None
 
 
 def stack(tensors: Sequence[Tensor], names: Sequence[str]) -> Tensor:
@@ -145,13 +187,16 @@ def _from_16_bits(image: Image) -> Image:
     advice = "convert them to 8 or 16 bits"
     if image.mode == "F":
         raise ValueError(f"pixels of mode F are floating point, so their range is unknown: {advice}")
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     least, most = int(values.min(initial=0)), int(values.max(initial=0))
     if least < 0 or most > 65535:
         raise ValueError(f"pixels of mode {image.mode} from {least} to {most} are not gray of 16 bits: {advice}")
     if image.mode == "I" and 0 < most < 256 and image.format is None:  # Pillow converts 8 bits to this mode without scaling
         raise ValueError(f"pixels of mode I up to {most} may be meant as 8 or as 16 bits: convert them to mode L or I;16")
-    return pil.fromarray(((values + 128) // 257).astype(np.uint8))
+    scaled = np.empty(values.shape, np.uint8)
+    for wide, narrow in zip(values, scaled, strict=True):  # row by row, since 64 bits of a large picture are much memory
+        narrow[:] = (wide.astype(np.int64) + 128) // 257
+    return pil.fromarray(scaled)
 
 
 def image_folder(root: str | os.PathLike[str], limit: int | None = None, seed: int = 0) -> Images:
@@ -188,28 +233,53 @@ def image_folder(root: str | os.PathLike[str], limit: int | None = None, seed: i
 def image_files(root: Path) -> tuple[list[Path], int]:
     """The image files in a folder and its subfolders, sorted by path, and the number of other files.
 
-    Links to folders are followed; each folder is read once.
+    Links to folders are followed; each folder is read once. Pipes, sockets, devices and links that lead nowhere count as other files. A
+    folder that cannot be read is left out, as by :func:`os.walk`.
+
+    Raises:
+        DatasetError: more files than the limit ``files``.
     """
     paths: list[Path] = []
     visited: set[str] = set()
-    others = 0
-    for folder, folders, files in os.walk(root, followlinks=True):
+    waiting = [os.fspath(root)]
+    found = 0
+    while waiting:
+        folder = waiting.pop()
         if (real := os.path.realpath(folder)) in visited:
-            folders.clear()
             continue
         visited.add(real)
-        images = [Path(folder, file) for file in files if Path(file).suffix.lower() in SUFFIXES]
-        paths += images
-        others += len(files) - len(images)
-    return sorted(paths), others
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if _is(entry.is_dir):
+                    waiting.append(entry.path)
+                    continue
+                found += 1
+                if Path(entry.name).suffix.lower() in SUFFIXES and _is(entry.is_file):
+                    paths.append(Path(entry.path))
+        if why := limits.problem("files", found):
+            raise DatasetError(f"{root} has {why}")
+    return sorted(paths), found - len(paths)
 
 
-def _load(path: Path, preprocess: Callable[[Image], Tensor]) -> Tensor | str:
-    """The tensor, or the reason why the file could not be read."""
-    from PIL import Image
-
+def _is(kind: Callable[[], bool]) -> bool:
+    """A kind of an entry of a folder; False for a link that cannot be followed."""
     try:
-        with Image.open(path) as image:
+        return kind()
+    except OSError:
+        return False
+
+
+def load(content: Callable[[], str | os.PathLike[str] | bytes], preprocess: Callable[[Image], Tensor]) -> Tensor | str:
+    """The tensor of an image, or the reason why it could not be read.
+
+    Args:
+        content: gives what :func:`torchprobe.datasets.pictures.opened` opens.
+        preprocess: image in RGB → tensor.
+    """
+    try:
+        with opened(content()) as image:
             return preprocess(rgb(image))
-    except Exception as error:  # a decoder may raise anything on damaged bytes
+    except FileError as error:
+        return str(error)
+    except Exception as error:  # of the preprocessing
         return reason(error)

@@ -7,7 +7,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from torchprobe.datasets.images import SUFFIXES, Batch, DatasetError, Images, im
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from typing_extensions import Self
 
 MOST_NAMES = 5
 """Names of folders or classes in a message."""
@@ -57,6 +58,10 @@ class LabeledImages(Images):
             raise ValueError(f"expected a label for each path, got {len(self.labels)} labels and {len(self.paths)} paths")
         check_groups(self.groups)
 
+    def take(self, numbers: Sequence[int]) -> Self:
+        """The images with these numbers, in this order, with their labels."""
+        return replace(self, paths=[self.paths[i] for i in numbers], labels=[self.labels[i] for i in numbers])
+
     def batches(
         self, preprocess: Callable[[Image], Tensor], size: int, workers: int = 2, only: Sequence[int] | None = None
     ) -> Iterator[Batch]:
@@ -75,11 +80,13 @@ def check_groups(groups: Mapping[int, tuple[int, ...]] | None) -> None:
     """Checks the groups of :class:`LabeledImages`.
 
     Raises:
-        ValueError: two groups share a row, or the label of a group is not its lowest row.
+        ValueError: two groups share a row, a row is below 0, or the label of a group is not its lowest row.
     """
     for label, rows in (groups or {}).items():
         if not rows or label != min(rows):
             raise ValueError(f"the label of a group of rows must be the lowest of them, got {label} for {list(rows)}")
+        if label < 0:
+            raise ValueError(f"a group has row {label}: rows of the head are counted from 0")
     shared = [row for row, count in Counter(row for rows in (groups or {}).values() for row in set(rows)).items() if count > 1]
     if shared:
         raise ValueError(f"row {shared[0]} is in two groups")

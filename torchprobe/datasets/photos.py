@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
-import warnings
 from typing import TYPE_CHECKING
 
 from torchprobe.common.messages import reason
-from torchprobe.datasets.broden.image_files import FileError, read_bytes, size_problem
 from torchprobe.datasets.images import DatasetError, rgb
+from torchprobe.datasets.pictures import FileError, FormatError, opened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-"""As Pillow calls them."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -39,24 +34,16 @@ def read_photo(path: str | os.PathLike[str]) -> Image:
     (30, 40)
     """
     from PIL import Image as pil
-    from PIL import UnidentifiedImageError
 
     name = os.fspath(path)
     try:
-        data = read_bytes(name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pil.DecompressionBombWarning)  # the size is checked here
-            image = pil.open(io.BytesIO(data), formats=FORMATS)
-        with image:
-            if problem := size_problem(image.height, image.width):
-                raise FileError(f"it has {problem}; make it smaller")
-            image.load()
+        with opened(name) as image:
             turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))  # after loading: some formats turn themselves, and then say 1
             found = rgb(image)
+    except FormatError as error:
+        raise DatasetError(f"{name}: {error}") from None
     except FileError as error:
         raise DatasetError(f"{name} cannot be used: {error}") from None
-    except UnidentifiedImageError:
-        raise DatasetError(f"{name} is not a picture in one of the formats {', '.join(FORMATS)}") from None
-    except Exception as error:  # hostile bytes may raise anything in a decoder
+    except Exception as error:  # hostile metadata may raise anything
         raise DatasetError(f"{name} cannot be decoded ({reason(error)})") from None
     return found if turn is None else found.transpose(getattr(pil.Transpose, turn))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchprobe.common.messages import counted, reason
+from torchprobe.common import limits
+from torchprobe.common.facts import digest_of
+from torchprobe.common.messages import reason
+from torchprobe.common.reading import open_regular, parse_json
 from torchprobe.datasets.images import Batch, DatasetError, Images
 
 KEYS = ("text", "caption", "sentence", "content")
 """The keys of a JSON object that hold its text; the first that is there."""
 
-LONGEST = 1 << 20
-"""Characters of one text. More is a mistake in the file, such as a book without line ends."""
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+"""The endings of files with JSON in each line, in small or capital letters."""
 
 _SHOWN = 80
 
@@ -56,6 +59,14 @@ class Texts(Images):
         whole = self.texts[path]
         shown = " ".join(whole.split())[:_SHOWN]
         return f"{path}: {shown}" if shown == whole else f"{path}: {shown}… {hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+    def size(self, path: Path) -> int:
+        """The bytes of a text in UTF-8."""
+        return len(self.texts[path].encode())
+
+    def digest(self) -> str:
+        """A digest of the numbers and the texts."""
+        return digest_of([[str(path), self.texts[path]] for path in self.paths])
 
     def batches(
         self, preprocess: Callable[[Any], Tensor], size: int, workers: int = 2, only: Sequence[int] | None = None
@@ -97,8 +108,9 @@ def text_file(path: str | os.PathLike[str], limit: int | None = None, seed: int 
     """The texts of a file.
 
     Args:
-        path: UTF-8. In a ``.jsonl`` file each line is a JSON string, or an object with its text under one of :data:`KEYS`. In every other
-            file each line is a text. Empty lines are left out. The number of a text is that of its line.
+        path: UTF-8. In a ``.jsonl`` file, or one with another of the endings :data:`JSON_LINES`, each line is a JSON string, or an object
+            with its text under one of :data:`KEYS`. In every other file each line is a text; a ``.json`` file is refused. Empty lines are
+            left out. The number of a text is that of its line.
         limit: take this number of texts, chosen at random.
         seed: of the random choice.
 
@@ -118,16 +130,21 @@ def text_file(path: str | os.PathLike[str], limit: int | None = None, seed: int 
         raise ValueError(f"limit must be at least 1, got {limit}")
     if not path.is_file():
         raise DatasetError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected a file with one text in each line")
+    ending = path.suffix.lower()
+    if ending == ".json":
+        raise DatasetError(f"{path} is JSON, whose lines are no texts: write one text in each line, or .jsonl, with JSON in each line")
     found: dict[int, str] = {}
     try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
+        longest = limits.value("text_line")
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as lines:
             number = 0
-            while line := lines.readline(LONGEST + 1):
+            while line := lines.readline(longest + 1):
                 number += 1
-                if len(line) > LONGEST:
-                    raise DatasetError(f"{path}, line {number}: more than {counted(LONGEST, 'character')}; expected one text in each line")
+                if len(line) > longest:
+                    why = limits.problem("text_line", len(line))
+                    raise DatasetError(f"{path}, line {number}: {why}; expected one text in each line")
                 if line.strip():
-                    found[number] = _text(line, path, number) if path.suffix == ".jsonl" else line.strip()
+                    found[number] = _text(line, path, number) if ending in JSON_LINES else line.strip()
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read as UTF-8: {reason(error)}") from error
     if not found:
@@ -141,11 +158,13 @@ def text_file(path: str | os.PathLike[str], limit: int | None = None, seed: int 
 def _text(line: str, path: Path, number: int) -> str:
     """The text in one line of JSONL."""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise DatasetError(f"{path}, line {number}: not JSON ({reason(error)})") from error
     if isinstance(value, dict):
         value = next((value[key] for key in KEYS if key in value), None)
     if not isinstance(value, str) or not value.strip():
         raise DatasetError(f"{path}, line {number}: expected a string, or an object with a string under {', '.join(KEYS)}")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # json reads half of a pair, which no encoding can write
+        raise DatasetError(f"{path}, line {number}: the text has half of a surrogate pair: write the whole character")
     return value

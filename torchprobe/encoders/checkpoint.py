@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from torchprobe.common import limits
 from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.messages import listing, reason
+from torchprobe.common.reading import is_file, open_regular
 from torchprobe.encoders.errors import EncoderError
 
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "net")
 """The keys under which training scripts store the weights in a checkpoint."""
+
+_ALWAYS = 1 << 26  # bytes: tensors that are together smaller are accepted
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """The parts that compiling and sharding insert into names."""
@@ -94,16 +98,21 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     ['weight', 'bias']
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise EncoderError(f"no checkpoint at {path}")
+    size = path.stat().st_size
+    if why := limits.problem("checkpoint_bytes", size):
+        raise EncoderError(f"{path} has {why}")
     if path.suffix == ".safetensors":
         try:
             return _tensors(load_file(path))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise EncoderError(f"{path} cannot be read as safetensors: {error}") from error
+        except Exception as error:  # hostile bytes may raise anything in a decoder
+            raise EncoderError(f"{path} cannot be read as safetensors: {reason(error)}") from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that many training scripts save
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        _require_stored(path, size)
+        options = torch.serialization.safe_globals([argparse.Namespace])  # that many training scripts save
+        with open_regular(path) as file, options:  # only an archive is read faster by its name
+            content = torch.load(path if zipfile.is_zipfile(path) else file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise EncoderError(
             f"{path} has objects other than tensors, and loading it could run code, so it was not loaded ({reason(error)}). "
@@ -124,7 +133,31 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise EncoderError(
             f"{path} has no state_dict: expected a mapping from names to tensors, at the top or under one of {', '.join(_NESTED)}"
         )
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise EncoderError(f"{path}: {key!r} is not a plain tensor ({tensor.layout}, {tensor.device}): save it as a dense one")
+    _require_honest(path, size, tensors)
     return tensors
+
+
+def _require_stored(path: Path, size: int) -> None:
+    """Refuses an archive that says that it unpacks to more than the file holds. PyTorch does not compress its archives.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if (unpacked := sum(member.file_size for member in archive.infolist())) > size:
+            raise ValueError(f"{size:,} bytes unpack to {unpacked:,}: it is compressed, or damaged")
+
+
+def _require_honest(path: Path, size: int, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that are far larger than their file: a tensor may repeat its memory."""
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if total > _ALWAYS and (why := limits.problem("checkpoint_ratio", -(-total // max(size, 1)))):
+        raise EncoderError(f"{path} has {size:,} bytes, its tensors {total:,}: they repeat their memory, {why}; or save them contiguous")
 
 
 def split_prefix(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,9 +13,6 @@ from torchprobe.common.runs import CountCallback
 from torchprobe.encoders.errors import EncoderError
 from torchprobe.encoders.head import Head
 from torchprobe.encoders.outputs import AUTO, REPRESENTATIONS, represent
-
-if TYPE_CHECKING:
-    from torchprobe.encoders.text import TextEncoder
 
 Template = str | Callable[[str], str]
 """Class name → caption: a string with ``{}`` in it, or a function."""
@@ -154,7 +151,7 @@ class Encoder(nn.Module):
         of: Callable[[Tensor], Tensor | None] | None = getattr(self.preprocess, "mask", None)
         return None if of is None else of(inputs)
 
-    def for_texts(self) -> TextEncoder:
+    def for_texts(self) -> Encoder:
         """The encoder of texts: the text tower of a CLIP model, or a text encoder itself.
 
         Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +14,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchprobe.common import limits
+from torchprobe.common.checked import DamagedError
 from torchprobe.common.messages import did_you_mean, listing, reason
-from torchprobe.common.storage import save_tensors
+from torchprobe.common.reading import parse_json
+from torchprobe.common.storage import Checksums, save_tensors
 from torchprobe.encoders.checkpoint import read_checkpoint
 from torchprobe.encoders.errors import EncoderError
 
 HEAD_NAMES = ("head", "fc", "classifier", "classification_head", "linear")
 """The names of a classification layer, at the end of its path."""
+
+_METADATA = ("format", "kind", "normalize", "names")
 
 _POSITION = re.compile(r"(^|\.)\d+(\.\d+)*$")
 """The position within a stack of layers, as in ``classifier.6``."""
@@ -110,7 +116,7 @@ def load_head(path: str | os.PathLike[str], features: int, *, key: str | None = 
         A float32 head on the CPU, with the names of its rows if the file has them.
 
     Raises:
-        EncoderError: the file cannot be read, or it has no linear layer, none of that width, or several.
+        EncoderError: the file cannot be read or is damaged, or it has no linear layer, none of that width, or several.
 
     >>> import tempfile
     >>> file = tempfile.mkdtemp() + "/head.safetensors"
@@ -119,8 +125,10 @@ def load_head(path: str | os.PathLike[str], features: int, *, key: str | None = 
     ('left', 'right')
     """
     found = read_checkpoint(path)
-    normalized, names = _metadata(path)
+    normalized, names = _metadata(path, found)
     chosen = _choose(linear_layers(found), features, key, path)
+    if why := limits.problem("head_numbers", math.prod(linear_layers(found)[chosen])):
+        raise EncoderError(f"the head in {path} has {why}")
     return head_at(found, chosen, normalize=normalized if normalize is None else normalize, names=names, path=path)
 
 
@@ -206,18 +214,27 @@ def _choose(layers: Mapping[str, tuple[int, int]], features: int, key: str | Non
     return fitting[0]
 
 
-def _metadata(path: str | os.PathLike[str]) -> tuple[bool, list[str] | None]:
-    """``normalize`` and ``names`` as :meth:`Head.save` wrote them."""
+def _metadata(path: str | os.PathLike[str], found: Mapping[str, Tensor]) -> tuple[bool, list[str] | None]:
+    """``normalize`` and ``names`` as :meth:`Head.save` wrote them. A file with checksums must be as it was written."""
     if Path(path).suffix != ".safetensors":
         return False, None
     with safe_open(path, framework="pt") as file:
         metadata: dict[str, str] = file.metadata() or {}
+    try:
+        sums = Checksums(os.fspath(path), metadata, earlier=_METADATA if metadata.get("kind") == "head" else None)
+        sums.names(found)
+        for name, tensor in found.items():
+            sums.check(name, tensor)
+    except DamagedError as error:
+        raise EncoderError(str(error)) from error
     if metadata.get("kind") != "head":
         return False, None
     try:
-        normalize, names = json.loads(metadata["normalize"]), json.loads(metadata["names"])
+        normalize, names = parse_json(metadata["normalize"]), parse_json(metadata["names"])
         if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
             raise ValueError("names is not a list of strings")
+        if not isinstance(normalize, bool):
+            raise ValueError(f"normalize is {normalize!r:.80}, not true or false")
     except (KeyError, ValueError) as error:
         raise EncoderError(f"{path}: the metadata cannot be read: {reason(error)}") from error
-    return bool(normalize), names
+    return normalize, names

@@ -20,26 +20,22 @@ timm, and rows to fill in.
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torchprobe.common import limits
 from torchprobe.common.deprecation import renamed
-from torchprobe.common.messages import did_you_mean, reason
+from torchprobe.common.messages import did_you_mean, listing, reason
+from torchprobe.common.reading import is_file, read_toml
 from torchprobe.common.runs import CountCallback
 from torchprobe.encoders.encoder import Encoder
 from torchprobe.encoders.errors import EncoderError
 from torchprobe.encoders.head import Head, load_head
 from torchprobe.encoders.load import load_encoder
 from torchprobe.encoders.sources import SOURCES
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROLES = {"zero-shot": "zero-shot", "fine-tuned": "own", "supervised": "own", "imagenet-captions": "zero-shot"}
 """The role of an encoder in a comparison → its default head."""
@@ -55,6 +51,11 @@ PAPER = "paper"
 
 _TEXTS = {"name": True, "role": True, "backbone": True, "pretraining": True, "source": True, "checkpoint": False, "head": False}
 """The keys of a row that are strings → whether they are required."""
+
+_WITHOUT_TEXT = ("timm", "torchvision")  # sources of image encoders alone; of others, the encoder itself says whether it has a text tower
+
+MOST_PROBLEMS = 20
+"""Problems in one message."""
 
 _ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
@@ -93,7 +94,7 @@ class SuiteRow:
         if self.checkpoint == "":
             return "it needs your checkpoint: fill in its path"
         files = [self.checkpoint, None if self.head in HEADS else self.head]
-        absent = [file for file in files if file is not None and not Path(file).is_file()]
+        absent = [file for file in files if file is not None and not is_file(file)]
         return f"no file at {' and '.join(absent)}" if absent else None
 
     def load(self) -> Encoder:
@@ -136,7 +137,7 @@ def load_suite(path: str | os.PathLike[str] = PAPER) -> list[SuiteRow]:
 
     Raises:
         EncoderError: the file cannot be read, or has unknown keys, roles or heads, missing or repeated entries, or values of the wrong
-            type. The message names every problem.
+            type. The message names the first 20 problems.
 
     >>> rows = load_suite("paper")
     >>> sum(row.role == "zero-shot" for row in rows)
@@ -146,16 +147,18 @@ def load_suite(path: str | os.PathLike[str] = PAPER) -> list[SuiteRow]:
     """
     file = Path(__file__).with_name("suite.toml") if path == PAPER else Path(path)
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = read_toml(file)
     except FileNotFoundError as error:
         raise EncoderError(f"no suite at {file}: expected a TOML file, or {PAPER!r} for the built-in one") from error
-    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+    except (OSError, ValueError) as error:
         raise EncoderError(f"{file} cannot be read as TOML: {reason(error)}") from error
     entries = content.get("encoder")
     problems = [f"unknown key {key!r}" + did_you_mean(key, ["encoder"]) for key in content if key != "encoder"]
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         problems.append("expected at least one [[encoder]]")
         entries = []
+    if why := limits.problem("suite_rows", len(entries)):
+        raise EncoderError(f"{file} has {why}")
     for number, entry in enumerate(entries, start=1):
         where = f"encoder {number}" + (f" ({entry['name']!r})" if isinstance(entry.get("name"), str) else "")
         problems += [f"{where}: {problem}" for problem in _problems(entry)]
@@ -164,7 +167,7 @@ def load_suite(path: str | os.PathLike[str] = PAPER) -> list[SuiteRow]:
         if count > 1 and checkpoint != "":  # checkpoints that are to be filled in will differ
             problems.append(f"{source!r} occurs {count} times with the same checkpoint and head")
     if problems:
-        raise EncoderError(f"{file} is not a suite: " + "; ".join(problems))
+        raise EncoderError(f"{file} is not a suite: " + listing(problems, MOST_PROBLEMS, "; "))
     return [_row(entry, file.parent) for entry in entries]
 
 
@@ -198,7 +201,7 @@ def _problems(entry: Mapping[str, Any]) -> list[str]:
     if "head" in texts and head not in HEADS and not head.endswith(_ENDINGS):
         problems.append(f"unknown head {head!r}, expected one of {', '.join(HEADS)}, or a file that ends in {', '.join(_ENDINGS)}")
     head = head or ROLES.get(role, "")
-    if head == "zero-shot" and kind in SOURCES and kind not in ("open_clip", "hf"):
+    if head == "zero-shot" and kind in _WITHOUT_TEXT:
         problems.append(f"{source!r} has no text tower for a zero-shot head: choose own, none or a file")
     return problems + _accuracy_problems(entry.get("accuracy", {}))
 

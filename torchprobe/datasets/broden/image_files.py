@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import io
 import os
 import re
-import stat
 import struct
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,26 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchprobe.common.messages import reason
 from torchprobe.datasets.images import rgb
+from torchprobe.datasets.pictures import PNG_SIGNATURE, FileError, check_chunks, opened, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_SIDE = 1 << 14
-MAX_PIXELS = 1 << 26
-"""The largest image that is opened: its longer side, and its number of pixels."""
-MAX_BYTES = 1 << 28
-"""The largest file that is read."""
 MAX_LABEL = (1 << 16) - 1
 """The largest number that red and green can encode."""
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NO_PARTS = frozenset({"", ".", ".."})
-
-
-class FileError(ValueError):
-    """A file that cannot be used; the message says why. The caller adds the row."""
 
 
 def unsafe(name: str) -> bool:
@@ -47,15 +36,6 @@ def unsafe(name: str) -> bool:
     """
     control = not name.isprintable() and _CONTROL.search(name) is not None
     return control or "\\" in name or name[1:2] == ":" or not _NO_PARTS.isdisjoint(name.split("/"))
-
-
-def size_problem(height: int, width: int) -> str | None:
-    """The problem with the size of an image, or None."""
-    if height < 1 or width < 1:
-        return f"a size of {height} × {width} pixels"
-    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
-        return f"a size of {height} × {width} pixels, more than {MAX_SIDE} on a side or {MAX_PIXELS} in all"
-    return None
 
 
 def locate(folder: str, name: str, title: str = "images/") -> str:
@@ -87,42 +67,21 @@ def read_labels(path: str | Path, height: int, width: int) -> Tensor:
     Raises:
         FileError: the file is missing, not a PNG, truncated, damaged, of another size, or its blue channel is not 0.
     """
-    from PIL import Image
-
     data = read_bytes(path)
-    if not data.startswith(_PNG_SIGNATURE) or len(data) < 33:
+    if not data.startswith(PNG_SIGNATURE) or len(data) < 33:
         raise FileError("not a PNG file")
     if (found := struct.unpack(">II", data[16:24])) != (width, height):  # before anything is decompressed
         raise FileError(f"the label map is {found[1]} × {found[0]} pixels, its row says sh × sw = {height} × {width}")
     check_chunks(data)
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if image.mode not in ("RGB", "RGBA", "P", "L", "1"):
-                raise FileError(f"pixels of mode {image.mode}; expected 8-bit red, green and blue")
-            pixels = np.frombuffer(image.convert("RGB").tobytes("raw", "RGBX"), "<u4")
-    except FileError:
-        raise
-    except Exception as error:  # hostile bytes may raise anything in a decoder
-        raise FileError(f"the PNG file is damaged ({_reason(error)})") from None
-    if (pixels & 0xFF0000).any():
+    with opened(data, ("PNG",)) as image:
+        if image.mode not in ("RGB", "RGBA", "P", "L", "1"):
+            raise FileError(f"pixels of mode {image.mode}; expected 8-bit red, green and blue")
+        colors = image if image.mode == "RGB" else image.convert("RGB")
+        pixels = np.frombuffer(bytearray(colors.tobytes("raw", "RGBX")), "<u4")
+    if int(np.bitwise_or.reduce(pixels)) & 0xFF0000:
         raise FileError("the blue channel is not 0, so these are not label numbers (red + 256 · green)")
-    return torch.from_numpy((pixels & 0xFFFF).astype(np.int32).reshape(height, width))
-
-
-def check_chunks(data: bytes) -> None:
-    """Checks that no chunk of a PNG is missing and that checksums match. The decoder may ignore such errors (LOAD_TRUNCATED_IMAGES)."""
-    at = len(_PNG_SIGNATURE)
-    while at + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 8 + length
-        if end + 4 > len(data):
-            break
-        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise FileError("the PNG file is damaged (a checksum does not match)")
-        if kind == b"IEND":
-            return
-        at = end + 4
-    raise FileError("the PNG file is truncated")
+    pixels &= 0xFFFF
+    return torch.from_numpy(pixels.astype(np.int32, copy=False).reshape(height, width))
 
 
 def read_image(path: str | Path) -> Image:
@@ -131,39 +90,8 @@ def read_image(path: str | Path) -> Image:
     Raises:
         FileError: the file is missing, neither JPEG nor PNG, truncated, damaged, or too large.
     """
-    from PIL import Image
-
-    data = read_bytes(path)
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            if problem := size_problem(image.height, image.width):
-                raise FileError(problem)
+    with opened(path, ("JPEG", "PNG")) as image:
+        try:
             return rgb(image)
-    except FileError:
-        raise
-    except Exception as error:
-        raise FileError(f"the image cannot be decoded ({_reason(error)})") from None
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """A whole file.
-
-    Raises:
-        FileError: it is missing, too large, or cannot be read.
-    """
-    try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):
-            raise FileError("it is not a regular file")
-        if info.st_size > MAX_BYTES:
-            raise FileError(f"the file is larger than {MAX_BYTES >> 20} MiB")
-        with open(path, "rb") as file:
-            return file.read(info.st_size)
-    except FileNotFoundError:
-        raise FileError("the file is missing") from None
-    except OSError as error:
-        raise FileError(f"the file cannot be read ({error.strerror})") from None
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        except Exception as error:  # of the range of its values
+            raise FileError(f"the image cannot be decoded ({reason(error)})") from None

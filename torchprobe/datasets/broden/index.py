@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from torchprobe.common.files import replacing
-from torchprobe.datasets.broden.image_files import MAX_BYTES, MAX_LABEL, FileError, locate, size_problem, unsafe
+from torchprobe.common.csv_files import read_rows as read_csv
+from torchprobe.common.csv_files import write_rows
+from torchprobe.common.limits import LimitError
+from torchprobe.datasets.broden.image_files import MAX_LABEL, locate, unsafe
 from torchprobe.datasets.images import DatasetError
+from torchprobe.datasets.pictures import FileError, size_problem
 
 INDEX = "index.csv"
 ROW_COLUMNS = ("image", "split", "ih", "iw", "sh", "sw")
@@ -119,6 +120,8 @@ def read_tables(root: Path, report: OnFinding, categories: Sequence[str] | None 
     """
     names = [values[0] for _, values in _lines(root, "category.csv", ("name",), report)]
     chosen = [name for name in dict.fromkeys(names) if categories is None or name in categories]
+    if not names and (root / "category.csv").is_file():
+        report(Finding(None, "category.csv", "it lists no category", "write a line for each category, with its name"))
     for name in {name for name in names if names.count(name) > 1}:
         report(Finding(None, "category.csv", f"category {name!r} is listed more than once", "keep one line of it"))
 
@@ -223,29 +226,26 @@ def _entries(cell: str, known: Callable[[int], bool]) -> _Entries:
 def _lines(root: Path, file: str, columns: Sequence[str], report: OnFinding, needed: int | None = None) -> Iterator[tuple[int, list[str]]]:
     """(line number, the values of ``columns``) for every line of a CSV file. A missing column is reported. If it is one of the first
     ``needed`` columns (default: all), no line is read, otherwise its values are empty."""
-    path = root / file
     try:
-        if os.path.getsize(path) > MAX_BYTES:
-            report(Finding(None, file, f"the table is larger than {MAX_BYTES >> 20} MiB", "this is not a Broden table"))
-            return
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream)
-            header = next(reader, [])
-            if missing := [name for name in columns if name not in header and name != "syns"]:
-                report(Finding(1, file, f"no column {', '.join(missing)}", f"expected {','.join(columns)}"))
-                if not set(missing).isdisjoint(columns[:needed]):
-                    return
-            at = [header.index(name) if name in header else -1 for name in columns]
-            for values in reader:
-                if len(values) == len(header):
-                    yield reader.line_num, [values[i] if i >= 0 else "" for i in at]
-                elif values:
-                    report(Finding(reader.line_num, file, f"{len(values)} fields", f"write {len(header)}, as in the header"))
+        lines = read_csv(root / file)
+        _, header = next(lines, (1, []))
+        if missing := [name for name in columns if name not in header and name != "syns"]:
+            report(Finding(1, file, f"no column {', '.join(missing)}", f"expected {','.join(columns)}"))
+            if not set(missing).isdisjoint(columns[:needed]):
+                return
+        at = [header.index(name) if name in header else -1 for name in columns]
+        for line, values in lines:
+            if len(values) == len(header):
+                yield line, [values[i] if i >= 0 else "" for i in at]
+            else:
+                report(Finding(line, file, f"{len(values)} fields", f"write {len(header)}, as in the header"))
     except FileNotFoundError:
         near = difflib.get_close_matches(file, sorted(path.name for path in root.glob("*.csv")))
         fix = f"did you mean {' or '.join(near)}?" if near else "copy it from the release, or write the data set with BrodenWriter"
         report(Finding(None, file, "the file is missing", fix))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except LimitError as error:
+        report(Finding(None, file, "the table is too large", str(error)))
+    except (OSError, ValueError) as error:
         report(Finding(None, file, f"the table cannot be read ({type(error).__name__}: {error})", "it must be CSV in UTF-8"))
 
 
@@ -377,5 +377,4 @@ category is in the image; an empty cell says that this is unknown.
 
 
 def _write(path: Path, header: Sequence[str], lines: Sequence[Sequence[object]]) -> None:
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *lines])
+    write_rows(path, [header, *lines])

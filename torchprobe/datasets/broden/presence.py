@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.common.storage import save_tensors
+from torchprobe.common.storage import digest, save_tensors
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,23 @@ class Presence:
     def save(self, path: str | os.PathLike[str], key: bytes = b"") -> None:
         """Writes a safetensors file; ``key``: identifies the data that it was computed from."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, {"crow": self.crow, "number": self.number, "area": self.area}, {"made_from": _digest(key)})
+        tensors = {"crow": self.crow, "number": self.number, "area": self.area}
+        save_tensors(path, tensors, {"made_from": _digest(key), "content": digest(tensors.values())})
 
 
 def load_presence(path: str | os.PathLike[str], key: bytes = b"") -> Presence | None:
     """Reads a file of :meth:`Presence.save`. None if the file is missing, damaged, or has another key."""
     from safetensors import SafetensorError, safe_open
 
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         return None
     try:
         with safe_open(str(path), "pt") as file:
             if (file.metadata() or {}).get("made_from") != _digest(key):
                 return None
-            return Presence(*(file.get_tensor(name) for name in ("crow", "number", "area")))
-    except (OSError, SafetensorError):
+            found = [file.get_tensor(name) for name in ("crow", "number", "area")]
+            return Presence(*found) if (file.metadata() or {}).get("content") == digest(found) else None
+    except (OSError, SafetensorError, ValueError, RuntimeError):
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from torchprobe.common import limits
+from torchprobe.common.facts import files_digest
 from torchprobe.common.messages import install_hint
 from torchprobe.common.runs import CountCallback
-from torchprobe.datasets.broden.image_files import FileError, locate, read_bytes, read_image, read_labels
+from torchprobe.datasets.broden.image_files import locate, read_image, read_labels
 from torchprobe.datasets.broden.index import INDEX, SPLITS, Finding, Label, Row, check_index, read_rows, read_tables
 from torchprobe.datasets.broden.presence import Presence, image_areas, load_presence
 from torchprobe.datasets.images import DatasetError
+from torchprobe.datasets.pictures import FileError
 
 if TYPE_CHECKING:
     from captum.concept import Concept
@@ -141,32 +143,20 @@ class Broden(Dataset[Sample]):
 
         Raises:
             DatasetError: a label map is missing, damaged, of another size than its row says, or contains a number that is not in label.csv.
+                Or the maps of the row have more pixels than the limit ``row_pixels``.
         """
         row = self.rows[index]
         found: ImageLabels = []
+        maps = sum(isinstance(entry, str) for entries in row.entries for entry in entries)
+        if why := limits.problem("row_pixels", maps * row.label_height * row.label_width):
+            raise DatasetError(f"{self.root}: {self.index} line {row.line}: {maps} label maps have together {why}")
         for category, entries in zip(self.categories, row.entries, strict=True):
             planes = [self._plane(row, entry) for entry in entries if isinstance(entry, str)]
             if planes:
-                found.append((category, torch.stack(planes)))
+                found.append((category, torch.stack(planes) if len(planes) > 1 else planes[0].unsqueeze(0)))
             if numbers := [entry for entry in entries if isinstance(entry, int)]:
                 found.append((category, torch.tensor(numbers, dtype=torch.int32)))
         return found
-
-    def content(self, index: int, labels: bool = False) -> int:
-        """A digest of the file of the image of a row, or of its label maps, as a number of 63 bits.
-
-        Raises:
-            DatasetError: a file cannot be read.
-        """
-        row, found = self.rows[index], hashlib.blake2b(digest_size=8)
-        maps = [entry for entries in row.entries for entry in entries if isinstance(entry, str)]
-        name = row.image
-        try:
-            for name in maps if labels else [row.image]:
-                found.update(read_bytes(locate(self._images, name)))
-        except FileError as error:
-            raise self._unusable(row, name, error) from None
-        return int.from_bytes(found.digest(), "big") >> 1
 
     def _plane(self, row: Row, name: str) -> Tensor:
         try:
@@ -236,7 +226,8 @@ class Broden(Dataset[Sample]):
         for all of Broden. The result of all rows is kept; Broden's takes 10 MB.
 
         Args:
-            cache: a file for the result. It is read if it was computed from the same index, categories and rows, otherwise it is written.
+            cache: a file for the result. It is read if it was computed from the same index, categories, rows and label maps; otherwise it
+                is written.
             workers: threads that decode.
             progress: called with (rows done, rows in all).
             rows: read only these. The result holds them in this order. Default: all.
@@ -253,6 +244,10 @@ class Broden(Dataset[Sample]):
             return self._presence if every else self._presence.take(chosen)
         key = (self.root / self.index).read_bytes() + repr((self.split, self.categories)).encode()
         key += b"" if every else repr(chosen).encode()
+        if cache is not None:
+            rows_read = [self.rows[row] for row in chosen]
+            maps = dict.fromkeys(entry for row in rows_read for entries in row.entries for entry in entries if isinstance(entry, str))
+            key += files_digest(maps, [Path(self._images, name) for name in maps]).encode()
         found = load_presence(cache, key) if cache is not None else None
         if found is None:
             found = self._scan(chosen, workers, progress)

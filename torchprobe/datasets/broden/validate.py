@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.datasets.broden.image_files import FileError, locate, read_image, read_labels
+from torchprobe.datasets.broden.image_files import locate, read_image, read_labels
 from torchprobe.datasets.broden.index import INDEX, Finding, Row, Tables, check_index, read_rows, read_tables
 from torchprobe.datasets.broden.reader import known_labels, unknown_labels
+from torchprobe.datasets.pictures import FileError
 
 
 def validate(

@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchprobe.common import limits
 from torchprobe.common.deprecation import renamed_arguments
-from torchprobe.datasets.broden.image_files import MAX_LABEL, MAX_SIDE, FileError, read_image, read_labels, size_problem, unsafe
+from torchprobe.common.reading import open_regular
+from torchprobe.datasets.broden.image_files import MAX_LABEL, read_image, read_labels, unsafe
 from torchprobe.datasets.broden.index import ROW_COLUMNS, LabelCounts, WrittenRow, write_tables
 from torchprobe.datasets.broden.presence import pixel_counts
 from torchprobe.datasets.images import DatasetError, rgb
+from torchprobe.datasets.pictures import FileError, size_problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Plane = np.ndarray[Any, np.dtype[Any]]
+
+FEWEST_COLUMNS = 4
+"""Planes of another size than the image have more; otherwise the last place may be colors."""
 
 
 class BrodenWriter:
@@ -207,7 +213,7 @@ class BrodenWriter:
             return self.image_format
         if not isinstance(image, (str, os.PathLike)):
             return "png"
-        with open(image, "rb") as file:  # its name may lie
+        with open_regular(image) as file:  # its name may lie
             return "png" if file.read(4) == b"\x89PNG" else "jpg"
 
     def _parse(self, name: str, category: str, value: Any, grids: Sequence[tuple[int, int]]) -> list[int] | Plane:
@@ -284,7 +290,8 @@ def _proportional(size: tuple[int, ...], grids: Sequence[tuple[int, int]]) -> bo
     """Whether planes of this size fit one of the grids: they have its size, or its proportions to a pixel. Colors in the last place
     do not."""
     rows, columns = size
-    return size in grids or (columns > 4 and any(abs(rows * width - columns * height) <= height + width for height, width in grids))
+    near = any(abs(rows * width - columns * height) <= height + width for height, width in grids)
+    return size in grids or (columns > FEWEST_COLUMNS and near)
 
 
 def _near(name: str, names: Collection[str]) -> str:
@@ -310,7 +317,8 @@ def _pair(size: int | tuple[int, int] | None, least: int) -> tuple[int, int] | N
         return None
     pair = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     if min(pair) < least or size_problem(*pair):
-        raise ValueError(f"a size of {pair[0]} × {pair[1]} pixels is not possible: give at least {least} × {least} and at most {MAX_SIDE}")
+        most = limits.value("picture_side")
+        raise ValueError(f"a size of {pair[0]} × {pair[1]} pixels is not possible: give at least {least} × {least} and at most {most}")
     return pair
 
 

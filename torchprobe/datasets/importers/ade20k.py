@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchprobe.common.messages import reason
-from torchprobe.datasets.broden.image_files import FileError, read_bytes
+from torchprobe.common.reading import parse_json
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.importers.conversion import Conversion, SetOptions
 from torchprobe.datasets.importers.files import by_stem
@@ -20,6 +19,7 @@ from torchprobe.datasets.importers.pictures import IndexMap, Picture, color_map,
 from torchprobe.datasets.importers.planes import Plane
 from torchprobe.datasets.importers.report import ImportReport, Unusable
 from torchprobe.datasets.importers.values import Values, label_name, read_names
+from torchprobe.datasets.pictures import FileError, read_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -234,7 +234,7 @@ def _objects(path: Path) -> Iterator[tuple[int, str]]:
             text = data.decode("utf-8")
         except UnicodeDecodeError:
             text = data.decode("latin-1")  # as some files of the release are
-        objects = json.loads(text)["annotation"]["object"]
+        objects = parse_json(text)["annotation"]["object"]
         for entry in objects:
             number, name = entry["name_ndx"], entry["name"]
             if type(number) is int and 0 < number < 1 << 16:

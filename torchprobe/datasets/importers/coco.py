@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from torchprobe.common.reading import open_regular
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.importers.coco_masks import Mask, draw
 from torchprobe.datasets.importers.coco_tables import Categories, CocoImage, read_categories, read_image, report_names
@@ -92,7 +93,7 @@ def import_coco(
         if supercategories:
             names["supercategory"] = categories.supercategories(conversion.report)
         conversion.begin(names)
-        with open(annotations, "rb") as file:
+        with open_regular(annotations) as file:
             for image in conversion.each(index.images):
                 with conversion.image(image.file_name):
                     name, path = inside(folder, image.file_name, "image")

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.datasets.broden.image_files import MAX_SIDE
+from torchprobe.common import limits
 from torchprobe.datasets.importers.report import Unusable
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 SCALE = 5
 """The outline of a polygon is followed on a grid that is finer by this factor."""
-FARTHEST = 4.0 * MAX_SIDE
-"""The largest coordinate of a polygon. No annotation of an image of at most ``MAX_SIDE`` pixels is farther out."""
+FARTHEST = 4.0
+"""The largest coordinate of a polygon, in the longest side that a picture may have. No annotation of such a picture is farther out."""
 LONGEST = 1 << 23
 """Points of an outline, on the fine grid."""
 
@@ -96,7 +96,7 @@ def _vertices(polygon: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
         raise Unusable("a polygon with fewer than 3 points")
     if not np.isfinite(points).all():
         raise Unusable("a polygon with nan or inf")
-    if np.abs(points).max() > FARTHEST:
+    if np.abs(points).max() > FARTHEST * limits.value("picture_side"):
         raise Unusable("a polygon far outside the picture")
     return points[::2], points[1::2]
 

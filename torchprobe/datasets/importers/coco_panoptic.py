@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchprobe.common.reading import open_regular
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.importers.coco import CROWD
 from torchprobe.datasets.importers.coco_tables import Categories, CocoImage, read_categories, read_image, report_names
@@ -73,7 +74,7 @@ def import_coco_panoptic(
         if supercategories:
             names["supercategory"] = categories.supercategories(conversion.report)
         conversion.begin(names)
-        with open(annotations, "rb") as file:
+        with open_regular(annotations) as file:
             for image in conversion.each(listed):
                 with conversion.image(image.file_name):
                     if image.id not in places:

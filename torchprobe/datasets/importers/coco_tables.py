@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torchprobe.datasets.broden.image_files import size_problem
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.importers.coco_masks import Mask
 from torchprobe.datasets.importers.report import ImportReport, Unusable
 from torchprobe.datasets.importers.values import different, identifier, label_name, report_renamed
+from torchprobe.datasets.pictures import size_problem
 
 
 class CocoImage(NamedTuple):

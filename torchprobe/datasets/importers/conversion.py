@@ -18,12 +18,12 @@ from torchprobe.common.files import to_json
 from torchprobe.common.messages import listing
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets.broden import Broden, BrodenWriter
-from torchprobe.datasets.broden.image_files import FileError
-from torchprobe.datasets.broden.writer import nearest
+from torchprobe.datasets.broden.writer import FEWEST_COLUMNS, nearest
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.importers.pictures import Picture
 from torchprobe.datasets.importers.planes import Plane
 from torchprobe.datasets.importers.report import ImportReport, Unusable
+from torchprobe.datasets.pictures import FileError
 
 if TYPE_CHECKING:
     pass
@@ -270,6 +270,8 @@ class Conversion:
         if abs(height * picture.width - width * picture.height) > max(picture.height, picture.width):
             sizes = f"{height} × {width} and {picture.height} × {picture.width}"
             raise Unusable("the mask and the image have different shapes; perhaps one was turned or cropped", sizes)
+        if plane.ndim == 3 and width <= FEWEST_COLUMNS:
+            raise Unusable("the mask is far too small for the image", f"{height} × {width} and {picture.height} × {picture.width}")
         return True
 
     def _free(self, name: str) -> tuple[str, str]:

@@ -6,9 +6,10 @@ import os
 import posixpath
 from pathlib import Path
 
-from torchprobe.datasets.broden.image_files import FileError, locate, unsafe
+from torchprobe.datasets.broden.image_files import locate, unsafe
 from torchprobe.datasets.images import DatasetError, image_files
 from torchprobe.datasets.importers.report import ImportReport, Unusable
+from torchprobe.datasets.pictures import FileError
 
 
 def inside(folder: Path, name: object, what: str) -> tuple[str, Path]:

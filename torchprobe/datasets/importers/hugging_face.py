@@ -111,6 +111,8 @@ def _rows(dataset: Any, split: str | None) -> Iterable[Mapping[str, Any]]:
         dataset = dataset[split]
     elif split is not None:
         raise DatasetError(f"the data set has no splits, so it has no split {split!r}")
+    if not isinstance(dataset, Iterable) and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DatasetError(f"expected a data set or another list of rows, got {type(dataset).__name__}")
     rows: Iterable[Mapping[str, Any]] = dataset
     return rows
 

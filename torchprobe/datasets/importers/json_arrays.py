@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchprobe.datasets.broden.image_files import MAX_BYTES
+from torchprobe.common import limits
+from torchprobe.common.reading import depth, open_regular, parse_json
 from torchprobe.datasets.images import DatasetError
 
 CHUNK = 1 << 20
@@ -38,7 +39,7 @@ def elements(path: str | os.PathLike[str], keys: Collection[str]) -> Iterator[El
     [1, 2]
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             yield from _Parser(path, file).lists(keys)
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error.strerror})") from error
@@ -47,7 +48,7 @@ def elements(path: str | os.PathLike[str], keys: Collection[str]) -> Iterator[El
 def read_element(file: Any, start: int, size: int) -> Any:
     """The element at ``start``, from the file opened as bytes; see :class:`Element`."""
     file.seek(start)
-    return json.loads(file.read(size))
+    return parse_json(file.read(size))
 
 
 class _Parser:
@@ -128,11 +129,13 @@ class _Parser:
             except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
                 raise self.damaged(str(error)) from None
             else:
+                if why := limits.problem("json_depth", depth(value)):
+                    raise self.damaged(f"an element has {why}")
                 if end < len(self.text) or self.ended:  # otherwise a number may go on
                     self.at = end
                     return value, start, self.place() - start
-            if len(self.text) - self.at > MAX_BYTES:
-                raise self.damaged(f"an element is larger than {MAX_BYTES >> 20} MiB")
+            if why := limits.problem("json_bytes", len(self.text) - self.at):
+                raise self.damaged(f"an element has {why}")
             self.read(want)
             want *= 2  # so that a large element is not parsed too often
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchprobe.common.messages import reason
-from torchprobe.datasets.broden.image_files import check_chunks, read_bytes, size_problem
 from torchprobe.datasets.images import rgb
 from torchprobe.datasets.importers.report import Unusable
+from torchprobe.datasets.pictures import PNG_SIGNATURE, FileError, check_chunks, opened, read_bytes, size_problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 COPIED = frozenset({"JPEG", "MPO", "PNG"})
 """Formats, as Pillow calls them, that a data set may hold. An MPO is a JPEG with more pictures behind it."""
-_PICTURES = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 _MASKS = ("PNG", "BMP", "TIFF", "GIF")
 """Formats without loss: a JPEG changes the values of a mask."""
-_PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 
 IndexMap = np.ndarray[Any, np.dtype[np.int64]]
@@ -48,17 +45,17 @@ class Picture:
             self.height, self.width = source.height, source.width
             return
         try:
-            with open(source, "rb") as file, pil.open(file, formats=_PICTURES) as image:
+            with opened(source, decode=False) as image:
                 self.height, self.width, kind = image.height, image.width, image.format
-                if problem := size_problem(self.height, self.width):
-                    raise Unusable("an image of an impossible size", problem)
                 if kind in ("JPEG", "MPO"):
                     self.rotated = image.getexif().get(_ORIENTATION, 1) != 1
                 self.content = Path(source) if kind in COPIED else _rgb(image)
         except Unusable:
             raise
-        except FileNotFoundError:
-            raise Unusable("the image is missing") from None
+        except FileError as error:
+            if not os.path.exists(source):
+                raise Unusable("the image is missing") from None
+            raise Unusable("the image cannot be read", str(error)) from None
         except Exception as error:  # hostile bytes may raise anything in a decoder
             raise Unusable("the image cannot be read", reason(error)) from None
 
@@ -86,15 +83,10 @@ def decoded(source: Any) -> Path | Image:
         return Path(source)
     if isinstance(source, bytes):
         try:
-            with pil.open(io.BytesIO(source), formats=_PICTURES) as image:
-                if problem := size_problem(image.height, image.width):
-                    raise Unusable("an image of an impossible size", problem)
-                image.load()
+            with opened(source) as image:
                 return image
-        except Unusable:
-            raise
-        except Exception as error:
-            raise Unusable("the image cannot be read", reason(error)) from None
+        except FileError as error:
+            raise Unusable("the image cannot be read", str(error)) from None
     pixels = np.asarray(source)
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)) or pixels.size == 0:
         raise Unusable("the image is not an array of uint8 (H, W, 3) or (H, W)", f"{pixels.dtype} of shape {pixels.shape}")
@@ -117,21 +109,16 @@ def open_mask(source: str | os.PathLike[str] | bytes | Image, lossy: bool = Fals
         return source
     try:
         data = source if isinstance(source, bytes) else read_bytes(Path(source))
-        if data.startswith(_PNG):
+        if data.startswith(PNG_SIGNATURE):
             check_chunks(data)  # the decoder may be told to ignore what is missing
-        with pil.open(io.BytesIO(data), formats=(*_MASKS, "JPEG") if lossy else _MASKS) as image:
-            if problem := size_problem(image.height, image.width):
-                raise Unusable("a mask of an impossible size", problem)
-            image.load()
+        if not lossy and data.startswith(b"\xff\xd8"):
+            raise Unusable("the mask is a JPEG, which does not keep values")
+        with opened(data, (*_MASKS, "JPEG") if lossy else _MASKS) as image:
             return image
-    except Unusable:
-        raise
-    except Exception as error:
+    except FileError as error:
         if not isinstance(source, bytes) and not os.path.exists(source):
             raise Unusable("the mask is missing") from None
-        if not lossy and isinstance(error, OSError) and data.startswith(b"\xff\xd8"):
-            raise Unusable("the mask is a JPEG, which does not keep values") from None
-        raise Unusable("the mask cannot be read", reason(error)) from None
+        raise Unusable("the mask cannot be read", str(error)) from None
 
 
 def index_map(source: Any) -> IndexMap:
@@ -160,7 +147,10 @@ def index_map(source: Any) -> IndexMap:
 
 
 def _integers(source: Any) -> IndexMap:
-    values = np.asarray(source)
+    try:
+        values = np.asarray(source)
+    except ValueError as error:  # rows of different lengths
+        raise Unusable("the mask is not an array of integers (height, width)", reason(error)) from None
     if values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
         values = values[0] if values.shape[0] == 1 else values[..., 0]
     if values.ndim != 2 or values.dtype.kind not in "iub" or values.size == 0:

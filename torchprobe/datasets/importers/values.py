@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -10,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from torchprobe.datasets.broden.image_files import FileError, read_bytes
+from torchprobe.common.reading import parse_json
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.importers.pictures import IndexMap
 from torchprobe.datasets.importers.planes import Plane
 from torchprobe.datasets.importers.report import ImportReport, Unusable
+from torchprobe.datasets.pictures import FileError, read_bytes
 
 BACKGROUND = frozenset({"background", "unlabeled", "unlabelled", "none"})
 VOID = frozenset({"ignore", "ignored", "void", "dontcare", "don't care"})
@@ -127,7 +127,7 @@ def read_names(source: str | os.PathLike[str] | Mapping[Any, Any] | Sequence[str
         first_value: the value of the first name of a list, which nothing else says: 0 if the background is in the list, as a rule.
 
     Raises:
-        DatasetError: the file is missing or damaged; a value is no whole number, or is there twice; a list without ``first_value``.
+        DatasetError: the file is missing or damaged; a value is not a whole number, or is there twice; a list without ``first_value``.
 
     >>> read_names({"1": "cat", "4": "dog"}), read_names(["background", "cat"], first_value=0)
     ({1: 'cat', 4: 'dog'}, {0: 'background', 1: 'cat'})
@@ -172,8 +172,8 @@ def _parse(path: str) -> Any:
         raise DatasetError(f"{path}: {error}; expected a file with the names of the labels") from None
     if text.lstrip().startswith(("{", "[")):
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
+            return parse_json(text)
+        except ValueError as error:
             raise DatasetError(f"{path} is not valid JSON: {error}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     matches = [re.fullmatch(r"(-?[0-9]{1,9})(?:\s*[,:;=\t]\s*|\s+)(.+)", line) for line in lines]

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchprobe.datasets.broden.image_files import FileError, read_bytes, unsafe
+from torchprobe.datasets.broden.image_files import unsafe
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.importers.conversion import Conversion, SetOptions
 from torchprobe.datasets.importers.files import by_stem
 from torchprobe.datasets.importers.pictures import Picture, index_map
 from torchprobe.datasets.importers.report import ImportReport, Unusable
 from torchprobe.datasets.importers.values import Values, read_names
+from torchprobe.datasets.pictures import FileError, read_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -61,7 +61,10 @@ def _renamed(visual: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if expected <= found.keys() and not any(key not in expected for key in found):
         return weights
     if any(key.startswith("_blocks.") for key in weights):
-        return efficientnet_names(weights, visual)
+        try:
+            return efficientnet_names(weights, visual)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # another architecture: the keys that do not fit are named
+            return weights
     convert = getattr(importlib.import_module(type(visual).__module__), "checkpoint_filter_fn", None)
     if convert is None:
         return weights
