@@ -16,16 +16,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from torchprobe import ops, statistics
-from torchprobe.recording import Recorder, Recording, RecordingWarning, detach_all, load, record
+from torchprobe.common.version import VERSION
+from torchprobe.recording import Recorder, Recording, RecordingWarning, detach_all, load, record, record_attention, record_pair
 from torchprobe.statistics import Moments
 
 if TYPE_CHECKING:
-    from torchprobe import analysis, datasets, dissection, encoders
+    from torchprobe import analysis, datasets, dissection, encoders, integrations
     from torchprobe.encoders import Encoder, load_encoder
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "record",
+    "record_pair",
+    "record_attention",
     "load",
     "detach_all",
     "Recorder",
@@ -38,11 +41,12 @@ __all__ = [
     "datasets",
     "dissection",
     "encoders",
+    "integrations",
     "ops",
     "statistics",
 ]
 
-_LAZY = {name: f"torchprobe.{name}" for name in ("analysis", "datasets", "dissection", "encoders")}
+_LAZY = {name: f"torchprobe.{name}" for name in ("analysis", "datasets", "dissection", "encoders", "integrations")}
 _LAZY |= dict.fromkeys(("Encoder", "load_encoder"), "torchprobe.encoders")
 
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import difflib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchprobe.common.numbers import shown, whole
+from torchprobe.ops.observe import MOST_FEATURES
 from torchprobe.recording import masks, windows
-from torchprobe.recording.control import NOTHING_TO_READ, Control, Slot
+from torchprobe.recording.control import NOTHING_TO_READ, Control, Skipped, Slot, keep_contents
 from torchprobe.recording.hook import Hook
 from torchprobe.recording.stream import Stream
+from torchprobe.recording.transfer import Part
 from torchprobe.recording.windows import Entry, Unread, check_mergeable
+from torchprobe.statistics import Statistic
+from torchprobe.statistics.saved import check_keys, check_mapping
+
+_LATER = ("feature_dim_by", "calls")  # missing from states of earlier versions
+_WIDE = 1 << 16  # features that are believed whatever the size of the state
 
 
 class Bank:
@@ -33,14 +41,52 @@ class Bank:
         self._model = weakref.ref(model)
 
     def streams(self) -> Iterator[Stream]:
-        return chain.from_iterable(hook.streams.values() for hook in self.hooks.values())
+        """All streams. Other threads may add some meanwhile, as they may add slots."""
+        return chain.from_iterable(list(hook.streams.values()) for hook in self.hooks.values())
 
     def slots(self) -> list[Slot]:
-        return [slot for stream in self.streams() for slot in stream.slots.values()]
+        return [slot for stream in self.streams() for slot in list(stream.slots.values())]
+
+    def keep_traced(self, modules: set[int]) -> Callable[[], None]:
+        """Remembers what the compiled hooks of these modules, given by their ids, have counted; the result restores it."""
+        hooks = [hook for hook in self.hooks.values() if Skipped.TRACED in hook.main.skipped and id(hook.layer.alive) in modules]
+        return keep_contents([slot for hook in hooks for stream in hook.streams.values() for slot in stream.slots.values()], True)
 
     def entries(self) -> list[Entry]:
         """The streams that have fired, in the order of firing."""
-        return [entry_of(stream) for stream in sorted((s for s in self.streams() if s.slots), key=lambda stream: stream.order)]
+        entries = (entry_of(stream) for stream in self._in_order())
+        return [entry for entry in entries if entry is not None]
+
+    def _in_order(self) -> list[Stream]:
+        return sorted(self.streams(), key=lambda stream: stream.order)
+
+    def close_window(self, note: Callable[[list[str], Sequence[Part]], None]) -> None:
+        """Closes the running window of every stream, and starts the next one.
+
+        What a window held is taken out in one step, so that a call of another thread is in one window or in the next. If this is
+        interrupted, it is put back.
+
+        Args:
+            note: gets the names of the streams, and for each group of them the names with their summaries, as
+                :func:`torchprobe.recording.windows.summaries` gives them.
+        """
+        held = [(stream, slot) for stream in self._in_order() for slot in list(stream.slots.values())]
+        running, taken = [slot.statistic for _, slot in held], dict[int, Statistic]()
+        try:
+            windows.take(running, taken)
+            by_name = dict[str, list[Statistic]]()
+            for index, (stream, _) in enumerate(held):
+                by_name.setdefault(stream.name, []).append(taken[index])
+            whole = [parts[0] if len(parts) == 1 else windows.merged(parts) for parts in by_name.values()]
+            summaries = windows.summaries([one for one in whole if one is not None], True)
+            closed = windows.join([taken[index] for index in range(len(held))], [slot.closed for _, slot in held])
+        except BaseException:
+            windows.put_back(running, taken)
+            raise
+        for (_, slot), statistic in zip(held, closed, strict=True):
+            slot.closed = statistic
+        names = list(by_name)
+        note(names, [([names[index] for index in group], part) for group, part in summaries])
 
     def unread(self) -> list[Unread]:
         """The streams that were called, but where nothing decides which dimension holds the features."""
@@ -106,33 +152,50 @@ class Bank:
 
     # -- saved states ------------------------------------------------------------------------------------------------------
 
-    def restore(self, layers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Fills streams that are empty from saved layers, which :meth:`trial` has checked."""
-        for name, saved in layers.items():
-            stream = self.named(name)
+    def restore(self, entries: Sequence[Entry]) -> None:
+        """Fills streams that are empty with what :meth:`trial` has read."""
+        for entry in entries:
+            stream = self.named(entry.name)
             assert stream is not None
-            slot = self.slot(stream, saved["features"])
-            slot.statistic.load_state_dict(saved["window"])
-            if saved["closed"] is not None:
-                slot.closed = self.control.factory(saved["features"], slot.statistic.device)
-                slot.closed.load_state_dict(saved["closed"])
-            slot.calls = saved.get("calls", 0)
-            stream.loaded = saved["feature_dim"], saved.get("feature_dim_by", "")
+            slot = self.slot(stream, entry.statistic.features)
+            slot.statistic.load_state_dict(entry.statistic.state_dict())
+            if entry.closed is not None:
+                slot.closed = self.control.factory(entry.closed.features, slot.statistic.device)
+                slot.closed.load_state_dict(entry.closed.state_dict())
+            slot.calls = entry.calls
+            stream.loaded = entry.feature_dim, entry.feature_dim_by
 
-    def trial(self, name: str, saved: Mapping[str, Any]) -> Entry:
-        """A saved layer, loaded apart from the streams.
+    def trial(self, name: str, saved: Any) -> Entry:
+        """A saved layer, read apart from the streams.
 
         Raises:
             ValueError: something in it does not fit.
         """
-        statistic = self.control.factory(saved["features"], torch.device("cpu"))
         try:
-            for state in (saved["closed"], saved["window"]):
-                if state is not None:
-                    statistic.load_state_dict(state)
-        except ValueError as error:
+            check_mapping("a layer", saved)
+            check_keys("a layer", {**dict.fromkeys(_LATER), **saved}, (*_LATER, "feature_dim", "features", "window", "closed"))
+            features = whole("features", saved["features"], 1, MOST_FEATURES)
+            by, calls, dim = saved.get("feature_dim_by", ""), whole("calls", saved.get("calls", 0)), saved["feature_dim"]
+            if not isinstance(by, str) or (dim is not None and type(dim) is not int):
+                raise ValueError(f"feature_dim is a whole number or None, and feature_dim_by a text; got {shown(dim)} and {shown(by)}")
+            window, closed = (None if saved[key] is None else self._read(features, saved[key]) for key in ("window", "closed"))
+            if window is None:
+                raise ValueError("window is None")
+        except (TypeError, ValueError) as error:
             raise ValueError(f"layer {name!r}: {error}") from error
-        return Entry(name, "", saved["feature_dim"], statistic)
+        return Entry(name, "", dim, window, closed, calls, by)
+
+    def _read(self, features: int, state: Any) -> Statistic:
+        """A saved statistic."""
+        check_mapping("a window", state)
+        widest = max((value.numel() for value in state.values() if isinstance(value, Tensor)), default=0)
+        template = self.control.factory.template
+        light = bool(template.tensors()) and sum(tensor.numel() for tensor in template.tensors().values()) < template.features
+        if features > max(widest, _WIDE) and not light:  # before any memory is allocated
+            raise ValueError(f"features is {features}, but the largest tensor of the saved state has {widest} elements")
+        statistic = self.control.factory(features, torch.device("cpu"))
+        statistic.load_state_dict(state)
+        return statistic
 
     def check_mergeable(self, theirs: Sequence[Entry]) -> None:
         """Raises ValueError for entries that :meth:`absorb` could not add."""
@@ -166,9 +229,11 @@ class Bank:
         return next(iter(stream.slots.values()))
 
 
-def entry_of(stream: Stream) -> Entry:
-    """A stream that has fired, as an entry of a recording."""
+def entry_of(stream: Stream) -> Entry | None:
+    """A stream that has fired, as an entry of a recording; None if it has not."""
     slots = list(stream.slots.values())
+    if not slots:
+        return None
     statistic, closed = slots[0].statistic, slots[0].closed
     if len(slots) > 1:
         together = windows.merged([slot.statistic for slot in slots])

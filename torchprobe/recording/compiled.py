@@ -172,6 +172,11 @@ def is_tracing() -> bool:
     return _names is not None and _names.current_compile() is not None
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is running; False before torch 2.7, which cannot say it."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
 def never_compile_alone(function: Callable[..., Any]) -> None:
     """Inside a graph the function is traced; outside of one it runs as plain Python, with everything it calls.
 

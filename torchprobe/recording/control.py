@@ -7,7 +7,10 @@ recording ends, it continues with a copy of the state. What replays add during a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntFlag, auto
 
 import torch
@@ -68,19 +71,20 @@ class Control:
         self.stride = every  # of steps
         self.masks: dict[str, Tensor] = {}  # by name or glob
         self.swapped: dict[int, bool | None] = {}  # id(layer) → whether tokens come before the batch
-        self.fired = 0  # layers that have a state, for their order
+        self.places = itertools.count()  # of layers that have a state, in their order; threads may take them
         self.graphs: set[str] = set()  # compiled graphs that met a layer for the first time
         self.warned: set[str] = set()  # causes that a warning has told
 
     def update(self) -> None:
         self.open = self.live and not self.paused and not self.skipping
 
-    def end_step(self) -> bool:
-        """Ends a step. In the first call ``every`` begins to count steps; the result says whether that changes what is read."""
+    def end_step(self, number: int | None = None) -> bool:
+        """Ends a step: the ``number``-th, or one more than before. In the first call ``every`` begins to count steps; the result says
+        whether that changes what is read."""
         first = self.steps is None
         if first:
             self.every = 1
-        self.steps = (self.steps or 0) + 1
+        self.steps = (self.steps or 0) + 1 if number is None else number
         self.skipping = self.steps % self.stride != 0
         self.update()
         return first and self.stride > 1
@@ -168,3 +172,21 @@ def leave(slots: dict[torch.device, Slot]) -> None:
         if slot.captured:
             slots[device] = Slot(slot.statistic.clone(), slot.calls)
             slots[device].closed = slot.closed
+
+
+def abandon(reference: weakref.ref[Control], undo: list[Callable[[], object]]) -> None:
+    """What remains to be done when a running recorder is deleted."""
+    if (state := reference()) is not None:
+        state.live = False
+        state.update()
+    while undo:
+        undo.pop()()
+
+
+@contextlib.contextmanager
+def with_masks(state: Control, masks_before: dict[str, Tensor]) -> Iterator[None]:
+    """The masks of before come back at the end of the block."""
+    try:
+        yield
+    finally:
+        state.masks = masks_before

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchprobe.common.messages import reason
 from torchprobe.recording import compiled
 from torchprobe.recording.compiled import OwnHook, at_trace_time, never_compile_alone
 from torchprobe.recording.control import Skipped, Slot
 from torchprobe.recording.hook import Hook, takes_hooks
-from torchprobe.recording.stream import RecordingWarning, Stream
+from torchprobe.recording.layers import Layer, named_layers
+from torchprobe.recording.stream import Stream
 from torchprobe.recording.transfer import to_host
-
-if TYPE_CHECKING:
-    from torchprobe.recording.layers import Layer
 
 _SHOWN = 8  # layers that are named for one cause
 
@@ -72,8 +70,18 @@ def watch(model: nn.Module, witness: Witness) -> list[Any]:
     ]
 
 
-def report(hooks: Sequence[Hook], named: dict[str, Layer], witness: Witness, stacklevel: int) -> None:
-    """Warns once, with every layer that saw nothing, or of which calls were left out. Layers with the same cause are told together."""
+def report(model: nn.Module, hooks: Sequence[Hook], witness: Witness) -> str:
+    """Tells, in one text, every layer that saw nothing, or of which calls were left out, with the cause; empty if there is none.
+
+    Layers with the same cause are told together. It never raises: a recording ends well, whatever became of the model meanwhile.
+    """
+    try:
+        return _report(hooks, named_layers(model), witness)
+    except Exception as error:
+        return f"torchprobe: which layers were not read, and why, could not be found out ({reason(error)}). What was read is complete"
+
+
+def _report(hooks: Sequence[Hook], named: dict[str, Layer], witness: Witness) -> str:
     streams = [stream for hook in hooks for stream in hook.streams.values()]
     numbers = dict(zip(map(id, streams), _calls(streams), strict=True))
     silent = [stream for stream in streams if not numbers[id(stream)][1] and not stream.left_out]
@@ -92,8 +100,7 @@ def report(hooks: Sequence[Hook], named: dict[str, Layer], witness: Witness, sta
         if left:
             causes = [(stream, _left_out(stream)) for stream in left]
             paragraphs.append("\n".join([f"{len(left)} of {len(streams)} layers {what}:", *_grouped(causes)]))
-    if paragraphs:
-        warnings.warn("torchprobe: " + "\n".join(paragraphs), RecordingWarning, stacklevel=stacklevel + 1)
+    return "torchprobe: " + "\n".join(paragraphs) if paragraphs else ""
 
 
 def _left_out(stream: Stream) -> str:
@@ -169,7 +176,7 @@ class _Explanation:
     def __call__(self, hook: Hook, stream: Stream, calls: int) -> str:
         skipped = stream.skipped | hook.main.skipped
         module = hook.layer.alive
-        if not calls and not stream.slots and (module is None or self._replaced(hook.layer.name, module)):
+        if not calls and (module is None or (not stream.slots and self._replaced(hook.layer.name, module))):
             return "its module was replaced or deleted while the model was recorded; record again"
         if calls:
             return self._read_nothing(stream, calls)
@@ -197,7 +204,7 @@ class _Explanation:
     def _never_called(self, hook: Hook) -> str:
         name, module = hook.layer.name, hook.layer.alive
         assert module is not None
-        above = [self.named[parent].module for parent in _ancestors(name) if parent in self.named]
+        above = [around for parent in _ancestors(name) if parent in self.named and (around := self.named[parent].alive) is not None]
         if not takes_hooks(module):
             return "it is scripted, and runs without Python; record the model before torch.jit.script, or a module around it"
         if above and isinstance(above[0], nn.MultiheadAttention):

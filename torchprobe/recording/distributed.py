@@ -92,6 +92,11 @@ def all_reduce(
     return result, {alias: name for summary in summaries for alias, name in summary.aliases.items()}
 
 
+def gather(sent: bytes, group: ProcessGroup | None, timeout: float | None) -> list[bytes]:
+    """What each rank sends, in the order of the ranks. Collective; arguments as in :meth:`torchprobe.Recorder.all_reduce`."""
+    return _Ranks(group, timeout).gather_bytes(sent)
+
+
 def _to_bytes(entry: Entry) -> bytes:
     """The state of one layer: the length of a JSON text, the text, and a safetensors file in memory."""
     tensors, values = dict[str, Tensor](), dict[str, Any]()
@@ -144,7 +149,7 @@ class _Ranks:
         from torch import distributed
 
         if not distributed.is_available() or not distributed.is_initialized():
-            raise RuntimeError("all_reduce needs torch.distributed: call torch.distributed.init_process_group() first")
+            raise RuntimeError("asking all ranks needs torch.distributed: call torch.distributed.init_process_group() first")
         self.distributed, self.group, self.timeout = distributed, group, timeout
         self.rank, self.count = distributed.get_rank(group), distributed.get_world_size(group)
         if self.rank < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,17 @@ class Event(NamedTuple):
     @property
     def width(self) -> int:
         return self.shape[self.dim]
+
+
+class Seen(threading.local):
+    """What a thread has seen: each one runs a forward of its own."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.given: object = None  # the arguments of the layer that is being read
+
+    def __reduce__(self) -> tuple[type[Seen], tuple[()]]:
+        return Seen, ()  # a copy of the model has seen nothing
 
 
 def is_same(a: Tensor | None, b: Tensor | None) -> bool:

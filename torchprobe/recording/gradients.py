@@ -34,7 +34,7 @@ class GradientHook(Hook):
             self.skip(module)
             return None
         changed = output
-        control.trail.given = args
+        control.trail.seen.given = args
         for stream, x in self.streams_in(output):
             if not x.requires_grad:
                 stream.skipped |= Skipped.NO_GRADIENT
@@ -43,13 +43,13 @@ class GradientHook(Hook):
                 if not x.is_nested:
                     stream.axis(x)
                 watched = x
-                if holds((args, kwargs), x) or (x is not output and holds(output, x)):
-                    watched = x.view_as(x)  # other users of the same tensor must not count
+                if x.is_leaf or holds((args, kwargs), x) or (x is not output and holds(output, x)):
+                    watched = x.view_as(x)  # other users of the same tensor must not count, nor later calls that give the same parameter
                     changed = replaced(changed, x, watched)
                 _watch(stream, watched)
             except Exception as error:
                 stream.failed(error, x)
-        control.trail.given = None
+        control.trail.seen.given = None
         return None if changed is output else changed
 
     def skip(self, module: nn.Module) -> None:

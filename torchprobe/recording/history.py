@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,20 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from torchprobe.recording.layers import canonical
+from torchprobe.common.numbers import shown, whole
+from torchprobe.common.threads import ordered
+from torchprobe.recording.frames import Tabular
+from torchprobe.recording.layers import canonical, meant
 from torchprobe.recording.transfer import Array, Part, Rows, Transfer
 from torchprobe.statistics import Moments, Statistic
+from torchprobe.statistics.saved import check_keys, check_mapping, holds_numbers
+from torchprobe.statistics.tensors import describe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Step = int | float
+_SHOWN = 8  # steps in a notebook
 _LARGEST = 1e308  # a file holds no larger step
+_LATER = ("dropped", "repeated", "histograms")  # missing from states of earlier versions
 _LINES = {"mean": "vector_kurtosis", "median": "vector_kurtosis_median"}
 
 
-class History:
+class History(Tabular):
     """Closed windows in the order of :meth:`~torchprobe.Recorder.snapshot`: ``history[field]`` is an array (steps, layers).
 
     ``steps`` and ``layers`` name the rows and columns, ``fields`` the numbers: those of the statistic, such as
@@ -62,6 +69,7 @@ class History:
         self._blocks: deque[Rows] = deque()  # on the host; the first ones may hold windows that were dropped
         self._landed = 0  # windows in the blocks
 
+    @ordered
     def append(self, step: Step, layers: list[str], parts: Sequence[Part]) -> None:
         """Adds one window of ``layers``: for each group of layers the names and the numbers, still on the device.
 
@@ -70,7 +78,7 @@ class History:
         Raises:
             TypeError: ``step`` is not a finite number. Numbers of NumPy, and tensors of one number on the CPU, are fine.
         """
-        number = _number(step)
+        number = plain_number(step)
         self._transfer.put(parts)
         self.steps.append(number)
         self._name(layers)
@@ -116,6 +124,20 @@ class History:
         older = f", {self.dropped} older ones dropped" if self.dropped else ""
         return f"History({len(self.steps)} steps{older} × {len(self._layers)} layers × {len(self.fields)} fields)"
 
+    def _repr_html_(self) -> str:
+        """The headline of every layer for a notebook: the ends of the history, and some steps between them."""
+        from torchprobe.rendering.notebook import fragment
+        from torchprobe.rendering.tables import Column
+
+        values = self[self.headline] if self.fields else np.empty((0, 0))
+        chosen = np.unique(np.linspace(0, len(self.steps) - 1, min(len(self.steps), _SHOWN)).round().astype(int)) if self.steps else ()
+        name = self.headline.replace("_", " ")
+        columns = [Column("layer", "layer", "name within the model", "text")]
+        columns += [Column(f"at {i}", str(self.steps[i]), f"{name} of the window of this step") for i in chosen]
+        rows = [{"layer": layer, **{f"at {i}": float(values[i, j]) for i in chosen}} for j, layer in enumerate(self.layers)]
+        return fragment(repr(self), rows=rows, columns=columns, note=f"The {name} of each layer, by step." if rows else "", of="layers")
+
+    @ordered
     def rows(self) -> list[dict[str, Any]]:
         """One dict for every step and layer that fired: ``step``, ``layer`` and the fields."""
         values = self.values
@@ -125,6 +147,14 @@ class History:
             for j, layer in enumerate(self.layers)
             if not np.isnan(values[i, j]).all()
         ]
+
+    @ordered
+    def columns(self) -> dict[str, Any]:
+        values = self.values
+        step, layer = np.nonzero(~np.isnan(values).all(2))
+        steps = np.asarray(self.steps)[step] if self.steps else np.empty(0, dtype=np.int64)
+        names = [self.layers[index] for index in layer]
+        return {"step": steps, "layer": names, **{field: values[step, layer, i] for i, field in enumerate(self.fields)}}
 
     def plot(self, field: str | None = None, *, width: float = 9.0) -> Figure:
         """Layers × steps in shades of one color; windows with nonfinite values are crossed. Needs matplotlib.
@@ -155,8 +185,7 @@ class History:
             raise ValueError(f"{type(self.statistic).__name__} keeps no histogram of its windows; plot(field) shows a field of all layers")
         name = layer if layer in self.layers else canonical(layer)
         if name not in self.layers:
-            near = difflib.get_close_matches(layer, self.layers, n=1)
-            raise KeyError(f"no layer {layer!r} in the history" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise KeyError(f"no layer {layer!r} in the history{meant(layer, self.layers)}")
         column = self.layers.index(name)
         lines = {which: self[field][:, column] for which, field in _LINES.items() if field in self.fields}
         return layer_over_time(self.histograms[:, column], self.bin_edges, self.steps, **lines, layer=name, width=width)
@@ -166,11 +195,13 @@ class History:
         """The field that plots show."""
         return self.statistic.headline or next(iter(self.fields), "")
 
+    @ordered
     def copy(self) -> History:
         copy = History(self.keep, self.statistic)
         copy._set(self.steps, self.layers, self._all(), self.dropped)
         return copy
 
+    @ordered
     def extend(self, other: History) -> None:
         """Appends the steps of another history.
 
@@ -192,35 +223,46 @@ class History:
         self._name(other.layers)
         self._drop()
 
+    @ordered
     def state_dict(self) -> dict[str, Any]:
-        """``steps``, ``layers``, ``fields``, ``dropped``; the tensors ``values`` (steps, layers, fields) and ``histograms`` (steps,
-        layers, bins)."""
+        """``steps``, ``layers``, ``fields``, ``dropped``, ``repeated`` (whether a step has several windows); the tensors ``values`` (steps,
+        layers, fields) and ``histograms`` (steps, layers, bins)."""
         values = torch.from_numpy(self.values.copy())
         used = np.flatnonzero((self.histograms > 0).any((0, 1)))
         histograms = torch.from_numpy(self.histograms[:, :, : used[-1] + 1 if used.size else 0].copy())
         about = {"steps": list(self.steps), "layers": self.layers, "fields": list(self.fields), "dropped": self.dropped}
+        about["repeated"] = len(set(self.steps)) < len(self.steps)
         return {**about, "values": values, "histograms": histograms}
 
+    @ordered
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned. Fields that this version does not know are left out; fields that it added are nan.
 
         Histograms may be missing, as in states of an earlier version; they are nan then. At most ``keep`` windows are restored, the newest.
 
         Raises:
-            ValueError: the parts do not fit together.
+            ValueError: a part is missing, damaged, or does not fit. Nothing is changed then.
         """
-        steps, layers, fields = list(state["steps"]), list(state["layers"]), list(state["fields"])
-        values = np.asarray(state["values"], dtype=np.float64)
+        check_mapping("a history", state)
+        check_keys("a history", {**dict.fromkeys(_LATER), **state}, (*_LATER, "steps", "layers", "fields", "values"))
+        steps, layers, fields = (_listed(name, state[name]) for name in ("steps", "layers", "fields"))
+        check_steps(steps, state.get("repeated", True))
+        for name, texts in (("layers", layers), ("fields", fields)):
+            if not all(isinstance(text, str) for text in texts) or len(set(texts)) < len(texts):
+                raise ValueError(f"{name} of the history are different texts")
+        dropped = whole("dropped of the history", state.get("dropped", 0))
+        values = _array("values", state["values"])
         if values.shape != (len(steps), len(layers), len(fields)):
             raise ValueError(
                 f"the history holds values of shape {values.shape} for {len(steps)} steps, {len(layers)} layers and {len(fields)} fields"
             )
-        histograms = state.get("histograms")
         bins = self.statistic.histogram_bins
+        histograms = None if state.get("histograms") is None else _array("histograms", state["histograms"])
         if histograms is not None:
-            histograms = np.asarray(histograms, dtype=np.float64)
             if histograms.shape[:2] != values.shape[:2] or histograms.ndim != 3 or histograms.shape[2] > bins:
                 raise ValueError(f"the history holds histograms of shape {histograms.shape} for values of shape {values.shape}")
+            if bool((histograms < 0).any()) or bool(np.isinf(histograms).any()):
+                raise ValueError("histograms of the history hold negative numbers or inf")
         known = np.full((len(steps), len(layers), len(self.fields) + bins), math.nan)
         for index, field in enumerate(fields):
             if field in self.fields:
@@ -229,10 +271,11 @@ class History:
             fired = ~np.isnan(known[:, :, : len(self.fields)]).all(-1, keepdims=True)
             padded = np.pad(histograms, ((0, 0), (0, 0), (0, bins - histograms.shape[2])))
             known[:, :, len(self.fields) :] = np.where(fired, padded, math.nan)
-        self._set(steps, layers, known, int(state.get("dropped", 0)))
+        self._set(steps, layers, known, dropped)
 
     # -- on the host ---------------------------------------------------------------------------------------------------
 
+    @ordered
     def _all(self) -> Array:
         """Fields and histograms, (steps, layers, fields + bins). It joins all blocks into one."""
         self._land(self._transfer.everything())
@@ -274,9 +317,43 @@ class History:
             self._landed -= len(self._blocks.popleft()[1])
 
 
-def _number(step: Any) -> Step:
-    """A step as a plain number."""
-    if isinstance(step, torch.Tensor) and step.device.type != "cpu":
+def check_steps(steps: Sequence[Any], repeated: Any) -> None:
+    """Raises ``ValueError`` unless saved steps are finite numbers, each once unless ``repeated``."""
+    if not all(isinstance(step, (int, float)) and not isinstance(step, bool) and -_LARGEST < step < _LARGEST for step in steps):
+        raise ValueError("steps are finite numbers")
+    if not isinstance(repeated, bool):
+        raise ValueError(f"repeated of the history is true or false, got {shown(repeated)}")
+    if len(set(steps)) < len(steps) and not repeated:
+        twice = next(step for index, step in enumerate(steps) if step in steps[:index])
+        raise ValueError(f"steps of the history hold {twice} twice")
+
+
+def _listed(name: str, found: Any) -> list[Any]:
+    if not isinstance(found, (list, tuple)):
+        raise ValueError(f"{name} of the history is a list, got {type(found).__name__}")
+    return list(found)
+
+
+def _array(name: str, found: Any) -> Array:
+    """A saved tensor as an array.
+
+    Raises:
+        ValueError: it is not a tensor of numbers.
+    """
+    if isinstance(found, np.ndarray) and found.dtype.kind in "fiu":
+        return np.asarray(found, dtype=np.float64)
+    if not isinstance(found, Tensor) or not holds_numbers(found):
+        raise ValueError(f"{name} of the history is {describe(found)}, expected a tensor of numbers")
+    return found.detach().to("cpu", torch.float64).numpy()
+
+
+def plain_number(step: Any) -> Step:
+    """A step as a plain number.
+
+    Raises:
+        TypeError: it is not a finite number.
+    """
+    if isinstance(step, Tensor) and step.device.type != "cpu":
         raise TypeError(f"a step is a finite number, got a tensor on {step.device}, and reading it would wait: pass step.item()")
     number = step.item() if getattr(step, "shape", None) == () and hasattr(step, "item") else step
     if not isinstance(number, bool) and isinstance(number, Real):

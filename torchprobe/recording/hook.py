@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from torchprobe.common.threads import ordered
 from torchprobe.recording import traced
 from torchprobe.recording.axes import Axis
-from torchprobe.recording.compiled import OwnHook, at_trace_time, never_compile_alone, register
+from torchprobe.recording.compiled import OwnHook, at_trace_time, is_exporting, never_compile_alone, register
 from torchprobe.recording.control import Control, Skipped
 from torchprobe.recording.layers import Layer
 from torchprobe.recording.leaves import typed_dim
@@ -53,7 +54,7 @@ class Hook(OwnHook):
         if control.open and _current_backward() == -1 and (control.training is None or control.training == module.training):
             first = not self.main.dims
             if first:  # what goes in may tell what comes out
-                control.trail.given = args
+                control.trail.seen.given = args
             if type(output) is Tensor and control.select is None:
                 if output.is_floating_point():
                     self.main.read(output)
@@ -63,7 +64,7 @@ class Hook(OwnHook):
                 for stream, x in self.streams_in(output):
                     stream.read(x)
             if first:
-                control.trail.given = None
+                control.trail.seen.given = None
         else:
             self.skip(module)
         return None
@@ -95,11 +96,13 @@ class Hook(OwnHook):
 
     def streams_in(self, value: Any) -> list[tuple[Stream, Tensor]]:
         """The tensors to read in what the module gives, each with its stream."""
-        if is_symbolic(value):
-            self.main.skipped |= Skipped.NOT_REAL
-            return []
         try:
+            if is_symbolic(value):
+                self.main.skipped |= Skipped.NOT_REAL
+                return []
             found = self.find(value)
+            if len(found) > 1 and not self.places:
+                self.settle(found, [self.features_of(x) for _, x in found], has_places(value))
         except Exception as error:
             self.main.failed(error)
             return []
@@ -107,10 +110,8 @@ class Hook(OwnHook):
             self.nothing(value)
             return []
         if not self.places:
-            if len(found) == 1:
-                self.places_noted(found[0][0])
-                return [(self.main, found[0][1])]
-            self.settle(found, [self.features_of(x) for _, x in found], has_places(value))
+            self.places_noted(found[0][0])
+            return [(self.main, found[0][1])]
         return [(stream, x) for name, x in found if (stream := self.places.get(name)) is not None]
 
     def places_noted(self, name: str) -> None:
@@ -123,22 +124,28 @@ class Hook(OwnHook):
             return self.layer.feature_dim or 0
         return self.control.trail.output(self.layer, x).dim
 
-    def settle(self, found: Found, dims: list[int | None], ordered: bool) -> None:
+    @ordered
+    def settle(self, found: Found, dims: list[int | None], positions: bool) -> None:
         """Decides which of several tensors are read: those with features. If they are known by position, each has a name of its own,
-        otherwise the first one has the name of the layer."""
+        otherwise the first one has the name of the layer. What one thread has decided, holds for the others."""
+        if self.places:
+            return
+        places: dict[str, Stream] = {}
         if typed_dim(self.layer.module, found[0][1].dim()) is not None:
             found, dims = found[:1], dims[:1]  # attention and recurrent layers: the rest are weights and states
         chosen = [(name, x) for (name, x), dim in zip(found, dims, strict=True) if dim is not None and _stands_alone(x, found[0][1], dim)]
         names = [name for name, _ in chosen] or [found[0][0]]
-        if self.main.slots or self.main.loaded or len(names) == 1 or not ordered:  # read before, or the first one of a mapping
+        if self.main.slots or self.main.loaded or len(names) == 1 or not positions:  # read before, or the first one of a mapping
             first = self.main.place if self.main.place in names else names[0]
-            self.places[first], self.main.place = self.main, first
+            places[first], self.main.place = self.main, first
         for name in names:
-            if name not in self.places:
-                self.places[name] = self.stream(name)
-        if self.main not in self.places.values():
+            if name not in places:
+                places[name] = self.stream(name)
+        if self.main not in places.values():
             del self.streams[""]
+        self.places.update(places)  # all at once, since others read it meanwhile
 
+    @ordered
     def stream(self, label: str) -> Stream:
         """The stream of this name."""
         if label not in self.streams:
@@ -237,7 +244,7 @@ def note(hook: Hook, reason: int) -> None:
 def traced_open(hook: Hook, open_: bool, training: bool) -> bool:
     """Whether a call counts. The compiler guards on both arguments."""
     control, main = hook.control, hook.main
-    if torch.compiler.is_exporting():
+    if is_exporting():
         main.skipped |= Skipped.NOT_REAL
         return False
     main.skipped |= Skipped.TRACED

@@ -132,6 +132,21 @@ def canonical(name: str) -> str:
     return "" if name == OUTPUT else ".".join(part for part in name.split(".") if part not in (*_WRAPPERS, "module"))
 
 
+def meant(layer: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown layer: the one that was probably meant.
+
+    "model", which trackers call the model itself, is not taken for it: many models have a layer of that name.
+
+    >>> meant("blocks.00", ["", "blocks.0"]), meant("model", ["", "blocks.0"])
+    ("; did you mean 'blocks.0'?", "; did you mean '(output)', the model itself?")
+    """
+    names = list(known)
+    if layer == "model" and "" in names:
+        return f"; did you mean {OUTPUT!r}, the model itself?"
+    near = difflib.get_close_matches(layer, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 # -- selection -------------------------------------------------------------------------------------------------------------
 
 

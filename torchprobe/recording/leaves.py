@@ -112,11 +112,20 @@ def typed_dim(module: nn.Module, dims: int) -> int | None:
         return dims - 1 if dims else None
     if kind is nn.GLU:  # it takes two halves along this dimension
         return int(module.dim) % dims if dims else None  # type: ignore[arg-type]
-    if kind.__name__ == "Conv1D" and hasattr(module, "nf"):  # of transformers: a linear layer
+    if inputs_first(module):
         return dims - 1 if dims else None
     if kind is nn.Flatten and dims == 2:
         return 1
     return None
+
+
+def inputs_first(module: nn.Module) -> bool:
+    """Whether it is the ``Conv1D`` of transformers, which GPT-2 has: a linear layer whose weight is (inputs, outputs).
+
+    >>> inputs_first(nn.Linear(2, 3))
+    False
+    """
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def leaf_dims(module: nn.Module, shape: tuple[int, ...]) -> list[int]:

@@ -151,9 +151,70 @@ class LayerReader:
             self.read(images, keep)
         return {name: found[name][:2] for name in self.layers}
 
+    def prepare(self, images: Tensor) -> dict[str, str]:
+        """Finds out from a few images how the layers are laid out, and gives up the layers that cannot be read.
+
+        Returns:
+            The names of these layers, each with the reason.
+
+        >>> from torchprobe.recording import select_layers
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(0))
+        >>> with LayerReader(model, select_layers(model, "*")) as reader:
+        ...     print(list(reader.prepare(torch.zeros(2, 3, 8, 8))), list(reader.layers))
+        ['1'] ['0']
+        """
+        problems: dict[str, str] = {}
+
+        def see(layer: Layer, x: Tensor) -> None:
+            try:
+                self._layout(layer, x)
+            except ValueError as error:
+                problems.setdefault(layer.name, str(error))
+
+        self._run(images, see)
+        problems = self._silent() | problems
+        self.layers = {name: layer for name, layer in self.layers.items() if name not in problems}
+        self.fired = [name for name in self._called if name in self.layers]
+        if self._unclear and len(images) > 1:
+            self._run(images[:1], self._look_again)
+        return problems
+
+    @contextlib.contextmanager
+    def following(self, images: int, visit: Visit) -> Iterator[dict[str, str]]:
+        """During the block, one forward pass that somebody else runs is read as by :meth:`read`; see :meth:`prepare` for what comes before.
+
+        Args:
+            images: the number of images in that pass.
+            visit: called inside the hooks.
+
+        Yields:
+            The layers that could not be read, each with the reason: filled in the block. They never end the pass.
+        """
+        problems: dict[str, str] = {}
+
+        def see(layer: Layer, x: Tensor) -> None:
+            try:
+                visit(layer, x, self._layout(layer, x))
+            except ValueError as error:
+                problems.setdefault(layer.name, str(error))
+
+        self._images, self._see, self._called = images, see, {}
+        try:
+            yield problems
+            for name, problem in self._silent().items():
+                problems.setdefault(name, problem)
+        finally:
+            self._see = None
+
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _forward(self, images: Tensor, see: Callable[[Layer, Tensor], object]) -> None:
+        self._run(images, see)
+        for problem in self._silent().values():
+            raise ValueError(problem)
+        self.fired = self.fired or list(self._called)
+
+    def _run(self, images: Tensor, see: Callable[[Layer, Tensor], object]) -> None:
         self._images, self._see, self._called = len(images), see, {}
         given = as_input(images, self.model)
         # A pass may be repeated, so the model must not write into the images. The first pass shows whether it does.
@@ -168,14 +229,18 @@ class LayerReader:
             self._see = None
         if self._writes_images is None:
             self._writes_images = not torch.equal(inputs, given)
+
+    def _silent(self) -> dict[str, str]:
+        """The layers that gave nothing in the last pass, each with the reason."""
+        problems = {}
         for name in self.layers:
             if not self._called.get(name):
                 problem = "gives no tensor in" if name in self._called else "is not called by"
-                raise ValueError(f"layer {name!r} {problem} the forward pass of {type(self.model).__name__}: leave it out")
-        self.fired = self.fired or list(self._called)
+                problems[name] = f"layer {name!r} {problem} the forward pass of {type(self.model).__name__}: leave it out"
+        return problems
 
     def _hook(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
-        if self._see is None:
+        if self._see is None or layer.name not in self.layers:
             return
         x = first_tensor(output)
         self._called[layer.name] = x is not None or self._called.get(layer.name, False)

@@ -14,25 +14,31 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from torchprobe.common.numbers import shown
+from torchprobe.common.threads import ordered
 from torchprobe.recording import compiled, control, detach, diagnosis, windows
 from torchprobe.recording.bank import Bank, entry_of
-from torchprobe.recording.control import Control, Skipped
-from torchprobe.recording.history import History, Step
+from torchprobe.recording.control import Control
+from torchprobe.recording.guard_hooks import Watch
+from torchprobe.recording.history import History, Step, plain_number
 from torchprobe.recording.hook import takes_hooks
 from torchprobe.recording.layers import Exclusion, Selection, named_layers
 from torchprobe.recording.recording import FORMAT, Recording
 from torchprobe.recording.setup import check_arguments, make_hooks, select_kinds
 from torchprobe.recording.stream import RecordingWarning
 from torchprobe.recording.trail import Trail
+from torchprobe.recording.watched import Watched
+from torchprobe.recording.watchers import Watchers
 from torchprobe.recording.windows import Entry, Settings, Unread, check_mergeable
 from torchprobe.statistics import Moments
 from torchprobe.statistics.factory import Factory, StatisticLike
+from torchprobe.statistics.saved import check_keys, check_mapping, same
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Recorder(Recording):
+class Recorder(Watched):
     """Records the activations of ``model`` while it runs. Use it in a ``with`` statement, or call ``start`` and ``stop``.
 
     ``torchprobe.record`` is this class: a :class:`Recording` that grows while its model runs. It shows the running window, which is
@@ -65,6 +71,7 @@ class Recorder(Recording):
             whose name you wrote out is an error if its first call cannot be read. "raise": everything is an error.
         outlier_sigma: see :class:`torchprobe.Moments`; passed to every class in ``statistic`` whose constructor takes it.
         keep: how many windows ``history`` keeps, the newest ones. Default: all. ``total`` always includes all windows.
+        guard: True finds the first nonfinite activation or gradient, and warns; "raise", a function or a dict: see :meth:`guard`.
 
     Hooks see what a layer gives when they are called, in the order of their registration: a hook of yours that changes the output counts if
     it was registered before ``start``. A recorder that is deleted while it runs removes its hooks.
@@ -98,6 +105,7 @@ class Recorder(Recording):
         on_error: str = "warn",
         outlier_sigma: float = 6.0,
         keep: int | None = None,
+        guard: bool | str | Callable[..., object] | Mapping[str, Any] = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"record takes a torch.nn.Module, got {type(model).__name__}")
@@ -114,8 +122,9 @@ class Recorder(Recording):
         self._model = weakref.ref(model)
         self._witness = diagnosis.Witness()
         self._undo: list[Callable[[], object]] = []
+        self._watchers = Watchers(model, self._control, self._bank, guard)
         # A recorder that is deleted removes its hooks. Nothing here may lead to the recorder, not even through the module of a statistic.
-        self._abandon = weakref.finalize(self, _abandon, weakref.ref(self._control), self._undo)
+        self._abandon = weakref.finalize(self, control.abandon, weakref.ref(self._control), self._undo)
         self._abandon.atexit = False
 
     # -- starting and stopping -----------------------------------------------------------------------------------------
@@ -134,13 +143,14 @@ class Recorder(Recording):
             if takes_hooks(root):
                 self._undo.extend(handle.remove for handle in diagnosis.watch(root, self._witness))
             if any(hook.of != "gradient" for hook in self._bank.hooks.values()):
-                self._undo.extend(compiled.watch_recomputation(model, functools.partial(_keep_traced, self._bank)))
+                self._undo.extend(compiled.watch_recomputation(model, self._bank.keep_traced))
             self._undo.append(self._control.trail.close)
             self._control.trail.open()
             for hook in self._bank.hooks.values():
                 module = hook.layer.alive
                 if module is not None and takes_hooks(module):
                     self._undo.extend(handle.remove for handle in hook.place(module))
+            self._undo.extend(self._watchers.place())
         except BaseException:
             self._remove_hooks()
             raise
@@ -170,7 +180,7 @@ class Recorder(Recording):
         self._stop(report=kind is None, stacklevel=3)
 
     def _stop(self, report: bool, stacklevel: int) -> None:
-        if not self._control.live:
+        if not self._control.live and not self._undo:  # an interrupted stop may have left something to undo
             return
         detach.running.pop(id(self), None)
         self._control.live = False
@@ -182,10 +192,11 @@ class Recorder(Recording):
         for stream in self._bank.streams():
             control.leave(stream.slots)
         if self._control.graphs:  # their operators belong to this recorder; they would only fill the cache of the compiler
-            compiled.drop_graphs({type(hook) for hook in hooks})
+            compiled.drop_graphs({Watch, *(type(hook) for hook in hooks)})
             compiled.forget_graphs(self._control.graphs)
-        if report and model is not None:
-            diagnosis.report(hooks, named_layers(model), self._witness, stacklevel)
+        if report and model is not None and (text := diagnosis.report(model, hooks, self._witness)):
+            warnings.warn(text, RecordingWarning, stacklevel=stacklevel)
+        self._watchers.end(raising=report)
 
     def leave(self) -> None:
         """Stops without a report, for :func:`torchprobe.detach_all`."""
@@ -198,31 +209,37 @@ class Recorder(Recording):
     def _remove_hooks(self) -> None:
         self._witness.over = True
         while self._undo:
-            self._undo.pop()()
+            with contextlib.suppress(Exception):  # a hook that stays does nothing, and removes itself when it is called
+                self._undo.pop()()
 
     # -- while it runs -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """``with rec.paused(): validate()``: calls inside do not count. In a compiled model the first pause compiles."""
-        before = self._control.paused
-        self._pause(True)
-        restore = control.keep_contents(self._bank.slots())  # replays of a CUDA graph do not see the pause
+        before, restore = self._control.paused, list[Callable[[], None]]()
         try:
+            self._pause(True)
+            restore.append(control.keep_contents(self._bank.slots()))  # replays of a CUDA graph do not see the pause
             yield
         finally:
             self._pause(before)
-            restore()
+            for undo in restore:
+                undo()
 
     def _pause(self, paused: bool) -> None:
         self._control.paused = paused
         self._control.update()
 
-    def step(self) -> None:
+    def step(self, number: int | None = None) -> None:
         """Ends a step. From the first call on, ``every=n`` means that every n-th step is read, with all calls in it, and the others not.
 
         Call it after each step of an optimizer, for example when a step has several calls. In a compiled model with ``every`` > 1 the first
         call compiles again.
+
+        Args:
+            number: how many steps there were, such as those before a resumed run, too. Default: one more than before. A guard names a step
+                by the number of those before it.
 
         >>> import torch, torchprobe
         >>> model = torch.nn.Linear(4, 3)
@@ -235,7 +252,8 @@ class Recorder(Recording):
         >>> rec[""].vectors
         48
         """
-        if self._control.end_step() and self._control.graphs:  # they count calls
+        self._watchers.end_step()
+        if self._control.end_step(number) and self._control.graphs:  # they count calls
             compiled.drop_graphs({type(hook) for hook in self._bank.hooks.values()})
 
     def mask(self, mask: Tensor | Mapping[str, Tensor] | None) -> contextlib.AbstractContextManager[None]:
@@ -254,8 +272,9 @@ class Recorder(Recording):
         if given and "mask" not in inspect.signature(self._control.factory.template.update).parameters:
             raise ValueError(f"{self.settings.statistic}.update takes no mask, so it cannot be recorded with one")
         before, self._control.masks = self._control.masks, given
-        return _restored(self._control, before)
+        return control.with_masks(self._control, before)
 
+    @ordered
     def snapshot(self, step: Step) -> None:
         """Closes the running window under the name ``step`` and starts the next one. It does not synchronize.
 
@@ -266,14 +285,12 @@ class Recorder(Recording):
             RuntimeError: inside ``paused()`` after a CUDA graph was captured.
         """
         self._check_no_captured_pause()
-        entries = self._entries()
-        parts = windows.summaries([entry.statistic for entry in entries], True)
-        self.history.append(step, [entry.name for entry in entries], [([entries[i].name for i in group], part) for group, part in parts])
-        slots = self._bank.slots()
-        closed = windows.close([slot.statistic for slot in slots], [slot.closed for slot in slots])
-        for slot, statistic in zip(slots, closed, strict=True):
-            slot.closed = statistic
+        number = plain_number(step)
+        self._watchers.end_window()
+        self._bank.close_window(functools.partial(self._watchers.window, self.history, number))
+        self._watchers.window_closed()
 
+    @ordered
     def reset(self) -> None:
         """Forgets everything: the running window, the closed ones, the history and the counters of ``every``."""
         self._check_no_captured_pause()
@@ -310,28 +327,32 @@ class Recorder(Recording):
 
         factory = self._control.factory
         layers = list(self._bank.hooks)
-        entries, aliases = all_reduce(self._entries(), self.settings, layers, self.aliases, factory, group, union, timeout)
+        entries, aliases = all_reduce(self.copied_entries(), self.settings, layers, self.aliases, factory, group, union, timeout)
         return Recording(entries, self.settings, aliases, factory.template, self._unread())
 
+    @ordered
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned, and forgets everything this recorder has seen. ``keep`` does not change.
 
         Raises:
             ValueError: the state has other settings, unknown layers, or parts that do not fit. Nothing is changed then.
         """
-        if state.get("format") != FORMAT:
-            raise ValueError(f"expected the state of a recorder, format {FORMAT}; got format {state.get('format')!r}")
-        if state["settings"] != asdict(self.settings):
-            raise ValueError(f"the state was recorded with {state['settings']}, this recorder has {asdict(self.settings)}")
-        layers: dict[str, Mapping[str, Any]] = state["layers"]
-        unknown = [name for name in layers if not self._bank.knows(name)]
-        if unknown:
+        check_mapping("a recorder", state)
+        if not same(state.get("format"), FORMAT):
+            raise ValueError(f"expected the state of a recorder, format {FORMAT}; got format {shown(state.get('format'))}")
+        check_keys("a recorder", state, ("format", "settings", "layers", "history"))
+        mine, theirs, layers = asdict(self.settings), state["settings"], state["layers"]
+        if not isinstance(theirs, Mapping) or theirs.keys() != mine.keys() or not all(same(theirs[key], mine[key]) for key in mine):
+            raise ValueError(f"the state was recorded with {shown(theirs, 400)}, this recorder has {mine}")
+        check_mapping("the layers", layers)
+        if unknown := [name for name in layers if not self._bank.knows(name)]:
             raise ValueError(f"the state holds layers that this recorder does not watch: {', '.join(map(repr, unknown))}")
-        check_mergeable(self._entries(), [self._bank.trial(name, saved) for name, saved in layers.items()])
+        entries = [self._bank.trial(name, saved) for name, saved in layers.items()]
+        check_mergeable(self._entries(), entries)
         history = History(self.history.keep, self._control.factory.template)
         history.load_state_dict(state["history"])
         self.reset()
-        self._bank.restore(layers)
+        self._bank.restore(entries)
         self.history = history
 
     # -- what a Recording needs -------------------------------------------------------------------------------------
@@ -344,8 +365,9 @@ class Recorder(Recording):
 
     def _find(self, name: str) -> Entry | None:
         stream = self._bank.find(name)
-        return entry_of(stream) if stream is not None and stream.slots else None
+        return None if stream is None else entry_of(stream)
 
+    @ordered
     def __getitem__(self, layer: str) -> Any:
         return windows.duplicate(super().__getitem__(layer))
 
@@ -372,29 +394,6 @@ class Recorder(Recording):
 
     def _absorb(self, theirs: Entry) -> None:
         self._bank.absorb(theirs)
-
-
-def _keep_traced(bank: Bank, modules: set[int]) -> Callable[[], None]:
-    """Remembers what the compiled hooks of these modules have counted; the result restores it."""
-    hooks = [hook for hook in bank.hooks.values() if Skipped.TRACED in hook.main.skipped and id(hook.layer.alive) in modules]
-    return control.keep_contents([slot for hook in hooks for stream in hook.streams.values() for slot in stream.slots.values()], True)
-
-
-def _abandon(reference: weakref.ref[Control], undo: list[Callable[[], object]]) -> None:
-    """What remains to be done when a running recorder is deleted."""
-    if (state := reference()) is not None:
-        state.live = False
-        state.update()
-    while undo:
-        undo.pop()()
-
-
-@contextlib.contextmanager
-def _restored(state: Control, masks_before: dict[str, Tensor]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        state.masks = masks_before
 
 
 record = Recorder

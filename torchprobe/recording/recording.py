@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchprobe.common.messages import did_you_mean, listing
+from torchprobe.common.threads import lock, ordered
 from torchprobe.recording import windows
+from torchprobe.recording.frames import Tabular, columns_of
 from torchprobe.recording.history import History
-from torchprobe.recording.layers import canonical, matches_glob
+from torchprobe.recording.layers import canonical, matches_glob, meant
+from torchprobe.recording.shown import table_options
 from torchprobe.recording.transfer import to_host
 from torchprobe.recording.windows import Entry, Settings, Unread, check_mergeable
 from torchprobe.statistics import Statistic
@@ -29,7 +31,7 @@ FORMAT = 1
 _SHOWN = 20  # layers in the text of a recording
 
 
-class Recording(Mapping[str, Any]):
+class Recording(Mapping[str, Any], Tabular):
     """The statistics of every layer that fired, in the order in which the layers first fired.
 
     ``recording[layer]`` is a :class:`~torchprobe.Moments`, or the statistic that was requested. For a list of statistics it is a
@@ -57,6 +59,14 @@ class Recording(Mapping[str, Any]):
 
     def _entries(self) -> list[Entry]:
         return list(self._own.values())
+
+    @ordered
+    def copied_entries(self) -> list[Entry]:
+        """The entries at this moment: what other threads read or close later does not change them."""
+        return [
+            replace(entry, statistic=entry.statistic.clone(), closed=None if entry.closed is None else entry.closed.clone())
+            for entry in self._entries()
+        ]
 
     def _find(self, name: str) -> Entry | None:
         """The entry of a canonical name: one step, however many layers there are."""
@@ -94,12 +104,12 @@ class Recording(Mapping[str, Any]):
         return entry
 
     def _missing(self, layer: str) -> str:
-        near = difflib.get_close_matches(layer, [*self.layers, *self.aliases], n=1)
-        return f"no layer {layer!r} was recorded" + (f"; did you mean {near[0]!r}?" if near else "")
+        return f"no layer {layer!r} was recorded{meant(layer, [*self.layers, *self.aliases])}"
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
     @property
+    @ordered
     def total(self) -> Recording:
         """All windows together, including the running one: a copy, without a history."""
         entries = [replace(entry, statistic=windows.total(entry.closed, entry.statistic), closed=None) for entry in self._entries()]
@@ -110,6 +120,7 @@ class Recording(Mapping[str, Any]):
         """The numbers of one layer: name → one line of help."""
         return {} if self._template is None else self._template.fields
 
+    @ordered
     def rows(self) -> list[dict[str, Any]]:
         """One dict for each layer, for the running window: ``layer``, ``module`` (its class), ``of``, ``features``, ``feature_dim``,
         ``feature_dim_by``, ``positions`` and the :attr:`fields`.
@@ -149,6 +160,11 @@ class Recording(Mapping[str, Any]):
             ),
         ]
 
+    def columns(self) -> dict[str, Any]:
+        about = ("layer", "module", "of", "features", "feature_dim", "feature_dim_by", "positions")
+        return columns_of(self.rows(), [*about, *self.fields])
+
+    @ordered
     def metrics(
         self, prefix: str = "", fields: str | Iterable[str] | None = None, layers: str | Iterable[str] | None = None
     ) -> dict[str, float]:
@@ -202,7 +218,7 @@ class Recording(Mapping[str, Any]):
             exact = {named[name] for name in (pattern, canonical(pattern)) if name in named}
             matched = exact or {named[name] for name in named if matches_glob(pattern, name) or name.startswith(f"{pattern}:")}
             if not matched:
-                hint = did_you_mean(pattern, named) or f"; the layers are {listing([*map(repr, named)])}"
+                hint = did_you_mean(pattern, named) or meant(pattern, named) or f"; the layers are {listing([*map(repr, named)])}"
                 raise ValueError(f"layers=: {pattern!r} is not one of the recorded layers{hint}")
             chosen |= matched
         return chosen
@@ -224,13 +240,19 @@ class Recording(Mapping[str, Any]):
 
     def table(self) -> Table:
         """The rows as a rich table, for printing."""
-        from torchprobe.rendering.tables import layer_table, statistic_columns
+        from torchprobe.rendering.tables import WIDER, layer_table
 
-        shown = self.fields if self._template is None or self._template.table_fields is None else self._template.table_fields
         rows = self.rows()
-        closed = len(self.history) + self.history.dropped
-        note = f"This window is empty. total.table() shows all {closed} closed windows." if closed and self._empty(rows) else ""
-        return layer_table(rows, columns=statistic_columns({name: self.fields[name] for name in shown}), note=note)
+        return layer_table(
+            rows, more=f"{WIDER} rows() has all.", **table_options(self.fields, self._template, self.history, self._empty(rows))
+        )
+
+    def _repr_html_(self) -> str:
+        """The same table for a notebook."""
+        from torchprobe.rendering.notebook import fragment
+
+        rows, title = self.rows(), repr(self).partition("\n")[0]
+        return fragment(title, rows=rows, of="layers", **table_options(self.fields, self._template, self.history, self._empty(rows)))
 
     def _empty(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether no layer has fired in the running window."""
@@ -281,6 +303,7 @@ class Recording(Mapping[str, Any]):
 
     # -- merging and saving -------------------------------------------------------------------------------------------
 
+    @ordered
     def merge(self, other: Recording) -> Recording:
         """Adds, in place, everything ``other`` has seen: running windows, closed windows, and histories one after the other.
 
@@ -331,9 +354,11 @@ class Recording(Mapping[str, Any]):
         """
         from torchprobe.recording import storage  # training code may never need it: `import torchprobe` leaves it out
 
-        saved = storage.Saved(self._entries(), self.settings, self.aliases, self._template, self.history.state_dict(), self._unread())
-        storage.save(saved, path)
+        with lock:  # other threads go on while it is written
+            entries, history, unread = self.copied_entries(), self.history.state_dict(), self._unread()
+        storage.save(storage.Saved(entries, self.settings, self.aliases, self._template, history, unread), path)
 
+    @ordered
     def state_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, text and tensors, for ``torch.save`` and :meth:`Recorder.load_state_dict`."""
         layers = {entry.name: entry.state_dict() for entry in self._entries()}

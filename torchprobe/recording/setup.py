@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from torchprobe.common.numbers import positive, shown
+from torchprobe.ops.memory import MOST_CALLS
 from torchprobe.ops.positions import POSITIONS
 from torchprobe.recording import masks
 from torchprobe.recording.control import Control
@@ -33,10 +35,9 @@ def check_arguments(of: str | Sequence[str], positions: str, every: int, when: s
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
     if not kinds or len(set(kinds)) < len(kinds):
         raise ValueError(f"of= takes one or several different kinds, got {of!r}")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-    if not outlier_sigma > 0:
-        raise ValueError(f"outlier_sigma must be positive, got {outlier_sigma}")
+    if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= MOST_CALLS:
+        raise ValueError(f"every must be a whole number of at least 1, got {shown(every)}")
+    positive("outlier_sigma", outlier_sigma)
     return kinds
 
 

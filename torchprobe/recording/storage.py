@@ -7,6 +7,8 @@ JSON texts ``settings``, ``layers``, ``aliases``, ``history``.
 Statistics other than Moments add to the metadata. ``statistics`` is the name of their class, or the list of names of several statistics.
 ``layers`` also holds the numbers and texts of their ``state_dict``.
 
+``checksums`` in the metadata are those of :func:`torchprobe.common.storage.save_tensors`. Files of versions that wrote none still load.
+
 A file may come from anywhere. Everything in it is checked before it is used. Whatever does not fit raises a ``ValueError`` that names the
 file and the key.
 """
@@ -24,11 +26,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from torchprobe.common.storage import save_tensors
+from torchprobe.common.reading import parse_json
+from torchprobe.common.storage import Checksums, save_tensors
+from torchprobe.recording.history import check_steps
 from torchprobe.recording.windows import Entry, Settings, Unread
-from torchprobe.statistics import Moments, Norms, Quantile, Saturation, Several, Sparsity, Statistic, TopInputs
+from torchprobe.statistics import Moments, Norms, Quantile, Routing, Saturation, Several, Sparsity, Statistic, TopInputs
 from torchprobe.statistics.dynamic import EarlierProtocol
 from torchprobe.statistics.factory import classes_named
+from torchprobe.statistics.saved import DamagedState
 from torchprobe.statistics.tensors import is_plain
 
 FORMAT = "1"
@@ -37,8 +42,9 @@ _MAX_FEATURES = 1 << 26
 _MAX_HISTORY = 1 << 31  # numbers
 _MAX_COUNT = 1 << 53
 _LARGEST = 1e308  # larger whole numbers do not fit a float
-_BUILT_IN = (Moments, Quantile, TopInputs, Norms, Sparsity, Saturation)  # imported here, so that `classes_named` finds them
+_BUILT_IN = (Moments, Quantile, TopInputs, Norms, Sparsity, Saturation, Routing)  # imported here, so that `classes_named` finds them
 _WIDTH = 3
+_METADATA = {"format", "settings", "layers", "aliases", "unsure", "statistics", "history"}
 _PARTS = {name: tuple(part.shape) for name, part in Moments(_WIDTH, "cpu").parts().items()}  # 3 stands for the features
 
 
@@ -150,6 +156,7 @@ def load(path: str | os.PathLike[str], statistic: Any = None) -> Saved:
     Raises:
         FileNotFoundError: the file does not exist.
         TypeError: ``statistic`` is something else.
+        DamagedError: a part is not as it was written; a ``ValueError``.
         ValueError: it is not a recording, or something in it does not fit; the message names the file and the key.
     """
     kinds = None if statistic is None else _classes(statistic)
@@ -160,6 +167,23 @@ def load(path: str | os.PathLike[str], statistic: Any = None) -> Saved:
             return _Reader(_File(file, os.fspath(path)), kinds).read()
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)} is not a safetensors file: {error}") from error
+
+
+def holds_recording(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a recording, by its metadata; False for folders and other files.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no such file: {os.fspath(path)}")
+    if not Path(path).is_file():
+        return False
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return {"settings", "layers", "history"} <= {*(file.metadata() or {})}
+    except SafetensorError:
+        return False
 
 
 def _classes(statistic: Any) -> list[type[Statistic]]:
@@ -178,6 +202,8 @@ class _File:
         self.file, self.path = file, path
         self.keys = set(file.keys())
         self.metadata: Mapping[str, str] = file.metadata() or {}
+        self.sums = Checksums(path, self.metadata, earlier=_METADATA if "settings" in self.metadata else None)
+        self.sums.names(self.keys)
 
     def error(self, key: str, what: str) -> ValueError:
         return ValueError(f"{self.path}, {key!r}: {what}")
@@ -187,8 +213,8 @@ class _File:
         if key not in self.metadata:
             raise self.error(key, "missing from the metadata; this is not a recording of torchprobe")
         try:
-            value = json.loads(self.metadata[key])
-        except (ValueError, RecursionError) as error:
+            value = parse_json(self.metadata[key])
+        except ValueError as error:
             raise self.error(key, f"the metadata is not JSON ({error})") from error
         if not isinstance(value, kind):
             raise self.error(key, f"expected a JSON {kind.__name__}, got {type(value).__name__}")
@@ -211,7 +237,7 @@ class _File:
         """A tensor of any shape."""
         self.keys.discard(key)
         tensor: Tensor = self.file.get_tensor(key)
-        return tensor
+        return self.sums.check(key, tensor)
 
 
 class _Reader:
@@ -328,14 +354,13 @@ class _Reader:
         state = {**values, **{name: file.take(prefix + name) for name in names}}
         try:
             statistic = Several.from_states(self.kinds, state) if self.several else self.kinds[0].from_state(state)
-            problem = statistic.problem()
+        except DamagedState as error:
+            raise file.error(prefix + error.part, error.what) from error
         except Exception as error:  # a constructor may fail in any way on values from a damaged file
             what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise file.error(prefix.rstrip("/"), what) from error
         if statistic.features != features:
             raise file.error(prefix.rstrip("/"), f"the statistic is {statistic.features} features wide, not {features}")
-        if problem:
-            raise file.error(prefix + problem[0], problem[1])
         return statistic
 
     def _history(self) -> dict[str, Any] | None:
@@ -344,8 +369,13 @@ class _Reader:
         steps, layers, names = (state.get(key) for key in ("steps", "layers", "fields"))
         if not isinstance(steps, list) or not isinstance(layers, list) or not isinstance(names, list):
             raise file.error("history", "expected the lists steps, layers and fields")
-        if not all(map(_is_number, steps)) or not all(isinstance(name, str) for name in layers + names):
-            raise file.error("history", "steps are finite numbers, layers and fields are text")
+        if not all(isinstance(name, str) for name in layers + names):
+            raise file.error("history", "layers and fields are text")
+        repeated = state.get("repeated", True)  # missing from files of an earlier version
+        try:
+            check_steps(steps, repeated)
+        except ValueError as error:
+            raise file.error("history", str(error)) from error
         if len(set(layers)) < len(layers) or len(steps) * len(layers) * len(names) > _MAX_HISTORY:
             raise file.error("history", "a layer occurs twice, or there are more numbers than a run can have")
         dropped = state.get("dropped", 0)  # missing from files of an earlier version
@@ -354,12 +384,8 @@ class _Reader:
         if not steps:
             return None
         values = file.tensor("history", (len(steps), len(layers), len(names)))
-        saved = {"steps": steps, "layers": layers, "fields": names, "dropped": dropped, "values": values}
+        saved = {"steps": steps, "layers": layers, "fields": names, "dropped": dropped, "repeated": repeated, "values": values}
         if "history_histograms" in file.keys:
             shape = file.file.get_slice("history_histograms").get_shape()
             saved["histograms"] = file.tensor("history_histograms", (len(steps), len(layers), *shape[-1:]))
         return saved
-
-
-def _is_number(step: Any) -> bool:
-    return isinstance(step, (int, float)) and not isinstance(step, bool) and -_LARGEST < step < _LARGEST

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from torchprobe.common.threads import lock, ordered
 from torchprobe.ops.observe import check
 from torchprobe.ops.positions import vectors_of
 from torchprobe.recording import masks, nested
@@ -28,7 +29,7 @@ _observe = torch.ops.torchprobe.observe_.default
 _observe_now = getattr(_observe, "_op", _observe)  # without a wrapper in Python
 PARAMETERS = ("weight", "weight_gradient")
 _NUMBERS = re.compile(r"[\d(),? ]+")
-_allocating, _counting = threading.Lock(), threading.Lock()
+_counting = threading.Lock()
 
 
 class RecordingWarning(UserWarning):
@@ -99,8 +100,7 @@ class Stream:
     def take_place(self) -> None:
         """Gives the stream its place in the order of firing; later calls do nothing."""
         if self.order < 0:
-            self.order = self.control.fired
-            self.control.fired += 1
+            self.order = next(self.control.places)
 
     # -- eager ---------------------------------------------------------------------------------------------------------
 
@@ -250,13 +250,14 @@ class Stream:
         Raises:
             ValueError: the width is another one than before.
         """
-        with _allocating, torch.inference_mode(False), torch.no_grad():
+        with lock, torch.inference_mode(False), torch.no_grad():
             slot = self.slots.get(device)
             if slot is None and self.width not in (None, width):
                 slot = next(iter(self.slots.values()))
             if slot is None:
-                self.slots[device] = Slot(self.control.factory(width, device))
+                slot = Slot(self.control.factory(width, device))
                 self.take_place()
+                self.slots[device] = slot
             elif slot.statistic.features != width:
                 self._changed(slot.statistic.features, width, dims)
         if is_tracing():
@@ -293,6 +294,12 @@ class Stream:
             Unsure: nothing decides.
             ValueError: there is none.
         """
+        dim = self.dims.get(x.dim())
+        return self._first_axis(x) if dim is None else dim
+
+    @ordered
+    def _first_axis(self, x: Tensor) -> int:
+        """As :meth:`axis`. One thread finds it out; others wait and know it then."""
         dims = x.dim()
         if (dim := self.dims.get(dims)) is not None:
             return dim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -91,6 +91,32 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
         return type(value)([replaced(item, old, new) for item in value])
     names = [field.name for field in dataclasses.fields(value)]
     return type(value)(**{name: replaced(getattr(value, name), old, new) for name in names})
+
+
+def mapped(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], Any]) -> Any:
+    """``value`` with ``tensor(x)`` in place of every tensor, and ``other(x)`` in place of every other object that is not a container,
+    number, text or None. Containers are new ones of the same classes.
+
+    >>> import torch
+    >>> mapped({"a": (torch.ones(1), 2)}, lambda x: x + 1, lambda x: x)
+    {'a': (tensor([2.]), 2)}
+    """
+    if isinstance(value, Tensor):
+        return tensor(value)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return value
+    if isinstance(value, Mapping):
+        items = {key: mapped(item, tensor, other) for key, item in value.items()}
+        make: Any = type(value)
+        return make(items) if make in (dict, OrderedDict) else make(**items)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*[mapped(item, tensor, other) for item in value])
+    if type(value) in (tuple, list):
+        return type(value)([mapped(item, tensor, other) for item in value])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return type(value)(**{name: mapped(getattr(value, name), tensor, other) for name in names})
+    return other(value)
 
 
 def _items(value: Any) -> tuple[Any, ...]:

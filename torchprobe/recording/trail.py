@@ -13,6 +13,7 @@ from torchprobe.recording.axes import UNSURE, Axis, fits, square
 from torchprobe.recording.compiled import OwnHook, at_trace_time, never_compile_alone, register
 from torchprobe.recording.events import (
     Event,
+    Seen,
     contradicted,
     is_same,
     moved_or_resized,
@@ -69,8 +70,7 @@ class Trail:
         self._keeping = [layer for layer in layers if id(layer.module) not in hidden and keeps_layout(layer.module)]
         self._places = [self._place[id(leaf.module)] for leaf in self._leaves]
         self._root = weakref.ref(named[""].module)
-        self.events: list[Event] = []
-        self.given: object = None  # the arguments of the layer that is being read
+        self.seen = Seen()
         self._clear: dict[tuple[type, int], int] = {}  # class and number of dimensions → what was clear for a block
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._forwards = 0
@@ -107,7 +107,7 @@ class Trail:
     @property
     def fresh(self) -> bool:
         """Whether the last event is the last layer that ran."""
-        return self._running and bool(self.events)
+        return self._running and bool(self.seen.events)
 
     def forward_ended(self) -> None:
         self._forwards += 1
@@ -131,11 +131,11 @@ class Trail:
         """Adds an event. Nothing happens after the first forwards."""
         if not self._running or x.is_nested:
             return
-        if len(self.events) >= _MOST_EVENTS * len(self._leaves):  # the model is not called as a whole
+        if len(self.seen.events) >= _MOST_EVENTS * len(self._leaves):  # the model is not called as a whole
             self._end()
             return
         strides = x.stride() if x.layout is torch.strided else ()
-        self.events.append(Event(id(module), name, tuple(x.shape), strides, dim, weakref.ref(x)))
+        self.seen.events.append(Event(id(module), name, tuple(x.shape), strides, dim, weakref.ref(x)))
 
     def step(self, leaf: Layer, module: nn.Module, args: object, output: object) -> None:
         """A leaf gave its output."""
@@ -146,12 +146,12 @@ class Trail:
             return
         shape = tuple(x.shape)
         if keeps_layout(module):
-            if self.events and self.events[-1].shape == shape and is_same(first_tensor(args), self.events[-1].tensor()):
-                self.note(module, leaf.name, x, self.events[-1].dim)
+            if self.seen.events and self.seen.events[-1].shape == shape and is_same(first_tensor(args), self.seen.events[-1].tensor()):
+                self.note(module, leaf.name, x, self.seen.events[-1].dim)
             return
         dims_found = leaf_dims(module, shape)
-        if len(dims_found) > 1 and self.events and is_same(first_tensor(args), self.events[-1].tensor()):
-            dims_found = [self.events[-1].dim] if self.events[-1].shape == shape else dims_found  # a norm keeps the layout
+        if len(dims_found) > 1 and self.seen.events and is_same(first_tensor(args), self.seen.events[-1].tensor()):
+            dims_found = [self.seen.events[-1].dim] if self.seen.events[-1].shape == shape else dims_found  # a norm keeps the layout
         if len(dims_found) == 1:
             self.note(module, leaf.name, x, dims_found[0])
 
@@ -166,7 +166,7 @@ class Trail:
     def input(self, layer: Layer, x: Tensor) -> Axis:
         """The dimension of the features in the first input of a layer, which has not run yet."""
         if self.fresh:
-            found = same_tensor(self.events, x) or same_shape(self.events, x)
+            found = same_tensor(self.seen.events, x) or same_shape(self.seen.events, x)
             if found is not None and not is_leaf(layer.module):
                 return found
         return self.static_input(layer, tuple(x.shape))
@@ -233,7 +233,7 @@ class Trail:
     def _one_dimension(self, layer: Layer, shape: tuple[int, ...], x: Tensor | None) -> Axis:
         """One dimension counts the inputs, unless the layers around it work on inputs without a batch."""
         inside = self._events_of(layer) if x is not None else []
-        before = inside or (self.events if self.fresh and is_bare(layer.module) else [])
+        before = inside or (self.seen.events if self.fresh and is_bare(layer.module) else [])
         if before and before[-1].shape == shape:
             return Axis(0, f"as {before[-1].name!r}")
         if not self._leaves:
@@ -243,8 +243,8 @@ class Trail:
     # -- evidence ----------------------------------------------------------------------------------------------------------
 
     def _events_of(self, layer: Layer) -> list[Event]:
-        inside = {id(module) for module in layer.module.modules()} if self.events else set()
-        return [event for event in self.events if event.module in inside]
+        inside = {id(module) for module in layer.module.modules()} if self.seen.events else set()
+        return [event for event in self.seen.events if event.module in inside]
 
     def _contained(self, layer: Layer, x: Tensor) -> Axis | None:
         """By what ran inside of a block."""
@@ -264,7 +264,7 @@ class Trail:
             if not same and (event.width == 1 or (event is not last and len(event.shape) != len(shape))):
                 continue
             dims_found = fits(shape, event.width, 0 if last.dim == 0 else 1)
-            around = inside if len(event.shape) == len(shape) else outside(self.events, inside)
+            around = inside if len(event.shape) == len(shape) else outside(self.seen.events, inside)
             if contradicted(event, shape, dims_found, around) or (len(dims_found) == 1 and moved_or_resized(event, shape, dims_found[0])):
                 return Axis(None, UNSURE)
             if len(dims_found) == 1:
@@ -272,11 +272,11 @@ class Trail:
                 return square(Axis(dims_found[0], by, sure=len(shape) > 2), shape)  # a batch may be as large
             if dims_found:
                 return self._tie(event, inside, x, dims_found)
-        return multiplied(layer.module, last, shape) or resized(last, shape, inside) or same_shape(self.events, x)
+        return multiplied(layer.module, last, shape) or resized(last, shape, inside) or same_shape(self.seen.events, x)
 
     def _followed(self, layer: Layer, x: Tensor, allowed: Sequence[int]) -> Axis | None:
         """By what ran before a layer that keeps the layout of its input, such as an activation function."""
-        events = [event for event in self.events if event.module != id(layer.module)] if self.fresh else []
+        events = [event for event in self.seen.events if event.module != id(layer.module)] if self.fresh else []
         if not events:
             return None
         if (found := same_tensor(events, x)) is not None:
@@ -287,7 +287,7 @@ class Trail:
         keeps_shape = keeps_layout(layer.module)
         if last.shape == shape:
             dims_found = fits(shape, last.width)
-            if len(dims_found) > 1 and not (keeps_shape and is_same(first_tensor(self.given), last.tensor())):
+            if len(dims_found) > 1 and not (keeps_shape and is_same(first_tensor(self.seen.given), last.tensor())):
                 return Axis(None, UNSURE, tuple(dims_found), last.width, sure=False)
             axis = Axis(last.dim, f"as {last.name!r}", sure=False)
             return axis if keeps_shape else square(axis, shape)
@@ -317,8 +317,8 @@ class Trail:
 
     def _given_dim(self, shape: tuple[int, ...], inside: Sequence[Event]) -> int | None:
         """The dimension of the features in the input of the layer, if it has the same shape as the output."""
-        given = first_tensor(self.given)
-        return None if given is None or tuple(given.shape) != shape else permuted(outside(self.events, inside), given)
+        given = first_tensor(self.seen.given)
+        return None if given is None or tuple(given.shape) != shape else permuted(outside(self.seen.events, inside), given)
 
     # -- evidence without an order of running ------------------------------------------------------------------------------
 

@@ -123,6 +123,22 @@ def _start_copy(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return host, event
 
 
+class Copy:
+    """A tensor on its way to the host; the tensor must not change meanwhile."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._host, self._event = _start_copy(numbers)
+
+    def arrived(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def numbers(self) -> Array:
+        """What arrived, float64; waits for it if necessary."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.to(torch.float64).numpy()
+
+
 def to_host(tensors: Sequence[Tensor]) -> list[Array]:
     """The tensors as float64 arrays, with one copy for each device."""
     out: dict[int, Array] = {}

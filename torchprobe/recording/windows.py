@@ -7,7 +7,7 @@ of a fixed shape; a :class:`~torchprobe.statistics.DynamicStatistic` is handled 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -114,13 +114,34 @@ def summaries(statistics: Sequence[Statistic], histograms: bool = False) -> list
 
 
 @without_grad
-def close(windows: Sequence[Statistic], closed: Sequence[Statistic | None]) -> list[Statistic]:
-    """Adds the windows to what is closed, and empties the windows. A counter of calls continues."""
-    result: dict[int, Statistic] = {}
+def take(windows: Sequence[Statistic], taken: dict[int, Statistic]) -> None:
+    """Moves what windows hold into new statistics, ``taken``, by their indices, and empties them. A counter of calls continues.
+
+    If it is interrupted, :func:`put_back` undoes it.
+    """
     for group in groups(windows):
-        chosen = [windows[index] for index in group]
-        result.update(zip(group, type(chosen[0]).close_windows(chosen, [closed[index] for index in group]), strict=True))
-    return [result[index] for index in range(len(windows))]
+        found = list[Statistic]()
+        try:
+            type(windows[group[0]]).take_windows([windows[index] for index in group], found)
+        finally:
+            taken.update(zip(group, found, strict=False))
+
+
+@without_grad
+def put_back(windows: Sequence[Statistic], taken: Mapping[int, Statistic]) -> None:
+    """Undoes :func:`take`."""
+    for index, statistic in taken.items():
+        windows[index].restore_window(statistic)
+
+
+@without_grad
+def join(taken: Sequence[Statistic], closed: Sequence[Statistic | None]) -> list[Statistic]:
+    """Windows that were taken, together with what was closed before them."""
+    result: dict[int, Statistic] = {}
+    for group in groups(taken):
+        chosen = [taken[index] for index in group]
+        result.update(zip(group, type(chosen[0]).join_windows(chosen, [closed[index] for index in group]), strict=True))
+    return [result[index] for index in range(len(taken))]
 
 
 @without_grad
