@@ -28,6 +28,7 @@ file                   subject
 ``dissect``            the arguments of :func:`dissect`
 ``run``                its stages: the pass through the network, the pass over the labels, then the tables
 ``walk``               one pass, shared by ranks; its checkpoint and how it is resumed
+``facts``              what a checkpoint depends on, beside the metadata
 ``batches``            images and labels in batches; ``framing`` cuts labels to what the network was shown
 ``spool``              maps on the disk, while thresholds are being learned
 ``shown``              which labels the images show, where the network looked
@@ -42,9 +43,9 @@ file                   subject
 ``ranking``            images ranked by units
 ``nulls``              p-values and their correction
 ``activity``           units that are never active, and why
-``scores``             the tables of one layer
+``layer_tables``       the tables of one layer; ``scores``: what follows from them
 ``merging``            adding the results of two parts of the images
-``dissection``         the same, saved and loaded
+``dissection``         the same, saved and loaded; ``dissection_file`` says what a file must hold
 ``csv_tables``         the same as CSV, with the columns of the original; ``result_file`` reads it
 ``summaries``          detectors, concepts, concepts per unit
 ``segment``            units on new pictures; ``detectors``: which units, for which concepts
@@ -70,7 +71,7 @@ from torchprobe.dissection.segment import SegmentedPicture, Segmenter, segment_p
 from torchprobe.dissection.sparse import SparseBasis, SparseEncoder
 from torchprobe.dissection.sparse_file import read_basis, sparse_basis
 from torchprobe.dissection.summaries import best_labels, encoded, polysemanticity, unique_concepts, unique_detectors
-from torchprobe.dissection.taps import as_maps, random_rotation, singular_vectors
+from torchprobe.dissection.taps import RandomRotation, as_maps, random_rotation, singular_vectors
 from torchprobe.dissection.words import WordDissection, dissect_words
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "WordDissection",
     "Progress",
     "singular_vectors",
+    "RandomRotation",
     "random_rotation",
     "SparseBasis",
     "SparseEncoder",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.ops import average_precision as _operator
+from torchprobe.ops.average_precision import MOST_CONCEPTS, MOST_GROUPS
 
 SIGNS = ("positive", "negative", "both")
 NEGATIVES = ("all", "category")
@@ -43,7 +44,7 @@ def average_precision(
         float64 (units, concepts); nan for a concept that no image shows.
 
     Raises:
-        ValueError: nan among the scores, or arguments that do not fit; the message says which.
+        ValueError: nan among the scores, arguments that do not fit, more than 2²² concepts or 2²⁰ categories; the message says which.
 
     >>> scores = torch.tensor([[0.9, 0.1, 0.8, 0.0]])
     >>> labels = torch.tensor([[True, False], [False, True], [True, False], [False, False]])
@@ -151,11 +152,13 @@ def rows_of(labels: Tensor, scores: Tensor | None = None) -> tuple[Tensor, Tenso
     """crow, col and number of concepts of a label matrix, dense bool or sparse CSR; stored zeros do not count.
 
     Raises:
-        ValueError: it is neither of the two, or has another number of images than the scores.
+        ValueError: it is neither of the two, has another number of images than the scores, or more concepts than the operator takes.
     """
     if labels.dim() != 2 or (labels.layout == torch.strided and labels.dtype != torch.bool):
         raise ValueError(f"labels must be (images, concepts), bool or sparse CSR; got {labels.dtype} of shape {tuple(labels.shape)}")
     images, concepts = labels.shape
+    if concepts > MOST_CONCEPTS:  # a sparse matrix may name any number; what follows takes memory for each
+        raise ValueError(f"labels have {concepts} concepts, more than {MOST_CONCEPTS}")
     if scores is not None and (scores.dim() != 2 or scores.shape[1] != images):
         raise ValueError(f"scores of shape {tuple(scores.shape)} do not fit labels of {images} images: expected (units, {images})")
     if labels.layout == torch.sparse_csr:
@@ -183,6 +186,8 @@ def _eligibility(labels: Tensor, negatives: str, category: Tensor | None, annota
     # A concept without a category is annotated nowhere: it gets an extra column, which stays empty.
     last = int(category.amax()) + 1 if concepts else 0
     last = last if annotated is None else max(last, annotated.shape[1])
+    if last >= MOST_GROUPS:
+        raise ValueError(f"categories are numbered up to {last - 1}, but there can be {MOST_GROUPS - 1}: number them 0, 1, 2, …")
     group = category.to(labels.device, torch.int64).where(category.to(labels.device) >= 0, last)
     eligible = torch.zeros(images, last + 1, dtype=torch.bool, device=labels.device)
     if annotated is not None:

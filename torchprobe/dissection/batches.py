@@ -100,16 +100,14 @@ class Batch(NamedTuple):
     """Images that pass the network together.
 
     ``number``: of the batch. ``rows``: rows of the data set. ``images``: (n, 3, H, W), empty if they were not asked for. ``boxes``: the
-    part of each picture that they show. ``contents``: int64 (n,), a digest of the file of each image, or with labels of its label maps.
-    ``labels`` of these images where they look, ``areas`` and ``outside``, see :class:`torchprobe.dissection.shown.ShownLabels`; None if
-    they were not asked for.
+    part of each picture that they show. ``labels`` of these images where they look, ``areas`` and ``outside``, see
+    :class:`torchprobe.dissection.shown.ShownLabels`; None if they were not asked for.
     """
 
     number: int
     rows: list[int]
     images: Tensor
     boxes: list[Box]
-    contents: Tensor
     labels: LabelBatch | None = None
     areas: list[tuple[Tensor, Tensor]] | None = None
     outside: Tensor | None = None
@@ -120,7 +118,6 @@ class _Read(NamedTuple):
 
     image: Tensor
     box: Box
-    content: int
     framed: Framed | None = None
     areas: tuple[Tensor, Tensor] | None = None
 
@@ -138,9 +135,6 @@ class Batches:
         labels_of: row → the row whose labels it gets; default: its own.
         only_empty: see :meth:`LabelBatch.pack`.
         geometry: which part of a picture its tensor shows; default: found for ``preprocess``.
-
-    Attributes:
-        digests: whether ``contents`` of a batch are computed, which reads every file once more; otherwise they are 0.
 
     Raises:
         ValueError: ``size`` or ``workers`` below 1.
@@ -162,7 +156,6 @@ class Batches:
         self.broden, self.rows, self.preprocess, self.size, self.workers = broden, list(rows), preprocess, size, workers
         self.labels_of, self.only_empty = labels_of or (lambda row: row), only_empty
         self.geometry = geometry or Geometry(preprocess)
-        self.digests = True
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
@@ -203,26 +196,21 @@ class Batches:
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)  # a caller that stops early does not wait
 
-    def content(self, place: int, labels: bool) -> int:
-        """A digest of the file of an image, or of the label maps that it gets; ``place`` counts the rows of this object."""
-        row = self.rows[place]
-        return self.broden.content(self.labels_of(row) if labels else row, labels)
-
     def _read(self, place: int, labels: bool, box: Box | None) -> _Read:
-        row, image, content = self.rows[place], torch.empty(0), self.content(place, labels) if self.digests else 0
+        row, image = self.rows[place], torch.empty(0)
         if box is None:
             picture = self.broden.image(row)
             image, box = to_tensor(self.preprocess, picture), self.geometry.box(*picture.size)
         if not labels:
-            return _Read(image, box, content)
+            return _Read(image, box)
         described, found = self.broden.rows[self.labels_of(row)], self.broden.image_labels(self.labels_of(row))
         framed = frame(found, described.label_height, described.label_width, box)
-        return _Read(image, box, content, framed, image_areas(framed.labels, self.broden.label_size))
+        return _Read(image, box, framed, image_areas(framed.labels, self.broden.label_size))
 
     def _collect(self, number: int, parts: list[_Read]) -> Batch:
         rows = self.rows_of(number)
         images = stack([part.image for part in parts], self.broden, rows)
-        batch = Batch(number, rows, images, [part.box for part in parts], torch.tensor([part.content for part in parts]))
+        batch = Batch(number, rows, images, [part.box for part in parts])
         framed = [part.framed for part in parts if part.framed is not None]
         if not framed:
             return batch

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torchprobe.dissection import summaries
-
-if TYPE_CHECKING:
-    from torchprobe.dissection.scores import LayerScores
+from torchprobe.dissection.layer_tables import LayerTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,7 @@ class ConceptUnits:
     iou: float | None
 
 
-def concept_units(dissection: LayerScores, encoded: Tensor | None, threshold: float = summaries.THRESHOLD) -> list[ConceptUnits]:
+def concept_units(dissection: LayerTables, encoded: Tensor | None, threshold: float = summaries.THRESHOLD) -> list[ConceptUnits]:
     """Every concept that some image shows, those of most units first.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchprobe.common.files import replacing
+from torchprobe.common.csv_files import write_rows
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.summaries import best_labels, first_best
 
@@ -33,16 +32,14 @@ def write_csv(dissection: LayerScores, path: str | os.PathLike[str], score: str 
     cells = [  # by category and unit
         list(zip(_names(dissection, label), *(_pick(table, label) for table in tables), strict=True)) for label in best.label.unbind(1)
     ]
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        for unit in order:
-            label = int(best.label[unit, first[unit]])
-            category = dissection.categories[int(first[unit])] if label >= 0 else ""
-            name = dissection.labels[label].name if label >= 0 else ""
-            last = [] if shares is None else [*shares[unit].values()]
-            writer.writerow([unit + 1, category, name, float(overall[unit]), *(cell for part in cells for cell in part[unit]), *last])
-    return Path(path)
+    rows: list[list[object]] = [list(header)]
+    for unit in order:
+        label = int(best.label[unit, first[unit]])
+        category = dissection.categories[int(first[unit])] if label >= 0 else ""
+        name = dissection.labels[label].name if label >= 0 else ""
+        last = [] if shares is None else [*shares[unit].values()]
+        rows.append([unit + 1, category, name, float(overall[unit]), *(cell for part in cells for cell in part[unit]), *last])
+    return write_rows(path, rows)
 
 
 def _tables(dissection: LayerScores, score: str) -> tuple[Tensor, ...]:

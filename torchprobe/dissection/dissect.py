@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,17 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.common.deprecation import renamed_arguments
+from torchprobe.common.facts import digest_of
 from torchprobe.common.messages import stable_repr
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import ProgressCallback, RunOptions
 from torchprobe.common.storage import digest
 from torchprobe.datasets.broden import Broden
+from torchprobe.datasets.broden.identity import broden_facts
 from torchprobe.datasets.geometry import Box, Geometry, fingerprint
 from torchprobe.dissection.bases import Basis, basis_of, check_layers, describe_basis, fitting_batch_size
 from torchprobe.dissection.batches import Batches, Preprocess, find_preprocess
 from torchprobe.dissection.dissection import Dissection
-from torchprobe.dissection.run import Run, Settings
-from torchprobe.dissection.scores import SCORES
+from torchprobe.dissection.facts import own_modules, run_facts, transform_fact
+from torchprobe.dissection.layer_tables import SCORES
+from torchprobe.dissection.run import Run, Settings, estimates
 from torchprobe.dissection.taps import Site, find_sites
 from torchprobe.dissection.walk import Checkpoint
 from torchprobe.recording.layers import Selection, select_layers
@@ -79,7 +83,9 @@ def dissect(
     counted apart, in ``outside``. By default the network is shown the whole picture, as in the original.
 
     Under ``torchrun`` the ranks share the batches, and every rank returns the same result. If the thresholds are exact, the counts are
-    those of one process, to the last pixel (see :class:`torchprobe.statistics.Quantile`).
+    those of one process, to the last pixel (see :class:`torchprobe.statistics.Quantile`). If ``memory`` is too small for that, they depend
+    on the number of ranks. A run that was interrupted and resumed gives the same result as one that was not, in both cases; if thresholds
+    are estimated, it must be resumed with as many ranks.
 
     Args:
         model: an :class:`torchprobe.Encoder` or any module that takes images (N, 3, H, W). It runs in eval mode, without gradients.
@@ -181,12 +187,16 @@ def dissect(
         given = _given(thresholds, sites) if thresholds is not None else None
         size = image.shape[-2], image.shape[-1]
         facts = _facts(model, broden, chosen, settings, sites, given, looked, size)
-        saved = None if checkpoint is None else Checkpoint(Path(checkpoint), facts, resume, checkpoint_every, ranks)
-        run = Run(reader, sites, batches, settings, options, facts, ranks, saved, given, keep_scores, size, disk)
-        try:
+        if estimates(sites, settings, len(chosen), given is not None):
+            facts["ranks"] = ranks.size
+        with contextlib.ExitStack() as stack:
+            saved = None
+            if checkpoint is not None:
+                noted = ranks.on_first(lambda: {**facts, **_further(model, broden, chosen, sites, looked, geometry)})
+                saved = stack.enter_context(Checkpoint(Path(checkpoint), noted, resume, checkpoint_every, ranks))
+            run = Run(reader, sites, batches, settings, options, facts, ranks, saved, given, keep_scores, size, disk)
+            stack.callback(run.close)
             return run.result()
-        finally:
-            run.close()
 
 
 def _chosen(broden: Broden, rows: Iterable[int] | None) -> list[int]:
@@ -261,6 +271,7 @@ def _facts(
     return {
         "model": str(getattr(model, "name", type(model).__name__)),
         "weights": digest([*model.parameters(), *model.buffers()]),
+        "modules": own_modules(model),
         "dataset": {
             "name": broden.root.name,
             "images": len(rows),
@@ -272,6 +283,24 @@ def _facts(
         "input": list(input_size),
         **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items() if key not in unused},
         "sites": described,
+    }
+
+
+def _further(
+    model: nn.Module,
+    broden: Broden,
+    rows: list[int],
+    sites: Mapping[str, Site],
+    looked: Geometry,
+    geometry: str | Callable[[int, int], Box] | None,
+) -> dict[str, Any]:
+    """What the result depends on and the metadata do not say. Each file of the data set is read."""
+    sizes = dict.fromkeys((broden.rows[row].width, broden.rows[row].height) for row in rows)
+    return {
+        **run_facts(model, sites),
+        "data": broden_facts(broden, rows),
+        "transform": transform_fact(looked.transform, broden.image(rows[0]).size),
+        "geometry": digest_of([[*looked.box(*size)] for size in sizes]) if callable(geometry) else geometry,
     }
 
 

@@ -1,68 +1,56 @@
 """What the units of one layer detect: its scores, its files and its page.
 
-On disk, a dissection is a safetensors file with everything, which is checked when it is read, and tables as CSV.
+On disk, a dissection is a safetensors file with everything (:mod:`torchprobe.dissection.dissection_file`), and tables as CSV.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torchprobe.common import storage
 from torchprobe.datasets.broden import Label
-from torchprobe.dissection.activity import Level
-from torchprobe.dissection.average_precision import NEGATIVES, SIGNS, Support
 from torchprobe.dissection.csv_tables import write_csv
-from torchprobe.dissection.iou_null import IoUNull
-from torchprobe.dissection.overlap import Counts
-from torchprobe.dissection.ranking import Ranking
-from torchprobe.dissection.report import write_report
+from torchprobe.dissection.dissection_file import load_dissection, save_dissection
+from torchprobe.dissection.report import Report, write_report
 from torchprobe.dissection.result_file import ResultFile, read_csv
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.segment import SegmentedPicture, segment_pictures
-from torchprobe.dissection.sparse import read_density
+from torchprobe.rendering.notebook import fragment
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from torchprobe.datasets.broden import Broden
 
-_KIND = "torchprobe.dissection"
-_LABEL: dict[str, type | tuple[type, ...]] = {
-    "number": int,
-    "name": str,
-    "category": str,
-    "categories": list,
-    "frequency": int,
-    "coverage": (int, float),
-    "synonyms": list,
-}
-
-Scores = TypeVar("Scores", bound=LayerScores)
-
 
 class Dissection(LayerScores):
     """What the units of one layer detect; :class:`torchprobe.dissection.scores.LayerScores` lists its tables and summaries."""
 
+    def _repr_html_(self) -> str:
+        """The facts and the units, best first, for a notebook."""
+        report = Report(self)
+        rows = [unit.values for unit in report.units()]
+        title = f"{self.layer or '(output)'}: {self.units:,} units, {len(self.labels):,} labels, {len(self.images):,} images"
+        note = "Compare with random weights and with shuffled labels: units of an untrained network overlap concepts too."
+        return fragment(title, report.facts(), rows, report.columns(), note, of="units")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything as safetensors; an older file of that name is replaced only when everything is written."""
-        _save(self, path)
+        save_dissection(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Dissection:
         """Reads a file of :meth:`save`.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: it is not a dissection, or a part of it does not fit; the message names the file and the key.
         """
-        return _load(path, cls)
+        return load_dissection(path, cls)
 
     def to_csv(self, path: str | os.PathLike[str], score: str = "iou") -> Path:
         """Writes a table with one line for each unit, best unit first; returns the path.
@@ -95,7 +83,7 @@ class Dissection(LayerScores):
                 without a name, as some published files have, comes after those given.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: it is not a result file, its numbers contradict each other, or a label is not among those given. The message names
                 the line.
 
@@ -121,127 +109,3 @@ class Dissection(LayerScores):
         """Where units are above their thresholds on new pictures; options and errors as for
         :func:`torchprobe.dissection.segment.segment_pictures`."""
         return segment_pictures(self, model, pictures, **options)
-
-
-# -- the file ----------------------------------------------------------------------------------------------------------------
-
-
-def _save(dissection: LayerScores, path: str | os.PathLike[str]) -> None:
-    """See :meth:`Dissection.save`."""
-    tensors = {"category": dissection.category, "images": dissection.images}
-    for name in ("thresholds", "outside", "average_precision", "p_values", "scores"):
-        if (part := getattr(dissection, name)) is not None:
-            tensors[name] = part
-    for prefix, group in (
-        ("counts", dissection.counts),
-        ("support", dissection.support),
-        ("level", dissection.level),
-        ("iou_null", dissection.iou_null),
-    ):
-        if group is not None:
-            tensors |= {f"{prefix}/{name}": part for name, part in group._asdict().items()}
-    if dissection.top is not None:
-        tensors["top/ids"], tensors["top/scores"] = dissection.top
-    if dissection.top_maps is not None:
-        tensors["top/maps"], tensors["top/boxes"] = dissection.top_maps
-    if dissection.density is not None:
-        tensors |= dissection.density.tensors()
-    values = {
-        "layer": dissection.layer,
-        "units": dissection.units,
-        "labels": [asdict(label) for label in dissection.labels],
-        "categories": list(dissection.categories),
-        "metadata": dissection.metadata,
-    }
-    if (ranking := dissection.ranking) is not None:
-        tensors |= {f"ranking/{name}": getattr(ranking, name) for name in ("crow", "column", "annotated")}
-        values["ranking"] = {"sign": ranking.sign, "negatives": ranking.negatives}
-    storage.write(path, _KIND, tensors, values)
-
-
-def _load(path: str | os.PathLike[str], kind: type[Scores]) -> Scores:
-    """Reads a file of :func:`_save`. ``kind``: the class of the result."""
-    file = storage.File(path, _KIND)
-    labels = tuple(_label(file, record) for record in file.value("labels", list))
-    categories = tuple(file.value("categories", list))
-    units, count = file.value("units", int), len(labels)
-    if not all(isinstance(name, str) for name in categories) or units < 1:
-        raise file.error("categories", "names are text, and there is at least one unit")
-    category = file.tensor("category", torch.int64, (count,))
-    images = file.tensor("images", torch.int64, (None,))
-    if count and not 0 <= int(category.amin()) <= int(category.amax()) < len(categories):
-        raise file.error("category", f"expected numbers from 0 to {len(categories) - 1}")
-    dissection = kind(file.value("layer", str), labels, categories, category, units, images, metadata=file.value("metadata", dict))
-    pairs = (units, count)
-    dissection.thresholds = _maybe(file, "thresholds", torch.float32, (units,))
-    for name in ("average_precision", "p_values"):
-        setattr(dissection, name, _shares(file, name, pairs) if name in file.keys else None)
-    dissection.scores = _maybe(file, "scores", torch.float32, (units, len(images)))
-    if "outside" in file.keys:
-        dissection.outside = _counts(file, "outside", (count,))
-    if "counts/truth" in file.keys:
-        shapes = {"intersection": pairs, "activation": pairs, "truth": (count,)}
-        dissection.counts = Counts(*(_counts(file, f"counts/{name}", shape) for name, shape in shapes.items()))
-    if "level/values" in file.keys:
-        above, equal = (_shares(file, f"level/{name}", (units,)) for name in ("above", "equal"))
-        dissection.level = Level(_counts(file, "level/values", (units,)), above, equal)
-    if "iou_null/chance" in file.keys:
-        chance, p, adjusted = (_shares(file, f"iou_null/{name}", pairs) for name in ("chance", "p", "adjusted"))
-        scale, largest = file.tensor("iou_null/scale", torch.float64, (count,)), file.tensor("iou_null/largest", torch.float64, (None,))
-        dissection.iou_null = IoUNull(chance, p, adjusted, scale, largest)
-    if dissection.average_precision is not None:
-        if dissection.p_values is None:
-            raise file.error("p_values", "missing")
-        dissection.support = Support(*(_counts(file, f"support/{name}", (count,)) for name in Support._fields))
-    if "top/ids" in file.keys:
-        ids = file.tensor("top/ids", torch.int64, (units, None))
-        dissection.top = ids, file.tensor("top/scores", torch.float32, (units, ids.shape[1]))
-        if "top/maps" in file.keys:
-            maps = file.tensor("top/maps", torch.float32, (*ids.shape, None, None))
-            dissection.top_maps = maps, file.tensor("top/boxes", torch.float64, (*ids.shape, 4))
-    dissection.density = read_density(file, units)
-    if dissection.scores is not None:
-        dissection.ranking = _ranking(file, category, len(categories), len(images))
-    return dissection
-
-
-def _label(file: storage.File, record: object) -> Label:
-    if not (
-        isinstance(record, dict) and record.keys() == _LABEL.keys() and all(isinstance(record[name], kind) for name, kind in _LABEL.items())
-    ):
-        raise file.error("labels", f"each label has {', '.join(_LABEL)}; got {str(record)[:200]}")
-    for name in ("categories", "synonyms"):
-        if not all(isinstance(text, str) for text in record[name]):
-            raise file.error("labels", f"{name} are text; got {str(record[name])[:200]}")
-    return Label(**{**record, "categories": tuple(record["categories"]), "synonyms": tuple(record["synonyms"])})
-
-
-def _maybe(file: storage.File, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
-    return file.tensor(key, dtype, shape) if key in file.keys else None
-
-
-def _shares(file: storage.File, key: str, shape: tuple[int | None, ...]) -> Tensor:
-    shares = file.tensor(key, torch.float64, shape)
-    if bool(((shares < 0) | (shares > 1)).any()):
-        raise file.error(key, "expected numbers from 0 to 1")
-    return shares
-
-
-def _counts(file: storage.File, key: str, shape: tuple[int | None, ...]) -> Tensor:
-    counts = file.tensor(key, torch.int64, shape)
-    if bool((counts < 0).any()):
-        raise file.error(key, "holds negative counts")
-    return counts
-
-
-def _ranking(file: storage.File, category: Tensor, categories: int, images: int) -> Ranking:
-    crow = _counts(file, "ranking/crow", (images + 1,))
-    column = _counts(file, "ranking/column", (None,))
-    annotated = file.tensor("ranking/annotated", torch.bool, (images, None))
-    rules = file.value("ranking", dict)
-    sound = bool((crow.diff() >= 0).all()) and int(crow[0]) == 0 and int(crow[-1]) == len(column)
-    if not sound or bool((column >= len(category)).any()) or annotated.shape[1] > categories:
-        raise file.error("ranking/crow", "expected the rows of a matrix of images and labels")
-    if rules.get("sign") not in SIGNS or rules.get("negatives") not in NEGATIVES:
-        raise file.error("ranking", f"unknown sign or negatives: {str(rules)[:200]}")
-    return Ranking(crow, column, annotated, category, rules["sign"], rules["negatives"])

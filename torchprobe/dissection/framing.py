@@ -11,7 +11,10 @@ from torch import Tensor
 
 from torchprobe.datasets.broden import ImageLabels
 from torchprobe.datasets.broden.presence import pixel_counts
-from torchprobe.datasets.geometry import Box
+from torchprobe.datasets.geometry import Box, GeometryError
+
+_FARTHEST = float(1 << 20)
+"""The size of a picture is the unit of a box; nothing lies so far from one."""
 
 
 class Framed(NamedTuple):
@@ -33,12 +36,17 @@ def frame(labels: ImageLabels, rows: int, columns: int, box: Box) -> Framed:
 
     Labels of the whole image stay: they hold everywhere. At least one pixel stays, the one next to the middle of the box.
 
+    Raises:
+        GeometryError: the box has no extent, or an edge that is not a number.
+
     >>> plane = torch.tensor([[[1, 1, 2, 2], [1, 1, 2, 2]]])
     >>> framed = frame([("object", plane)], 2, 4, Box(0.0, 0.25, 1.0, 0.75))
     >>> framed.labels[0][1].tolist(), framed.box, framed.outside.tolist()
     ([[[1, 2], [1, 2]]], (0.0, 0.0, 2.0, 2.0), [[1, 2], [2, 2]])
     """
     nothing = torch.empty(0, 2, dtype=torch.int64)
+    if not (-_FARTHEST < box.top < box.bottom < _FARTHEST and -_FARTHEST < box.left < box.right < _FARTHEST):
+        raise GeometryError(f"no part of a picture has the edges {tuple(box)}: expected top < bottom and left < right, as shares of it")
     if box.whole:
         return Framed(labels, rows, columns, (0.0, 0.0, float(rows), float(columns)), nothing)
     top, left, bottom, right = box.on(rows, columns)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
-
 import torch
-from torch import Tensor
 
+from torchprobe.dissection.layer_tables import LayerTables, same
 from torchprobe.dissection.overlap import Counts
-from torchprobe.dissection.ranking import Ranking
 from torchprobe.statistics.top_inputs import ranked
 
-if TYPE_CHECKING:
-    from torchprobe.dissection.scores import LayerScores
 
-
-def add_images(mine: LayerScores, other: LayerScores) -> None:
-    """Adds to ``mine``, in place, what ``other`` counted on other images; see :meth:`LayerScores.merge`."""
+def add_images(mine: LayerTables, other: LayerTables) -> None:
+    """Adds to ``mine``, in place, what ``other`` counted on other images; see :meth:`torchprobe.dissection.scores.LayerScores.merge`."""
     _require_alike(mine, other)
     if mine.counts is not None and other.counts is not None:
         mine.counts = Counts(*(a + b for a, b in zip(mine.counts, other.counts, strict=True)))
@@ -34,7 +27,7 @@ def add_images(mine: LayerScores, other: LayerScores) -> None:
     mine.images = torch.cat([mine.images, other.images])
 
 
-def _require_alike(mine: LayerScores, other: LayerScores) -> None:
+def _require_alike(mine: LayerTables, other: LayerTables) -> None:
     for name in ("layer", "units"):
         if getattr(mine, name) != getattr(other, name):
             raise ValueError(f"cannot merge the {name} {getattr(mine, name)!r} and {getattr(other, name)!r}")
@@ -52,20 +45,12 @@ def _require_alike(mine: LayerScores, other: LayerScores) -> None:
     for name in ("mode", "pooling", "sign", "negatives", "minimum_area", "weights"):
         if (ours := mine.metadata.get(name)) != (theirs := other.metadata.get(name)):
             raise ValueError(f"layer {mine.layer!r} was dissected with {name} {ours!r} and {theirs!r}")
+    modules = [part.metadata.get("modules") for part in (mine, other)]
+    if None not in modules and modules[0] != modules[1]:  # earlier versions do not say it
+        raise ValueError(f"layer {mine.layer!r} was dissected with networks of the same weights and other modules")
     if mine.average_precision is not None and (mine.scores is None or other.scores is None):
         raise ValueError(f"layer {mine.layer!r}: merging average precision needs the scores of the images: dissect with keep_scores=True")
     if mine.top is not None and other.top is not None and mine.top[0].shape != other.top[0].shape:
         raise ValueError(f"layer {mine.layer!r}: {mine.top[0].shape[1]} and {other.top[0].shape[1]} top images were kept")
     if bool(torch.isin(mine.images, other.images).any()):
         raise ValueError(f"layer {mine.layer!r}: both contain some of the same images, which would count twice")
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal, tensors by value; nan equals nan."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(nan=-7.0), b.nan_to_num(nan=-7.0))
-    if isinstance(a, Ranking) and isinstance(b, Ranking):
-        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)

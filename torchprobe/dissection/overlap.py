@@ -10,8 +10,11 @@ from torch import Tensor
 
 from torchprobe.dissection.batches import LabelBatch
 from torchprobe.ops.overlap import overlap_tally_
+from torchprobe.statistics.saved import count_problem
 
 MODES = ("default", "netdissect", "global")
+MOST_PIXELS = 1 << 53
+"""The most that a count can hold, since shares of counts are computed in float64."""
 
 
 class Counts(NamedTuple):
@@ -149,6 +152,10 @@ class Overlap:
         for name in ("intersection", "activation", "truth"):
             if state[name].shape != getattr(self, name).shape or state[name].dtype != torch.int64:
                 raise ValueError(f"{name} of the saved counts is {state[name].dtype} of shape {tuple(state[name].shape)}")
+        most = {"truth": MOST_PIXELS, "activation": MOST_PIXELS, "intersection": state["truth"]}
+        for name, limit in most.items():
+            if problem := count_problem(name, state[name], limit):
+                raise ValueError(f"{name} of the saved counts {problem[1]}")
         for name in ("intersection", "activation", "truth"):
             getattr(self, name).copy_(state[name])
         self.images = int(state["images"])

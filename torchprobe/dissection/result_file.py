@@ -5,7 +5,6 @@ Such a file holds the best label of each unit in each category. The other pairs,
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,15 +15,16 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from torchprobe.common.csv_files import read_rows
 from torchprobe.datasets.broden import Label
 from torchprobe.dissection import summaries
 from torchprobe.dissection.average_precision import Support
 from torchprobe.dissection.csv_tables import AP_COLUMNS, IOU_COLUMNS, UNIT_COLUMNS, write_csv
-from torchprobe.dissection.merging import same
+from torchprobe.dissection.layer_tables import TABLES, same
 from torchprobe.dissection.overlap import Counts
-from torchprobe.dissection.scores import TABLES, LayerScores, UnitConcept
+from torchprobe.dissection.scores import LayerScores, UnitConcept
 
-MAX_BYTES, MAX_PAIRS = 1 << 26, 1 << 26
+MAX_PAIRS = 1 << 26
 """The largest file, and the most pairs of a unit and a label."""
 
 _UNKNOWN = -1
@@ -138,8 +138,8 @@ def read_csv(path: str | os.PathLike[str], layer: str | None = None, labels: Seq
     if sorted(units) != list(range(1, len(units) + 1)):
         seen: set[int] = set()
         twice = [unit for unit in units if unit in seen or seen.add(unit)]  # type: ignore[func-returns-value]
-        missing = sorted(set(range(1, max(units) + 1)) - set(units))
-        what = f"unit {twice[0]} has two lines" if twice else f"unit {missing[0]} is missing"
+        missing = next(unit for unit in range(1, len(units) + 2) if unit not in seen)  # not up to max(units)
+        what = f"unit {twice[0]} has two lines" if twice else f"unit {missing} is missing"
         raise ValueError(f"{lines.path}: {what}; a result file has one line for each unit, counted from 1")
     found = _labels_of(lines, labels)
     if len(units) * len(found.labels) > MAX_PAIRS:
@@ -206,21 +206,17 @@ class _Lines:
         self.path = path
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path} is larger than {MAX_BYTES >> 20} MiB; expected a result file of Network Dissection")
         try:
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                reader = csv.reader(file)
-                header = next(reader, [])
-                self.categories, self.columns = self._layout(header)
-                self.lines = []
-                for values in reader:
-                    if values and len(values) != len(header):
-                        raise ValueError(f"{path} line {reader.line_num}: {len(values)} fields; the header has {len(header)}")
-                    if values:
-                        self.lines.append(_Line(path, reader.line_num, dict(zip(header, values, strict=True))))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not CSV in UTF-8 ({error}); expected a result file of Network Dissection") from error
+            lines = read_rows(path)
+            _, header = next(lines, (1, []))
+            self.categories, self.columns = self._layout(header)
+            self.lines = []
+            for number, values in lines:
+                if len(values) != len(header):
+                    raise ValueError(f"{path} line {number}: {len(values)} fields; the header has {len(header)}")
+                self.lines.append(_Line(path, number, dict(zip(header, values, strict=True))))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); expected a result file of Network Dissection") from error
         if not self.lines:
             raise ValueError(f"{path} has no line for any unit")
 

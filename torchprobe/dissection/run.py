@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -20,9 +19,9 @@ from torchprobe.dissection.average_precision import NEGATIVES, SIGNS, pooled
 from torchprobe.dissection.batches import Batch, Batches
 from torchprobe.dissection.dissection import Dissection
 from torchprobe.dissection.iou_null import ShuffledOverlap
+from torchprobe.dissection.layer_tables import SCORES
 from torchprobe.dissection.overlap import MODES, Counts, Overlap
 from torchprobe.dissection.ranking import Ranking, top_images
-from torchprobe.dissection.scores import SCORES
 from torchprobe.dissection.shown import ShownLabels
 from torchprobe.dissection.sparse import Density, SparseBasis
 from torchprobe.dissection.spool import Spool, remove_maps, worthwhile
@@ -72,6 +71,14 @@ class Settings:
             raise ValueError(f"top must be at least 0, got {self.top}")
 
 
+def estimates(sites: Mapping[str, Site], settings: Settings, images: int, given: bool = False) -> bool:
+    """Whether thresholds are estimated, because their memory is too small for so many images. Then they depend on the number of ranks and
+    on which image each of them saw, in which order. ``given``: whether the thresholds are given."""
+    quantile = Fraction(settings.quantile)
+    needed = (memory_for(site.units, images * site.places, quantile) for site in sites.values())
+    return "iou" in settings.score and not given and any(settings.memory < memory for memory in needed)
+
+
 @dataclass
 class Run:
     """One dissection.
@@ -109,7 +116,6 @@ class Run:
 
     def __post_init__(self) -> None:
         self.broden, self.device = self.batches.broden, self.reader.device
-        self.batches.digests = self.checkpoint is not None  # only a resumed run compares them
         self.ap, self.iou = "ap" in self.settings.score, "iou" in self.settings.score
         self.sparse = any(isinstance(site.basis, SparseBasis) for site in self.sites.values())  # their density is counted
         self.first_pass = self.ap or bool(self.settings.top) or self.thresholds is None or self.sparse
@@ -148,12 +154,12 @@ class Run:
 
     def _spools(self) -> dict[str, Spool]:
         """Where the maps of each layer wait for the thresholds; none for layers whose maps would not fit."""
-        folder = None if self.checkpoint is None else self.checkpoint.folder
+        folder, run = (None, "") if self.checkpoint is None else (self.checkpoint.folder, self.checkpoint.run)
         budget = int(self.disk * 1e9) // (len(self.sites) * self.ranks.size)
         images, quantile, found = len(self.batches.rows), Fraction(self.settings.quantile), {}
         for i, (layer, site) in enumerate(self.sites.items()):
             if self.thresholds is not None or worthwhile(images // self.ranks.size, site.units, site.places, quantile, budget):
-                found[layer] = Spool(str(i), folder, budget)
+                found[layer] = Spool(str(i), folder, budget, run)
         return found
 
     # -- the passes ----------------------------------------------------------------------------------------------------
@@ -162,7 +168,7 @@ class Run:
         """The pass through the network: thresholds, scores, top images; and maps that may exceed a threshold go to the disk."""
         settings, total = self.settings, len(self.batches.rows)
         make: dict[str, Callable[[], Mergeable]] = {}
-        vectors = {"boxes": ImageVectors(total, 4, torch.float64), "contents": ImageVectors(total, 1, torch.int64)}
+        vectors = {"boxes": ImageVectors(total, 4, torch.float64)}
         quantile = Fraction(settings.quantile)
         for i, site in enumerate(self.sites.values()):
             if self.iou and self.thresholds is None:
@@ -176,14 +182,15 @@ class Run:
                 make[f"{i}/density"] = partial(Density, site.units)
             if self.ap:
                 vectors[str(i)] = ImageVectors(total, site.units)
-        walk = Walk("thresholds", make, vectors, len(self.batches), self.batches.size, self.ranks, self.checkpoint, self.spools)
-        done = walk.done.nonzero().flatten().tolist()  # the first rank knows them, and takes over the maps
-        for spool in self.spools.values():
-            if self.ranks.first:
+        batches, ordered = len(self.batches), estimates(self.sites, settings, total, self.thresholds is not None)
+        walk = Walk("thresholds", make, vectors, batches, self.batches.size, self.ranks, self.checkpoint, self.spools, ordered)
+        if self.ranks.first:
+            done = walk.before.nonzero().flatten().tolist()
+            for spool in self.spools.values():
                 spool.adopt(done)
-            if not spool.holds(done):
-                spool.give_up()
-        self.check_contents(walk, labels=False)  # the other ranks wait here, so they have written nothing yet
+                if not spool.holds(done):
+                    spool.give_up()
+        self.ranks.barrier()  # the other ranks write nothing until the first has taken over the maps
 
         def see(i: int, maps: Tensor, batch: Batch) -> None:
             layer = list(self.sites)[i]
@@ -235,11 +242,9 @@ class Run:
                 if self.settings.iou_permutations:
                     given = (at, self.broden.primary, categories, self.settings.mode, self.settings.iou_permutations, self.settings.seed)
                     make[f"{i}/null"] = partial(ShuffledOverlap, *given)
-        contents = ImageVectors(total, 1, torch.int64)
-        walk = Walk("overlap", make, {"contents": contents}, len(self.batches), self.batches.size, self.ranks, self.checkpoint)
+        walk = Walk("overlap", make, {}, len(self.batches), self.batches.size, self.ranks, self.checkpoint)
         kept = self._kept(walk.mine(), thresholds)
         self.again = [i for i, layer in enumerate(self.sites) if self.iou and layer not in kept]
-        self.check_contents(walk, labels=True)
 
         def see(i: int, maps: Tensor, batch: Batch) -> None:
             assert batch.labels is not None
@@ -280,33 +285,33 @@ class Run:
         note: Callable[[Batch], object] = lambda batch: None,
     ) -> None:
         """Shows every batch of this rank to some layers. Without layers, and with known boxes, no image is read."""
-        mine, names = walk.mine(), list(self.sites)
-        total = len(self.batches.rows)
+        mine, total = walk.mine(), len(self.batches.rows)
         done = total - sum(len(self.batches.rows_of(batch)) for batch in mine)
         stage = walk.name if walk.name == "thresholds" or self.iou else "labels"
         self.clock.start("second pass" if self.again else stage, done, total)
         try:
             for batch in self.batches.read(mine, labels, None if layers else boxes):
-                self.stop_if_asked()
-                first = batch.number * self.batches.size
-                walk.vectors["contents"].put(first, batch.contents[:, None])
-                box = self._boxes(batch)
-                if "boxes" in walk.vectors:
-                    walk.vectors["boxes"].put(first, box)
-                note(batch)
-                if layers:
-                    activations = self.reader.activations(batch.images)
-                    for i in layers:
-                        see(i, self.sites[names[i]].read(activations.pop(names[i])[0], len(batch.rows)), batch)
-                walk.finished(batch.number)
+                if self.options.stop is not None and self.options.stop():
+                    raise KeyboardInterrupt
+                with walk.showing(batch.number):
+                    self._show(walk, batch, see, layers)
+                    note(batch)
                 done += len(batch.rows)
                 self.clock.tell(done)
         except KeyboardInterrupt:
-            if self.checkpoint is not None:
-                walk.save()
+            walk.interrupted()
             raise
         walk.merge()
         self.clock.finish()
+
+    def _show(self, walk: Walk, batch: Batch, see: See, layers: Sequence[int]) -> None:
+        names, box = list(self.sites), self._boxes(batch)
+        if "boxes" in walk.vectors:
+            walk.vectors["boxes"].put(batch.number * self.batches.size, box)
+        if layers:
+            activations = self.reader.activations(batch.images)
+            for i in layers:
+                see(i, self.sites[names[i]].read(activations.pop(names[i])[0], len(batch.rows)), batch)
 
     def _boxes(self, batch: Batch) -> Tensor:
         if self.settings.mode == "netdissect" and not all(box.whole for box in batch.boxes):
@@ -314,29 +319,6 @@ class Run:
                 'mode="netdissect" counts on the grid of the whole picture, but the preprocessing shows a part of it: leave preprocess out'
             )
         return torch.tensor(batch.boxes, dtype=torch.float64)
-
-    def check_contents(self, walk: Walk, labels: bool) -> None:
-        """Of a resumed run: that the images which it has read, or their labels, are still the same.
-
-        Raises:
-            ValueError: a file has changed; the message names it.
-        """
-        seen = walk.vectors["contents"].vectors[:, 0].tolist()
-
-        def changed() -> int | None:
-            places = [place for place in range(len(seen)) if walk.done[place // self.batches.size]]
-            with ThreadPoolExecutor(self.options.workers) as threads:
-                now = threads.map(lambda place: self.batches.content(place, labels), places)
-                return next((place for place, found in zip(places, now, strict=True) if found != seen[place]), None)
-
-        place = self.ranks.on_first(changed)
-        if place is not None:
-            row, what = self.broden.rows[self.batches.rows[place]], "the labels of" if labels else "the image"
-            raise ValueError(f"{what} {row.image} changed since the dissection was started: delete its checkpoint and start again")
-
-    def stop_if_asked(self) -> None:
-        if self.options.stop is not None and self.options.stop():
-            raise KeyboardInterrupt
 
     # -- the results ---------------------------------------------------------------------------------------------------
 

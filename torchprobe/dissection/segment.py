@@ -22,6 +22,7 @@ from torchprobe.datasets.photos import read_photo
 from torchprobe.dissection.bases import Basis, same_basis
 from torchprobe.dissection.batches import Preprocess, same_preprocess, to_tensor
 from torchprobe.dissection.detectors import MOST, Detector, choose_detectors
+from torchprobe.dissection.facts import own_modules
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.taps import Site, find_sites
 from torchprobe.ops.overlap import upsample
@@ -243,6 +244,11 @@ def _check_weights(dissection: LayerScores, model: nn.Module) -> None:
         raise ValueError(
             f"this is another network than that of the dissection, which is {name}: the weights differ. Its units need not detect "
             "the same concepts. Load the network with the weights and in the precision of the dissection, or dissect this one"
+        )
+    if dissection.metadata.get("modules", now := own_modules(model)) != now:  # earlier versions do not say it
+        raise ValueError(
+            "this is another network than that of the dissection: the weights are the same, and its modules or their settings differ, such "
+            "as an activation function or a stride. Make it as it was, or dissect this one"
         )
 
 

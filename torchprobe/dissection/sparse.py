@@ -60,7 +60,9 @@ class SparseEncoder(nn.Module):
             raise ValueError("an encoder has thresholds or top_k, not both")
         if top_k is not None and not 1 <= top_k <= latents:
             raise ValueError(f"top_k must be between 1 and the number of latents, {latents}; got {top_k}")
-        level = None if threshold is None else torch.as_tensor(threshold).float().expand(latents)
+        level = None if threshold is None else torch.as_tensor(threshold).float()
+        if level is not None and level.numel() == 1:
+            level = level.reshape(()).expand(latents)
         given = {"weight": (weight, (latents, features)), "bias": (bias, (latents,)), "center": (center, (features,))}
         for name, (part, shape) in {**given, "threshold": (level, (latents,))}.items():
             if part is not None and tuple(part.shape) != shape:

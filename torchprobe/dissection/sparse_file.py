@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from torchprobe.common.arrays import open_arrays
 from torchprobe.common.messages import listing
+from torchprobe.common.reading import read_json
 from torchprobe.common.storage import digest
 from torchprobe.dissection.sparse import SparseBasis, SparseEncoder
 from torchprobe.encoders.checkpoint import read_checkpoint
@@ -175,8 +175,8 @@ def _config(path: Path) -> dict[str, Any]:
     for name in ("cfg.json", "config.json"):
         if (file := path.with_name(name)).is_file() and file.stat().st_size < 1 << 20:
             try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
+                found = read_json(file)
+            except (OSError, ValueError) as error:
                 raise EncoderError(f"{file} is not JSON: {error}") from error
             if not isinstance(found, dict):
                 raise EncoderError(f"{file}: expected a JSON object")
@@ -189,8 +189,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _arrays(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {"directions": loaded} if path.suffix == ".npy" else {key: loaded[key] for key in loaded.files}
-        return {key: torch.from_numpy(np.array(value)) for key, value in arrays.items() if value.dtype.kind in "fiu"}
-    except (OSError, ValueError, EOFError, TypeError) as error:
+        found = {name or "directions": array for name, array in open_arrays(path).items()}
+        kept = {name: array for name, array in found.items() if array.kind in ("float", "whole") or array.dtype == "object"}
+        return {name: array.tensor().clone() for name, array in kept.items()}  # objects are refused
+    except (OSError, ValueError) as error:
         raise EncoderError(f"{path} cannot be read as a NumPy file: {error}") from error

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchprobe.common import storage
+from torchprobe.common.checked import DamagedError
 
 _KIND = "torchprobe.dissection.spool"
 _BUFFER = 64 << 20
@@ -49,6 +50,7 @@ class Spool:
         name: files are called maps-<name>-….safetensors.
         folder: where they lie; None: a temporary folder, which is removed with the spool.
         budget: bytes.
+        run: of which run the files are, see :class:`torchprobe.dissection.walk.Checkpoint`.
 
     >>> spool = Spool("0", None, 1 << 20)
     >>> maps = torch.tensor([[[[1.0, 2.0]], [[0.0, 0.5]]]])
@@ -57,8 +59,8 @@ class Spool:
     [[[[1.0, 2.0]], [[1.2000000476837158, 1.2000000476837158]]]]
     """
 
-    def __init__(self, name: str, folder: Path | None, budget: int) -> None:
-        self.name, self.budget = name, budget
+    def __init__(self, name: str, folder: Path | None, budget: int, run: str = "") -> None:
+        self.name, self.budget, self.run = name, budget, run
         self.alive = budget > 0
         self._folder, self._temporary = folder, folder is None
         self._buffer: list[_Numbered] = []
@@ -117,7 +119,7 @@ class Spool:
         """Whether no threshold, float32 (units,), is below a bound that maps were compared with. Estimated thresholds may be."""
         bounds = [] if self._bound is None else [self._bound]
         try:
-            bounds += [self._bound_of(storage.File(path, _KIND)) for path in sorted({*self._batches.values()})]
+            bounds += [self._bound_of(self._file(path)) for path in sorted({*self._batches.values()})]
         except FileNotFoundError:  # another process has given up
             return False
         return not any(bool((thresholds < bound).any()) for bound in bounds)
@@ -149,7 +151,7 @@ class Spool:
         known = set(done)
         for path in self._found():
             try:
-                file = storage.File(path, _KIND)
+                file = self._file(path)
                 batches, bound = file.value("batches", list), self._bound_of(file)
                 wanted = known >= set(batches)
             except (ValueError, TypeError):
@@ -164,7 +166,7 @@ class Spool:
         """Finds the files that other processes have written to the folder, when all of them have written everything."""
         for path in self._found():
             if path not in self._files:
-                self._batches.update(dict.fromkeys(storage.File(path, _KIND).value("batches", list), path))
+                self._batches.update(dict.fromkeys(self._file(path).value("batches", list), path))
 
     def give_up(self) -> None:
         """Removes its files; from now on nothing is kept."""
@@ -213,11 +215,15 @@ class Spool:
             "maps": torch.cat([part[3] for part in parts]),
         }
         batches, shapes = [part[0] for part in parts], [part[1] for part in parts]
-        storage.write(path, _KIND, tensors, {"batches": batches, "shapes": shapes, "counts": [len(part[2]) for part in parts]})
+        noted = {"run": self.run, "batches": batches, "shapes": shapes, "counts": [len(part[2]) for part in parts]}
+        storage.write(path, _KIND, tensors, noted)
         self._note(path, batches)
 
     def _found(self) -> list[Path]:
         return [] if self._folder is None or not self.alive else sorted(self._folder.glob(f"maps-{self.name}-*.safetensors"))
+
+    def _file(self, path: Path) -> storage.File:
+        return file_of_run(path, _KIND, self.run)
 
     @staticmethod
     def _bound_of(file: storage.File) -> Tensor:
@@ -228,7 +234,7 @@ class Spool:
         self._batches.update(dict.fromkeys(batches, path))
 
     def _read(self, path: Path) -> dict[int, _Part]:
-        file = storage.File(path, _KIND)
+        file = self._file(path)
         batches, shapes, counts = (file.value(name, list) for name in ("batches", "shapes", "counts"))
         bound = self._bound_of(file)
         maps = file.tensor("maps", torch.float32, (None, None, None))
@@ -251,6 +257,18 @@ def _above(maps: Tensor, bound: Tensor) -> Tensor:
     flat = maps.flatten(1)
     largest, smallest = flat.amax(1), flat.amin(1)
     return ((largest > bound) | ~(largest < _HUGE) | ~(smallest > -_HUGE)).nonzero().flatten()
+
+
+def file_of_run(path: Path, kind: str, run: str) -> storage.File:
+    """A file that was written by a run, see :class:`torchprobe.dissection.walk.Checkpoint`.
+
+    Raises:
+        DamagedError: it is not as it was written, or it is of another run.
+    """
+    file = storage.File(path, kind, checked=True)
+    if file.values.get("run") != run:
+        raise DamagedError(f"{path} belongs to another dissection than the files beside it: delete the folder and start again")
+    return file
 
 
 def remove_maps(folder: Path) -> None:

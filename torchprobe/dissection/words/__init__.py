@@ -17,7 +17,8 @@ file              subject
 ``soft_labels``   soft labels, their files, and what a labeler is
 ``measures``      the measures of CLIP-Dissect, and average precision
 ``matching``      permutations
-``result``        the tables and files of one layer
+``word_tables``   the tables of one layer
+``result``        the same, saved, loaded and drawn
 ``report``        its page
 ================  =======================================================================
 """
@@ -26,8 +27,9 @@ from torchprobe.dissection.words.concepts import Concepts, builtin_concepts, rea
 from torchprobe.dissection.words.dissect import dissect_words
 from torchprobe.dissection.words.matching import Match, match
 from torchprobe.dissection.words.measures import MEASURES, WPMI, CosineCubed, RankReorder, SoftWPMI, TopPrecision
-from torchprobe.dissection.words.result import UnitWord, WordDissection
+from torchprobe.dissection.words.result import WordDissection
 from torchprobe.dissection.words.soft_labels import CAVEAT, SoftLabels, embed_concepts, read_soft_labels
+from torchprobe.dissection.words.word_tables import UnitWord
 
 __all__ = [
     "dissect_words",

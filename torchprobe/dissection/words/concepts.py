@@ -9,12 +9,12 @@ from importlib import resources
 from pathlib import Path
 
 from torchprobe.common.messages import counted, listing
+from torchprobe.common.reading import read_text
 from torchprobe.datasets.images import DatasetError
 
-MOST_BYTES = 16 << 20
 MOST_CONCEPTS = 100_000
 LONGEST = 200
-"""Limits of a file: bytes, concepts, and characters of a concept."""
+"""Limits of a file: concepts, and characters of a concept."""
 
 NOUN = ("a photo of a {}.", "a photo of {}.", "a close-up photo of a {}.", "a photo with a {} in it.", "{}")
 """Captions of a thing. No article fits every word; their mean does."""
@@ -113,14 +113,11 @@ def read_concepts(path: str | os.PathLike[str]) -> Concepts:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise DatasetError(f"{path} has {size:,} bytes; a list of concepts has at most {MOST_BYTES:,}: is it the right file?")
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "text_bytes", "utf-8-sig")
     except OSError as error:
         raise DatasetError(f"the concepts cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not a text file in UTF-8 ({error}): save it as UTF-8, one concept a line") from error
+    except ValueError as error:
+        raise DatasetError(f"{error}: save the list as UTF-8, one concept a line") from error
     return _parse(text, str(path))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchprobe.common.messages import stable_repr
+from torchprobe.common.networks import modules_fact
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import Clock, ProgressCallback
 from torchprobe.common.storage import digest
 from torchprobe.datasets.geometry import fingerprint
-from torchprobe.datasets.images import DatasetError, Images, image_folder
+from torchprobe.datasets.images import DatasetError
+from torchprobe.datasets.protocol import ImageSet
+from torchprobe.datasets.readers import open_images
 from torchprobe.dissection.bases import Basis, basis_of, check_layers, describe_basis
 from torchprobe.dissection.batches import Preprocess
+from torchprobe.dissection.facts import run_facts, transform_fact
 from torchprobe.dissection.ranking import top_images
 from torchprobe.dissection.taps import POSITIONS, Site, find_sites
 from torchprobe.dissection.walk import Checkpoint
@@ -37,7 +42,7 @@ from torchprobe.recording.reader import LayerReader
 def dissect_words(
     model: nn.Module,
     layers: Selection,
-    images: Images | str | os.PathLike[str],
+    images: ImageSet | str | os.PathLike[str] | Any,
     labeler: Any,
     concepts: Concepts | Sequence[str] | str | os.PathLike[str] | None = None,
     *,
@@ -75,7 +80,8 @@ def dissect_words(
     Args:
         model: an :class:`torchprobe.Encoder` or any module that takes images (N, 3, H, W). It runs in eval mode, without gradients.
         layers: see :func:`torchprobe.record`.
-        images: a folder, or :class:`torchprobe.datasets.Images`. Files that cannot be read are left out and named in ``metadata``.
+        images: what :func:`torchprobe.datasets.open_images` takes: a folder, images, shards, a data set … Images that cannot be read are
+            left out and named in ``metadata``.
         labeler: a CLIP encoder (:func:`torchprobe.load_encoder`), or any module with ``preprocess`` and ``encode_text``; or
             :class:`SoftLabels`, which have their own concepts.
         concepts: words, :class:`Concepts`, or a file of them (:func:`read_concepts`). Default: the built-in list.
@@ -121,7 +127,7 @@ def dissect_words(
     """
     chosen = find_measure(measure)
     _check(positions, pooling, top, permutations, batch_size)
-    files = images if isinstance(images, Images) else image_folder(images)
+    files = open_images(images)
     if not len(files):
         raise DatasetError("there are no images")
     if preprocess is None and (preprocess := getattr(model, "preprocess", None)) is None:
@@ -136,22 +142,24 @@ def dissect_words(
         sites = _sites(reader, files, preprocess, positions, basis, seed)
         settings = {"positions": positions, "pooling": pooling, "batch_size": batch_size, "seed": seed}
         facts = {**_facts(model, labeler, words, templates, files, preprocess, sites), **settings}
-        state = {**facts, "files": _state(files)}
-        saved = None if checkpoint is None else Checkpoint(Path(checkpoint), state, resume, checkpoint_every, ranks)
-        images_pass = ImagePass(files, batch_size, workers, ranks, saved, clock, stop)
-        labels = labeler if isinstance(labeler, SoftLabels) else label_images(labeler, words, templates, images_pass)
-        if save_labels is not None and ranks.first:
-            labels.save(save_labels)
-        found = read_layers(reader, sites, preprocess, pooling, images_pass)
-        choices = {"top": top, "permutations": None if isinstance(chosen, TopPrecision) else permutations}
-        facts |= {"measure": {"name": chosen.name, **asdict(chosen)}, **choices, "templates": labels.metadata.get("templates")}
+        with contextlib.ExitStack() as stack:
+            saved = None
+            if checkpoint is not None:
+                noted = ranks.on_first(lambda: {**facts, **_further(model, labeler, files, preprocess, sites)})
+                saved = stack.enter_context(Checkpoint(Path(checkpoint), noted, resume, checkpoint_every, ranks))
+            images_pass = ImagePass(files, batch_size, workers, ranks, saved, clock, stop)
+            labels = labeler if isinstance(labeler, SoftLabels) else label_images(labeler, words, templates, images_pass)
+            if save_labels is not None and ranks.first:
+                labels.save(save_labels)
+            found = read_layers(reader, sites, preprocess, pooling, images_pass)
+            choices = {"top": top, "permutations": None if isinstance(chosen, TopPrecision) else permutations}
+            facts |= {"measure": {"name": chosen.name, **asdict(chosen)}, **choices, "templates": labels.metadata.get("templates")}
 
-        def results() -> dict[str, WordDissection]:
-            return {
-                layer: _matched(layer, found, labels, chosen, permutations, seed, top, keep_scores, facts, clock, stop) for layer in sites
-            }
+            def results() -> dict[str, WordDissection]:
+                rest = (found, labels, chosen, permutations, seed, top, keep_scores, facts, clock, stop)
+                return {layer: _matched(layer, *rest) for layer in sites}
 
-        return ranks.on_first(results)
+            return ranks.on_first(results)
 
 
 def _matched(
@@ -194,7 +202,7 @@ def _matched(
     )
 
 
-def _named(labels: SoftLabels, files: Images) -> SoftLabels:
+def _named(labels: SoftLabels, files: ImageSet) -> SoftLabels:
     """Given soft labels, by the names of the files; every file must have some."""
     names = [files.name(path) for path in files.paths]
     return SoftLabels(labels.rows_of(names), labels.concepts, names, labels.labeler, labels.metadata)
@@ -208,7 +216,7 @@ def _check(positions: str, pooling: str, top: int, permutations: int, batch_size
         raise ValueError(f"top must be at least 0, permutations and batch_size at least 1; got {top}, {permutations} and {batch_size}")
 
 
-def _sites(reader: LayerReader, files: Images, preprocess: Preprocess, positions: str, basis: Basis, seed: int) -> dict[str, Site]:
+def _sites(reader: LayerReader, files: ImageSet, preprocess: Preprocess, positions: str, basis: Basis, seed: int) -> dict[str, Site]:
     """How to read each layer, from the first image that can be read."""
     for batch in files.batches(preprocess, 1, 1):
         if len(batch.names):
@@ -220,10 +228,11 @@ def _sites(reader: LayerReader, files: Images, preprocess: Preprocess, positions
     return {name: site.in_basis(basis_of(basis, name, site.features, seed)) for name, site in sites.items()}
 
 
-def _state(files: Images) -> str:
-    """Changes if a file is written again. Not part of the metadata: copies of a data set are the same data set."""
-    times = [path.stat().st_mtime_ns if path.exists() else None for path in files.paths]
-    return hashlib.sha256(json.dumps(times).encode()).hexdigest()
+def _further(model: nn.Module, labeler: Any, files: ImageSet, preprocess: Preprocess, sites: Mapping[str, Site]) -> dict[str, Any]:
+    """What the passes depend on and the metadata do not say. Each file is read."""
+    own = {} if isinstance(labeler, SoftLabels) else {"labeler_transform": transform_fact(labeler.preprocess)}
+    modules = {} if isinstance(labeler, SoftLabels) else {"labeler_modules": modules_fact(labeler)}
+    return {**run_facts(model, sites), "data": files.digest(), "transform": transform_fact(preprocess), **own, **modules}
 
 
 def _facts(
@@ -231,12 +240,12 @@ def _facts(
     labeler: Any,
     concepts: Concepts,
     templates: Any,
-    files: Images,
+    files: ImageSet,
     preprocess: Preprocess,
     sites: Mapping[str, Site],
 ) -> dict[str, Any]:
     """What the passes over the images depend on: metadata, which must be the same in a resumed run."""
-    described = [[files.name(path), path.stat().st_size if path.exists() else None] for path in files.paths]
+    described = [[files.name(path), files.size(path)] for path in files.paths]
     given = isinstance(labeler, SoftLabels)
     weights = digest([*model.parameters(), *model.buffers()])
     own = digest([labeler.values]) if given else labeler_weights(labeler)
@@ -259,7 +268,7 @@ def _facts(
             "digest": hashlib.sha256(json.dumps([concepts.names, concepts.kinds]).encode()).hexdigest(),
         },
         "templates_given": None if templates is None else hashlib.sha256(repr(templates).encode()).hexdigest(),
-        "preprocess": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(preprocess)),
+        "preprocess": stable_repr(preprocess),
         "fingerprint": fingerprint(preprocess),
         "sites": {
             name: {

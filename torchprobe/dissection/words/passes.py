@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchprobe.common.messages import listing
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import Clock
-from torchprobe.datasets.images import Batch, DatasetError, Images
+from torchprobe.datasets.images import Batch, DatasetError
+from torchprobe.datasets.protocol import ImageSet
 from torchprobe.dissection.average_precision import pooled
 from torchprobe.dissection.batches import Preprocess
 from torchprobe.dissection.sparse import MAPS, Density, SparseBasis
@@ -24,23 +25,51 @@ from torchprobe.dissection.words.soft_labels import SoftLabels, embed_concepts, 
 from torchprobe.recording.reader import LayerReader, device_of, eval_mode
 
 _READ = "read"  # the vectors that say which images could be read
+_UNREADABLE = "unreadable"
+
+
+class Unreadable:
+    """Why each file that could not be read could not. A mergeable statistic.
+
+    ``reasons``: name → reason.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    def update(self, unreadable: Iterable[tuple[str, str]]) -> None:
+        """Adds pairs of a name and a reason."""
+        self.reasons.update(unreadable)
+
+    def merge(self, other: Unreadable) -> Unreadable:
+        """Adds, in place, the files of ``other``; returns self."""
+        self.reasons.update(other.reasons)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reasons": dict(self.reasons)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises:
+        ValueError: it holds other things than texts.
+        """
+        reasons = state.get("reasons")
+        if not isinstance(reasons, dict) or not all(isinstance(text, str) for pair in reasons.items() for text in pair):
+            raise ValueError("the saved reasons of unreadable files are not texts")
+        self.reasons = dict(reasons)
 
 
 @dataclass
 class ImagePass:
-    """How the files are read: in batches of ``size``, of which each rank reads its own.
+    """How the files are read: in batches of ``size``, of which each rank reads its own."""
 
-    ``unreadable``: name → reason, for the files that this process could not read.
-    """
-
-    files: Images
+    files: ImageSet
     size: int
     workers: int
     ranks: Ranks
     checkpoint: Checkpoint | None
     clock: Clock
     stop: Callable[[], bool] | None = None
-    unreadable: dict[str, str] = field(default_factory=dict)
 
     def run(
         self,
@@ -64,7 +93,9 @@ class ImagePass:
         """
         count = len(self.files)
         vectors = {kind: ImageVectors(count, width) for kind, width in {**widths, _READ: 1}.items()}
-        walk = Walk(name, make or {}, vectors, -(-count // self.size), self.size, self.ranks, self.checkpoint)
+        walk = Walk(
+            name, {_UNREADABLE: Unreadable, **(make or {})}, vectors, -(-count // self.size), self.size, self.ranks, self.checkpoint
+        )
         mine = walk.mine()
         done = count - sum(min(self.size, count - number * self.size) for number in mine)
         self.clock.start(name, done, count)
@@ -72,17 +103,16 @@ class ImagePass:
             for number, batch in zip(mine, self.files.batches(preprocess, self.size, self.workers, mine), strict=True):
                 if self.stop is not None and self.stop():
                     raise KeyboardInterrupt
-                self.unreadable.update(batch.unreadable)
-                if batch.names:
-                    for kind, found in see(batch, walk).items():
-                        vectors[kind].vectors[batch.indices] = found.float().cpu()
-                    vectors[_READ].vectors[batch.indices] = 1.0
-                walk.finished(number)
+                with walk.showing(number):
+                    walk.statistic(_UNREADABLE, Unreadable).update(batch.unreadable)
+                    if batch.names:
+                        for kind, found in see(batch, walk).items():
+                            vectors[kind].vectors[batch.indices] = found.float().cpu()
+                        vectors[_READ].vectors[batch.indices] = 1.0
                 done += batch.files
                 self.clock.tell(done)
         except KeyboardInterrupt:
-            if self.checkpoint is not None:
-                walk.save()
+            walk.interrupted()
             raise
         walk.merge()
         self.clock.finish()
@@ -135,7 +165,7 @@ def label_images(
 
     def labels() -> SoftLabels:
         if not bool(read.any()):
-            raise _no_image(images)
+            raise _no_image(images, walk)
         found = walk.vectors["embeddings"].vectors[read]
         return SoftLabels.from_embeddings(found, texts, concepts, images.names(read), labeler_name(labeler), {"templates": used})
 
@@ -187,13 +217,13 @@ def read_layers(reader: LayerReader, sites: Mapping[str, Site], preprocess: Prep
         return found
 
     walk, read = images.run("words", {str(i): site.units for i, site in enumerate(sites.values())}, preprocess, see, make)
-    missing = images.names(~read)
+    missing, reasons = images.names(~read), walk.statistic(_UNREADABLE, Unreadable).reasons
     return ImageScores(
         {layer: walk.vectors[str(i)].vectors for i, layer in enumerate(layers)},
         read,
         images.names(torch.ones_like(read)),
         {layer: walk.statistic(f"{i}/density", Density) for i, layer in enumerate(layers) if f"{i}/density" in make},
-        [[name, images.unreadable.get(name, "")] for name in missing],
+        [[name, reasons.get(name, "")] for name in missing],
     )
 
 
@@ -212,6 +242,6 @@ def _scores(site: Site, x: Tensor, images: int, pooling: str, density: Density |
     return torch.cat(parts)
 
 
-def _no_image(images: ImagePass) -> DatasetError:
-    first = [f"{name} ({why})" for name, why in images.unreadable.items()]
+def _no_image(images: ImagePass, walk: Walk) -> DatasetError:
+    first = [f"{name} ({why})" for name, why in walk.statistic(_UNREADABLE, Unreadable).reasons.items()]
     return DatasetError(f"none of the {len(images.files)} images can be read: {listing(first, 3)}")

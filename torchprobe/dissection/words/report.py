@@ -10,23 +10,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import torchprobe
 from torchprobe.common.messages import counted, listing
 from torchprobe.common.runs import CountCallback
-from torchprobe.datasets.images import DatasetError, Images, rgb
+from torchprobe.datasets.images import DatasetError
+from torchprobe.datasets.protocol import ImageSet
 from torchprobe.dissection.report_sparse import ACTIVE, DENSITY_COLUMNS, UNITS_OF, density_facts, kind_of
 from torchprobe.dissection.words.measures import TopPrecision
 from torchprobe.dissection.words.soft_labels import CAVEAT
+from torchprobe.dissection.words.word_tables import UnitWord, WordTables
 from torchprobe.rendering.dissection_page import CategoryBar, DissectionPage, Shown, Thumbnail, UnitRow, thumbnail, write_dissection
 from torchprobe.rendering.page import Fact, Section, Table, require
 from torchprobe.rendering.tables import Column, Row, number, percent
-
-if TYPE_CHECKING:
-    from torchprobe.dissection.words.result import UnitWord, WordDissection
 
 OTHERS = 4
 """Further concepts that a row names."""
@@ -90,8 +89,8 @@ class WordsReport:
         alpha: the level at which a unit matches a word, for all units and words together.
     """
 
-    dissection: WordDissection
-    nulls: Mapping[str, WordDissection] = field(default_factory=dict)
+    dissection: WordTables
+    nulls: Mapping[str, WordTables] = field(default_factory=dict)
     alpha: float = 0.05
 
     @cached_property
@@ -258,11 +257,11 @@ class WordsReport:
 
 
 def write_words_report(
-    dissection: WordDissection,
+    dissection: WordTables,
     path: str | os.PathLike[str],
-    images: Images | None = None,
+    images: ImageSet | None = None,
     *,
-    nulls: Mapping[str, WordDissection] | None = None,
+    nulls: Mapping[str, WordTables] | None = None,
     top_images: int = 5,
     units: Sequence[int] | None = None,
     alpha: float = 0.05,
@@ -297,7 +296,7 @@ def write_words_report(
 
 
 def _pictures(
-    dissection: WordDissection, images: Images, units: Sequence[int], count: int, progress: CountCallback | None
+    dissection: WordTables, images: ImageSet, units: Sequence[int], count: int, progress: CountCallback | None
 ) -> tuple[list[Thumbnail], dict[int, list[Shown]]]:
     """Each picture once, and the pictures of each unit."""
     assert dissection.top is not None
@@ -308,7 +307,7 @@ def _pictures(
     if missing := [dissection.images[i] for i in used if dissection.images[i] not in path]:
         raise DatasetError(f"{len(missing)} of the top images are not among the images given: {listing(missing, 3)}")
     thumbnails = []
-    for done, found in enumerate(_thumbnails([(dissection.images[i], path[dissection.images[i]]) for i in used]), 1):
+    for done, found in enumerate(_thumbnails(images, [(dissection.images[i], path[dissection.images[i]]) for i in used]), 1):
         thumbnails.append(found)
         if progress is not None:
             progress(done, len(used))
@@ -319,14 +318,11 @@ def _pictures(
     return thumbnails, shown
 
 
-def _thumbnails(files: Sequence[tuple[str, Path]]) -> Iterator[Thumbnail]:
-    from PIL import Image
-
-    def make(file: tuple[str, Path]) -> Thumbnail:
+def _thumbnails(images: ImageSet, files: Sequence[tuple[str, Any]]) -> Iterator[Thumbnail]:
+    def make(file: tuple[str, Any]) -> Thumbnail:
         name, path = file
         try:
-            with Image.open(path) as image:
-                return thumbnail(rgb(image), name, (1, 1))
+            return thumbnail(images.picture(path), name, (1, 1))
         except Exception as error:  # a decoder may raise anything on damaged bytes
             raise DatasetError(f"{name} cannot be read: {error}") from error
 
@@ -344,7 +340,7 @@ def _captions(templates: Any) -> str:
     return f"{listing([f'“{caption}”' for caption in first], 6)}{several}."
 
 
-def _footer(d: WordDissection) -> list[str]:
+def _footer(d: WordTables) -> list[str]:
     keys = ("positions", "pooling", "permutations", "batch_size", "seed")
     settings = [f"{key} {d.metadata[key]}" for key in keys if d.metadata.get(key) is not None]
     lines = [f"torchprobe {torchprobe.__version__}, torch {torch.__version__}, Python {platform.python_version()}."]

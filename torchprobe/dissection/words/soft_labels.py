@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from torchprobe.common import storage
+from torchprobe.common.arrays import open_arrays
 from torchprobe.common.messages import listing
 from torchprobe.datasets.images import DatasetError
 from torchprobe.dissection.words.concepts import LONGEST, MOST_CONCEPTS, NOUN, TEMPLATES, Concepts, find_concepts
@@ -120,7 +120,7 @@ class SoftLabels:
         """Reads a file of :meth:`save`.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: it is of another kind, or a part of it does not fit.
         """
         file = storage.File(path, _KIND)
@@ -162,15 +162,16 @@ def read_soft_labels(path: str | os.PathLike[str], concepts: Concepts) -> SoftLa
     if Path(path).suffix != ".npy":
         return SoftLabels.load(path)
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        (array,) = open_arrays(path).values()
+        values = array.tensor() if array.kind in ("float", "whole") or array.dtype == "object" else None
+    except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read as a NumPy file: {error}") from error
-    if values.ndim != 2 or values.dtype.kind not in "fiu" or values.shape[1] != len(concepts):
+    if values is None or values.dim() != 2 or values.shape[1] != len(concepts):
         raise DatasetError(
-            f"{path} holds {values.dtype} {values.shape}; expected numbers (images, {len(concepts)} concepts): one column for each concept "
+            f"{path} holds {array.dtype} {array.shape}; expected numbers (images, {len(concepts)} concepts): one column for each concept "
             f"of {concepts.source}. Name the file of its concepts with --concepts (concepts= in Python)"
         )
-    return SoftLabels(torch.from_numpy(np.array(values, np.float32)), concepts, labeler=Path(path).name)
+    return SoftLabels(values.float(), concepts, labeler=Path(path).name)
 
 
 def embed_concepts(
