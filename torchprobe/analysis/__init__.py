@@ -17,6 +17,7 @@
 :func:`interpolate`               models between two models
 :func:`rank_correlation`          do two numbers rise together over models?
 :func:`bootstrap_interval`        how certain a mean is; :func:`share_interval`, :func:`paired_difference`: an accuracy, two accuracies
+:func:`compare_recordings`        what changed between two recordings, layer by layer, beyond the noise of their windows
 :func:`modality_gap`              how far apart images and texts lie in their common space, and which features carry that
 ================================  ============================================================================================
 
@@ -34,6 +35,7 @@ file                   subject
 ``kurtosis``           vector kurtosis and its controls
 ``outlier_rule``       the bulk of a vector, what lies outside, and what is beyond chance
 ``outliers``           outlier features: our rule, LLM.int8, massive activations, registers, He et al.
+``long_tokens``        tokens that are much longer than the others of their input, such as registers
 ``provenance``         where outlier features come from: blocks, submodules, parameters
 ``ablation``           accuracy without some features
 ``directions``         singular directions of a head, and their importance
@@ -44,6 +46,8 @@ file                   subject
 ``similarity``         linear CKA of layers; ``grams`` has the Gram matrices behind it
 ``interpolation``      weights between two models; batch norms measured again
 ``modality``           the gap between two modalities
+``changes``            what changed between two recordings; ``layer_distance``: of the features of a layer; ``window_noise``: the test;
+                       ``change_sides``: recordings of several ranks as one
 ``resampling``         bootstrap intervals, bands of draws, rank correlation
 ``shares``             intervals of accuracies and of their paired differences
 =====================  ========================================================================================
@@ -51,6 +55,7 @@ file                   subject
 
 from torchprobe.analysis.ablation import Ablation, ablate, ablation
 from torchprobe.analysis.baseline import FITS, SHIFTS, Baseline, Fit
+from torchprobe.analysis.changes import FieldChange, LayerChange, RecordingComparison, compare_recordings
 from torchprobe.analysis.concepts import concept_names, concept_overlap, concept_sweep, concepts, in_basis
 from torchprobe.analysis.directions import Directions, centered, privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings, embed
@@ -110,6 +115,10 @@ __all__ = [
     "similarity",
     "Similarity",
     "interpolate",
+    "compare_recordings",
+    "RecordingComparison",
+    "LayerChange",
+    "FieldChange",
     "modality_gap",
     "ModalityGap",
     "rank_correlation",

@@ -7,9 +7,9 @@ are in percent.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import functools
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,9 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from torchprobe.analysis.repeated import once
 from torchprobe.analysis.resampling import LEVEL
+from torchprobe.common.csv_files import read_rows
 from torchprobe.common.deprecation import RenamedAttribute, renamed_arguments
 
 ImagenetClasses = Literal["full", "subset"]
@@ -79,7 +81,7 @@ class Fit:
         return _accuracy(self.slope * _logit(imagenet_accuracy) + self.intercept)
 
     def interval(
-        self, imagenet_accuracy: Floats, level: float = LEVEL, *, scatter: bool = True, x_half: float = 0.0
+        self, imagenet_accuracy: Floats, level: float = LEVEL, *, scatter: bool = True, error: tuple[float, float] = (0.0, 0.0)
     ) -> tuple[Floats, Floats]:
         """The prediction interval for the accuracy of one more standard model, symmetric in logits.
 
@@ -90,13 +92,17 @@ class Fit:
             imagenet_accuracy: percent.
             level: of the interval.
             scatter: False leaves out the 1 under the root: the interval of the line, not of a model.
-            x_half: half width of the interval of the logit of the ImageNet accuracy; times the slope it is added in squares.
+            error: how far the interval of the logit of the ImageNet accuracy goes down and up; times the slope it is added in squares.
         """
-        x = _logit(imagenet_accuracy)
-        line = 1 / self.n + (x - self.x_mean) ** 2 / self.x_squares
-        half = ((self.student(level) * self.residual_std) ** 2 * (scatter + line) + (self.slope * x_half) ** 2) ** 0.5
-        center = self.slope * x + self.intercept
-        return _accuracy(center - half), _accuracy(center + half)
+        half, center = self.half(imagenet_accuracy, level, scatter=scatter), self.slope * _logit(imagenet_accuracy) + self.intercept
+        down, up = ((half**2 + (self.slope * end) ** 2) ** 0.5 for end in error)
+        return _accuracy(center - down), _accuracy(center + up)
+
+    def half(self, imagenet_accuracy: Floats, level: float = LEVEL, *, scatter: bool = True) -> Floats:
+        """The half width of :meth:`interval` in logits, for a known ImageNet accuracy."""
+        line = 1 / self.n + (_logit(imagenet_accuracy) - self.x_mean) ** 2 / self.x_squares
+        half: Floats = self.student(level) * self.residual_std * (scatter + line) ** 0.5
+        return half
 
     def student(self, level: float = LEVEL) -> float:
         """t such that a Student variable with n − 2 degrees of freedom lies within ±t with probability ``level``."""
@@ -148,12 +154,11 @@ class Baseline:
     Args:
         accuracies: name → accuracies in percent, all of one length, nan if unknown. The names are ``"imagenet"``, the shifts of
             :data:`SHIFTS` or any other shifts, and for ``imagenet_classes="subset"`` those in :data:`SUBSETS`.
-        models: their names, for messages.
-        minimum: models with a smaller ImageNet accuracy are left out. The published fits use 55.
-        source: a description of the models, which every fit keeps.
+        models: their names. A model that is listed twice counts once.
+        minimum, source: models with a smaller ImageNet accuracy are left out (the published fits use 55); a description that fits keep.
 
     Raises:
-        ValueError: no ``"imagenet"``, no shift, different lengths, or a value outside 0 to 100.
+        ValueError: no ``"imagenet"``, no shift, different lengths, a value outside 0 to 100, or a model with two accuracies.
 
     >>> Baseline({"imagenet": [60, 70, 80], "imagenet_v2": [47, 58, 69]}).fit("imagenet_v2").n
     3
@@ -186,6 +191,7 @@ class Baseline:
                 raise ValueError(f"{self.models[i]}, {name}: {values[i]:g} is not a percentage; accuracies are 0 to 100")
             if np.nanmax(values, initial=0.0) <= 1 and (values > 0).any():
                 raise ValueError(f"{name} is never above 1: these look like fractions; accuracies are in percent, so multiply by 100")
+        self.models, self.accuracies = once(self.models, self.accuracies)
 
     @property
     def shifts(self) -> tuple[str, ...]:
@@ -204,28 +210,26 @@ class Baseline:
             ValueError: a column is missing, a cell is not a percentage (the message has its line), or there are no rows.
         """
         known = (IMAGENET, *SHIFTS, *SUBSETS.values())
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            try:
-                header = [name.strip() for name in reader.fieldnames or ()]
-                reader.fieldnames = header
-                if missing := [name for name in ("model", IMAGENET) if name not in header]:
-                    raise ValueError(f"no column {' and no column '.join(missing)}; the first line has {', '.join(header) or 'nothing'}")
-                if twice := {name for name in header if header.count(name) > 1 and name in (*known, "model")}:
-                    raise ValueError(f"column {' and column '.join(sorted(twice))} twice")
-                rows = [(reader.line_num, row) for row in reader]
-                if more := [line for line, row in rows if None in row]:
-                    raise ValueError(f"line {more[0]} has more cells than the first line")
-                columns = [name for name in known if name in header]
-                columns += [
-                    name for name in header if name and name not in (*known, "model") and _percentages(row[name] for _, row in rows)
-                ]
-                accuracies = {name: [_percentage(row[name], name, line) for line, row in rows] for name in columns}
-                if not rows:
-                    raise ValueError("no models: there is nothing below the first line")
-                return cls(accuracies, [str(row["model"]) for _, row in rows], minimum=minimum, source=f"the models in {os.fspath(path)}")
-            except (csv.Error, ValueError) as error:
-                raise ValueError(f"{os.fspath(path)} is not a baseline: {error}") from error
+        try:
+            lines = read_rows(path, strict=True)
+            header = [name.strip() for name in next(lines, (1, []))[1]]
+            if missing := [name for name in ("model", IMAGENET) if name not in header]:
+                raise ValueError(f"no column {' and no column '.join(missing)}; the first line has {', '.join(header) or 'nothing'}")
+            if twice := {name for name in header if header.count(name) > 1 and name in (*known, "model")}:
+                raise ValueError(f"column {' and column '.join(sorted(twice))} twice")
+            rows = []
+            for line, values in lines:
+                if len(values) > len(header):
+                    raise ValueError(f"line {line} has more cells than the first line")
+                rows.append((line, dict(zip(header, [*values, *[None] * (len(header) - len(values))], strict=True))))
+            columns = [name for name in known if name in header]
+            columns += [name for name in header if name and name not in (*known, "model") and _percentages(row[name] for _, row in rows)]
+            accuracies = {name: [_percentage(row[name], name, line) for line, row in rows] for name in columns}
+            if not rows:
+                raise ValueError("no models: there is nothing below the first line")
+            return cls(accuracies, [str(row["model"]) for _, row in rows], minimum=minimum, source=f"the models in {os.fspath(path)}")
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is not a baseline: {error}") from error
 
     @renamed_arguments(x="imagenet_classes")
     def fit(self, shift: str, imagenet_classes: ImagenetClasses = "full") -> Fit:
@@ -263,6 +267,30 @@ class Baseline:
             x_squares=squares,
             source=self.source,
         )
+
+    def residual_correlation(self, shifts: Sequence[str], imagenet_classes: ImagenetClasses = "full") -> NDArray[np.float64]:
+        """How the residuals of the lines go together over models: a model above one line is often above another.
+
+        Returns:
+            float64 (shifts, shifts), Pearson's correlations over the models that both lines have. 1, the largest possible, where fewer than
+            four are common, or the models lie on a line.
+
+        >>> models = {"imagenet": [60, 70, 80, 85], "imagenet_r": [30, 45, 50, 62], "objectnet": [40, 50, 62, 71]}
+        >>> Baseline(models).residual_correlation(["imagenet_r", "objectnet"]).round(2).tolist()
+        [[1.0, 0.34], [0.34, 1.0]]
+        """
+        residuals = np.full((len(shifts), len(self.models)), math.nan)
+        for row, shift in zip(residuals, shifts, strict=True):
+            across, along, usable = self._usable(shift, imagenet_classes)
+            fit = self.fit(shift, imagenet_classes)
+            row[usable] = _logit(along[usable]) - fit.slope * _logit(across[usable]) - fit.intercept
+        found = np.ones((len(shifts), len(shifts)))
+        for i, j in itertools.combinations(range(len(shifts)), 2):
+            a, b = residuals[[i, j]][:, np.isfinite(residuals[[i, j]]).all(0)]
+            scale = math.sqrt(float(a @ a) * float(b @ b))
+            if len(a) > 3 and scale > 0:
+                found[i, j] = found[j, i] = float(a @ b) / scale
+        return found
 
     def points(self, shift: str, imagenet_classes: ImagenetClasses = "full") -> list[tuple[float, float]]:
         """The models that :meth:`fit` takes: ImageNet accuracy and accuracy under the shift, percent.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -15,17 +14,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from torchprobe.analysis.embeddings_file import KIND, GrowingFile, Part, labels_int32, metadata, names_tensor, require_same
+from torchprobe.analysis.embeddings_file import (
+    KIND,
+    START_OVER,
+    GrowingFile,
+    Part,
+    labels_int32,
+    metadata,
+    names_tensor,
+    read_names,
+)
 from torchprobe.analysis.given import checked_labels, checked_rows, row_names
-from torchprobe.analysis.positions import LayerEncoder, Position, at_layer
-from torchprobe.analysis.reading import Source
-from torchprobe.analysis.vectors import evaluating, part_of
+from torchprobe.analysis.positions import FeatureDim, LayerEncoder, Position, at_layer
+from torchprobe.analysis.reading import Source, portable
+from torchprobe.analysis.vectors import Around, evaluating, part_of
 from torchprobe.common import storage
 from torchprobe.common.deprecation import RenamedAttribute, renamed_fields
-from torchprobe.common.messages import reason
+from torchprobe.common.facts import require_same
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import CountCallback
-from torchprobe.common.storage import digest
 from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.labeled import check_groups
 
@@ -158,7 +165,7 @@ class Embeddings:
         """
         if other.features != self.features:
             raise ValueError(f"cannot merge embeddings of {self.features} and {other.features} features")
-        for key in ("encoder", "weights", "preprocessing"):
+        for key in ("encoder", "weights", "modules", "preprocessing"):
             if key in self.provenance and key in other.provenance and self.provenance[key] != other.provenance[key]:
                 raise ValueError(f"cannot merge embeddings with different {key}: {self.provenance[key]!r} and {other.provenance[key]!r}")
         if self.classes != other.classes or self.groups != other.groups:
@@ -187,25 +194,17 @@ class Embeddings:
         """Reads a file of :meth:`save` or :func:`embed`. The representations stay on the disk and are read when they are used.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: another kind of file, or a damaged one; the message names the file and the part.
         """
         file = storage.File(path, KIND)
         h = file.tensor("h", torch.float32, (None, None))
         y = file.tensor("y", torch.int32, (len(h),)).clone()
-        names = file.tensor("names", torch.uint8, (None,))
+        names, facts = read_names(file, len(h))
         try:
-            content = json.loads(names.numpy().tobytes())
-            ids, skipped = [str(name) for name in content["ids"]], [(str(name), str(reason)) for name, reason in content["skipped"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise file.error("names", f"is damaged ({error})") from error
-        try:
-            groups = file.values.get("groups")
-            return cls(
-                h, y, ids, skipped, None if file.values.get("classes") is None else tuple(map(int, file.values["classes"])),
-                None if groups is None else {int(label): tuple(map(int, rows)) for label, rows in groups.items()},
-                dict(file.value("made", dict)), bool(file.values.get("partial", False)),
-            )  # fmt: skip
+            groups = None if facts.groups is None else {int(label): tuple(rows) for label, rows in facts.groups.items()}
+            classes = None if facts.classes is None else tuple(facts.classes)
+            return cls(h, y, names.ids, names.skipped, classes, groups, facts.made, facts.partial)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{os.fspath(path)} is damaged: {error}") from error
 
@@ -219,6 +218,7 @@ def embed(
     *,
     layer: str | None = None,
     position: Position | None = None,
+    feature_dim: FeatureDim = None,
     batch_size: int = 64,
     device: torch.device | str | None = None,
     workers: int = 2,
@@ -226,6 +226,7 @@ def embed(
     resume: bool = True,
     progress: CountCallback | None = None,
     stop: Callable[[], bool] | None = None,
+    around: Around | None = None,
 ) -> Embeddings:
     """Runs images through an encoder and keeps its representations, float32, with their labels.
 
@@ -243,6 +244,7 @@ def embed(
             :class:`~torchprobe.analysis.positions.LayerEncoder`.
         position: which of the positions of that layer: "class", "patch", "mean", "last" or "all". "patch" and "all" give one row for each
             position; its id is that of the image, "@" and the position in the layer. None for a layer with one vector for each image.
+        feature_dim: the dimension of the features of ``layer``, as for :func:`torchprobe.record`, if it is refused because it is unsure.
         batch_size: images in a batch. It is part of the definition: a network gives slightly different numbers in batches of another size.
         device: the encoder is moved there; None: it stays where it is.
         workers: threads that decode files.
@@ -252,6 +254,8 @@ def embed(
         progress: called with (images done, images in all) after every batch.
         stop: called before every batch. If it returns True, the run ends, and the result is marked as partial. KeyboardInterrupt does the
             same.
+        around: called with each batch that this process runs, and with its inputs on the device. The encoder runs within the context that
+            it returns, so hooks can be told what they see.
 
     Raises:
         DatasetError: the data set is empty, no image could be read, or it holds items that cannot be used.
@@ -266,15 +270,10 @@ def embed(
     source = Source(dataset, getattr(encoder, "preprocess", None), batch_size, workers)
     encoder = encoder if device is None else encoder.to(device)
     if layer is not None or position is not None:
-        encoder = at_layer(encoder, layer, position, source.example())
-    provenance = {
-        "encoder": str(getattr(encoder, "name", type(encoder).__name__)),
-        "weights": digest([*encoder.parameters(), *encoder.buffers()]),
-        **source.preprocessing(saved=path is not None),
-        "data": source.identity(),
-        "batch_size": batch_size,
-        **(encoder.facts if isinstance(encoder, LayerEncoder) else {}),
-    }
+        encoder = at_layer(encoder, layer, position, source.example(), feature_dim)
+    elif feature_dim is not None:
+        raise ValueError("feature_dim is of a layer, and the output of the encoder is (N, d): name a layer, or leave it out")
+    provenance = source.facts(encoder, saved=path is not None) | (encoder.facts if isinstance(encoder, LayerEncoder) else {})
     several = isinstance(encoder, LayerEncoder) and encoder.several
     longest = len(source) << 20 if several else len(source)  # at most so many rows
     file = None if path is None else GrowingFile(Path(path), metadata(provenance, source.classes, source.groups), longest)
@@ -286,7 +285,7 @@ def embed(
             assert path is not None
             return Embeddings.load(path)
         kept: list[Part] = []
-        partial = _run(encoder, source, ranks, done, kept.append if file is None else file.append, progress, stop)
+        partial = _run(encoder, source, ranks, done, kept.append if file is None else file.append, progress, stop, around)
         whole = ranks.on_first(lambda: _finish(kept, file, partial))
         if file is not None and not partial:
             ranks.barrier()
@@ -301,15 +300,17 @@ def embed(
 
 def _begin(file: GrowingFile, resume: bool) -> int:
     """The number of batches that are done; −1 if the file is complete."""
+    file.lock()
     if file.path.exists():
         if not resume:
             storage.File(file.path, KIND)  # refuses to replace another kind of file
         else:
             finished = Embeddings.load(file.path)
-            require_same(file.path, finished.provenance, file.provenance)
             if finished.partial:
-                raise ValueError(f"{file.path} holds only a part of the embeddings: give another path, or resume=False to start over")
+                raise ValueError(f"{file.path} holds only a part of the embeddings: {START_OVER}")
+            require_same(file.path, finished.provenance, file.provenance, START_OVER)
             file.discard()
+            file.close()
             return -1
     return file.open(resume)
 
@@ -322,6 +323,7 @@ def _run(
     keep: Callable[[Part], None],
     progress: CountCallback | None,
     stop: Callable[[], bool] | None,
+    around: Around | None,
 ) -> bool:
     """Computes the batches from number ``done`` on. The first rank calls ``keep`` with them, in order. True if the run was stopped."""
     place = next((tensor.device for tensor in [*encoder.parameters(), *encoder.buffers()]), torch.device("cpu"))
@@ -332,14 +334,14 @@ def _run(
         try:
             if stop is not None and stop():
                 return "stop"
-            return part_of(encoder, place, *next(batches)) if number < source.batches else None
+            return None if number >= source.batches else part_of(encoder, place, next(batches), around)
         except KeyboardInterrupt:
             return "stop"
         except Exception as error:  # the other ranks have to know
-            return error if ranks.size == 1 else _portable(error, ranks.rank)
+            return error if ranks.size == 1 else portable(error, ranks.rank)
 
     with torch.inference_mode(), evaluating(encoder), warnings.catch_warnings(), contextlib.closing(source.read(mine)) as batches:
-        warnings.filterwarnings("ignore", module="PIL")  # about metadata of image files
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # about metadata of image files
         for first in range(done, source.batches, ranks.size):
             turn = [first + (rank - first) % ranks.size for rank in range(ranks.size)]
             own = share(turn[ranks.rank])
@@ -384,9 +386,3 @@ def _finish(kept: list[Part], file: GrowingFile | None, partial: bool) -> Part:
         file.finish()
         return Part()  # every rank loads the file
     return whole
-
-
-def _portable(error: Exception, rank: int) -> Exception:
-    """An error that can be sent to other processes."""
-    kind = type(error) if type(error) in (DatasetError, ValueError, TypeError) else RuntimeError
-    return kind(f"rank {rank}: {error if kind is type(error) else reason(error)}")

@@ -14,11 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torchprobe.analysis.embeddings import Embeddings
-from torchprobe.analysis.embeddings_file import KIND, GrowingFile, Part, metadata, require_same
+from torchprobe.analysis.embeddings_file import KIND, START_OVER, GrowingFile, Part, metadata
 from torchprobe.analysis.given import checked_labels, checked_rows, row_names
 from torchprobe.analysis.inputs import weight_and_bias
+from torchprobe.common import limits
 from torchprobe.common.arrays import SUFFIXES, Array, choose, located, open_arrays
+from torchprobe.common.facts import digest_of, require_same
 from torchprobe.common.storage import digest
+from torchprobe.common.version import VERSION
 from torchprobe.encoders import Head, load_head
 
 LABELS = ("y", "labels", "label")
@@ -28,6 +31,7 @@ NAMES = ("ids", "names")
 """The names of an array of text with the names of the rows."""
 
 _BLOCK = 1 << 22  # numbers at a time
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def open_given(file: str | os.PathLike[str], labels: str | os.PathLike[str] | No
         prefix: before the numbers of rows without a name.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the file cannot be read, or its arrays do not fit each other; the message names the file and the array.
     """
     path, name = located(file)
@@ -115,6 +119,7 @@ def open_head(file: str | os.PathLike[str], features: int) -> Head:
     if weight.shape[1] != features:
         transposed = ". Is it transposed? A head is (classes, features)" if weight.shape[0] == features else ""
         raise ValueError(f"{chosen.where} takes {weight.shape[1]} features, but the representations have {features}{transposed}")
+    limits.check("head_numbers", weight.numel(), chosen.where)
     head = Head(weight.float(), None if bias is None else bias.tensor().float())
     try:
         weight_and_bias(head)
@@ -133,7 +138,7 @@ def keep(given: Given, path: Path, name: str, resume: bool = False) -> Embedding
         resume: a file of the same representations, labels and names is not written again.
 
     Raises:
-        ValueError: no row is finite, a number does not fit float32, or the file to resume holds something else.
+        ValueError: no row is finite, a number or all of a row do not fit float32, or the file to resume holds something else.
     """
     content, finite = hashlib.sha256(repr(tuple(given.h.shape)).encode()), 0
     for block in _float32(given.h, name):
@@ -146,14 +151,18 @@ def keep(given: Given, path: Path, name: str, resume: bool = False) -> Embedding
         "encoder": name,
         "representations": content.hexdigest(),
         "labels": digest([given.y]),
-        "ids": hashlib.sha256("\n".join(given.ids).encode("utf-8", "surrogateescape")).hexdigest(),
+        "ids": digest_of(given.ids),
+        "classes": digest_of([given.classes, sorted((given.groups or {}).items())]),
+        "torchprobe": VERSION,
     }
-    if resume and path.exists():
-        before = Embeddings.load(path)
-        require_same(path, before.provenance, made)
-        return before
     file = GrowingFile(path, metadata(made, given.classes, given.groups), len(given.h))
+    file.lock()
     try:
+        if resume and path.exists():
+            before = Embeddings.load(path)
+            require_same(path, before.provenance, made, START_OVER)
+            file.close()
+            return before
         file.open(resume=False)
         start = 0
         for block in _float32(given.h, name):
@@ -162,8 +171,8 @@ def keep(given: Given, path: Path, name: str, resume: bool = False) -> Embedding
             start = end
         file.finish()
     except BaseException:
-        file.close()
         file.discard()
+        file.close()
         raise
     return Embeddings.load(path)
 
@@ -176,6 +185,9 @@ def _float32(h: Tensor, name: str) -> Iterator[Tensor]:
         if rows.dtype == torch.float64 and bool((over := block.isinf() & rows.isfinite().cpu()).any()):
             row = start + int(over.any(1).nonzero()[0])
             raise ValueError(f"{name}: row {row} has a number beyond ±3.4e38, which float32 does not have; scale the representations")
+        if rows.dtype == torch.float64 and bool((under := (block.abs().amax(1) < _SMALLEST) & rows.ne(0).any(1).cpu()).any()):
+            row = start + int(under.nonzero()[0])
+            raise ValueError(f"{name}: row {row} has no number above 1.2e-38, where float32 loses digits; scale the representations")
         start += len(rows)
         yield block
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchprobe.analysis.long_tokens import long_tokens
 from torchprobe.analysis.outlier_rule import beyond_chance, outside_bulk
-from torchprobe.analysis.outliers import FREQUENCY, SIGMA, massive_activations
+from torchprobe.analysis.outliers import FREQUENCY, MASSIVE, SIGMA, massive_activations, registers
 from torchprobe.analysis.positions import special_tokens
 from torchprobe.encoders import Encoder
 from torchprobe.recording.layers import Layer
@@ -19,6 +23,8 @@ from torchprobe.recording.reader import LayerReader, Layout, map_sizes
 
 INT8_MAGNITUDE, INT8_LAYERS, INT8_POSITIONS = 6.0, 0.25, 0.06
 """The rule of LLM.int8(): a size, a share of the layers, a share of the positions."""
+
+_FEW = 3  # inputs that show how the layers are laid out
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,13 @@ class LayerOutliers:
         where: kind of position → the outlier features there by the robust rule, the most frequent first. The kinds of images are
             "class token", "registers" and "patches"; of texts "first token" and "other tokens"; of maps "positions"; of pooled layers
             "vector". Kinds without vectors are missing.
-        vectors: kind of position → number of finite vectors.
+        vectors: kind of position → number of finite vectors to which the robust rule was applied.
         massive: feature → the number of its massive activations, the most frequent first.
         massive_where: the kinds of positions that have one.
+        long: kind of position → number of tokens that are long among the tokens of their input, see
+            :func:`torchprobe.analysis.long_tokens.long_tokens`. Maps and pooled layers have no tokens.
+        long_ratio: how long these are compared with the median token of their input, median over them; nan without any.
+        registers: kind of position → number of tokens with a norm above 150, see :func:`torchprobe.analysis.outliers.registers`.
     """
 
     layer: str
@@ -42,11 +52,20 @@ class LayerOutliers:
     vectors: dict[str, int]
     massive: dict[int, int]
     massive_where: list[str]
+    long: dict[str, int] = field(default_factory=dict)
+    long_ratio: float = math.nan
+    registers: dict[str, int] = field(default_factory=dict)
 
     @property
     def indices(self) -> list[int]:
         """The outlier features at any kind of position, each once."""
         return list(dict.fromkeys(feature for found in self.where.values() for feature in found))
+
+    @property
+    def long_in_words(self) -> str:
+        """The long tokens in words: how many, how long, and where; empty if there are none."""
+        ratio = f"{self.long_ratio:.{0 if self.long_ratio >= 10 else 1}f} ×"
+        return f"{sum(self.long.values())}, {ratio} ({', '.join(self.long)})" if self.long else ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,8 @@ def hidden_outliers(encoder: Encoder, batches: Sequence[Tensor], layers: Sequenc
     In each kind of position the robust rule of :func:`torchprobe.analysis.outlier_features` is applied: more than 6 standard deviations of
     the bulk from its mean, in a quarter of the vectors, beyond chance. Vectors of one input are taken as independent there. Massive
     activations are those of Sun et al. 2024, see :func:`torchprobe.analysis.outliers.massive_activations`. LLM.int8() (Dettmers et al.
-    2022) asks for |x| ≥ 6 somewhere in 25 % of the layers, and at 6 % of all positions. Padding counts nowhere.
+    2022) asks for |x| ≥ 6 somewhere in 25 % of the layers, and at 6 % of all positions. Long tokens, such as registers, are outliers among
+    the tokens of an input rather than among features. Padding counts nowhere.
 
     Args:
         encoder: of images or texts. It runs in eval mode.
@@ -90,33 +110,93 @@ def hidden_outliers(encoder: Encoder, batches: Sequence[Tensor], layers: Sequenc
     """
     if not sum(map(len, batches)):
         raise ValueError("there are no inputs: give at least one batch")
-    found: dict[str, _Counts] = {}
-    maps: list[tuple[int, int]] = []
-    mask: Tensor | None = None
+    with HiddenStates(encoder, layers) as states:
+        for batch in batches:
+            with states.following(batch):
+                encoder(batch)
+    for problem in states.problems.values():
+        raise ValueError(problem)
+    return states.result()
 
-    def visit(layer: Layer, x: Tensor, layout: Layout) -> None:
-        rows = layout.images_first(x)
+
+class HiddenStates:
+    """:func:`hidden_outliers` while somebody else runs the encoder, so that no pass is needed but a short one at the start.
+
+    A layer that cannot be read ends nothing: it is left out, with its reason in ``problems``.
+
+    Args:
+        encoder, layers: as for :func:`hidden_outliers`.
+        map_positions: apply the robust rule to so many random positions of the map of each image only; None: to all. Massive activations
+            and the rule of LLM.int8() read every position.
+
+    >>> from torch import nn
+    >>> from torchprobe.recording import select_layers
+    >>> encoder = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(3, 64)), features=64, preprocess=lambda image: image)
+    >>> with HiddenStates(encoder, select_layers(encoder, "visual.1")) as states:
+    ...     inputs = torch.rand(5, 3, 1, 1)
+    ...     with states.following(inputs):
+    ...         h = encoder(inputs)
+    >>> states.result().layers[0].vectors
+    {'vector': 5}
+    """
+
+    def __init__(self, encoder: Encoder, layers: Sequence[Layer], map_positions: int | None = None) -> None:
+        self.encoder, self.map_positions, self.inputs = encoder, map_positions, 0
+        self.problems: dict[str, str] = {}
+        self._reader = LayerReader(encoder, layers)
+        self._counts: dict[str, _Counts] = {}
+        self._maps: set[int] | None = None  # the sizes of maps; None: no input was seen yet
+        self._mask: Tensor | None = None
+
+    def __enter__(self) -> HiddenStates:
+        self._reader.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reader.__exit__(*error)
+
+    @contextlib.contextmanager
+    def following(self, inputs: Tensor, most: int | None = None) -> Iterator[None]:
+        """During the block, a forward pass of the encoder over ``inputs`` is read; of the first ``most`` inputs only, or all."""
+        if self._maps is None:
+            with map_sizes(self.encoder.network) as sizes:
+                self.problems |= self._reader.prepare(inputs[:_FEW])
+            self._maps = {rows * columns for rows, columns in sizes}
+        used = inputs if most is None else inputs[:most]
+        self._mask = self.encoder.mask(used)
+        with self._reader.following(len(inputs), partial(self._visit, len(used))) as problems:
+            yield
+        self.inputs += len(used)
+        self.problems |= {name: problem for name, problem in problems.items() if name not in self.problems}
+
+    def _visit(self, count: int, layer: Layer, x: Tensor, layout: Layout) -> None:
+        rows = layout.images_first(x)[:count]
         is_map = rows.dim() > 3
         rows = rows.flatten(2).transpose(1, 2) if rows.dim() > 2 else rows[:, None]
-        special = special_tokens(encoder, rows.shape[1], is_map, {a * b for a, b in maps})
-        kinds = _kinds(encoder, rows.shape[1], x.dim() > 2, is_map, special)
+        special = special_tokens(self.encoder, rows.shape[1], is_map, self._maps or set())
+        kinds = _kinds(self.encoder, rows.shape[1], x.dim() > 2, is_map, special)
         valid = torch.ones(rows.shape[:2], dtype=torch.bool, device=x.device)
-        if mask is not None and mask.shape == valid.shape:
-            valid = mask.to(x.device)
-        counts = found.setdefault(layer.name, _Counts(rows.shape[2]))
+        if self._mask is not None and self._mask.shape == valid.shape:
+            valid = self._mask.to(x.device)
+        counts = self._counts.setdefault(layer.name, _Counts(rows.shape[2]))
         for kind, at in kinds.items():
-            counts.add(kind, rows[:, at][valid[:, at]].double().cpu())
+            vectors = rows[:, at][valid[:, at]]
+            counts.add_values(kind, vectors)
+            counts.add(kind, vectors if not is_map or self.map_positions is None else _some(rows, self.map_positions))
+        if x.dim() > 2 and not is_map:
+            counts.add_tokens(kinds, rows, valid)
 
-    with LayerReader(encoder, layers) as reader:
-        with map_sizes(encoder.network) as sizes:
-            reader.read(batches[0][:3], lambda layer, x, layout: None)  # the first pass may be repeated
-        maps = list(sizes)
-        for batch in batches:
-            mask = encoder.mask(batch)
-            reader.read(batch, visit)
-    names = [layer.name for layer in layers]
-    rows = [found[name].result(name) for name in names]
-    return HiddenOutliers(rows, sum(map(len, batches)), *_llm_int8([found[name] for name in names]))
+    def result(self) -> HiddenOutliers:
+        """What the inputs so far show.
+
+        Raises:
+            ValueError: no layer could be read, or there were no inputs.
+        """
+        names = [name for name in self._reader.layers if name in self._counts and name not in self.problems]
+        if not names:
+            raise ValueError(next(iter(self.problems.values()), "there are no inputs: give at least one batch"))
+        rows = [self._counts[name].result(name) for name in names]
+        return HiddenOutliers(rows, self.inputs, *_llm_int8([self._counts[name] for name in names]))
 
 
 @dataclass
@@ -129,21 +209,38 @@ class _Counts:
     varying: Counter[str] = field(default_factory=Counter)
     massive: Counter[int] = field(default_factory=Counter)
     massive_where: dict[str, None] = field(default_factory=dict)
+    long: Counter[str] = field(default_factory=Counter)
+    registers: Counter[str] = field(default_factory=Counter)
+    ratios: list[Tensor] = field(default_factory=list)
     large: Any = 0
     positions: int = 0
 
-    def add(self, kind: str, rows: Tensor) -> None:
-        """Float64 vectors (n, features) of one kind of position."""
-        self.large = self.large + (rows.abs() >= INT8_MAGNITUDE).sum(0)
+    def add_values(self, kind: str, rows: Tensor) -> None:
+        """Vectors (n, features) of one kind of position: their large values."""
+        size = rows.abs()
+        self.large = self.large + (size >= INT8_MAGNITUDE).sum(0).cpu()
         self.positions += len(rows)
-        massive = massive_activations(rows).features.tolist()
+        massive = massive_activations(rows[(size > MASSIVE).any(-1)].cpu()).features.tolist()  # few vectors, so few medians
         self.massive.update(massive)
         if massive:
             self.massive_where[kind] = None
+
+    def add(self, kind: str, rows: Tensor) -> None:
+        """Vectors (n, features) of one kind of position: their outliers."""
+        rows = rows.double().cpu()
         finite = rows[rows.isfinite().all(-1)]
         self.outside[kind] = self.outside.get(kind, 0) + outside_bulk(finite, SIGMA).sum(0)
         self.vectors[kind] += len(finite)
         self.varying[kind] += int((finite != finite[:, :1]).any(-1).sum())
+
+    def add_tokens(self, kinds: dict[str, slice], rows: Tensor, valid: Tensor) -> None:
+        """Tokens (n, positions, features), and which of them count."""
+        long, ratio = long_tokens(rows, valid)
+        beyond = registers(rows) & valid
+        for kind, at in kinds.items():
+            self.long[kind] += int(long[:, at].sum())
+            self.registers[kind] += int(beyond[:, at].sum())
+        self.ratios.append(ratio[long].cpu())
 
     def result(self, layer: str) -> LayerOutliers:
         where = {}
@@ -153,7 +250,25 @@ class _Counts:
             where[kind] = [i for i in outside.argsort(descending=True, stable=True).tolist() if passed[i]]
         seen = {kind: n for kind, n in self.vectors.items() if n}
         massive = dict(self.massive.most_common())
-        return LayerOutliers(layer, self.features, {kind: where[kind] for kind in seen}, seen, massive, list(self.massive_where))
+        ratios = torch.cat([torch.zeros(0, dtype=torch.float64), *self.ratios])
+        return LayerOutliers(
+            layer,
+            self.features,
+            where={kind: where[kind] for kind in seen},
+            vectors=seen,
+            massive=massive,
+            massive_where=list(self.massive_where),
+            long={kind: n for kind, n in self.long.items() if n},
+            long_ratio=float(ratios.quantile(0.5)) if len(ratios) else math.nan,
+            registers={kind: n for kind, n in self.registers.items() if n},
+        )
+
+
+def _some(rows: Tensor, most: int) -> Tensor:
+    """Of vectors (n, positions, d), those of ``most`` random positions of each image, (·, d); the same ones in every run."""
+    n, positions, _ = rows.shape
+    chosen = torch.rand(n, positions, generator=torch.Generator().manual_seed(0)).argsort(-1)[:, :most].to(rows.device)
+    return rows[torch.arange(n, device=rows.device)[:, None], chosen].flatten(0, 1)
 
 
 def _kinds(encoder: Encoder, positions: int, several: bool, is_map: bool, special: int) -> dict[str, slice]:

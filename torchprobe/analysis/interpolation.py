@@ -98,7 +98,7 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> int:
         batches: of images, or of tuples that begin with images. They are moved to the device of the model.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or the model runs its batch norms in eval mode whatever their mode is.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(1))
     >>> recalibrate_batch_norms(model, [torch.tensor([[1.0], [3.0]])]), model[0].running_mean.item()
@@ -130,6 +130,10 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> int:
             norm.momentum = momentum
     if count == 0:
         raise ValueError("there are no batches to compute the statistics of the batch norms from")
+    if all(norm.num_batches_tracked == 0 for norm in norms):
+        raise ValueError(
+            f"no batch norm of {type(model).__name__} took statistics: its forward puts them into eval mode, or leaves them out"
+        )
     return len(norms)
 
 

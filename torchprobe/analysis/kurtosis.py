@@ -17,7 +17,7 @@ from torch import Tensor
 from torchprobe.analysis.inputs import Vectors, blocks, representations
 from torchprobe.analysis.resampling import LEVEL, bootstrap_interval
 from torchprobe.common.deprecation import RenamedAttribute, renamed
-from torchprobe.dissection import random_rotation
+from torchprobe.dissection import RandomRotation
 from torchprobe.statistics import Moments
 from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
 
@@ -130,12 +130,13 @@ def rotation_control(h: Vectors, rotations: int = ROTATIONS, seed: int = 0) -> R
     means = []
     for rotation in range(rotations):
         m = Moments(d, h.device)
-        axes = random_rotation(d, seed + rotation).to(h.device)
+        turn = RandomRotation(d, seed + rotation, h.device)
         for block in blocks(h):
             # A constant vector would not stay constant. Scale does not change kurtosis, and at scale 1 float32 does not over- or underflow.
-            block = block[block.isfinite().all(-1) & (block != block[:, :1]).any(-1)]
-            unit = block / block.abs().amax(-1, keepdim=True)
-            m.update(unit.float() @ axes)
+            low, high = block.aminmax(dim=-1, keepdim=True)  # nan if one value is
+            kept = (low.isfinite() & high.isfinite() & (low != high)).flatten()
+            unit = block / torch.maximum(low.abs(), high.abs())
+            m.update(turn(unit[kept].float()))
         means.append(m.vector_kurtosis)
     array = np.array(means)
     return RotationControl(float(array.mean()), float(array.std()), torch.from_numpy(array))

@@ -20,6 +20,9 @@ from torchprobe.statistics.moments import OUTLIER_SHARE
 SIGMA = 6.0
 """An outlier lies more than so many standard deviations from the mean of its vector (we chose the number)."""
 
+MASSIVE = 100.0
+"""Massive activations are larger than this in size (Sun et al. 2024)."""
+
 Rule = Literal["robust", "classical"]
 """Whose mean and standard deviation: of the bulk of the vector, without its outliers, or of the whole vector."""
 
@@ -257,7 +260,7 @@ class MassiveActivations(NamedTuple):
     values: Tensor
 
 
-def massive_activations(h: Tensor, magnitude: float = 100.0, ratio: float = 1000.0) -> MassiveActivations:
+def massive_activations(h: Tensor, magnitude: float = MASSIVE, ratio: float = 1000.0) -> MassiveActivations:
     """The values above 100 in size that are at least 1000 times the median size of their vector (Sun et al., COLM 2024, arXiv 2402.17762).
 
     Sun et al. say "hidden state" and "around 1,000". We take the median over the features of one vector, and for even d the mean of the

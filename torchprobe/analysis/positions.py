@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
 from torchprobe.encoders import Encoder, EncoderError, Head
-from torchprobe.recording.layers import select_layers
+from torchprobe.recording.layers import Layer, canonical, matches_glob, select_layers
 from torchprobe.recording.reader import LayerReader, map_sizes
 
 Position = Literal["class", "patch", "mean", "last", "all"]
@@ -18,6 +18,9 @@ Position = Literal["class", "patch", "mean", "last", "all"]
 "class": the first position. "patch": each position that is no class or register token. "mean": the mean over the positions, without class
 and register tokens, and without padding. "last": the last token that is not padding. "all": each position that is not padding.
 """
+
+FeatureDim = int | Mapping[str, int] | None
+"""The dimension of the features where nothing decides which one it is: of all layers, or as ``{name or glob: dim}`` of some."""
 
 SEVERAL = ("patch", "all")
 """The positions that give several vectors for one input."""
@@ -38,6 +41,7 @@ class LayerEncoder(Encoder):
         layer: the name of one layer, such as ``"visual.blocks.11"``.
         position: see :data:`Position`. None for a layer that gives one vector for each input.
         inputs: a few inputs to find out how the layer is laid out; None: ``encoder.example()``.
+        feature_dim: the dimension of the features, as for :func:`torchprobe.record`, for a layer that is refused because it is unsure.
 
     Attributes:
         special_tokens: the number of class and register tokens at the start of this layer: as many as the network declares. A map has none,
@@ -57,7 +61,14 @@ class LayerEncoder(Encoder):
     source: Encoder
     reader: LayerReader
 
-    def __init__(self, encoder: Encoder, layer: str, position: Position | None = None, inputs: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        layer: str,
+        position: Position | None = None,
+        inputs: Tensor | None = None,
+        feature_dim: FeatureDim = None,
+    ) -> None:
         if isinstance(encoder, LayerEncoder):
             raise ValueError(f"{encoder.name} reads a layer already: give the encoder itself")
         if position is not None and position not in get_args(Position):
@@ -66,12 +77,14 @@ class LayerEncoder(Encoder):
         if len(chosen) != 1:
             some = ", ".join(one.name for one in chosen[:3])
             raise ValueError(f"layer {layer!r} stands for {len(chosen)} layers ({some} …): name one of them")
+        chosen = select_layers(encoder, layer, feature_dim)
         self.__dict__.update(tower=encoder.tower, inputs=encoder.inputs)
         where = layer if position is None else f"{layer} ({position})"
         super().__init__(encoder.network, features=1, preprocess=encoder.preprocess, name=f"{encoder.name}, {where}")
         self.__dict__["source"] = encoder  # not as a module: its network is that of this one
         self.__dict__["reader"] = LayerReader(encoder, chosen)
         self.layer, self.position, self._at, self._is_map = layer, position, chosen[0].name, False
+        self.feature_dim = chosen[0].feature_dim
         self.training = encoder.training  # not by train(), which would also change the network
         example = encoder.example() if inputs is None else inputs
         example = example[:_EXAMPLES] if len(example) >= _EXAMPLES else torch.cat([example] * _EXAMPLES)[:_EXAMPLES]
@@ -89,9 +102,10 @@ class LayerEncoder(Encoder):
         return self.position in SEVERAL
 
     @property
-    def facts(self) -> dict[str, str | None]:
-        """The layer and the position, to keep with results."""
-        return {"layer": self.layer, "position": self.position}
+    def facts(self) -> dict[str, str | int | None]:
+        """The layer and the position, and the dimension of the features if it was given, to keep with results."""
+        given = {} if self.feature_dim is None else {"feature_dim": self.feature_dim}
+        return {"layer": self.layer, "position": self.position, **given}
 
     @property
     def why_no_head(self) -> str:
@@ -203,11 +217,18 @@ def special_tokens(encoder: Encoder, positions: int, is_map: bool, maps: Collect
 
 
 @overload
-def at_layer(encoder: Encoder, layer: str | None, position: Position | None, inputs: Tensor | None = None) -> Encoder: ...
+def at_layer(
+    encoder: Encoder, layer: str | None, position: Position | None, inputs: Tensor | None = None, feature_dim: FeatureDim = None
+) -> Encoder: ...
 @overload
-def at_layer(encoder: nn.Module, layer: str | None, position: Position | None, inputs: Tensor | None = None) -> nn.Module: ...
-def at_layer(encoder: nn.Module, layer: str | None, position: Position | None, inputs: Tensor | None = None) -> nn.Module:
-    """The encoder itself, or with another layer as its representation; see :class:`LayerEncoder`.
+def at_layer(
+    encoder: nn.Module, layer: str | None, position: Position | None, inputs: Tensor | None = None, feature_dim: FeatureDim = None
+) -> nn.Module: ...
+def at_layer(
+    encoder: nn.Module, layer: str | None, position: Position | None, inputs: Tensor | None = None, feature_dim: FeatureDim = None
+) -> nn.Module:
+    """The encoder itself, or with another layer as its representation; see :class:`LayerEncoder`. Of the ``feature_dim`` of several layers,
+    what is about this one counts.
 
     Raises:
         TypeError: a layer of something that is not an :class:`torchprobe.Encoder`.
@@ -222,4 +243,40 @@ def at_layer(encoder: nn.Module, layer: str | None, position: Position | None, i
         return encoder
     if not isinstance(encoder, Encoder):
         raise TypeError(f"a layer is read from a torchprobe.Encoder, got {type(encoder).__name__}: make it one")
-    return LayerEncoder(encoder, layer, position, inputs)
+    return LayerEncoder(encoder, layer, position, inputs, _about(feature_dim, select_layers(encoder, layer)))
+
+
+def recorded_dims(encoder: Encoder, layers: str | Sequence[str] | None, feature_dim: FeatureDim) -> dict[str, int] | None:
+    """``feature_dim`` for :func:`torchprobe.record` of these layers of an encoder, without what is about the layer that is read from it.
+
+    The features of the representation are always in its last dimension.
+
+    >>> encoder = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), features=2, preprocess=lambda image: image)
+    >>> recorded_dims(encoder, "visual.*", {"visual.0": 1}), recorded_dims(encoder, None, None)
+    ({'visual.0': 1, '': -1}, None)
+    """
+    if feature_dim is None and not isinstance(encoder, LayerEncoder):
+        return None
+    given = {} if feature_dim is None else dict(feature_dim) if isinstance(feature_dim, Mapping) else {"**": feature_dim}
+    if isinstance(encoder, LayerEncoder):
+        of_layer = _about(given, select_layers(encoder, encoder.layer)) or {}
+        of_recorded = _about(given, select_layers(encoder, layers)) or {}
+        given = {pattern: dim for pattern, dim in given.items() if pattern in of_recorded or pattern not in of_layer}
+    return {**given, "": -1}
+
+
+@overload
+def _about(feature_dim: dict[str, int], layers: Sequence[Layer]) -> dict[str, int] | None: ...
+@overload
+def _about(feature_dim: FeatureDim, layers: Sequence[Layer]) -> FeatureDim: ...
+def _about(feature_dim: FeatureDim, layers: Sequence[Layer]) -> FeatureDim:
+    """What is said about one of these layers; None if nothing is."""
+    if not isinstance(feature_dim, Mapping):
+        return feature_dim
+    names = [name for layer in layers for name in layer.names]
+    found = {
+        pattern: dim
+        for pattern, dim in feature_dim.items()
+        if any(name in (pattern, canonical(pattern)) or matches_glob(pattern, name) for name in names)
+    }
+    return found or None

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import deque
+import contextlib
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from torchprobe.analysis.identity import content_fact, tensors_of, transform_fact
+from torchprobe.common.facts import UNIDENTIFIED
 from torchprobe.common.messages import reason, stable_repr
-from torchprobe.datasets.geometry import RandomTransformError, fingerprint
-from torchprobe.datasets.images import Batch, DatasetError, Images, rgb, stack
+from torchprobe.common.networks import modules_fact
+from torchprobe.common.ranks import Ranks
+from torchprobe.common.storage import digest
+from torchprobe.common.version import VERSION
+from torchprobe.datasets.geometry import RandomTransformError
+from torchprobe.datasets.images import Batch, DatasetError, Images
 from torchprobe.datasets.labeled import LabeledImages
+from torchprobe.datasets.readers import open_images
+from torchprobe.datasets.readers.items import ItemImages
+from torchprobe.datasets.texts import Texts
 
 _UNKNOWN = -1
 
@@ -24,13 +29,13 @@ class Source:
     """A set of images in batches, which are the same for every reader.
 
     Args:
-        dataset: :class:`torchprobe.datasets.Images`, or a map-style PyTorch data set.
+        dataset: what :func:`torchprobe.datasets.open_images` takes: images, a folder, shards, a PyTorch data set …
         preprocess: PIL image → tensor (3, H, W); None if the encoder has none.
         size: images in a batch.
         workers: threads that decode files. A PyTorch data set is read by one thread, in order, because it may not allow more.
 
     Raises:
-        TypeError: the data set is neither.
+        TypeError: the data set is something else.
         DatasetError: it is empty.
         ValueError: ``size`` or ``workers`` is below 1.
     """
@@ -38,20 +43,18 @@ class Source:
     def __init__(self, dataset: Any, preprocess: Callable[[Any], Tensor] | None, size: int, workers: int) -> None:
         if size < 1 or workers < 1:
             raise ValueError(f"batch_size and workers must be at least 1, got {size} and {workers}")
-        if not (hasattr(dataset, "__len__") and (isinstance(dataset, Images) or hasattr(dataset, "__getitem__"))):
-            raise TypeError(
-                f"expected Images, as image_folder returns them, or a PyTorch data set with len() and [index], got {type(dataset).__name__}"
-            )
-        if not len(dataset):
+        if hasattr(dataset, "__len__") and not len(dataset):
             raise DatasetError("the data set is empty: there is nothing to embed")
-        if isinstance(dataset, Images) and preprocess is None:
+        images = open_images(dataset)
+        if isinstance(images, Images) and preprocess is None:
             raise ValueError("the encoder has no .preprocess, which turns images into tensors: give a data set of tensors")
-        self.dataset, self.preprocess, self.size, self.workers = dataset, preprocess, size, workers
-        self.classes = dataset.classes if isinstance(dataset, LabeledImages) else None
-        self.groups = dict(dataset.groups) if isinstance(dataset, LabeledImages) and dataset.groups else None
+        self.images, self.preprocess, self.size, self.workers = images, preprocess, size, workers
+        self.dataset = images.dataset if isinstance(images, ItemImages) else images
+        self.classes = images.classes if isinstance(images, LabeledImages) else None
+        self.groups = dict(images.groups) if isinstance(images, LabeledImages) and images.groups else None
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.images)
 
     @property
     def batches(self) -> int:
@@ -60,21 +63,14 @@ class Source:
 
     def read(self, only: Sequence[int]) -> Generator[tuple[Batch, list[int]], None, None]:
         """The batches with these numbers, in this order, each with the labels of the images that could be read."""
-        if isinstance(self.dataset, Images):
-            assert self.preprocess is not None
-            labels = self.dataset.labels if isinstance(self.dataset, LabeledImages) else None
-            for batch in self.dataset.batches(self.preprocess, self.size, self.workers, only):
-                yield batch, [_UNKNOWN if labels is None else int(labels[i]) for i in batch.indices]
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="torchprobe-dataset") as thread:
-            ahead: deque[Future[tuple[Batch, list[int]]]] = deque()
-            try:
-                for position in range(len(only)):
-                    for number in only[position + len(ahead) : position + 3]:
-                        ahead.append(thread.submit(self._items, number))
-                    yield ahead.popleft().result()
-            finally:
-                thread.shutdown(wait=False, cancel_futures=True)
+        labels, preprocess = getattr(self.images, "labels", None), cast(Any, self.preprocess)
+        batches = self.images.batches(preprocess, self.size, self.workers, only)
+        with contextlib.closing(batches) if isinstance(batches, Generator) else contextlib.nullcontext():
+            for batch in batches:
+                if batch.labels is not None:
+                    yield batch, batch.labels
+                else:
+                    yield batch, [_UNKNOWN if labels is None else int(labels[i]) for i in batch.indices]
 
     def example(self) -> Tensor | None:
         """The first inputs that can be read, to find out how a network is laid out; None if the first batch has none."""
@@ -82,8 +78,27 @@ class Source:
             return batch.pixels if batch.names else None
         return None
 
+    def facts(self, encoder: nn.Module, saved: bool) -> dict[str, Any]:
+        """What representations of these inputs depend on; see :mod:`torchprobe.common.facts`. Of several ranks, one reads the files.
+
+        Args:
+            encoder: that computes them.
+            saved: whether the result is kept in a file, which a later run may continue.
+        """
+        with Ranks() as ranks:
+            data = ranks.on_first(lambda: self.identity(saved))
+        return {
+            "encoder": str(getattr(encoder, "name", type(encoder).__name__)),
+            "weights": digest([*encoder.parameters(), *encoder.buffers()]),
+            "modules": modules_fact(encoder),
+            **self.preprocessing(saved),
+            "data": data,
+            "batch_size": self.size,
+            "torchprobe": VERSION,
+        }
+
     def preprocessing(self, saved: bool) -> dict[str, Any]:
-        """Facts that tell this preprocessing from others: its repr, and its fingerprint if it turns pictures into tensors.
+        """Facts that tell this preprocessing from others: its repr, and a digest of what it does.
 
         A repr is not enough, because two closures may share it and differ in a number.
 
@@ -93,85 +108,29 @@ class Source:
         Raises:
             RandomTransformError: it is random and the result is saved, so a later run could not tell whether it is the same.
         """
-        found = None
-        if self.preprocess is not None:
-            try:
-                found = fingerprint(self.preprocess)
-            except RandomTransformError:
-                if saved:
-                    raise
-            except Exception:  # it does not take every picture, or none: a data set may hold tensors
-                found = None
+        found: str | None
+        try:
+            found = transform_fact(self.preprocess, isinstance(self.dataset, Texts))
+        except RandomTransformError:
+            if saved:
+                raise
+            found = None
+        if found == UNIDENTIFIED and tensors_of(self.dataset) is not None:
+            found = None  # it is not used
         return {"preprocessing": stable_repr(self.preprocess), "transform": found}
 
-    def identity(self) -> dict[str, Any]:
-        """Facts that tell this set from others: names, sizes and labels of files; type, length and repr of a PyTorch data set."""
-        described: list[Any]
-        if isinstance(self.dataset, Images):
-            described = [[self.dataset.name(path), _bytes(path)] for path in self.dataset.paths]
-            if isinstance(self.dataset, LabeledImages):
-                described += [[int(label) for label in self.dataset.labels], self.dataset.border]
-                described += [self.classes, sorted((self.groups or {}).items())]
-        else:
-            described = [stable_repr(self.dataset)]
-        name = self.dataset.root.name if isinstance(self.dataset, Images) and self.dataset.root else type(self.dataset).__name__
-        return {"name": name, "images": len(self), "digest": hashlib.sha256(json.dumps(described).encode()).hexdigest()}
+    def identity(self, saved: bool) -> dict[str, Any]:
+        """Facts that tell this set from others, see :mod:`torchprobe.analysis.identity`.
 
-    def _items(self, number: int) -> tuple[Batch, list[int]]:
-        first = number * self.size
-        indices = range(first, min(first + self.size, len(self)))
-        batch, labels, tensors = Batch(files=len(indices)), list[int](), list[Tensor]()
-        for index in indices:
-            try:
-                item = self.dataset[index]
-            except Exception as error:  # a data set may raise anything when it reads a file
-                batch.unreadable.append((str(index), reason(error)))
-                continue
-            image, label = (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) > 1 else (item, None)
-            try:
-                tensor = image if isinstance(image, Tensor) else self._tensor(image, index)
-            except DatasetError:
-                raise
-            except Exception as error:  # PIL may decode the image only now
-                batch.unreadable.append((str(index), reason(error)))
-                continue
-            tensors.append(tensor)
-            labels.append(_label(label, index))
-            batch.names.append(str(index))
-            batch.indices.append(index)
-        batch.pixels = stack(tensors, batch.names)
-        return batch, labels
-
-    def _tensor(self, image: Any, index: int) -> Tensor:
-        if not (hasattr(image, "mode") and hasattr(image, "convert")):  # a PIL image; PIL may not be installed
-            raise DatasetError(
-                f"item {index} of the data set is {type(image).__name__}; expected a PIL image or a tensor, alone or as (image, label)"
-            )
-        if self.preprocess is None:
-            raise DatasetError(
-                f"item {index} of the data set is a PIL image, and the encoder has no .preprocess: let the data set return tensors"
-            )
-        return self.preprocess(rgb(image))
+        Args:
+            saved: whether the result is kept in a file, which a later run may continue. Then every file is read once for its digest.
+        """
+        name = self.images.root.name if self.images.root else type(self.dataset).__name__
+        found: dict[str, Any] = {"name": name, "images": len(self)}
+        return {**found, "digest": content_fact(self.images)} if saved else found
 
 
-def _label(label: Any, index: int) -> int:
-    if label is None:
-        return _UNKNOWN
-    try:
-        if isinstance(label, Tensor) and (label.numel() != 1 or label.is_floating_point()):
-            raise TypeError
-        value = int(label.item() if isinstance(label, Tensor) else label.__index__())
-    except (TypeError, AttributeError) as error:
-        raise DatasetError(
-            f"the label of item {index} of the data set is {label!r}; expected a whole number (a row of the head), or None"
-        ) from error
-    if value < _UNKNOWN:
-        raise DatasetError(f"the label of item {index} of the data set is {value}; expected a row of the head, or -1 if unknown")
-    return value
-
-
-def _bytes(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
+def portable(error: Exception, rank: int) -> Exception:
+    """An error that can be sent to other processes."""
+    kind = type(error) if type(error) in (DatasetError, ValueError, TypeError) else RuntimeError
+    return kind(f"rank {rank}: {error if kind is type(error) else reason(error)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -145,8 +146,9 @@ class RankCorrelation(NamedTuple):
 def rank_correlation(x: ArrayLike, y: ArrayLike, permutations: int = PERMUTATIONS, seed: int = 0) -> RankCorrelation:
     """Spearman's rank correlation: Pearson's correlation of the ranks. Equal values get their mean rank (Spearman, 1904).
 
-    The p-value is the share of random pairings with an |rho| at least as large, including the observed pairing (Phipson and Smyth, 2010).
-    It is therefore valid for few models and for ties. It assumes that the models are independent; variants of one model are not.
+    The p-value is the share of pairings with an |rho| at least as large: of all pairings, if there are not more than ``permutations``, as
+    for up to 7 models by default; else of random ones and the observed one (Phipson and Smyth, 2010). It is valid for few models and for
+    ties. It assumes that the models are independent; variants of one model are not.
 
     Args:
         x, y: (n,), one number per model. Pairs with nan or inf are left out.
@@ -170,10 +172,14 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, permutations: int = PERMUTATION
     if n < 3 or not ranks_a.any() or not ranks_b.any():
         return RankCorrelation(math.nan, math.nan, n)
     rho = float(ranks_a @ ranks_b)
-    generator = np.random.default_rng(seed)
-    pairings = generator.permuted(repeat(ranks_b, "models -> pairings models", pairings=permutations), axis=1)
+    exact = math.factorial(n) <= permutations
+    if exact:
+        pairings = np.array(list(itertools.permutations(ranks_b)))
+    else:
+        generator = np.random.default_rng(seed)
+        pairings = generator.permuted(repeat(ranks_b, "models -> pairings models", pairings=permutations), axis=1)
     beyond = int((np.abs(pairings @ ranks_a) >= abs(rho) - 1e-12).sum())
-    return RankCorrelation(round(rho, 12), (1 + beyond) / (1 + permutations), n)
+    return RankCorrelation(round(rho, 12), beyond / len(pairings) if exact else (1 + beyond) / (1 + permutations), n)
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -26,7 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from torchprobe.analysis.baseline import FITS, MEAN, SHIFTS, SUBSETS, Baseline, Fit, ImagenetClasses, check_names, imagenet_name, published
 from torchprobe.analysis.resampling import FEWEST
-from torchprobe.analysis.robustness_intervals import Measured, robustness_interval
+from torchprobe.analysis.robustness_intervals import Measured, mean_robustness_interval, robustness_interval
+from torchprobe.analysis.standard_models import standard_models
 from torchprobe.common.deprecation import renamed_arguments
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "robustness",
     "RobustnessTable",
     "RobustnessRow",
+    "MeanRobustness",
     "FITS",
     "SHIFTS",
     "SUBSETS",
@@ -86,17 +88,38 @@ class RobustnessRow:
 
 
 @dataclass(frozen=True)
+class MeanRobustness:
+    """The mean of the effective robustnesses under several shifts.
+
+    Attributes:
+        shifts: that have one.
+        effective_robustness: the mean, percentage points.
+        interval, line_interval: as those of :class:`RobustnessRow`; see
+            :func:`torchprobe.analysis.robustness_intervals.mean_robustness_interval`.
+        correlation: (shifts, shifts), of the residuals of the standard models.
+    """
+
+    shifts: tuple[str, ...]
+    effective_robustness: float
+    interval: tuple[float, float]
+    line_interval: tuple[float, float]
+    correlation: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class RobustnessTable:
     """The result of :func:`robustness`.
 
     Attributes:
         shifts: one row for each measured shift, in the order of :data:`SHIFTS`.
+        mean: the mean over these shifts, with its intervals.
         of_mean: the row of the mean accuracy; its ``effective_robustness`` is the ER of the mean. None unless all five shifts were measured
             and ``imagenet_classes`` is "full".
         mean_effective_robustness: the mean of the five ERs; nan unless all five shifts were measured.
     """
 
     shifts: tuple[RobustnessRow, ...]
+    mean: MeanRobustness
     of_mean: RobustnessRow | None
     mean_effective_robustness: float
 
@@ -241,10 +264,12 @@ def robustness(
         raise ValueError(f"no accuracy under any of {', '.join(known)}; the given ones are {', '.join(accuracies) or 'none'}")
     counts = images or {}
 
+    def unshifted(shift: str, classes: ImagenetClasses) -> Measured:
+        return Measured(_imagenet(accuracies, shift, classes, own), counts.get(imagenet_name(shift, classes)))
+
     def row(shift: str, of: Sequence[str], classes: ImagenetClasses) -> RobustnessRow:
         shifted = [Measured(accuracies[name], counts.get(name)) for name in of]
-        imagenet = Measured(_imagenet(accuracies, shift, classes, own), counts.get(imagenet_name(shift, classes)))
-        return _row(shift, shifted, imagenet, _fit(shift, classes, baseline))
+        return _row(shift, shifted, unshifted(shift, classes), _fit(shift, classes, baseline))
 
     rows = tuple(row(shift, [shift], imagenet_classes) for shift in measured)
     _warn_of_fractions(*(np.asarray([row.accuracy, row.imagenet]) for row in rows))
@@ -253,7 +278,24 @@ def robustness(
     if complete and imagenet_classes == "full":
         of_mean = row(MEAN, SHIFTS, "full")
     mean_of_each = float(np.mean([row.effective_robustness for row in rows if row.shift in SHIFTS])) if complete else math.nan
-    return RobustnessTable(rows, of_mean, mean_of_each)
+    having = [row for row in rows if not math.isnan(row.effective_robustness)]
+    each = [(Measured(row.accuracy, counts.get(row.shift)), unshifted(row.shift, imagenet_classes)) for row in having]
+    return RobustnessTable(rows, _mean(having, each, baseline or standard_models(), imagenet_classes), of_mean, mean_of_each)
+
+
+def _mean(
+    rows: Sequence[RobustnessRow], measured: Sequence[tuple[Measured, Measured]], baseline: Baseline, classes: ImagenetClasses
+) -> MeanRobustness:
+    """The mean of rows, whose accuracies under the shift and on ImageNet are these."""
+    shifts, none = tuple(row.shift for row in rows), (math.nan, math.nan)
+    correlation = baseline.residual_correlation(shifts, classes)
+    if not rows:
+        return MeanRobustness(shifts, math.nan, none, none, correlation)
+    mean = math.fsum(row.effective_robustness for row in rows) / len(rows)
+    shifted, unshifted = zip(*measured, strict=True)
+    arguments = ([row.fit for row in rows], shifted, unshifted, correlation)
+    line = none if any(one.images is None for pair in measured for one in pair) else mean_robustness_interval(*arguments, scatter=False)
+    return MeanRobustness(shifts, mean, mean_robustness_interval(*arguments), line, correlation)
 
 
 def _fit(shift: str, classes: ImagenetClasses, baseline: Baseline | None) -> Fit:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from torchprobe.analysis.baseline import Fit
 from torchprobe.analysis.resampling import FEWEST, LEVEL
-from torchprobe.analysis.shares import logit_variance, normal_quantile, paired_difference, share_interval
+from torchprobe.analysis.shares import paired_difference, share_interval
 
 SIZES = {
     "imagenet": 50_000,
@@ -40,7 +40,7 @@ def robustness_interval(
     """Interval of the effective robustness, accuracy − prediction, in percentage points.
 
     The prediction is uncertain in logits: the line, by t with n − 2 degrees of freedom as in :meth:`torchprobe.analysis.Fit.interval`, and
-    the ImageNet accuracy, by the slope times the standard error of its logit. The accuracy is uncertain by
+    the ImageNet accuracy, by the slope times the interval of its logit. Both accuracies have the interval of
     :func:`torchprobe.analysis.share_interval`. The images are different, so the two are independent, and their intervals give that of the
     difference: lower end d − √((a − a_low)² + (p_high − p)²), and so on (Zou and Donner, Statistics in Medicine 27, 2008).
 
@@ -60,12 +60,11 @@ def robustness_interval(
     >>> [round(end, 1) for end in robustness_interval(fit, [Measured(60.0, 500)], Measured(70.0, 50_000))]
     [-1.5, 7.3]
     """
-    counts = [one.images for one in (*shifted, imagenet) if one.images is not None]
-    if imagenet.accuracy in (0, 100) or math.isnan(imagenet.accuracy) or (counts and min(counts) < FEWEST):
+    if not _usable([*shifted, imagenet]):
         return math.nan, math.nan
     accuracy = math.fsum(one.accuracy for one in shifted) / len(shifted)
     predicted = float(fit.predict(imagenet.accuracy))
-    low, high = fit.interval(imagenet.accuracy, level, scatter=scatter, x_half=_logit_error(imagenet, level))
+    low, high = fit.interval(imagenet.accuracy, level, scatter=scatter, error=_logit_error(imagenet, level))
     ends = [_ends(one, level) for one in shifted]
     below = math.hypot(*(one.accuracy - end[0] for one, end in zip(shifted, ends, strict=True))) / len(shifted)
     above = math.hypot(*(end[1] - one.accuracy for one, end in zip(shifted, ends, strict=True))) / len(shifted)
@@ -73,11 +72,72 @@ def robustness_interval(
     return difference - math.hypot(below, float(high) - predicted), difference + math.hypot(above, predicted - float(low))
 
 
-def _logit_error(measured: Measured, level: float) -> float:
-    """The half width of the interval of the logit of an accuracy."""
+def mean_robustness_interval(
+    fits: Sequence[Fit],
+    shifted: Sequence[Measured],
+    imagenet: Sequence[Measured],
+    correlation: ArrayLike | None = None,
+    scatter: bool = True,
+    level: float = LEVEL,
+) -> tuple[float, float]:
+    """Interval of the mean effective robustness over several shifts, in percentage points.
+
+    The parts are those of :func:`robustness_interval`, and are added in squares as there, with their correlations (Zou and Donner,
+    Statistics in Medicine 27, 2008). The images of the shifts are different, so their errors are independent. The ImageNet accuracy is the
+    same for all shifts, so its error goes in one direction. The lines are fitted to the same models, and a model above one line is often
+    above another: their errors and the scatter have the correlation of the residuals.
+
+    Args:
+        fits: the line of each shift.
+        shifted, imagenet: the accuracy under each shift, and the ImageNet accuracy that it is compared with; the latter are of the same
+            images, or of subsets of the same.
+        correlation: (shifts, shifts), of the residuals, see :meth:`torchprobe.analysis.Baseline.residual_correlation`. None: 1, the longest
+            interval.
+        scatter, level: as for :func:`robustness_interval`.
+
+    Returns:
+        The two ends; nan as for :func:`robustness_interval`, and without a shift.
+
+    >>> from torchprobe.analysis import FITS
+    >>> fits, unshifted = [FITS["imagenet_v2", "full"], FITS["objectnet", "full"]], [Measured(70.0, 50_000)] * 2
+    >>> [round(end, 1) for end in mean_robustness_interval(fits, [Measured(60.0, 500), Measured(40.0, 500)], unshifted, scatter=False)]
+    [5.0, 11.2]
+    """
+    if not fits or not all(_usable([one, other]) for one, other in zip(shifted, imagenet, strict=True)):
+        return math.nan, math.nan
+    pairs = list(zip(fits, imagenet, strict=True))
+    line = np.array([fit.half(one.accuracy, level, scatter=scatter) for fit, one in pairs])
+    predicted = np.array([float(fit.predict(one.accuracy)) for fit, one in pairs])
+    errors = [_logit_error(one, level) for one in imagenet]
+    ends = [fit.interval(one.accuracy, level, scatter=scatter, error=error) for (fit, one), error in zip(pairs, errors, strict=True)]
+    squares = []  # of the sum of what the predictions may be lower, and higher
+    for side in (0, 1):
+        half = abs(np.array([float(end[side]) for end in ends]) - predicted)
+        images = np.array([fit.slope * error[side] for fit, error in zip(fits, errors, strict=True)])
+        covariance = np.outer(line, line) * (1.0 if correlation is None else np.asarray(correlation)) + np.outer(images, images)
+        scale = half / np.maximum(np.hypot(line, images), np.finfo(np.float64).tiny)  # points per logit
+        squares.append(max(0.0, float(scale @ covariance @ scale)))
+    own = [_ends(one, level) for one in shifted]
+    below = math.hypot(*(one.accuracy - end[0] for one, end in zip(shifted, own, strict=True)), math.sqrt(squares[1]))
+    above = math.hypot(*(end[1] - one.accuracy for one, end in zip(shifted, own, strict=True)), math.sqrt(squares[0]))
+    mean = float(np.mean([one.accuracy for one in shifted] - predicted))
+    return mean - below / len(fits), mean + above / len(fits)
+
+
+def _usable(measured: Sequence[Measured]) -> bool:
+    """Whether there is an interval: the last, the ImageNet accuracy, has a logit, and no known number of images is too small."""
+    counts = [one.images for one in measured if one.images is not None]
+    return 0 < measured[-1].accuracy < 100 and (not counts or min(counts) >= FEWEST)  # nan is neither
+
+
+def _logit_error(measured: Measured, level: float) -> tuple[float, float]:
+    """How far the interval of the logit of an accuracy goes down and up."""
     if measured.images is None:
-        return 0.0
-    return normal_quantile(level) * math.sqrt(logit_variance(measured.accuracy / 100, measured.images))
+        return 0.0, 0.0
+    count = min(max(round(measured.accuracy / 100 * measured.images), 1), measured.images - 1)  # an accuracy of 0 or 100 has no logit
+    low, high = share_interval(count, measured.images, level)
+    middle, ends = measured.accuracy / (100 - measured.accuracy), (low / (1 - low), high / (1 - high))
+    return max(0.0, math.log(middle / ends[0])), max(0.0, math.log(ends[1] / middle))
 
 
 def _ends(measured: Measured, level: float) -> tuple[float, float]:
@@ -92,19 +152,21 @@ def paired_robustness(
     shifted: Sequence[tuple[ArrayLike, ArrayLike]],
     imagenet: tuple[ArrayLike, ArrayLike],
     level: float = LEVEL,
+    correlation: ArrayLike | None = None,
 ) -> tuple[float, float, float]:
     """The difference of the mean effective robustness of two models on the same images, with its interval, in percentage points.
 
     The two are right on much the same images, and are compared with the same line, so the difference is more certain than either number.
     Three parts are added in squares: the difference under each shift (:func:`torchprobe.analysis.paired_difference`), that of the two
-    predictions by the delta method on the table of the ImageNet images that both, one or none is right on, with one more image in each
-    cell, and the line, with the covariance of its two coefficients. The scatter of standard models is no part: these two models are given.
+    predictions, each with its interval and with their correlation over the ImageNet images (Zou and Donner, Statistics in Medicine 27,
+    2008), and the lines, with the covariance of their coefficients. The scatter of standard models is left out: these models are given.
 
     Args:
         fits: the line of each shift.
         shifted: for each shift, whether the first and the second model is right on each image, (n,), in the same order.
         imagenet: the same on the unshifted images.
         level: of the interval.
+        correlation: as for :func:`mean_robustness_interval`.
 
     Returns:
         First minus second, and the two ends; nan for fewer than 20 images, or an ImageNet accuracy of 0 or 100.
@@ -112,7 +174,7 @@ def paired_robustness(
     >>> from torchprobe.analysis import FITS
     >>> better, worse, both = np.arange(400) < 240, np.arange(400) < 200, np.arange(400) < 280
     >>> [round(end, 1) for end in paired_robustness([FITS["imagenet_v2", "full"]], [(better, worse)], (both, both))]
-    [10.0, 6.9, 13.0]
+    [10.0, 6.9, 13.1]
     """
     right = [np.asarray(one, dtype=bool) for one in imagenet]
     if right[0].shape != right[1].shape or right[0].ndim != 1:
@@ -126,20 +188,34 @@ def paired_robustness(
     difference = math.fsum(100 * part[0] - (p - q) for part, (p, q) in zip(parts, predicted, strict=True)) / shifts
     if n < FEWEST:
         return difference, math.nan, math.nan
-    cells = [(int((right[0] & right[1]).sum()) + 1), int((right[0] & ~right[1]).sum()) + 1, int((~right[0] & right[1]).sum()) + 1]
-    both, first, second = (cell / (n + 4) for cell in cells)
-    smoothed = both + first, both + second
-    slopes, line = np.zeros(2), 0.0
-    for fit, ends in zip(fits, predicted, strict=True):
-        rise = np.array([p * (100 - p) / 100 for p in ends])  # points per logit
-        slopes += fit.slope * rise / [p * (1 - p) for p in smoothed] / shifts  # points per share
-        centered = np.log([p / (1 - p) for p in accuracy]) - fit.x_mean
-        coefficients = (rise[0] - rise[1]) ** 2 / fit.n + float(rise[0] * centered[0] - rise[1] * centered[1]) ** 2 / fit.x_squares
-        line += (fit.student(level) * fit.residual_std / shifts) ** 2 * coefficients
-    covariance = both - smoothed[0] * smoothed[1]
-    spread = [[smoothed[0] * (1 - smoothed[0]), -covariance], [-covariance, smoothed[1] * (1 - smoothed[1])]]
-    images = normal_quantile(level) ** 2 * float(slopes @ np.array(spread) @ slopes) / (n + 4)
-    rest = math.sqrt(images + line)
-    below = math.hypot(*(100 * (part[0] - part[1]) / shifts for part in parts), rest)
-    above = math.hypot(*(100 * (part[2] - part[0]) / shifts for part in parts), rest)
+    lines = []
+    for fit, (p, q) in zip(fits, predicted, strict=True):
+        rise = np.array([p * (100 - p), -q * (100 - q)]) / 100  # points per logit
+        centered = np.log([one / (1 - one) for one in accuracy]) - fit.x_mean
+        of_line = rise.sum() / math.sqrt(fit.n), float(rise @ centered) / math.sqrt(fit.x_squares)  # level and slope of the line
+        lines.append(fit.student(level) * fit.residual_std / shifts * np.array(of_line))
+    line = max(0.0, float((np.stack(lines) @ np.stack(lines).T * (1.0 if correlation is None else np.asarray(correlation))).sum()))
+    down, up = _prediction_ends(fits, right, level)
+    below = math.hypot(*(100 * (part[0] - part[1]) / shifts for part in parts), math.sqrt(line), up)
+    above = math.hypot(*(100 * (part[2] - part[0]) / shifts for part in parts), math.sqrt(line), down)
     return difference, difference - below, difference + above
+
+
+def _prediction_ends(fits: Sequence[Fit], right: Sequence[NDArray[np.bool_]], level: float) -> tuple[float, float]:
+    """How far the interval of the difference of two mean predictions goes down and up, for the sampling of the unshifted images.
+
+    Both predictions are that of the ends of :func:`torchprobe.analysis.share_interval`. Their correlation is that of being right, on the
+    table of the images that both, one or none is right on, with one more image in each cell.
+    """
+    n = len(right[0])
+    moves = []
+    for one in right:
+        share = float(one.mean())
+        low, high = share_interval(int(one.sum()), n, level)
+        ends = [float(np.mean([fit.predict(100 * p) for fit in fits])) for p in (low, share, high)]
+        moves.append((ends[1] - ends[0], ends[2] - ends[1]))
+    table = np.array([[(right[0] == i) & (right[1] == j) for j in (True, False)] for i in (True, False)]).sum(-1) + 1
+    phi = float(np.linalg.det(table) / math.sqrt(np.prod([*table.sum(0), *table.sum(1)], dtype=np.float64)))
+    (first_down, first_up), (second_down, second_up) = moves
+    down = math.sqrt(max(0.0, first_down**2 + second_up**2 - 2 * phi * first_down * second_up))
+    return down, math.sqrt(max(0.0, first_up**2 + second_down**2 - 2 * phi * first_up * second_down))

@@ -77,16 +77,6 @@ def paired_difference(first: ArrayLike, second: ArrayLike, level: float = LEVEL)
     return difference, max(-1.0, p - q - half), min(1.0, p - q + half)
 
 
-def logit_variance(share: float, n: int) -> float:
-    """The variance of the logit of a share of n images, 1 / (ñ p̃ (1 − p̃)), with one more image right and one more wrong.
-
-    >>> logit_variance(0.5, 98)
-    0.04
-    """
-    right, wrong = share * n + 1, (1 - share) * n + 1
-    return (right + wrong) / (right * wrong)
-
-
 def normal_quantile(level: float) -> float:
     """z such that a standard Gaussian variable lies within ±z with probability ``level``."""
     return NormalDist().inv_cdf((1 + level) / 2)

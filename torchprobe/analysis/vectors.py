@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,20 +13,27 @@ from torchprobe.analysis.embeddings_file import Part
 from torchprobe.analysis.positions import SEVERAL, LayerEncoder
 from torchprobe.datasets.images import Batch
 
+Around = Callable[[Batch, Tensor], contextlib.AbstractContextManager[object]]
+"""A batch and its inputs on the device → the context in which the encoder runs over them."""
 
-def part_of(encoder: nn.Module, place: torch.device, batch: Batch, labels: list[int]) -> Part:
-    """The representations of a batch, one row for each image; of a layer with several vectors for an image, one for each of them.
+
+def part_of(encoder: nn.Module, place: torch.device, read: tuple[Batch, list[int]], around: Around | None = None) -> Part:
+    """The representations of a batch with its labels: one row for each image; of a layer with several vectors for an image, one for each.
 
     Raises:
         ValueError: the encoder does not give one floating point vector for each image.
     """
+    batch, labels = read
     if not batch.names:
         return Part(skipped=batch.unreadable)
-    if isinstance(encoder, LayerEncoder) and encoder.several:
-        h, at = encoder.rows(batch.pixels.to(place))
+    inputs = batch.pixels.to(place)
+    with contextlib.nullcontext() if around is None else around(batch, inputs):
+        several = encoder.rows(inputs) if isinstance(encoder, LayerEncoder) and encoder.several else None
+        h = encoder(inputs) if several is None else several[0]
+    if several is not None:
+        h, at = several
         names = [vector_name(batch.names[i], k) for i, k in at]
         return Part(h.float().cpu().contiguous(), [labels[i] for i, _ in at], names, batch.unreadable, inputs=len(batch.names))
-    h = encoder(batch.pixels.to(place))
     if not isinstance(h, Tensor) or h.dim() != 2 or len(h) != len(batch.names) or not h.is_floating_point():
         given = f"{h.dtype} {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
         raise ValueError(f"the encoder returned {given} for {len(batch.names)} images; expected one floating point vector each, (N, d)")

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 import torchprobe
+from torchprobe.cli.completion_command import completion
 from torchprobe.cli.concepts_command import concepts
 from torchprobe.cli.diff_command import diff
 from torchprobe.cli.dissect_command import dissect
 from torchprobe.cli.interpret_command import compare, interpret
+from torchprobe.cli.progress import loading, progress_bar, working
+from torchprobe.cli.quantize_command import quantize_check
 from torchprobe.cli.segment_command import segment
 from torchprobe.cli.tools import (
     CHECK_FAILED,
@@ -29,24 +32,34 @@ from torchprobe.cli.tools import (
     device_option,
     encoder_of,
     exit_codes,
+    feature_dim_of,
+    feature_dim_option,
+    images_option,
+    inputs_of,
     interruptible,
     json_option,
     layer_option,
-    loading,
+    output_named,
     output_option,
     position_option,
     print_files,
     print_json,
-    progress_bar,
+    printable_everywhere,
     representation_option,
+    run_in,
     say,
+    say_error,
     show_warning,
+    terminable,
     texts_option,
     workers_option,
-    working,
 )
+from torchprobe.cli.watch_command import watch
 from torchprobe.cli.words_command import words
+from torchprobe.common.files import watching
+from torchprobe.common.folders import HIDDEN
 from torchprobe.common.messages import counted
+from torchprobe.common.runs import RunWarning
 from torchprobe.rendering.tables import plain_table, text
 
 if TYPE_CHECKING:
@@ -70,18 +83,26 @@ def cli() -> None:
 )
 @click.argument("model")
 @click.option("--layers", "pattern", multiple=True, metavar="PATTERN", help="Only layers that match this name or glob; may be repeated.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights, to see whether they fit.")
 @json_option
-def layers(model: str, pattern: tuple[str, ...], as_json: bool) -> None:
+def layers(model: str, pattern: tuple[str, ...], checkpoint: Path | None, as_json: bool) -> None:
     from torchprobe.encoders import load_encoder
     from torchprobe.studies.outline import outline
 
-    with working("building the model"):
-        encoder = load_encoder(model, pretrained=False)
+    with working("building the model", log=False):
+        encoder = load_encoder(model, checkpoint, pretrained=False)
         rows = outline(encoder, pattern or None)
     if as_json:
-        print_json({"model": model, "features": encoder.features, "layers": [dataclasses.asdict(row) for row in rows]})
+        print_json(
+            {
+                "model": encoder.name if checkpoint else model,
+                "features": encoder.features,
+                "layers": [dataclasses.asdict(row) for row in rows],
+            }
+        )
         return
-    table = plain_table("layer", "module", "default", "d", "dim", "per image", right={"d", "dim", "per image"})
+    heads = ("layer", "module", "default", "d", "dim", "per image")
+    table = plain_table(*heads, right={"d", "dim", "per image"}, dispensable=("module",))
     for row in rows:
         numbers = ["–" if value is None else f"{value:,}" for value in (row.features, row.feature_dim, row.vectors_per_image)]
         table.add_row(*map(text, (row.layer or "(output)", row.module, "●" if row.default else "", *numbers)))
@@ -104,13 +125,14 @@ def layers(model: str, pattern: tuple[str, ...], as_json: bool) -> None:
     f"outlier features by index, and the layers, with values to compare them with. Writes a recording, CSV tables and a page.\n\n{MODEL}",
 )
 @click.argument("model")
-@click.option("--images", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Images, in subfolders too.")
+@images_option("A folder of images.")
 @texts_option
 @representation_option
 @layer_option
 @position_option
+@feature_dim_option
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights: .safetensors, .pt, .pth, .ckpt.")
-@click.option("--random-init", is_flag=True, help="Random weights from --seed: the baseline of the same architecture.")
+@click.option("--random-init", is_flag=True, help="Random weights from --seed, batch norms calibrated on the images: the baseline.")
 @click.option(
     "--layers", "pattern", multiple=True, metavar="PATTERN", help="Names or globs of layers; may be repeated.  [default: the blocks]"
 )
@@ -119,15 +141,16 @@ def layers(model: str, pattern: tuple[str, ...], as_json: bool) -> None:
 @workers_option
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N of the images, chosen at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For --limit, --random-init and the interval.")
-@output_option("torchprobe-scan")
+@output_option("scan")
 @json_option
 def scan(
     model: str,
-    folder: Path | None,
+    folder: Path | str | None,
     texts: Path | None,
     representation: str | None,
     layer: str | None,
     position: Position | None,
+    feature_dims: tuple[tuple[str, int], ...],
     checkpoint: Path | None,
     random_init: bool,
     pattern: tuple[str, ...],
@@ -136,38 +159,44 @@ def scan(
     workers: int,
     limit: int | None,
     seed: int,
-    out: Path,
+    out: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     import torch
 
-    from torchprobe.datasets import image_folder, text_file
     from torchprobe.rendering import page
     from torchprobe.studies import scan as study
+    from torchprobe.studies.calibration import recalibrate_on
     from torchprobe.studies.scan_report import print_scan, write_scan
 
     if checkpoint and random_init:
         raise click.UsageError("--checkpoint and --random-init exclude each other")
-    if (folder is None) == (texts is None):
-        missing = folder is None and texts is None
-        raise click.UsageError("Missing option '--images' or '--texts'." if missing else "give either --images or --texts")
     check_layer(layer, position, representation)
+    out = output_named(out, "scan", model)
     place = device_named(device)
     page.require()
-    images = text_file(texts, limit, seed) if folder is None and texts is not None else image_folder(folder or Path(), limit, seed)
+    images = inputs_of(folder, texts, limit, seed)
     torch.manual_seed(seed)
     check_output(out)
     with loading(model, fetch=not (checkpoint or random_init)):
-        encoder = encoder_of(model, checkpoint, random_init, representation, texts is not None)
+        encoder = encoder_of(model, checkpoint, random_init, representation, texts is not None).to(place)
+        if random_init:
+            recalibrate_on(encoder, images, batch_size, seed=seed)
     source = {"images": str(folder)} if texts is None else {"texts": str(texts)}
     settings = {**source, "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, "limit": limit}
-    with interruptible() as stop, progress_bar(f"{len(images):,} {encoder.inputs}s") as progress:
+    with (
+        run_in(out, "scan", model, overwrite=overwrite, inputs=(folder, texts, checkpoint)),
+        interruptible() as stop,
+        progress_bar("scan", f"{encoder.inputs}s", len(images)) as progress,
+    ):
         result = study.scan(
             encoder,
             images,
             pattern or None,
             layer=layer,
             position=position,
+            feature_dim=feature_dim_of(feature_dims),
             batch_size=batch_size,
             device=place,
             workers=workers,
@@ -183,7 +212,7 @@ def scan(
         print_scan(result, console())
         print_files(files)
     if result.partial:
-        say(f"Interrupted: the results are about the first {result.images:,} of {result.total:,} images.")
+        say(f"Interrupted: the results are about the first {result.images:,} of {counted(result.total, encoder.inputs)}.")
         raise click.exceptions.Exit(INTERRUPTED)
 
 
@@ -193,7 +222,7 @@ def doctor(as_json: bool) -> None:
     """Show versions, and which kernels are loaded or why not. Check every kernel against the reference on this machine."""
     from torchprobe.studies.doctor import examine
 
-    with working("checking the kernels"):
+    with working("checking the kernels", log=False):
         found = examine()
     if as_json:
         print_json(found.summary())
@@ -215,9 +244,9 @@ def doctor(as_json: bool) -> None:
 
 
 @cli.command(epilog=exit_codes(), short_help="Scan and dissect real networks on real photos.")
-@output_option("torchprobe-demo")
+@output_option("demo", "")
 @json_option
-def demo(out: Path, as_json: bool) -> None:
+def demo(out: Path | None, overwrite: bool, as_json: bool) -> None:
     """Scan EfficientNet-Lite0 with its ImageNet weights over real photos, and dissect two layers. Then scan a ViT that has outlier
     features, and say where they come from. The same networks at random initialization are there for comparison."""
     from torchprobe.rendering.tables import layer_table
@@ -228,20 +257,22 @@ def demo(out: Path, as_json: bool) -> None:
     from torchprobe.studies.dissect import print_dissections
     from torchprobe.studies.scan_report import print_representation
 
+    out = output_named(out, "demo")
     check_output(out)
-    with progress_bar("4 networks") as progress:
-        result = study.demo(progress)
-        files = result.write(out)
-    with progress_bar("5 dissections") as progress:
-        dissection = demo_dissection(out, progress)
-        pages = dissection.write(out / "dissection")
-    outliers, missing = None, missing_packages()
-    if missing:
-        say(f"The second network is left out: {missing}")
-    else:
-        with progress_bar("4 networks with outlier features") as progress:
-            outliers = demo_outliers(study.photos(), progress)
-            pages |= {f"outliers/{kind}": path for kind, path in outliers.write(out / "outliers").items()}
+    with run_in(out, "demo", "", overwrite=overwrite):
+        with progress_bar("scans", "networks") as progress:
+            result = study.demo(progress)
+            files = result.write(out)
+        with progress_bar("dissections", "dissections") as progress:
+            dissection = demo_dissection(out, progress)
+            pages = dissection.write(out / "dissection")
+        outliers, missing = None, missing_packages()
+        if missing:
+            say(f"The second network is left out: {missing}")
+        else:
+            with progress_bar("outlier features", "steps") as progress:
+                outliers = demo_outliers(study.photos(), progress)
+                pages |= {f"outliers/{kind}": path for kind, path in outliers.write(out / "outliers").items()}
     if as_json:
         paths = {"files": {kind: str(path) for kind, path in [*files.items(), *pages.items()]}}
         second = {"outliers": None if outliers is None else outliers.summary()}
@@ -262,24 +293,32 @@ def demo(out: Path, as_json: bool) -> None:
     print_files(pages | files)
 
 
-for command in (dissect, segment, diff, words, concepts, interpret, compare):
+for command in (quantize_check, dissect, segment, diff, words, concepts, interpret, compare, watch, completion):
     cli.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line and exits with one of :func:`torchprobe.cli.tools.exit_codes`."""
-    with warnings.catch_warnings():
+    written: list[Path] = []
+
+    def note(path: Path) -> None:
+        if HIDDEN not in path.parts:
+            written.append(path)
+
+    with warnings.catch_warnings(), printable_everywhere(), watching(note):
         warnings.showwarning = show_warning
         warnings.simplefilter("always", torchprobe.RecordingWarning)
+        warnings.simplefilter("always", RunWarning)
         try:
-            code = cli.main(args=arguments, prog_name="torchprobe", standalone_mode=False)
+            with terminable():
+                code = cli.main(args=arguments, prog_name="torchprobe", standalone_mode=False)
         except click.ClickException as error:
-            error.show()
+            say_error(error)
             code = error.exit_code
         except (click.exceptions.Abort, KeyboardInterrupt):
-            say("Interrupted: nothing was written.")
+            say(f"Interrupted: {'the results are not complete' if written else 'nothing was written'}.")
             code = INTERRUPTED
         except (RuntimeError, ValueError, OSError, ImportError) as error:
-            say(f"Error: {error}")
+            say_error(error)
             code = FAILED
     sys.exit(code or OK)

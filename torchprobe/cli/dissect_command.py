@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchprobe.cli.progress import loading, progress_bar, stage, stage_bar
 from torchprobe.cli.segment_command import draw_units
 from torchprobe.cli.tools import (
     CHECK_FAILED,
@@ -20,19 +21,20 @@ from torchprobe.cli.tools import (
     exit_codes,
     interruptible,
     json_option,
-    loading,
+    output_named,
     output_option,
     print_files,
     print_json,
-    progress_bar,
+    run_in,
     say,
-    stage_bar,
+    stopping,
     workers_option,
 )
 from torchprobe.rendering.tables import printable
 
 if TYPE_CHECKING:
     from torchprobe.datasets import Broden
+    from torchprobe.dissection import Dissection
 
 HELP = (
     "What do the units of MODEL detect? Compares every unit of some layers with every concept of a labeled data set in the format of "
@@ -60,7 +62,7 @@ class Scores(click.ParamType):  # type: ignore[type-arg]
 @click.argument("model", required=False)
 @click.option("--layers", multiple=True, metavar="PATTERN", help="Name or glob of layers; may be repeated. See torchprobe layers.")
 @click.option("--broden", "folder", type=click.Path(path_type=Path), metavar="DIR", help="A folder in the format of Broden.")
-@output_option("torchprobe-dissection")
+@output_option("dissect")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in --out.")
 @click.option("--score", type=Scores(), default="iou,ap", show_default=True, help="iou needs layers with positions.")
 @click.option("--check", is_flag=True, help="Only list every problem of the data set.")
@@ -173,9 +175,12 @@ def dissect(model: str | None, layers: tuple[str, ...], folder: Path | None, che
     if pictures:
         if check or folder:
             raise click.UsageError("--segment draws the units of a finished dissection: it needs --out, and neither --broden nor --check")
-        out, basis = options["out"], options["basis_file"]
+        out, basis, overwrite = options["out"], options["basis_file"], options["overwrite"]
+        if out is None:
+            raise click.UsageError("--segment needs --out, the folder of a finished dissection")
         weights, device = options["checkpoint"], options["device"]
-        return draw_units(out, pictures, model, weights, layers, out / "segments", device, as_json, basis_file=basis)
+        where = out / "segments"
+        return draw_units(out, pictures, model, weights, layers, where, device, as_json, basis_file=basis, overwrite=overwrite)
     if folder is None:
         raise click.UsageError("Missing option '--broden'.")
     if check:
@@ -188,6 +193,7 @@ def dissect(model: str | None, layers: tuple[str, ...], folder: Path | None, che
         raise click.UsageError("--rotate and --basis exclude each other")
     if options["checkpoint"] and options["random_init"]:
         raise click.UsageError("--checkpoint and --random-init exclude each other")
+    options["out"] = output_named(options["out"], "dissect", model)
     _dissect(model, layers, folder, as_json, **options)
 
 
@@ -215,6 +221,7 @@ def _dissect(
     as_json: bool,
     *,
     out: Path,
+    overwrite: bool,
     index: str,
     split: str | None,
     categories: tuple[str, ...],
@@ -240,7 +247,7 @@ def _dissect(
     from torchprobe.dissection.sparse_file import read_basis
     from torchprobe.encoders import load_encoder
     from torchprobe.rendering import page
-    from torchprobe.studies.dissect import dissect_folder, earlier, print_dissections, recalibrate, write_pages
+    from torchprobe.studies.dissect import DISSECT, dissect_folder, earlier, print_dissections, recalibrate, write_pages
 
     page.require()
     check_output(out)
@@ -248,7 +255,8 @@ def _dissect(
     broden: Broden = Broden(folder, split, categories or None, index=index)
     broden.require_images()
     against = earlier(nulls)
-    with torchrun() as (rank, local):
+    read = (folder, checkpoint, basis_file, *nulls)
+    with torchrun() as (rank, local), run_in(out, DISSECT, model, options["resume"], overwrite, read):
         place = device_named(f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device)
         torch.manual_seed(seed)
         with loading(model, fetch=not (checkpoint or random_init), quiet=rank > 0):
@@ -259,18 +267,22 @@ def _dissect(
         options["basis"] = "rotation" if rotate else basis
         if memory is not None:
             options["memory"] = memory << 20
+        files: dict[str, Path] = {}
         try:
             with interruptible() as stop, stage_bar(quiet=rank > 0) as progress:
+
+                def pages(results: dict[str, Dissection]) -> None:
+                    shown = pictures, evidence, rotate, stopping(stage(progress, "pages", "pages"), stop), gain_threshold, basis
+                    files.update(write_pages(out, results, broden, encoder, against, *shown))
+
                 results = dissect_folder(
-                    encoder, broden, layers, out, seed=seed, preprocess=preprocess, progress=progress, stop=stop, **options
+                    encoder, broden, layers, out, seed=seed, preprocess=preprocess, progress=progress, stop=stop, pages=pages, **options
                 )
         except KeyboardInterrupt:
             say(f"Interrupted. To continue from {os.fspath(out)}, run the same command with --resume.")
             raise click.exceptions.Exit(INTERRUPTED) from None
         if rank > 0:
             return
-        with progress_bar("pages") as tell:
-            files = write_pages(out, results, broden, encoder, against, pictures, evidence, rotate, tell, gain_threshold, basis)
     if as_json:
         print_json(
             {"layers": [result.summary() for result in results.values()], "files": {kind: str(path) for kind, path in files.items()}}

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from torchprobe.cli.tools import check_output, console, exit_codes, json_option, print_json, progress_bar
+from torchprobe.cli.progress import progress_bar
+from torchprobe.cli.tools import (
+    check_output,
+    console,
+    exit_codes,
+    json_option,
+    print_json,
+)
 from torchprobe.common.messages import counted
 from torchprobe.rendering.tables import plain_table, printable, text
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchprobe.cli.progress import loading, stage_bar, working
 from torchprobe.cli.tools import (
     INTERRUPTED,
     MODEL,
+    Where,
     check_layer,
     check_output,
     console,
@@ -20,24 +22,28 @@ from torchprobe.cli.tools import (
     device_option,
     encoder_of,
     exit_codes,
+    feature_dim_of,
+    feature_dim_option,
+    features_of,
+    images_option,
     interruptible,
     json_option,
     layer_option,
-    loading,
+    output_named,
     output_option,
     position_option,
     print_files,
     print_json,
     representation_option,
+    run_in,
     say,
-    stage_bar,
     texts_option,
     workers_option,
-    working,
 )
 
 if TYPE_CHECKING:
     from torchprobe.common.runs import RunOptions
+    from torchprobe.datasets import ImageSet
     from torchprobe.encoders import Encoder
     from torchprobe.studies.compare import Comparison
     from torchprobe.studies.interpret.inputs import Inputs
@@ -67,22 +73,23 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
 
     name = "NAME=DIR"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path | str]:
         if isinstance(value, tuple):
             return value
         name, equals, folder = str(value).partition("=")
         if not equals or not name or not folder:
             self.fail(f"{value!r} is not NAME=DIR, for example imagenet_r=data/imagenet-r", param, ctx)
-        return name, Path(folder)
+        return name, Where().convert(folder, param, ctx)
 
 
 @click.command(epilog=exit_codes(), short_help="Repeat the analysis of “Interpreting CLIP” on an encoder.", help=HELP)
 @click.argument("model", required=False)
-@click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="One folder for each class, or just images.")
+@images_option("One folder for each class, or just images.")
 @texts_option
 @representation_option
 @layer_option
 @position_option
+@feature_dim_option
 @click.option(
     "--embeddings",
     metavar="FILE",
@@ -138,10 +145,17 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--layer-images", type=click.IntRange(min=0), default=1024, show_default=True, help="Number of images to record the layers on."
 )
+@click.option(
+    "--provenance-images",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Number of images on which the origin of the outlier features is looked for: blocks, submodules, parameters.",
+)
 @click.option("--features", metavar="I,J…", help="Features to ablate and to compare directions with.  [default: the outlier features]")
 @click.option("--same-images", is_flag=True, help="Measure importance on the images that are evaluated, not on the other half.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights: .safetensors, .pt, .pth, .ckpt.")
-@click.option("--random-init", is_flag=True, help="Random weights from --seed.")
+@click.option("--random-init", is_flag=True, help="Random weights from --seed, batch norms calibrated on the images.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N images of each set, chosen at random.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @device_option
@@ -153,7 +167,7 @@ class NamedFolder(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--backbone", metavar="NAME", help="Backbone of MODEL; differences are taken within one backbone.")
 @click.option("--pretraining", metavar="NAME", help="The data that MODEL was trained on first.")
-@output_option("torchprobe-interpret")
+@output_option("interpret")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in --out.")
 @json_option
 def interpret(
@@ -168,20 +182,22 @@ def interpret(
     device: str,
     layers: tuple[str, ...],
     templates: tuple[str, ...],
-    shifts: tuple[tuple[str, Path], ...],
-    out: Path,
+    shifts: tuple[tuple[str, Path | str], ...],
+    out: Path | None,
+    overwrite: bool,
     as_json: bool,
     **chosen: Any,
 ) -> None:
-    given, source = chosen["embeddings"], chosen["images"] or texts
+    given, source = chosen["embeddings"], chosen["folder"] or texts
     if [model is None, suite is None, given is None].count(False) != 1:
         raise click.UsageError("give either MODEL or --suite, or --embeddings")
-    if given is None and (source is None or (texts is not None and chosen["images"] is not None)):
+    if given is None and (source is None or (texts is not None and chosen["folder"] is not None)):
         raise click.UsageError("Missing option '--images' or '--texts'." if source is None else "give either --images or --texts")
     if given is None and chosen["labels"] is not None:
         raise click.UsageError("--labels is for --embeddings; the labels of images are their folders")
-    network = {"images": chosen["images"], "texts": texts, "checkpoint": checkpoint, "broden": broden_folder, "layers": layers}
+    network = {"images": chosen["folder"], "texts": texts, "checkpoint": checkpoint, "broden": broden_folder, "layers": layers}
     network |= {"template": templates, "random-init": random_init, "representation": chosen["representation"], "layer": chosen["layer"]}
+    network |= {"feature-dim": chosen["feature_dims"]}
     check_layer(chosen["layer"], chosen["position"], chosen["representation"])
     if given is not None and (unused := [f"--{key}" for key, value in network.items() if value]):
         raise click.UsageError(f"{', '.join(unused)} need a network or pictures, and with --embeddings there are none")
@@ -204,17 +220,25 @@ def interpret(
 
     from torchprobe.analysis.baseline import Baseline
     from torchprobe.analysis.positions import at_layer
+    from torchprobe.common.arrays import located
     from torchprobe.common.ranks import torchrun
     from torchprobe.common.runs import RunOptions
     from torchprobe.datasets import Broden
     from torchprobe.rendering import page
+    from torchprobe.studies.calibration import recalibrate_on
+    from torchprobe.studies.compare.report import SUITE
     from torchprobe.studies.interpret.inputs import Choices, Inputs
+    from torchprobe.studies.interpret.results import INTERPRET
 
     page.require()
+    subject = model or (Path(suite).stem if suite is not None else Path(located(given or "")[0]).stem)
+    out = output_named(out, "interpret", subject)
     check_output(out)
-    with torchrun() as (rank, local):
+    read = [source, checkpoint, broden_folder, baseline_file, chosen["labels"], chosen["head"], *(folder for _, folder in shifts)]
+    read += [None if given is None else located(given)[0]]
+    with torchrun() as (rank, local), run_in(out, INTERPRET if suite is None else SUITE, subject, chosen["resume"], overwrite, read):
         place = device_named(f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device)
-        choices = Choices(_features(chosen["features"]), chosen["same_images"])
+        choices = Choices(features_of(chosen["features"]), chosen["same_images"])
         inputs = Inputs(
             images=source or Path(),
             shifts=dict(shifts),
@@ -225,6 +249,8 @@ def interpret(
             limit=chosen["limit"],
             layers=layers or None,
             layer_images=chosen["layer_images"],
+            feature_dim=feature_dim_of(chosen["feature_dims"]),
+            provenance_images=chosen["provenance_images"],
             choices=choices,
             outlier_rule=chosen["outlier_rule"],
         )
@@ -241,9 +267,11 @@ def interpret(
                 known = {key: chosen[key] for key in _ABOUT if chosen[key]}
                 about = {"source": model, "checkpoint": checkpoint and str(checkpoint), "random_init": random_init, **known}
 
-                def load() -> Encoder:
-                    encoder = encoder_of(model, checkpoint, random_init, chosen["representation"], texts is not None)
-                    return at_layer(encoder, chosen["layer"], chosen["position"])
+                def load(images: ImageSet) -> Encoder:
+                    encoder = encoder_of(model, checkpoint, random_init, chosen["representation"], texts is not None).to(place)
+                    if random_init:
+                        recalibrate_on(encoder, images, options.batch_size, seed=options.seed)
+                    return at_layer(encoder, chosen["layer"], chosen["position"], feature_dim=inputs.feature_dim)
 
                 fetch = not (checkpoint or random_init)
                 _one(model, load, fetch, chosen["head"], about, inputs, options, rank, out, as_json)
@@ -254,7 +282,7 @@ def interpret(
 
 def _one(
     model: str,
-    load: Callable[[], Encoder],
+    load: Callable[[ImageSet], Encoder],
     fetch: bool,
     head: str,
     about: dict[str, Any],
@@ -264,17 +292,18 @@ def _one(
     out: Path,
     as_json: bool,
 ) -> None:
-    from torchprobe.studies.interpret.inputs import kept_head, load_images
+    from torchprobe.studies.interpret.image_sets import load_images
+    from torchprobe.studies.interpret.inputs import caption_progress, kept_head
     from torchprobe.studies.interpret.run import interpret_subject
 
-    load_images(inputs.images)  # before the weights are fetched
+    images = load_images(inputs.images, None, inputs.limit, options.seed)  # before the weights are fetched
     with loading(model, fetch=fetch, quiet=rank > 0):
-        encoder = load()
-        encoder = encoder if options.device is None else encoder.to(options.device)
-        subject = inputs.subject(encoder, head, options.seed, kept_head(out, options.resume))
+        encoder = load(images)
     with interruptible() as stop, stage_bar(quiet=rank > 0) as progress:
+        options = replace(options, progress=progress, stop=stop)
+        subject = inputs.subject(encoder, head, options.seed, kept_head(out, options.resume), caption_progress(options))
         known = {**about, "representation": encoder.representation, **inputs.about()}
-        found = interpret_subject(replace(subject, about=known), out, replace(options, progress=progress, stop=stop))
+        found = interpret_subject(replace(subject, about=known), out, options)
     if rank == 0:
         _print_interpretation(found, as_json)
 
@@ -312,19 +341,6 @@ def _print_interpretation(found: Interpretation, as_json: bool) -> None:
     print_files(files)
 
 
-def _features(text: str | None) -> tuple[int, ...] | None:
-    """The features of "442,362"."""
-    if text is None:
-        return None
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of indices such as 442,362", param_hint="--features") from None
-    if min(found) < 0 or len(set(found)) < len(found):
-        raise click.BadParameter(f"{text!r} has an index below 0, or one twice", param_hint="--features")
-    return found
-
-
 def _suite(
     suite: str, only: tuple[str, ...], inputs: Inputs, options: RunOptions, rank: int, out: Path, pairs: bool, as_json: bool
 ) -> None:
@@ -355,24 +371,27 @@ def _suite(
 
 @click.command(epilog=exit_codes(), short_help="Compare encoders that were interpreted.", help=COMPARE_HELP)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDERS…")
-@output_option("torchprobe-compare")
+@output_option("compare", "A-B")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of bootstrap and permutations.")
 @json_option
-def compare(folders: tuple[Path, ...], out: Path, seed: int, as_json: bool) -> None:
+def compare(folders: tuple[Path, ...], out: Path | None, overwrite: bool, seed: int, as_json: bool) -> None:
     from torchprobe.rendering import page
     from torchprobe.studies.compare import compare as study
 
     page.require()
+    out = output_named(out, "compare", *folders)
     check_output(out)
-    with working("comparing"):
-        found = study(folders, seed=seed)
-    _print_comparison(found, out, as_json)
+    with run_in(out, "compare", ", ".join(folder.resolve().name for folder in folders), overwrite=overwrite, inputs=folders):
+        with stage_bar() as progress:
+            found = study(folders, seed=seed, progress=progress)
+        _print_comparison(found, out, as_json)
 
 
 def _print_comparison(found: Comparison, out: Path, as_json: bool) -> None:
     from torchprobe.studies.compare.report import print_comparison, write
 
-    files = write(found, out)
+    with working("figures and page"):
+        files = write(found, out)
     if as_json:
         print_json(found.summary() | {"files": {kind: str(path) for kind, path in files.items()}})
     else:

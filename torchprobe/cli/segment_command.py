@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
+from torchprobe.cli.progress import loading, progress_bar
 from torchprobe.cli.tools import (
     INTERRUPTED,
     check_output,
@@ -15,13 +17,15 @@ from torchprobe.cli.tools import (
     device_named,
     device_option,
     exit_codes,
+    interruptible,
     json_option,
-    loading,
+    output_named,
     output_option,
     print_files,
     print_json,
-    progress_bar,
+    run_in,
     say,
+    stopping,
 )
 
 HELP = (
@@ -47,7 +51,7 @@ _NAME = re.compile(r"(timm|torchvision|open_clip):[\w.-]+(/[\w.-]+)?")
 )
 @click.option("--maps", is_flag=True, help="Also write the number of the concept of each pixel.")
 @click.option("--basis", "basis_file", type=click.Path(path_type=Path), metavar="FILE", help="As for the dissection.")
-@output_option("torchprobe-segments")
+@output_option("segment", "DISSECTION")
 @device_option
 @json_option
 def segment(
@@ -61,11 +65,13 @@ def segment(
     most: int,
     maps: bool,
     basis_file: Path | None,
-    out: Path,
+    out: Path | None,
+    overwrite: bool,
     device: str,
     as_json: bool,
 ) -> None:
-    draw_units(dissection, pictures, model, checkpoint, layers, out, device, as_json, units, concepts, most, maps, basis_file)
+    out = output_named(out, "segment", dissection)
+    draw_units(dissection, pictures, model, checkpoint, layers, out, device, as_json, units, concepts, most, maps, basis_file, overwrite)
 
 
 def draw_units(
@@ -82,6 +88,7 @@ def draw_units(
     most: int = 20,
     maps: bool = False,
     basis_file: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """The whole command."""
     from torchprobe.dissection.sparse_file import read_basis
@@ -99,12 +106,14 @@ def draw_units(
     name = model or _named(str(next(iter(found.values())).metadata.get("model", "")), checkpoint)
     with loading(name, fetch=checkpoint is None):
         encoder = load_encoder(name, checkpoint).to(device_named(device))
-    chosen = {"units": units or None, "concepts": concepts or None, "most": most, "basis": basis}
+    chosen: dict[str, Any] = {"units": units or None, "concepts": concepts or None, "most": most, "basis": basis}
+    read = (dissection, checkpoint, basis_file, *pictures)
     try:
-        with progress_bar("pictures") as tell:
-            drawn = segment_folder(found, encoder, pictures, out, maps=maps, progress=tell, **chosen)
+        run = run_in(out, "segment", name, overwrite=overwrite, inputs=read)
+        with run, interruptible("picture") as stop, progress_bar("pictures", "pictures") as tell:
+            drawn = segment_folder(found, encoder, pictures, out, maps=maps, progress=stopping(tell, stop), **chosen)
     except KeyboardInterrupt:
-        say(f"Interrupted: pictures so far are in {out}, without a page.")
+        say(f"Interrupted: pictures so far are in {out}, without a page of all. The same command starts again.")
         raise click.exceptions.Exit(INTERRUPTED) from None
     for _, why in next(iter(drawn.values())).unreadable:
         say(f"Note: {why}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchprobe.cli.progress import loading, stage, stage_bar
 from torchprobe.cli.tools import (
     INTERRUPTED,
     MODEL,
@@ -16,19 +17,21 @@ from torchprobe.cli.tools import (
     device_named,
     device_option,
     exit_codes,
+    images_option,
     interruptible,
     json_option,
-    loading,
+    output_named,
     output_option,
     print_files,
     print_json,
-    progress_bar,
+    run_in,
     say,
-    stage_bar,
+    stopping,
     workers_option,
 )
 
 if TYPE_CHECKING:
+    from torchprobe.dissection.words import WordDissection
     from torchprobe.encoders import Encoder
 
 HELP = (
@@ -41,7 +44,7 @@ HELP = (
 @click.command(epilog=exit_codes(), short_help="Find words for the units of an encoder, without labels.", help=HELP)
 @click.argument("model")
 @click.option("--layers", multiple=True, required=True, metavar="PATTERN", help="Name or glob of layers; may be repeated.")
-@click.option("--images", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Images, in subfolders too.")
+@images_option("A folder of images.", required=True)
 @click.option("--labeler", metavar="CLIP", help="The CLIP encoder that labels the images, such as open_clip:ViT-B-16/openai.")
 @click.option("--labeler-checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights of the labeler.")
 @click.option(
@@ -66,7 +69,7 @@ HELP = (
 @click.option("--rotate", is_flag=True, help="A random rotation of each layer (--seed): the control for its axes.")
 @click.option("--pooling", type=click.Choice(["mean", "max"]), default="mean", show_default=True, help="How a map becomes one number.")
 @click.option("--positions", type=click.Choice(["patch", "class", "all"]), default="patch", show_default=True, help="Which tokens.")
-@output_option("torchprobe-words")
+@output_option("words")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in --out.")
 @click.option("--null", "nulls", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="An earlier --out to compare with.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Local weights: .safetensors, .pt, .pth, .ckpt.")
@@ -81,7 +84,7 @@ HELP = (
 def words(
     model: str,
     layers: tuple[str, ...],
-    folder: Path,
+    folder: Path | str,
     labeler: str | None,
     labeler_checkpoint: Path | None,
     labels_file: Path | None,
@@ -89,7 +92,8 @@ def words(
     kinds: tuple[str, ...],
     basis_file: Path | None,
     rotate: bool,
-    out: Path,
+    out: Path | None,
+    overwrite: bool,
     nulls: tuple[Path, ...],
     checkpoint: Path | None,
     random_init: bool,
@@ -102,13 +106,14 @@ def words(
 ) -> None:
     import torch
 
-    from torchprobe.common.ranks import torchrun
-    from torchprobe.datasets import image_folder
+    from torchprobe.common.ranks import Ranks, torchrun
+    from torchprobe.datasets import open_images
     from torchprobe.dissection.sparse_file import read_basis
     from torchprobe.dissection.words import builtin_concepts, read_concepts, read_soft_labels
     from torchprobe.encoders import load_encoder
     from torchprobe.rendering import page
-    from torchprobe.studies.words import earlier_words, print_words, recalibrate_on, words_folder, write_word_pages
+    from torchprobe.studies.calibration import recalibrate_on
+    from torchprobe.studies.words import WORDS, earlier_words, print_words, words_folder, write_word_pages
 
     if (labeler is None) == (labels_file is None):
         raise click.UsageError("give either --labeler, a CLIP encoder, or --labels, soft labels")
@@ -117,6 +122,7 @@ def words(
     if rotate and basis_file:
         raise click.UsageError("--rotate and --basis exclude each other")
     page.require()
+    out = output_named(out, "words", model)
     check_output(out)
     concepts = builtin_concepts() if concepts_file is None else read_concepts(concepts_file)
     for remark in concepts.remarks:
@@ -124,11 +130,13 @@ def words(
     if kinds:
         concepts = concepts.of_kinds(kinds)
     against = earlier_words(nulls)
-    images = image_folder(folder, limit, seed)
     given: Any = None if labels_file is None else read_soft_labels(labels_file, concepts)
     options["basis"] = "rotation" if rotate else None if basis_file is None else read_basis(basis_file)
-    with torchrun() as (rank, local):
+    read = (folder, checkpoint, labeler_checkpoint, labels_file, concepts_file, basis_file, *nulls)
+    with torchrun() as (rank, local), run_in(out, WORDS, model, options["resume"], overwrite, read):
         place = device_named(f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device)
+        with Ranks() as ranks:
+            images = open_images(folder, limit, seed, labels=False, ranks=ranks)
         if labeler is not None:
             with loading(labeler, fetch=not labeler_checkpoint, quiet=rank > 0):
                 given = _labeler(labeler, labeler_checkpoint).to(place)
@@ -137,16 +145,22 @@ def words(
             encoder = load_encoder(model, checkpoint, pretrained=not random_init).to(place)
             if random_init:
                 recalibrate_on(encoder, images, options["batch_size"])
+        files: dict[str, Path] = {}
         try:
             with interruptible() as stop, stage_bar(quiet=rank > 0) as progress:
-                results = words_folder(encoder, images, layers, out, given, concepts, seed=seed, progress=progress, stop=stop, **options)
+
+                def pages(results: dict[str, WordDissection]) -> None:
+                    step = stopping(stage(progress, "pages", "pages"), stop)
+                    files.update(write_word_pages(out, results, images, against, pictures, step))
+
+                results = words_folder(
+                    encoder, images, layers, out, given, concepts, seed=seed, progress=progress, stop=stop, pages=pages, **options
+                )
         except KeyboardInterrupt:
             say(f"Interrupted. To continue from {os.fspath(out)}, run the same command with --resume.")
             raise click.exceptions.Exit(INTERRUPTED) from None
         if rank > 0:
             return
-        with progress_bar("pages") as tell:
-            files = write_word_pages(out, results, images, against, pictures, tell)
     if as_json:
         summaries = [result.summary() for result in results.values()]
         print_json({"layers": summaries, "files": {kind: str(path) for kind, path in files.items()}})

@@ -2,6 +2,7 @@
 
 ===========================================  ===========================================================================
 :mod:`torchprobe.rendering.tables`           the layer table in the terminal (rich) and as CSV, and its columns
+:mod:`torchprobe.rendering.fitting`          a table that leaves out columns where the terminal is narrow
 :mod:`torchprobe.rendering.plots`            depth profile, histogram, feature profile (matplotlib); figures as inline SVG
 :mod:`torchprobe.rendering.curves`           curves with bands, and named points
 :mod:`torchprobe.rendering.logit`            accuracy under a shift against unshifted accuracy, in logits, with standard models

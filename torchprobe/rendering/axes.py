@@ -92,7 +92,7 @@ def set_log_scale(axes: Axes, which: Literal["x", "y"], values: ArrayLike) -> No
     low, high = low / 1.15, high * 1.25
     ratio = high / low
     steps = (1, 1.5, 2, 3, 4, 5, 7) if ratio < 12 else (1, 2, 5) if ratio < 200 else (1, 3) if ratio < 5000 else (1,)
-    ticks = [step * 10.0**exponent for exponent in range(-3, 13) for step in steps if low <= step * 10.0**exponent <= high]
+    ticks = [step * 10.0**exponent for exponent in range(-15, 13) for step in steps if low <= step * 10.0**exponent <= high]
     if len(ticks) < 3:  # within a factor of two a logarithmic axis is nearly linear
         ticks = [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
     axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})

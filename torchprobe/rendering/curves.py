@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from torchprobe.rendering.axes import ACCENT, BAND, DOTTED, INK, MUTED, WARM, draw_legend, new_figure, safe_text, set_log_scale
+from torchprobe.rendering.labels import Name, place_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +35,7 @@ class Series:
         label: its name.
         x, y: equally many numbers; nan is a gap. If every x is an int, the axis has whole numbers only.
         low, high: the edges of a band around it; None: no band.
+        points: draw only its points, because a line through many values that go up and down is a scribble.
     """
 
     label: str
@@ -41,6 +43,7 @@ class Series:
     y: ArrayLike
     low: ArrayLike | None = None
     high: ArrayLike | None = None
+    points: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def curves(
     Args:
         series: at most 10, so that they can be told apart.
         x_label, y_label: names of the axes, with their units.
-        levels: names and heights of thin horizontal lines, to compare the curves with.
+        levels: names and heights of dotted horizontal lines, to compare the curves with.
         limits: of the vertical axis.
         log: make the vertical axis logarithmic.
         markers: draw a marker at each point.
@@ -96,9 +99,7 @@ def curves(
         raise ValueError(f"{len(series)} curves in one figure cannot be told apart; at most {2 * len(_LOOKS)}")
     figure, (axes,) = new_figure(width, height)
     for name, at in levels:
-        axes.axhline(at, color=MUTED, linewidth=1, linestyle=DOTTED)
-        axes.annotate(safe_text(name), (1, at), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-                      ha="right", color=MUTED, fontsize=8)  # fmt: skip
+        axes.axhline(at, color=MUTED, linewidth=1, linestyle=DOTTED, label=safe_text(name))
     for index, one in enumerate(series):
         color, line, marker = _LOOKS[index % len(_LOOKS)]
         x, y = np.asarray(one.x, dtype=np.float64), _numbers(one.y)
@@ -108,10 +109,10 @@ def curves(
             x,
             y,
             color=color,
-            linestyle=line,
+            linestyle="none" if one.points else line,
             linewidth=1.7,
-            marker=marker if markers else None,
-            markersize=3.5,
+            marker=marker if markers or one.points else None,
+            markersize=3.5 if markers else 2.0,
             markerfacecolor="none" if index >= len(_LOOKS) else color,
             label=safe_text(one.label),
         )
@@ -123,7 +124,7 @@ def curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(safe_text(x_label))
     axes.set_ylabel(safe_text(y_label))
-    if len(series) > 1 or series[0].label:
+    if len(series) > 1 or series[0].label or levels:
         draw_legend(axes, width)
     return figure
 
@@ -140,37 +141,42 @@ def scatter(
 ) -> Figure:
     """Named points with their intervals; the points of a pair are joined by a line.
 
-    Points with a nonfinite coordinate are left out.
+    Points with a nonfinite coordinate are left out. An axis of whole numbers, such as counts, has whole ticks.
 
     >>> len(scatter([Mark("a", 3.0, 1.0, "zero-shot")], "kurtosis", "robustness").axes)
     1
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, (axes,) = new_figure(width, height)
     axes.grid(True, axis="x", color=axes.yaxis.get_gridlines()[0].get_color(), linewidth=0.6)
     placed = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     for pair in dict.fromkeys(mark.pair for mark in placed if mark.pair):
         joined = [mark for mark in placed if mark.pair == pair]
         axes.plot([mark.x for mark in joined], [mark.y for mark in joined], color=BAND, linewidth=1, alpha=0.7, zorder=1)
-    draw_marks(axes, placed, log_x, log_y)
+    draw_marks(axes, placed)
     if log_x:
         set_log_scale(axes, "x", [end for mark in placed for end in (mark.x_low, mark.x, mark.x_high)])
     else:
         axes.margins(x=0.12)
+        if _all_whole([mark.x for mark in placed]):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log_y:
         set_log_scale(axes, "y", [end for mark in placed for end in (mark.y_low, mark.y, mark.y_high)])
     else:
         axes.margins(y=0.12)
+        if _all_whole([mark.y for mark in placed]):
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(safe_text(x_label))
     axes.set_ylabel(safe_text(y_label))
     if any(mark.group for mark in placed):
         draw_legend(axes, width)
+    name_marks(axes, placed)
     return figure
 
 
-def draw_marks(axes: Axes, marks: Sequence[Mark], log_x: bool = False, log_y: bool = False, left_from: float = math.inf) -> None:
-    """Draws finite ``marks`` with their names and intervals. The groups get entries in the legend.
-
-    Names are to the right of their points, and from ``left_from`` on along the horizontal axis to the left.
+def draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:
+    """Draws finite ``marks`` with their intervals, without their names. The groups get entries in the legend.
 
     >>> _, (axes,) = new_figure(4, 3)
     >>> draw_marks(axes, [Mark("a", 1.0, 2.0, x_low=0.5, x_high=1.5)])
@@ -181,29 +187,29 @@ def draw_marks(axes: Axes, marks: Sequence[Mark], log_x: bool = False, log_y: bo
         color, _, marker = _LOOKS[index % len(_LOOKS)]
         mine = [mark for mark in marks if mark.group == group]
         hollow = "none" if index >= len(_LOOKS) else color
-        for mark in mine:
-            for x, y in (((mark.x_low, mark.x_high), (mark.y, mark.y)), ((mark.x, mark.x), (mark.y_low, mark.y_high))):
-                if all(map(math.isfinite, (*x, *y))):
-                    axes.plot(x, y, color=color, linewidth=1.1, alpha=0.8, solid_capstyle="butt")
+        for bar in (bar for mark in mine for bar in _bars(mark)):
+            axes.plot(*zip(*bar, strict=True), color=color, linewidth=1.1, alpha=0.8, solid_capstyle="butt")
         axes.plot([mark.x for mark in mine], [mark.y for mark in mine], linestyle="none", marker=marker, markersize=6,
                   color=color, markerfacecolor=hollow, label=safe_text(group or "models"))  # fmt: skip
-    for mark, (right, up) in zip(marks, _offsets(marks, log_x, log_y), strict=True):
-        side, place = ("right", (-right, up)) if mark.x >= left_from else ("left", (right, up))
-        axes.annotate(safe_text(mark.label), (mark.x, mark.y), xytext=place, textcoords="offset points", ha=side, color=MUTED, fontsize=7.5)
 
 
-def _offsets(marks: Sequence[Mark], log_x: bool, log_y: bool) -> list[tuple[float, float]]:
-    """The place of each name: to the right of its point, and at different heights where points are close together."""
-    if not marks:
-        return []
-    x = np.array([math.log(max(m.x, 1e-300)) if log_x else m.x for m in marks])
-    y = np.array([math.log(max(m.y, 1e-300)) if log_y else m.y for m in marks])
-    x, y = ((v - v.min()) / (np.ptp(v) or 1.0) for v in (x, y))
-    offsets: list[tuple[float, float]] = []
-    for i in range(len(marks)):
-        near = sum(abs(x[i] - x[j]) < 0.12 and abs(y[i] - y[j]) < 0.05 for j in range(i))
-        offsets.append((6.0, (3.0, -9.0, 13.0, -19.0)[near % 4]))
-    return offsets
+def name_marks(axes: Axes, marks: Sequence[Mark], others: ArrayLike = ()) -> None:
+    """Writes the names of finite ``marks`` where they hide no other mark, name or interval; ``others`` are points to spare if possible.
+
+    The limits and scales of ``axes`` must be final.
+    """
+    bars = [bar for mark in marks for bar in _bars(mark)]
+    place_names(axes, [Name(mark.label, mark.x, mark.y) for mark in marks], bars, others)
+
+
+def _bars(mark: Mark) -> list[list[tuple[float, float]]]:
+    """The intervals of a mark as lines."""
+    both = [[(mark.x_low, mark.y), (mark.x_high, mark.y)], [(mark.x, mark.y_low), (mark.x, mark.y_high)]]
+    return [bar for bar in both if all(math.isfinite(value) for point in bar for value in point)]
+
+
+def _all_whole(values: Sequence[float]) -> bool:
+    return bool(values) and all(float(value).is_integer() for value in values)
 
 
 def _numbers(values: ArrayLike) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:

@@ -40,8 +40,12 @@ LEVELS = 64
 MOST = 300
 """The largest number of rows or columns to draw; if there are more, neighbors are averaged."""
 
-_TURN = 0.65
-"""Below this share of the scale, a shade is the accent color at that opacity. Above it, ink is added on top."""
+_TURN, _DARKEST = 0.7, 0.5
+"""Up to this share of the scale, a shade is the accent color at that opacity. Above it, ink is added on top, up to this opacity: more would
+make the upper third of a scale look black."""
+
+_CELL = 0.42, 0.17
+"""Inches that a number in a cell needs; the numbers are written if all cells have that."""
 
 FAINTEST = 1e-4
 """The share of the vectors that gets the lightest shade of a distribution. Rarer bins get the same shade."""
@@ -62,7 +66,7 @@ def heat_map(
     """A matrix in shades of one color, the first row on top, with a color bar.
 
     Missing values are hatched: nan, infinities, and on a logarithmic scale values that are not positive. If there are more than
-    300 rows or columns, neighbors are averaged, and the axis says so.
+    300 rows or columns, neighbors are averaged, and the axis says so. In cells that are large enough, the number is written.
 
     Args:
         values: numbers, shape (rows, columns).
@@ -98,6 +102,9 @@ def heat_map(
     _name(axes, "x", column_names, column_label, width - 2)
     _name(axes, "y", row_names, row_label, height - 1)
     _color_bar(axes, label, low, high, scale)
+    room = (width - 2) / max(1, len(column_names)), (height - 1) / max(1, len(row_names))
+    if room[0] >= _CELL[0] and room[1] >= _CELL[1]:
+        _write_numbers(axes, matrix, _shades(matrix, low, high, scale))
     return figure
 
 
@@ -254,9 +261,17 @@ def _paint(axes: Axes, shades: NDArray[np.int64], x: NDArray[Any], y: NDArray[An
         share = (shade + 1) / LEVELS
         layers = [(ACCENT, min(1.0, share / _TURN))]
         if share > _TURN:
-            layers.append((INK, 0.8 * (share - _TURN) / (1 - _TURN)))
+            layers.append((INK, _DARKEST * (share - _TURN) / (1 - _TURN)))
         for color, alpha in layers:
             axes.add_artist(PathPatch(path, facecolor=color, alpha=alpha, linewidth=0, antialiased=False))
+
+
+def _write_numbers(axes: Axes, matrix: NDArray[np.float64], shades: NDArray[np.int64]) -> None:
+    """Each number in its cell, in the color of the page where the shade is dark."""
+    for (row, column), shade in np.ndenumerate(shades):
+        if shade >= 0:
+            color = SURFACE if shade >= LEVELS // 2 else INK
+            axes.text(column, row, number(float(matrix[row, column]), 2), ha="center", va="center", color=color, fontsize=7)
 
 
 def _rectangles(where: NDArray[np.bool_], x: NDArray[Any], y: NDArray[Any]) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchprobe.rendering.axes import BAND, DASHED, DOTTED, GRID, INK, MUTED, draw_legend, new_figure, safe_text
-from torchprobe.rendering.curves import Mark, draw_marks
+from torchprobe.rendering.curves import Mark, draw_marks, name_marks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,13 +76,14 @@ def logit_scatter(
     if len(known):
         label = f"{len(known)} standard models" if wide else f"{len(known)} models"
         axes.plot(*known.T, linestyle="none", marker="o", markersize=3.5, color=BAND, alpha=0.75, markeredgewidth=0, label=label)
-    middle = _accuracies(np.array([0.65, 0.35]) @ _logits(np.array(x_range))).item()
-    draw_marks(axes, placed, left_from=middle)  # the cloud is on the right, so names are not
+    draw_marks(axes, placed)
     if not placed:
         axes.text(0.5, 0.5, "an accuracy of 0 or 100 % has no logit", transform=axes.transAxes, ha="center", color=INK)
     axes.set_xlabel(safe_text(x_label))
     axes.set_ylabel(safe_text(y_label))
     draw_legend(axes, width)
+    along = np.stack([across, line(across)], 1)
+    name_marks(axes, placed, np.concatenate([known, along[(along[:, 1] > y_range[0]) & (along[:, 1] < y_range[1])]]))
     return figure
 
 

@@ -144,13 +144,16 @@ def kurtosis_histogram(kurtosis: ArrayLike, features: int, *, interval: tuple[fl
     return figure
 
 
-def feature_profile(mean_abs: ArrayLike, outlier_frequency: ArrayLike, *, named: Iterable[int] = (), width: float = 9.0) -> Figure:
+def feature_profile(
+    mean_abs: ArrayLike, outlier_frequency: ArrayLike, *, named: Iterable[int] = (), marked: Iterable[int] | None = None, width: float = 9.0
+) -> Figure:
     """The size of each feature compared with the others, and the share of the vectors in which it is an outlier.
 
     Args:
         mean_abs: mean absolute value per feature, shape (features,).
         outlier_frequency: share of the vectors in which the feature is an outlier, shape (features,); nan if undefined.
         named: features whose index is written. Of two that are too close together, only the first is named.
+        marked: features drawn in the other color, the outlier features; None: those with a share above 0.
         width: inches.
 
     >>> len(feature_profile([1.0, 9.0, 1.0], [0.0, 1.0, 0.0], named=[1]).axes)
@@ -160,7 +163,7 @@ def feature_profile(mean_abs: ArrayLike, outlier_frequency: ArrayLike, *, named:
     figure, (above, below) = new_figure(width, 3.8, panels=2)
     relative = size / np.nanmean(size) if np.isfinite(size).any() and np.nanmean(size) > 0 else np.full_like(size, math.nan)
     index = np.arange(size.size)
-    often = np.nan_to_num(share) > 0
+    often = np.nan_to_num(share) > 0 if marked is None else np.isin(index, list(marked))
     for axes, values in ((above, relative), (below, 100 * share)):
         for chosen, color, thickness in ((~often, ACCENT, 0.8), (often, WARM, 1.6)):
             axes.plot(*_stems(index[chosen], values[chosen]), color=color, linewidth=thickness)
@@ -174,9 +177,10 @@ def feature_profile(mean_abs: ArrayLike, outlier_frequency: ArrayLike, *, named:
         reason = "too few features: none can be an outlier"
         below.text(0.5, 0.5, reason, transform=below.transAxes, ha="center", va="center", color=MUTED)
     for i in _apart(named, size.size * 0.3 / width):
-        for axes, value in ((above, relative[i]), (below, 100 * share[i])):
-            if math.isfinite(value) and value > 0:
-                axes.annotate(str(i), (i, value), xytext=(0, 2), textcoords="offset points", ha="center", color=WARM, fontsize=8)
+        for axes, values in ((above, relative), (below, 100 * share)):
+            if math.isfinite(values[i]) and values[i] > 0:
+                side, offset = _side(values, i, max(1, int(size.size * 0.3 / width)))
+                axes.annotate(str(i), (i, values[i]), xytext=offset, textcoords="offset points", ha=side, color=WARM, fontsize=8)
     above.set_xlim(-0.01 * size.size - 0.5, 1.01 * size.size - 0.5)
     return figure
 
@@ -228,8 +232,11 @@ def write(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     suffix = path.suffix[1:].lower() or "png"
-    with styled(svg_hashsalt="torchprobe"), replacing(path) as temporary:
-        figure.savefig(temporary, format=suffix, metadata=_NO_DATE.get(suffix))
+    content = io.BytesIO()  # on a full disk, the writer of PDF would raise something else
+    with styled(svg_hashsalt="torchprobe"):
+        figure.savefig(content, format=suffix, metadata=_NO_DATE.get(suffix))
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getvalue())
     return path
 
 
@@ -242,6 +249,16 @@ def _stems(x: NDArray[Any], height: NDArray[np.float64]) -> tuple[NDArray[np.flo
 def _interleaved(*columns: NDArray[Any]) -> NDArray[np.float64]:
     points: NDArray[np.float64] = rearrange(np.stack(columns), "column line -> (line column)")
     return points
+
+
+def _side(values: NDArray[np.float64], index: int, near: int) -> tuple[str, tuple[float, float]]:
+    """Where the name of a stem goes: above it, or beside its end, away from a longer stem that the name would cross."""
+    left, right = (
+        bool((part > values[index]).any()) for part in (values[max(0, index - near) : index], values[index + 1 : index + near + 1])
+    )
+    if left == right:
+        return "center", (0, 2)
+    return ("left", (3, -4)) if left else ("right", (-3, -4))
 
 
 def _apart(indices: Iterable[int], distance: float) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torchprobe.common.files import replacing
+from torchprobe.common.csv_files import write_rows
 from torchprobe.statistics.moments import gaussian_kurtosis
 
 if TYPE_CHECKING:
@@ -47,33 +46,46 @@ class Column:
 
 LAYER_COLUMNS = (
     Column("layer", "layer", "name within the model; “(output)” is the output of the model itself", "text"),
-    Column("module", "module", "class of the layer", "text"),
-    Column("features", "d", "number of features: the length of one vector", "count"),
-    Column("feature_dim", "dim", "the dimension of the layer's output that holds the features; “unsure” where nothing decides", "count"),
-    Column("feature_dim_by", "dim by", "by what that dimension is known", "text", optional=True),
-    Column("vectors", "vectors", "number of activation vectors that were counted", "count"),
     Column("vector_kurtosis", "vector κ", "kurtosis across the features of one vector, mean over vectors"),
-    Column("vector_kurtosis_std", "± std", "its standard deviation over vectors"),
     Column("vector_kurtosis_median", "median", "its median over vectors"),
     Column("gaussian", "Gauss", "the value of independent Gaussian features of that width: 3(d − 1)/(d + 1)"),
     Column("outlier_features", "outliers", "features that are outliers in at least half of the vectors", "count"),
+    Column("vector_kurtosis_std", "± std", "standard deviation of vector κ over vectors"),
     Column("kurtosis_median", "feature κ", "kurtosis of one feature over all its values, median over features"),
     Column("kurtosis_max", "max", "the largest kurtosis of a feature over all its values"),
     Column("std", "std", "square root of the mean variance of the features"),
     Column("mean_abs_max", "max mean|x|", "the largest mean |x| of a feature"),
+    Column("features", "d", "number of features: the length of one vector", "count"),
+    Column("vectors", "vectors", "number of activation vectors that were counted", "count"),
+    Column("module", "module", "class of the layer", "text"),
+    Column("feature_dim", "dim", "the dimension of the layer's output that holds the features; “unsure” where nothing decides", "count"),
+    Column("feature_dim_by", "dim by", "by what that dimension is known", "text", optional=True),
     Column("nonfinite", "nonfinite", "number of nan and inf values; excluded from all other columns", "count", optional=True),
     Column("constant_vectors", "constant", "vectors excluded because their variance is 0", "count", optional=True),
     Column("invalid_vectors", "invalid", "vectors excluded because an element is nonfinite", "count", optional=True),
 )
+"""The columns of a table of layers, the most important first, because a phone shows only these."""
 
 UNSURE = "unsure"
 """What ``feature_dim_by`` says of a layer where nothing decides; it has no numbers."""
 
 _DISPENSABLE = (
-    *("feature_dim_by", "mean_abs_max", "module", "std", "kurtosis_max", "kurtosis_median", "massive", "vector_kurtosis_std"),
-    *("outlier_indices", "outlier_features", "feature_dim", "vectors", "vectors_per_image", "features", "vector_kurtosis_median"),
+    *("feature_dim_by", "mean_abs_max", "module", "std", "kurtosis_max", "kurtosis_median", "long_tokens", "massive"),
+    *(
+        "vector_kurtosis_std",
+        "outlier_indices",
+        "outlier_features",
+        "feature_dim",
+        "vectors",
+        "vectors_per_image",
+        "features",
+        "vector_kurtosis_median",
+    ),
 )
 """The columns that a narrow terminal leaves out, the first one first."""
+
+WIDER = "A wider terminal shows all (in a pipe: COLUMNS=200)."
+"""Where the columns are that a narrow terminal leaves out."""
 
 
 def printable(text: object) -> str:
@@ -145,14 +157,14 @@ def shown(row: Row, column: Column) -> str:
 
 def shown_columns(rows: Sequence[Row], columns: Iterable[Column] = LAYER_COLUMNS) -> list[Column]:
     """``columns`` without the optional ones that are empty in all rows."""
-    return [c for c in columns if not c.optional or any(shown(row, c) not in ("–", "0", "") for row in rows)]
+    return [c for c in columns if not c.optional or any(shown(row, c) not in ("–", "0", "0 %", "") for row in rows)]
 
 
 def statistic_columns(fields: Mapping[str, str]) -> tuple[Column, ...]:
     """The columns of a table of layers whose rows hold these fields (name → help).
 
     >>> [column.key for column in statistic_columns({"zero_share": "share of values that are exactly 0"})]
-    ['layer', 'module', 'features', 'feature_dim', 'feature_dim_by', 'zero_share']
+    ['layer', 'features', 'module', 'feature_dim', 'feature_dim_by', 'zero_share']
     """
     given = {
         "layer",
@@ -175,6 +187,7 @@ def layer_table(
     title: str | None = None,
     width: int | None = None,
     note: str = "",
+    more: str = WIDER,
 ) -> Table:
     """The table of layers for a terminal or a notebook.
 
@@ -182,39 +195,34 @@ def layer_table(
         rows: one mapping per layer, as ``Recording.rows()`` returns them.
         columns: the columns to show.
         title: printed above the table.
-        width: of the terminal, in characters; None: the width that rich detects. If the table is wider, less important columns are
-            left out, but never the vector kurtosis and its Gaussian value.
+        width: the widest that it may be, in characters; None: the width of the terminal where it is printed. If the table is wider,
+            less important columns are left out, but never the vector kurtosis and its Gaussian value. A line below says how many.
         note: one more sentence below the table.
+        more: where the columns are that are left out.
 
     >>> rows = [{"layer": "blocks.0", "features": 768, "feature_dim": -1, "vectors": 64, "vector_kurtosis": 3.02}]
     >>> layer_table(rows).row_count
     1
     """
-    import rich
-    from rich import box
-    from rich.table import Table
+    from torchprobe.rendering.fitting import FittingTable
 
-    columns = _fitting(shown_columns(rows, columns), rows, width or rich.get_console().width)
+    columns = shown_columns(rows, columns)
     positions = sorted({str(row["positions"]) for row in rows if row.get("positions")})
     caption = f"One vector = the features (along dim) of one position; positions: {', '.join(positions) or 'all'}."
     if any(row.get("feature_dim_by") == UNSURE for row in rows):
         note = f"Unsure: nothing says which dimension holds the features; feature_dim= does. {note}"
-    caption = f"{caption} {note}".rstrip()
-    table = Table(
+    at = {column.key: index for index, column in enumerate(columns)}
+    table = FittingTable(
+        [text(column.title) for column in columns],
+        [column.numeric for column in columns],
+        styles=["bold" if column.key == "vector_kurtosis" else "" for column in columns],
+        dispensable=[at[key] for key in _DISPENSABLE if key in at],
+        needed=[at[key] for key in ("vector_kurtosis", "gaussian") if key in at],
+        more=more,
+        limit=width,
         title=text(title) if title else None,
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
+        caption=f"{caption} {note}".rstrip(),
     )
-    for column in columns:
-        table.add_column(
-            text(column.title),
-            justify="right" if column.numeric else "left",
-            no_wrap=column.numeric,
-            overflow="fold",
-            style="bold" if column.key == "vector_kurtosis" else "",
-        )
     for row in rows:
         table.add_row(*(text(shown(row, column)) for column in columns))
     return table
@@ -231,41 +239,32 @@ def text(value: object, style: str = "") -> Text:
     return Text(printable(value), style=style)
 
 
-def plain_table(*heads: str, right: Container[str] = ()) -> Table:
-    """An empty rich table with these heads; the columns in ``right`` are right-aligned."""
-    from rich import box
-    from rich.table import Table
+def plain_table(*heads: str, right: Container[str] = (), dispensable: Sequence[str] = (), more: str = WIDER) -> Table:
+    """An empty rich table with these heads.
 
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
-    for head in heads:
-        table.add_column(text(head), justify="right" if head in right else "left", overflow="fold")
-    return table
+    Args:
+        heads: of the columns.
+        right: heads of the columns of numbers. They are right-aligned and never folded.
+        dispensable: heads of the columns that a narrow terminal leaves out first, the first one first; then the last ones follow.
+        more: where the columns are that are left out.
+    """
+    from torchprobe.rendering.fitting import FittingTable
 
-
-def _fitting(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list[Column]:
-    needed = {c.key: 3 + max(len(text) for text in [c.title, *(shown(row, c) for row in rows)]) for c in columns}
-    for key in _DISPENSABLE:
-        if sum(needed.values()) >= width:
-            needed.pop(key, None)
-    return [c for c in columns if c.key in needed]
+    first = [heads.index(head) for head in dispensable if head in heads]
+    numeric = [head in right for head in heads]
+    return FittingTable([text(head) for head in heads], numeric, dispensable=first, more=more, head_style="bold")
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> Path:
     """Writes ``rows`` as CSV, with a column for every key in any row, in order of appearance. Returns the path.
 
-    Numbers are written in full precision, nan as ``nan``, a missing value as an empty cell. The encoding is UTF-8. An existing file is
-    replaced as a whole: after an interruption, either the old file or the new file is there.
+    Numbers are written in full precision, nan as ``nan``, a missing value as an empty cell. The encoding is UTF-8. A text that a
+    spreadsheet would take for a formula gets an apostrophe in front; see :mod:`torchprobe.common.csv_files`. An existing file is replaced
+    as a whole: after an interruption, either the old file or the new file is there.
 
     >>> import tempfile
     >>> write_csv([{"layer": "fc", "std": 1.0}, {"layer": ""}], Path(tempfile.mkdtemp(), "layers.csv")).read_text()
     'layer,std\\nfc,1.0\\n,\\n'
     """
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    with (
-        replacing(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        writer = csv.DictWriter(file, fieldnames=keys, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return Path(path)
+    return write_rows(path, [keys, *([row.get(key, "") for key in keys] for row in rows)])

@@ -5,7 +5,7 @@
 :mod:`torchprobe.studies.dissect`     what do its units detect? From a folder in the format of Broden to tables and pages
 :mod:`torchprobe.studies.segment`     the units of a dissection on new pictures
 :mod:`torchprobe.studies.words`       which words do its units agree with? From images without labels to tables and pages
-:mod:`torchprobe.studies.diff`        two dissections, compared unit by unit and concept by concept
+:mod:`torchprobe.studies.diff`        two dissections, compared unit by unit and concept by concept; ``diff_recordings``: two recordings
 :mod:`torchprobe.studies.interpret`   the measures of the paper for one encoder
 :mod:`torchprobe.studies.suite`       the same for many encoders
 :mod:`torchprobe.studies.compare`     the comparison of encoders that were interpreted

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from torchprobe.analysis.interpolation import recalibrate_batch_norms
+from torchprobe.common.folders import output_folder
 from torchprobe.common.messages import install_hint
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Images
@@ -118,11 +119,12 @@ class Demo:
             "labelled": self.labeled,  # the spelling of the JSON key stays
         }
 
-    def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
+    def write(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Path]:
         """As :func:`torchprobe.studies.scan_report.write_scan`, with the random networks in the plot, the tables and the page."""
         band = self.random_rows()
         plot = depth_profile(self.rows(), band=band, label=TRAINED, band_label=f"random, {len(band)} seeds")
-        return write_files(folder, self.trained, self.summary(), plot, demo_page(self))
+        with output_folder(folder, "demo", overwrite=overwrite):
+            return write_files(folder, self.trained, self.summary(), plot, demo_page(self))
 
 
 def layer_table_columns(extra: Column = PER_IMAGE) -> list[Column]:

@@ -20,12 +20,15 @@ import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 
+from torchprobe.common.files import remove_leftovers, unfinished
+from torchprobe.common.folders import output_folder
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Broden, BrodenWriter, Images
+from torchprobe.datasets.pictures import opened
 from torchprobe.dissection import Dissection, dissect
 from torchprobe.encoders import Encoder
 from torchprobe.studies.demo import SEEDS, photos, trained, untrained
-from torchprobe.studies.dissect import write, write_pages
+from torchprobe.studies.dissect import DISSECT, write, write_pages
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,11 +54,11 @@ class DemoDissection:
         nulls = {name: [layer.summary() for layer in layers.values()] for name, layers in self.nulls.items()}
         return {"layers": [layer.summary() for layer in self.results.values()], "nulls": nulls}
 
-    def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
-        """Tables, results and a page for each layer; returns {layer: page}."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write(Path(folder), self.results)
-        return write_pages(folder, self.results, self.broden, self.encoder, self.nulls)
+    def write(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Path]:
+        """Tables, results and a page for each layer; returns {layer: page}. ``overwrite``: replace an earlier run in the folder."""
+        with output_folder(folder, DISSECT, of=self.encoder.name, resume=False, overwrite=overwrite):
+            write(Path(folder), self.results)
+            return write_pages(folder, self.results, self.broden, self.encoder, self.nulls)
 
 
 def demo_dissection(folder: str | os.PathLike[str], progress: CountCallback | None = None) -> DemoDissection:
@@ -131,12 +134,13 @@ def demo_broden(folder: str | os.PathLike[str], photos: Images) -> Broden:
     folder = Path(folder)
     if not (folder / "index.csv").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        remove_leftovers(folder.parent)
+        half = unfinished(folder)
         try:
-            _write(unfinished, photos)
-            os.replace(unfinished, folder)
+            _write(half, photos)
+            os.replace(half, folder)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(half, ignore_errors=True)
     return Broden(folder)
 
 
@@ -219,9 +223,7 @@ def _tiles(array: NDArray[Any], n: int) -> list[NDArray[Any]]:
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:
-    from PIL import Image as pil
-
-    with pil.open(path) as file:
+    with opened(path) as file:
         image: Image = file.convert("RGB")
     image.thumbnail((512, 512))  # the writer resizes tiles to 224
     return np.asarray(image)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchprobe.analysis import outlier_features, vector_kurtosis
 from torchprobe.analysis.provenance import Provenance, provenance
+from torchprobe.common.folders import output_folder
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Images
 from torchprobe.encoders import Encoder
@@ -110,10 +111,11 @@ class OutlierDemo:
             "provenance": self.provenance.summary(),
         }
 
-    def write(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
+    def write(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Path]:
         """As :func:`torchprobe.studies.scan_report.write_scan`, with the random networks, and with ``provenance.json``."""
-        files = scan_report.write_files(folder, self.trained, self.summary(), profile(self, "class"), demo_page(self))
-        self.provenance.save(found := Path(folder) / "provenance.json")
+        with output_folder(folder, "demo", of=self.trained.model, overwrite=overwrite):
+            files = scan_report.write_files(folder, self.trained, self.summary(), profile(self, "class"), demo_page(self))
+            self.provenance.save(found := Path(folder) / "provenance.json")
         return files | {"provenance": found}
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torchprobe
 from torchprobe.common.files import replacing, to_json
+from torchprobe.common.folders import output_folder
 from torchprobe.common.messages import listing
 from torchprobe.dissection import Dissection, DissectionComparison, compare_dissections
 from torchprobe.dissection.comparing import CHANGES
@@ -71,7 +72,7 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str], **rule: 
 
     Raises:
         ValueError: a folder holds no finished dissection, a file is damaged, or the folders have no layer in common.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     a, b = _read(first), _read(second)
     pairs = {layer: (one, b[layer]) for layer, one in a.items() if layer in b}
@@ -89,16 +90,25 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, LayerScores]:
     return {found.layer: found}
 
 
-def write_diff(found: dict[str, DissectionComparison], folder: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Path]:
+def write_diff(
+    found: dict[str, DissectionComparison], folder: str | os.PathLike[str], names: Sequence[str], *, overwrite: bool = False
+) -> dict[str, Path]:
     """Writes ``comparison.json``, and for each layer a page and tables of units and concepts; returns the paths by kind.
 
     Args:
         found: see :func:`diff`.
         folder: created if missing.
         names: what the two are called.
+        overwrite: replace the results of another run in the folder; its files are removed, and no others.
+
+    Raises:
+        OtherRunError: the folder holds another run.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with output_folder(folder, "diff", of=" and ".join(names), overwrite=overwrite):
+        return _write(found, Path(folder), names)
+
+
+def _write(found: dict[str, DissectionComparison], folder: Path, names: Sequence[str]) -> dict[str, Path]:
     with replacing(folder / "comparison.json") as temporary:
         temporary.write_text(to_json({"layers": [one.summary() for one in found.values()]}), encoding="utf-8")
     files = {"comparison": folder / "comparison.json"}

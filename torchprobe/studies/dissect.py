@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -16,8 +15,10 @@ from torch import Tensor, nn
 from torchprobe.analysis.interpolation import recalibrate_batch_norms
 from torchprobe.common.deprecation import renamed
 from torchprobe.common.files import replacing, to_json
+from torchprobe.common.folders import output_folder, record
 from torchprobe.common.messages import listing
 from torchprobe.common.ranks import Ranks
+from torchprobe.common.reading import read_json
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, WordDissection, dissect, random_rotation
@@ -29,11 +30,15 @@ from torchprobe.dissection.report_text import COMPARISON, OWN
 from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.walk import clear_checkpoint
 from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, shown_columns, text, write_csv
+from torchprobe.studies.calibration import CALIBRATION
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["dissect_folder", "earlier", "file_names", "print_dissections", "recalibrate", "write", "write_pages"]
+
+DISSECT = "dissect"
+"""The command whose output folder holds dissections."""
 
 _CHECKPOINT = "checkpoint"
 _UNITS = ("encoded_by", "detected_by")
@@ -42,9 +47,6 @@ Result = TypeVar("Result", Dissection, WordDissection)
 
 Nulls = Mapping[str, Mapping[str, Dissection]]
 """Name → layer → dissection."""
-
-CALIBRATION = 512
-"""Images from which the batch norm statistics of a network with random weights are measured."""
 
 SHOWN_UNITS = 8
 """Units in a table for the terminal."""
@@ -57,6 +59,8 @@ def dissect_folder(
     out: str | os.PathLike[str],
     *,
     resume: bool = False,
+    overwrite: bool = False,
+    pages: Callable[[dict[str, Dissection]], object] | None = None,
     **options: Any,
 ) -> dict[str, Dissection]:
     """Dissects layers of an encoder and writes its files: for each layer ``<layer>.safetensors`` (see :meth:`Dissection.load`),
@@ -72,11 +76,14 @@ def dissect_folder(
         layers: names or globs.
         out: a folder; created if missing.
         resume: resume an interrupted run in ``out``; without one, a new run starts.
+        overwrite: replace the results of another run in ``out``; its files are removed, and no others.
+        pages: called on the first rank with the results, to write what belongs to them, as :func:`write_pages` does. The run ends with it:
+            one that is interrupted here is resumed here.
         options: for :func:`torchprobe.dissection.dissect`, such as ``batch_size``, ``progress`` and ``stop``.
 
     Raises:
-        ValueError: ``out`` holds an unfinished run and ``resume`` is False, or a finished run and ``resume`` is True; and the errors of
-            :func:`torchprobe.dissection.dissect`.
+        OtherRunError: ``out`` holds a run, and neither ``resume`` nor ``overwrite`` is given.
+        ValueError: ``out`` holds a finished run and ``resume`` is True; and the errors of :func:`torchprobe.dissection.dissect`.
 
     >>> import tempfile, numpy as np, torch
     >>> from torchprobe.datasets import BrodenWriter
@@ -87,21 +94,34 @@ def dissect_folder(
     >>> def to_tensor(image):
     ...     return torch.from_numpy(np.array(image)).movedim(2, 0) / 255
     >>> _ = dissect_folder(nn.Sequential(nn.Conv2d(3, 8, 5, stride=4)), folder, "0", out, preprocess=to_tensor, quantile=0.05)
-    >>> sorted(path.name for path in out.iterdir())
+    >>> sorted(path.name for path in out.iterdir() if path.is_file())
     ['0-ap.csv', '0-concepts.csv', '0.csv', '0.safetensors', 'summary.json']
     """
     broden = broden if isinstance(broden, Broden) else Broden(broden)
     selected = layers if isinstance(layers, str) else list(layers)
-    folder = Path(out)
-    if resume and (folder / "summary.json").exists() and not (folder / _CHECKPOINT).exists():
-        raise ValueError(f"the dissection in {folder} is finished: there is nothing to resume")
-    results = dissect(encoder, selected, broden, checkpoint=folder / _CHECKPOINT, resume=resume, **options)
-    with Ranks() as ranks:
+    folder, of = Path(out), str(getattr(encoder, "name", type(encoder).__name__))
+    if resume:
+        require_unfinished(folder, folder / _CHECKPOINT)
+    with Ranks() as ranks, output_folder(folder, DISSECT, of=of, resume=resume, overwrite=overwrite, inputs=[broden.root], ranks=ranks):
+        results = dissect(encoder, selected, broden, checkpoint=folder / _CHECKPOINT, resume=resume, **options)
         if ranks.first:
             write(folder, results)
+            if pages is not None:
+                pages(results)
             clear_checkpoint(folder / _CHECKPOINT)
         ranks.barrier()
     return results
+
+
+def require_unfinished(folder: Path, checkpoint: Path) -> None:
+    """Raises:
+    ValueError: the run in a folder has ended, pages included, so that there is nothing to resume.
+    """
+    known = record(folder)
+    # Earlier versions kept no record, and removed the checkpoint before the pages.
+    finished = (folder / "summary.json").exists() and not checkpoint.exists() if known is None else known["finished"]
+    if finished:
+        raise ValueError(f"the dissection in {folder} is finished: there is nothing to resume")
 
 
 def write(folder: Path, results: Mapping[str, Dissection]) -> dict[str, Path]:
@@ -169,11 +189,30 @@ def write_pages(
         gain_threshold: the smallest gain over prevalence with which a unit encodes a concept; default: 0.8.
         basis: the directions or the encoder, if the units are directions or latents.
     """
+    with output_folder(folder, DISSECT, resume=True):
+        return _write_pages(
+            Path(folder), results, broden, encoder, nulls or {}, top_images, evidence, rotated, progress, gain_threshold, basis
+        )
+
+
+def _write_pages(
+    folder: Path,
+    results: Mapping[str, Dissection],
+    broden: Broden,
+    encoder: nn.Module,
+    nulls: Nulls,
+    top_images: int,
+    evidence: int,
+    rotated: bool,
+    progress: CountCallback | None,
+    gain_threshold: float | None,
+    basis: Tensor | SparseBasis | None,
+) -> dict[str, Path]:
     names = file_names(results)
     files = {}
     for before, (layer, dissection) in enumerate(results.items()):
         own = random_rotation(dissection.units, int(dissection.metadata.get("seed", 0))) if rotated else basis
-        path = Path(folder) / f"{names[layer]}.html"
+        path = folder / f"{names[layer]}.html"
 
         def tell(done: int, steps: int, before: int = before) -> None:
             if progress is not None:
@@ -181,7 +220,7 @@ def write_pages(
 
         files[layer or "(output)"] = write_report(
             dissection, path, broden, encoder,
-            nulls=_of_layer(nulls or {}, layer), top_images=top_images, evidence=evidence, basis=own, progress=tell,
+            nulls=_of_layer(nulls, layer), top_images=top_images, evidence=evidence, basis=own, progress=tell,
             gain_threshold=gain_threshold,
         )  # fmt: skip
     return files
@@ -249,13 +288,16 @@ def earlier_results(folders: Iterable[str | os.PathLike[str]], load: Callable[[P
     found: dict[str, dict[str, Result]] = {}
     for folder in map(Path, folders):
         try:
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            summary = read_json(folder / "summary.json")
             names = [str(layer["file"]) for layer in summary["layers"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} does not hold a finished dissection: summary.json is missing or damaged ({error})") from error
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{folder}: summary.json names {outside[0]!r}, which is not a file of the folder")
-        results = [load(folder / f"{name}.safetensors") for name in names]
+        try:
+            results = [load(folder / f"{name}.safetensors") for name in names]
+        except OSError as error:
+            raise ValueError(f"{folder} does not hold a finished dissection: {error}, which summary.json names") from error
         found[_free(folder.resolve().name, found)] = {result.layer: result for result in results}
     return found
 

@@ -14,24 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchprobe.analysis.hidden_states import HiddenOutliers, LayerOutliers, hidden_outliers
+from torchprobe.analysis.hidden_states import HiddenOutliers
 from torchprobe.analysis.kurtosis import peaks, vector_kurtosis
 from torchprobe.analysis.outliers import feature_rows
-from torchprobe.analysis.positions import LayerEncoder, Position, at_layer
+from torchprobe.analysis.positions import FeatureDim, LayerEncoder, Position, at_layer
 from torchprobe.analysis.resampling import FEWEST, LEVEL, RESAMPLES, bootstrap_interval
 from torchprobe.common.runs import Clock, CountCallback, RunOptions, counting
-from torchprobe.datasets import DatasetError, Images
+from torchprobe.datasets import DatasetError, ImageSet, open_images
 from torchprobe.encoders import Encoder
-from torchprobe.recording import Recorder, Recording, record, select_layers
-from torchprobe.rendering.tables import LAYER_COLUMNS, cell
+from torchprobe.recording import Recording
+from torchprobe.rendering.wording import worded
 from torchprobe.statistics import Moments
 from torchprobe.statistics.moments import gaussian_kurtosis, gaussian_kurtosis_std, kurtosis_ceiling
-
-NAMED = 6
-"""Outlier features that a row of the layer table names."""
-
-HIDDEN_IMAGES = 32
-"""The images on which the outlier features of the layers are told apart by position. More would cost time (we chose the number)."""
+from torchprobe.studies.layer_pass import LayerPass, layer_rows
 
 DEFINITIONS = {
     "vector kurtosis": "κ(h) = mean((h − mean h)⁴) / mean((h − mean h)²)² over the features of one vector h (Pearson's definition, "
@@ -98,6 +93,7 @@ class Scan:
         settings: the settings of the run.
         vectors: the number of vectors of the representation, if an image has several.
         hidden: the outlier features of the layers and their positions, on the first inputs; or why they could not be read.
+        inputs: what one input is, "image" or "text".
     """
 
     model: str
@@ -111,6 +107,7 @@ class Scan:
     settings: dict[str, Any] = field(default_factory=dict)
     vectors: int | None = None
     hidden: HiddenOutliers | str | None = None
+    inputs: str = "image"
 
     @property
     def images(self) -> int:
@@ -159,15 +156,7 @@ class Scan:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per layer: the rows of the recording, with ``vectors_per_image``."""
-        counts = [column for column in LAYER_COLUMNS if column.kind == "count" and column.key != "feature_dim"]
-        rows = []
-        hidden = {one.layer: one for one in self.hidden.layers} if isinstance(self.hidden, HiddenOutliers) else {}
-        for row in self.recording.rows():
-            whole = {column.key: cell(row, column) for column in counts}
-            per_image = (whole["vectors"] + whole["constant_vectors"] + whole["invalid_vectors"]) / self.images
-            per_image = int(per_image) if per_image.is_integer() else per_image
-            rows.append({**row, **whole, "vectors_per_image": per_image, **_named(hidden.get(row["layer"]))})
-        return rows
+        return layer_rows(self.recording, self.hidden, self.images)
 
     def summary(self) -> dict[str, Any]:
         """All printed numbers as plain values: the content of ``summary.json`` and of ``--json``."""
@@ -183,35 +172,19 @@ class Scan:
             "outlier_features": self.outliers(),
             "layers": self.rows(),
             "hidden_states": asdict(self.hidden) if isinstance(self.hidden, HiddenOutliers) else {"left_out": self.hidden},
-            "definitions": DEFINITIONS,
+            "definitions": {term: worded(meaning, self.inputs) for term, meaning in DEFINITIONS.items()},
             "settings": self.settings,
         }
 
 
-def _named(found: LayerOutliers | None) -> dict[str, str]:
-    """The outlier features of a layer in words: which, where they live, and the massive activations."""
-    if found is None:
-        return {"outlier_indices": "", "massive": ""}
-    kinds: dict[str, list[str]] = {}  # kinds of positions with the same features share an entry
-    for kind, indices in found.where.items():
-        if indices:
-            kinds.setdefault(_some(sorted(indices) if len(indices) <= NAMED else indices), []).append(kind)
-    where = [f"{indices} ({', '.join(names)})" for indices, names in kinds.items()]
-    massive = f"{_some(list(found.massive))} ({', '.join(found.massive_where)})" if found.massive else ""
-    return {"outlier_indices": "; ".join(where), "massive": massive}
-
-
-def _some(indices: list[int]) -> str:
-    return ", ".join(map(str, indices[:NAMED])) + (f" and {len(indices) - NAMED} more" if len(indices) > NAMED else "")
-
-
 def scan(
     encoder: Encoder,
-    images: Images,
+    images: ImageSet | Any,
     layers: str | Iterable[str] | None = None,
     *,
     layer: str | None = None,
     position: Position | None = None,
+    feature_dim: FeatureDim = None,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     workers: int = 2,
@@ -223,12 +196,14 @@ def scan(
 
     Args:
         encoder: from :func:`torchprobe.encoders.load_encoder`; moved to ``device`` and put in eval mode.
-        images: from :func:`torchprobe.datasets.image_folder`; or for an encoder of texts from :func:`torchprobe.datasets.text_file`: then
-            a text takes the place of an image, and padding is masked in every layer.
+        images: what :func:`torchprobe.datasets.open_images` takes: images, a folder, shards, a data set …; or for an encoder of texts what
+            :func:`torchprobe.datasets.text_file` gives: then a text takes the place of an image, and padding is masked in every layer.
         layers: names or globs as for :func:`torchprobe.record`; None: its default. The representation is always recorded.
         layer, position: a layer, and which of its positions, as the representation instead of the output of the encoder; see
             :class:`torchprobe.analysis.positions.LayerEncoder`. With "patch" and "all" an image gives several vectors; its kurtosis is then
             their mean, so the interval is over images.
+        feature_dim: the dimension of the features of layers for which it is unsure, as for :func:`torchprobe.record`: of all layers, or
+            ``{name or glob: dim}``; also of ``layer``.
         batch_size: files in a batch.
         device: where the encoder runs.
         workers: threads that decode images.
@@ -242,6 +217,7 @@ def scan(
         ValueError: a layer that the encoder does not have, or a position that the layer does not have.
 
     >>> import tempfile, pathlib, PIL.Image
+    >>> from torchprobe.datasets import Images
     >>> from torch import nn
     >>> from torchvision.transforms.functional import to_tensor
     >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -251,30 +227,26 @@ def scan(
     1
     """
     options = RunOptions(batch_size, device, workers, seed, progress=counting(progress), stop=stop)
-    selected = None if layers is None else ["", *([layers] if isinstance(layers, str) else layers)]
+    images = open_images(images)
     encoder = encoder.to(device).eval()
     if layer is not None or position is not None:
-        encoder = at_layer(encoder, layer, position)
+        encoder = at_layer(encoder, layer, position, feature_dim=feature_dim)
     read = encoder if isinstance(encoder, LayerEncoder) else None
     seen = _Seen(torch.zeros(encoder.features, dtype=torch.int64))
-    with (
-        record(encoder, selected, feature_dim=None if read is None else {"": -1}) as rec,
-        torch.inference_mode(),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata
+    with LayerPass(encoder, layers, feature_dim) as watched, torch.inference_mode(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # remarks on metadata
         try:
-            _look(encoder, rec, images, options, seen)
+            _look(encoder, watched, images, options, seen)
         except KeyboardInterrupt:
             seen.partial = True
         if not seen.kurtosis:
             if seen.partial:
                 raise KeyboardInterrupt
             file, reason = seen.unreadable[0]
-            raise DatasetError(f"none of the {len(seen.unreadable)} files could be read as an image; the first, {file}: {reason}")
+            raise DatasetError(f"none of the {len(seen.unreadable)} files could be read; the first, {file}: {reason}")
     return Scan(
         model=encoder.name,
-        recording=rec.total,
+        recording=watched.recording,
         kurtosis=torch.cat(seen.kurtosis).numpy(),
         peak=torch.cat(seen.peak).numpy(),
         extreme=seen.extreme.numpy(),
@@ -285,28 +257,15 @@ def scan(
             "batch_size": batch_size,
             "device": str(device),
             "seed": seed,
-            "layers": selected,
+            "layers": watched.selected,
             "representation": encoder.representation,
+            **({} if feature_dim is None else {"feature_dim": feature_dim}),
             **({} if read is None else read.facts),
         },
         vectors=None if read is None or not read.several else seen.vectors,
-        hidden=_hidden(encoder, rec, seen.first),
+        hidden=watched.hidden,
+        inputs=encoder.inputs,
     )
-
-
-def _hidden(encoder: Encoder, rec: Recorder, batches: list[Tensor]) -> HiddenOutliers | str:
-    """The outlier features of the recorded layers on the first inputs, or why there are none."""
-    if isinstance(encoder, LayerEncoder):
-        encoder = encoder.source
-    names = {name for name in rec.total if name}
-    layers = [layer for layer in select_layers(encoder, sorted(names)) if layer.name in names] if names else []
-    if not layers or not batches:
-        return "no layer was recorded"
-    try:
-        with torch.no_grad():
-            return hidden_outliers(encoder, batches, layers)
-    except ValueError as error:
-        return str(error)
 
 
 @dataclass
@@ -319,7 +278,6 @@ class _Seen:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     partial: bool = False
     vectors: int = 0
-    first: list[Tensor] = field(default_factory=list)
 
     def add(self, h: Tensor, mask: Tensor | None) -> None:
         """A batch of representations: (images, features), or (images, positions, features) with a mask of the positions that count."""
@@ -336,10 +294,10 @@ class _Seen:
         self.extreme += torch.bincount(finite.abs().argmax(-1), minlength=h.shape[-1])
 
 
-def _look(encoder: Encoder, rec: Recorder, images: Images, options: RunOptions, seen: _Seen) -> None:
+def _look(encoder: Encoder, watched: LayerPass, images: ImageSet, options: RunOptions, seen: _Seen) -> None:
     """Runs the images through the encoder, and adds them to ``seen`` batch by batch."""
     clock, done = Clock(options.progress, stages=1), 0
-    clock.start("scan", done, len(images))
+    clock.start("scan", done, len(images), f"{encoder.inputs}s")
     for batch in images.batches(encoder.preprocess, options.batch_size, options.workers):
         if options.stop is not None and options.stop():
             seen.partial = True
@@ -347,11 +305,8 @@ def _look(encoder: Encoder, rec: Recorder, images: Images, options: RunOptions, 
         seen.unreadable += batch.unreadable
         if batch.names:
             inputs = batch.pixels.to(options.device)
-            if (room := HIDDEN_IMAGES - sum(map(len, seen.first))) > 0:
-                seen.first.append(inputs[:room].clone())
-            mask = encoder.mask(inputs)
-            with rec.mask(mask):
+            with watched.around(batch, inputs):
                 h = encoder(inputs).cpu().double()
-            seen.add(h, mask if h.dim() == 3 else None)
+            seen.add(h, encoder.mask(inputs) if h.dim() == 3 else None)
         done += batch.files
         clock.tell(done)

@@ -13,13 +13,17 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 import torchprobe
+from torchprobe.analysis.hidden_states import HiddenOutliers
 from torchprobe.analysis.outliers import FEATURE_COLUMNS
 from torchprobe.common.files import replacing, to_json
+from torchprobe.common.folders import output_folder
 from torchprobe.common.messages import counted
 from torchprobe.encoders.outputs import AUTO, REPRESENTATIONS
 from torchprobe.rendering import page, plots
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
 from torchprobe.rendering.tables import LAYER_COLUMNS, Column, Row, layer_table, number, plain_table, shown, text, write_csv
+from torchprobe.rendering.wording import worded, worded_columns, worded_page
+from torchprobe.studies.layer_pass import MAP_POSITIONS
 from torchprobe.studies.scan import DEFINITIONS, Scan
 
 if TYPE_CHECKING:
@@ -39,6 +43,14 @@ VECTOR = Column("vector", "one vector", "what one vector is: an image, one of it
 NAMED_OUTLIERS = (
     Column("outlier_indices", "which (where)", "outlier features by the robust rule at each kind of position", "text", optional=True),
     Column("massive", "massive", "features with massive activations (Sun et al. 2024), and where", "text", optional=True),
+    Column(
+        "long_tokens",
+        "long tokens",
+        "number of tokens that are more than 6 standard deviations of the bulk, and twice the median, of the tokens of their input long; "
+        "their median length × that of the median token; and where",
+        "text",
+        optional=True,
+    ),
 )
 UNREADABLE = (Column("file", "file", "name within the folder", "text"), Column("reason", "reason", "why it could not be read", "text"))
 
@@ -46,20 +58,21 @@ UNREADABLE = (Column("file", "file", "name within the folder", "text"), Column("
 # -- files ---------------------------------------------------------------------------------------------------------------
 
 
-def write_scan(scan: Scan, folder: str | os.PathLike[str]) -> dict[str, Path]:
+def write_scan(scan: Scan, folder: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Path]:
     """Writes the recording, the tables as CSV, the summary as JSON, the plot over depth, and the page.
 
     Args:
         scan: the result of :func:`torchprobe.studies.scan.scan`.
-        folder: created if it does not exist.
+        folder, overwrite: where to write; whether to remove the files of another run there.
 
     Returns:
         The paths of ``recording``, ``layers``, ``features``, ``summary``, ``plot`` and ``page``.
 
     Raises:
-        OSError: the folder cannot be created or written to.
+        OtherRunError, OSError: the folder holds another run, or cannot be written to.
     """
-    return write_files(folder, scan, scan.summary(), plots.depth_profile(scan.rows()), scan_page(scan))
+    with output_folder(folder, "scan", of=scan.model, overwrite=overwrite):
+        return write_files(folder, scan, scan.summary(), plots.depth_profile(scan.rows()), worded_page(scan_page(scan), scan.inputs))
 
 
 def write_files(folder: str | os.PathLike[str], scan: Scan, summary: Mapping[str, Any], plot: Figure, content: Page) -> dict[str, Path]:
@@ -222,7 +235,7 @@ def depth(scan: Scan, band: Sequence[Sequence[Row]] = (), band_label: str = "", 
             "vector is in each layer: the image, one of its tokens, or one position of its map. The value depends on it, so compare a "
             "layer with the same layer of another network rather than with its neighbor.",
             "If the mean is far above the median, a few vectors, such as single tokens, carry the kurtosis.",
-            hidden_sentence(scan),
+            hidden_sentence(scan.hidden),
         ],
         [
             Picture(
@@ -234,17 +247,22 @@ def depth(scan: Scan, band: Sequence[Sequence[Row]] = (), band_label: str = "", 
     )
 
 
-def hidden_sentence(scan: Scan) -> str:
+def hidden_sentence(found: HiddenOutliers | str | None) -> str:
     """Outlier features, massive activations and those of LLM.int8() in the hidden states, in words."""
-    found = scan.hidden
     if found is None or isinstance(found, str):
         return f"Outlier features were not told apart by position: {found}." if found else ""
-    named = sorted({i for one in found.layers for i in one.indices})
-    massive = sorted({i for one in found.layers for i in one.massive})
-    counts = [counted(len(each), "feature") for each in (named, massive)]
+    counts = [counted(len({i for one in found.layers for i in getattr(one, key)}), "feature") for key in ("indices", "massive")]
+    of_maps = f" (at most {MAP_POSITIONS} random ones of a map)" if any("positions" in one.vectors for one in found.layers) else ""
     sentence = (
         f"In the hidden states of {counted(found.inputs, 'input')}, {counts[0]} stand out by the robust rule in a layer and kind of "
-        f"position. With massive activations, |x| > 100 and 1000 times the median of the vector: {counts[1]}."
+        f"position{of_maps}. With massive activations, |x| > 100 and 1000 times the median of the vector: {counts[1]}."
+    )
+    long, beyond = (sum(sum(getattr(one, key).values()) for one in found.layers) for key in ("long", "registers"))
+    sentence += (
+        f" Tokens can stand out too, as registers do: {counted(long, 'token')} of all layers "
+        f"{'is' if long == 1 else 'are'} at least twice as long as the median token of the input and outside the bulk; "
+        f"{counted(beyond, 'token')} {'has' if beyond == 1 else 'have'} a norm above 150, the threshold of Darcet et al. 2024 for one "
+        "network."
     )
     if found.llm_int8 is None:
         return sentence
@@ -317,7 +335,7 @@ def footer(scan: Scan) -> list[str]:
 
 def print_scan(scan: Scan, out: Console) -> None:
     """Prints the representation, the outlier features, the layers, and the definitions."""
-    out.print(text(f"{scan.model}: {scan.images:,} images", "bold"))
+    out.print(text(f"{scan.model}: {counted(scan.images, scan.inputs)}", "bold"))
     if scan.unreadable:
         out.print(text(f"{len(scan.unreadable)} of {scan.total:,} files could not be read and are left out:", "yellow"))
         for file, reason in scan.unreadable[:SHOWN_IN_TERMINAL]:
@@ -326,10 +344,10 @@ def print_scan(scan: Scan, out: Console) -> None:
             out.print(text(f"  … and {len(scan.unreadable) - SHOWN_IN_TERMINAL} more; summary.json lists all"))
     out.print()
     print_representation(scan, out)
-    out.print(text(relu_note(scan)))
+    out.print(text(worded(relu_note(scan), scan.inputs)))
     out.print()
     out.print(text("Outlier features: |h_i − mean h| > 6 std of the vector", "bold"))
-    out.print(text(outlier_sentence(scan)))
+    out.print(text(worded(outlier_sentence(scan), scan.inputs)))
     if rows := scan.outliers()[:SHOWN_IN_TERMINAL]:
         titles = [column.title for column in FEATURE_COLUMNS]
         table = plain_table(*titles, right=titles)
@@ -338,12 +356,12 @@ def print_scan(scan: Scan, out: Console) -> None:
         out.print(table)
     out.print()
     out.print(text("Layers", "bold"))
-    out.print(layer_table(scan.rows(), columns=layer_columns(), width=out.width))
-    out.print(text(hidden_sentence(scan)))
+    out.print(layer_table(scan.rows(), columns=worded_columns(layer_columns(), scan.inputs), width=out.width))
+    out.print(text(hidden_sentence(scan.hidden)))
     out.print(text("Definitions", "bold"))
     definitions = Grid.grid(padding=(0, 2, 0, 0))
     for term, meaning in DEFINITIONS.items():
-        definitions.add_row(text(term), text(meaning, "dim"))
+        definitions.add_row(text(term), text(worded(meaning, scan.inputs), "dim"))
     out.print(definitions)
 
 
@@ -376,7 +394,7 @@ def print_representation(scan: Scan, out: Console, at_random: Sequence[float] = 
     table.add_column(justify="right", style="bold")
     table.add_column()
     for line in lines:
-        table.add_row(*map(text, line))
+        table.add_row(*(text(worded(part, scan.inputs)) for part in line))
     vectors = "one vector per image" if scan.vectors is None else f"{number(scan.vectors)} vectors"
-    out.print(text(f"The representation: {vectors}, the interval over images", "bold"))
+    out.print(text(worded(f"The representation: {vectors}, the interval over images", scan.inputs), "bold"))
     out.print(table)

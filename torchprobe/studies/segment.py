@@ -16,6 +16,7 @@ from torch import nn
 
 import torchprobe
 from torchprobe.common.files import replacing, to_json
+from torchprobe.common.folders import output_folder
 from torchprobe.common.messages import counted, listing
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets import DatasetError, image_folder
@@ -84,7 +85,7 @@ def find_dissections(path: str | os.PathLike[str], layers: Sequence[str] = ()) -
 
     Raises:
         ValueError: the folder has no finished dissection, a file is damaged, or a layer is not among them.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no dissection at {path}: name the --out folder of torchprobe dissect, or a file of one layer")
@@ -105,6 +106,7 @@ def segment_folder(
     out: str | os.PathLike[str],
     *,
     maps: bool = False,
+    overwrite: bool = False,
     progress: CountCallback | None = None,
     **options: Any,
 ) -> dict[str, Segments]:
@@ -117,6 +119,7 @@ def segment_folder(
         pictures: files and folders.
         out: a folder; created if missing.
         maps: also write ``<layer>/concepts/<picture>.png`` with the number of the concept of each pixel, and ``.json`` with the names.
+        overwrite: replace the results of another run in ``out``; its files are removed, and no others.
         progress: called with (pictures done, pictures in all), all layers together.
         options: for :func:`torchprobe.dissection.segment.segment_pictures`.
 
@@ -126,9 +129,24 @@ def segment_folder(
     Raises:
         DatasetError: no picture can be read. If some can, the others are named in the result and on the page.
         ValueError: see :func:`torchprobe.dissection.segment.segment_pictures`.
+        OtherRunError: ``out`` holds another run.
     """
     found = find_pictures(pictures)
-    folder, results = Path(out), {}
+    of = next((str(dissection.metadata.get("model", "")) for dissection in dissections.values()), "")
+    with output_folder(out, "segment", of=of, overwrite=overwrite, inputs=[path for _, path in found]) as folder:
+        return _draw(dissections, model, found, folder, maps, progress, options)
+
+
+def _draw(
+    dissections: Mapping[str, Dissection],
+    model: nn.Module,
+    found: Sequence[tuple[str, Path]],
+    folder: Path,
+    maps: bool,
+    progress: CountCallback | None,
+    options: Mapping[str, Any],
+) -> dict[str, Segments]:
+    results: dict[str, Segments] = {}
     names, missing = file_names(dissections), list[NoDetectorError]()
     for before, (layer, dissection) in enumerate(dissections.items()):
         try:

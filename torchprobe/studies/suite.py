@@ -9,7 +9,6 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,26 @@ from torchprobe.analysis.evaluation import evaluate
 from torchprobe.analysis.interpolation import interpolate
 from torchprobe.analysis.kurtosis import vector_kurtosis
 from torchprobe.analysis.similarity import MIN_BATCH, similarity
+from torchprobe.common.folders import output_folder
 from torchprobe.common.ranks import Ranks
-from torchprobe.common.runs import ProgressCallback, RunOptions
+from torchprobe.common.runs import Clock, ProgressCallback, RunOptions
 from torchprobe.datasets import DatasetError
 from torchprobe.datasets.labeled import class_folders
+from torchprobe.datasets.readers import is_elsewhere
+from torchprobe.datasets.sampling import sample
 from torchprobe.encoders import Encoder, EncoderError, Head
 from torchprobe.encoders.suite import SuiteRow
 from torchprobe.studies.compare import Comparison, compare
 from torchprobe.studies.compare.comparison import Interpolation, LayerSimilarity, PairMeasures, Skipped
 from torchprobe.studies.compare.pairs import pair_name, pairs_within
+from torchprobe.studies.compare.report import SUITE
 from torchprobe.studies.compare.saved import Saved, load_results
 from torchprobe.studies.dissect import file_names
-from torchprobe.studies.interpret.inputs import Inputs, Subject, kept_head, load_images, sample
-from torchprobe.studies.interpret.results import Stages
+from torchprobe.studies.interpret.image_sets import load_images
+from torchprobe.studies.interpret.inputs import Inputs, Subject, kept_head
+from torchprobe.studies.interpret.results import Stages, output_of
 from torchprobe.studies.interpret.run import interpret_subject
+from torchprobe.studies.shared_start import no_start_by_facts, no_start_by_weights
 
 __all__ = ["ALPHAS", "Inputs", "run_pair", "run_suite"]
 
@@ -51,6 +56,7 @@ def run_suite(
     workers: int = 2,
     seed: int = 0,
     resume: bool = False,
+    overwrite: bool = False,
     progress: ProgressCallback | None = None,
     say: Callable[[str], object] = lambda message: None,
 ) -> Comparison:
@@ -68,6 +74,7 @@ def run_suite(
             :func:`run_pair`. Under ``torchrun`` this is left out.
         batch_size, device, workers, seed: of every run, see :func:`torchprobe.studies.interpret.interpret`.
         resume: encoders that are complete are not run again, and interrupted ones are continued.
+        overwrite: replace the results of another run in ``out``; its files are removed, and no others.
         progress: see :func:`torchprobe.studies.interpret.interpret`.
         say: called with the name of the next encoder, and with the reason if one is skipped.
 
@@ -75,26 +82,32 @@ def run_suite(
         EncoderError: fewer than two encoders are available; with the number of skipped ones.
         DatasetError: the images cannot be used.
     """
-    options = RunOptions(batch_size, device, workers, seed, resume, progress)
+    options = RunOptions(batch_size, device, workers, seed, resume, progress, overwrite=overwrite)
     folder = Path(out)
     load_images(inputs.images)  # before any encoder is fetched
     for shift in inputs.shifts.values():
-        class_folders(shift)
+        if not is_elsewhere(shift):
+            class_folders(Path(shift))
     names = file_names([row.name for row in rows])
     folders = {row.name: folder / names[row.name] for row in rows}
     done: list[SuiteRow] = []
     skipped: list[Skipped] = []
-    with Ranks() as ranks, _offline_after_failure() as note:
+    with (
+        Ranks() as ranks,
+        output_folder(folder, SUITE, of=folder.name, resume=resume, overwrite=overwrite, ranks=ranks),
+        _offline_after_failure() as note,
+    ):
         for row in rows:
             why = row.missing()
             if why is None:
                 say(row.name)
-                why, subject = _load(row, inputs, options, folders[row.name], ranks, note)
-                if subject is not None:
-                    interpret_subject(subject, folders[row.name], options)
-                    done.append(row)
-                    del subject  # before the memory of the next encoder is needed
-                    continue
+                with output_of(folders[row.name], row.name, options, ranks):
+                    why, subject = _load(row, inputs, options, folders[row.name], ranks, note)
+                    if subject is not None:
+                        interpret_subject(subject, folders[row.name], options)
+                        done.append(row)
+                        del subject  # before the memory of the next encoder is needed
+                        continue
             skipped.append(Skipped(row.name, why or ""))
             say(f"{row.name} is skipped: {why}")
         if len(done) < 2:
@@ -165,8 +178,7 @@ def _extras(
             why = "one process computes it: run the same command again without torchrun, with --resume"
             found[pair_name(a, b)] = PairMeasures({"CKA and interpolation": why})
         else:
-            pair_options = replace(options, progress=None)
-            found[pair_name(a, b)] = run_pair((by_name[a.name], a), (by_name[b.name], b), inputs, out, pair_options)
+            found[pair_name(a, b)] = run_pair((by_name[a.name], a), (by_name[b.name], b), inputs, out, options)
     return found
 
 
@@ -187,7 +199,8 @@ def run_pair(
 
     Each encoder comes with its saved interpretation, which holds the facts that the measures depend on. Measures of the same facts are not
     computed again, and the networks are loaded only if a measure is missing. ``skipped`` has the reason if a measure is impossible: for
-    example, weights of different shapes have no interpolation.
+    example, weights of different shapes have no interpolation, nor have networks that did not start from the same weights, see
+    :mod:`torchprobe.studies.shared_start`.
     """
     name = file_names([f"{one[0].name}--{other[0].name}"]).popitem()[1]
     stages = Stages(Path(out), options.resume)
@@ -215,6 +228,8 @@ def run_pair(
     except (ValueError, RuntimeError) as error:
         skipped["cka"] = str(error)
     try:
+        if why := no_start_by_facts(*({key: saved.about(key) for key in ("role", "pretraining")} for _, saved in (one, other))):
+            raise ValueError(why)  # before a network is loaded
         interpolation = stages.run(
             f"{name}-interpolation", facts, Interpolation, lambda: along_interpolation(*subjects(), options, stages, f"{name}-along", facts)
         )
@@ -232,8 +247,14 @@ def layer_similarity(one: Subject, other: Subject, options: RunOptions, names: t
         for subject in (one, other)
     ]
 
+    clock, done = Clock(options.progress, stages=1), 0
+    clock.start("CKA of the layers", 0, min(PAIR_IMAGES, len(one.images)))
+
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal done
         for mine, theirs in zip(*sources, strict=True):
+            done += mine.files
+            clock.tell(done)
             if mine.names != theirs.names:
                 raise ValueError(f"the two could not read the same images of one batch: {sorted(set(mine.names) ^ set(theirs.names))[:3]}")
             if len(mine.names) >= MIN_BATCH:
@@ -252,17 +273,34 @@ def along_interpolation(
         raise ValueError("one of the two has no head")
     if one.head.normalize != other.head.normalize:
         raise ValueError("one head sees vectors of length 1, the other does not")
+    if why := no_start_by_weights(one.encoder.network, other.encoder.network):
+        raise ValueError(why)
     first = _with_head(one.encoder, _scaled(one.head))
     second = _with_head(other.encoder, _scaled(_in_order(other.head, one.head)))
     place = options.device or "cpu"
     few = sample(one.images, PAIR_IMAGES, options.seed).batches(one.encoder.preprocess, options.batch_size, options.workers)
     calibration = [batch.pixels.to(place) for batch in few if batch.names]
 
+    clock, done = Clock(options.progress, stages=1), 0
+    clock.start("interpolation", 0, len(ALPHAS) * sum(map(len, one.sets.values())))
+
+    def tell(images: int) -> None:
+        clock.tell(done + images)
+
     def measure(mixed: Encoder) -> dict[str, Any]:
+        nonlocal done
         assert mixed.head is not None
         accuracy, kurtosis = {}, math.nan
         for which, images in one.sets.items():
-            embeddings = embed(mixed, images, batch_size=options.batch_size, device=options.device, workers=options.workers)
+            embeddings = embed(
+                mixed,
+                images,
+                batch_size=options.batch_size,
+                device=options.device,
+                workers=options.workers,
+                progress=lambda images, _: tell(images),
+            )
+            done += len(images)
             accuracy[which] = evaluate(mixed.head, embeddings).accuracy
             if which == IMAGENET:
                 kurtosis = float(vector_kurtosis(embeddings.h).nanmean())

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchprobe.analysis.interpolation import recalibrate_batch_norms
 from torchprobe.common.files import replacing, to_json
+from torchprobe.common.folders import output_folder
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import CountCallback
-from torchprobe.datasets import Images, image_folder
+from torchprobe.datasets import ImageSet, open_images
 from torchprobe.dissection.walk import clear_checkpoint
 from torchprobe.dissection.words import SoftLabels, WordDissection, dissect_words
 from torchprobe.dissection.words.report import COMPARISON, OWN, WordsReport
 from torchprobe.rendering.tables import Column, Row, number, plain_table, shown, shown_columns, text
-from torchprobe.studies.dissect import CALIBRATION, SHOWN_UNITS, earlier_results, file_names
+from torchprobe.studies.dissect import SHOWN_UNITS, earlier_results, file_names, require_unfinished
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+WORDS = "words"
+"""The command whose output folder holds dissections with words."""
 
 _CHECKPOINT = "checkpoint"
 LABELS = "soft-labels.safetensors"
@@ -33,13 +36,15 @@ Nulls = Mapping[str, Mapping[str, WordDissection]]
 
 def words_folder(
     encoder: nn.Module,
-    images: Images | str | os.PathLike[str],
+    images: ImageSet | str | os.PathLike[str] | Any,
     layers: str | Iterable[str],
     out: str | os.PathLike[str],
     labeler: Any,
     concepts: Any = None,
     *,
     resume: bool = False,
+    overwrite: bool = False,
+    pages: Callable[[dict[str, WordDissection]], object] | None = None,
     **options: Any,
 ) -> dict[str, WordDissection]:
     """Dissects layers with words and writes its files: for each layer ``<layer>.safetensors`` (see :meth:`WordDissection.load`) and
@@ -52,23 +57,27 @@ def words_folder(
         encoder, images, layers, labeler, concepts: see :func:`torchprobe.dissection.words.dissect_words`.
         out: a folder; created if missing.
         resume: resume an interrupted run in ``out``; without one, a new run starts.
+        overwrite: replace the results of another run in ``out``; its files are removed, and no others.
+        pages: called on the first rank with the results, to write what belongs to them, as :func:`write_word_pages` does. The run ends
+            with it: one that is interrupted here is resumed here.
         options: for :func:`torchprobe.dissection.words.dissect_words`.
 
     Raises:
-        ValueError: ``out`` holds an unfinished run and ``resume`` is False, or a finished run and ``resume`` is True; and the errors of
+        OtherRunError: ``out`` holds a run, and neither ``resume`` nor ``overwrite`` is given.
+        ValueError: ``out`` holds a finished run and ``resume`` is True; and the errors of
             :func:`torchprobe.dissection.words.dissect_words`.
     """
     folder = Path(out)
-    if resume and (folder / "summary.json").exists() and not (folder / _CHECKPOINT).exists():
-        raise ValueError(f"the dissection in {folder} is finished: there is nothing to resume")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = images if isinstance(images, Images) else image_folder(images)
+    if resume:
+        require_unfinished(folder, folder / _CHECKPOINT)
+    files = open_images(images)
     selected = layers if isinstance(layers, str) else list(layers)
     saved = None if isinstance(labeler, SoftLabels) else folder / LABELS
-    results = dissect_words(
-        encoder, selected, files, labeler, concepts, checkpoint=folder / _CHECKPOINT, resume=resume, save_labels=saved, **options
-    )
-    with Ranks() as ranks:
+    of, read = str(getattr(encoder, "name", type(encoder).__name__)), [files.root]
+    with Ranks() as ranks, output_folder(folder, WORDS, of=of, resume=resume, overwrite=overwrite, inputs=read, ranks=ranks):
+        results = dissect_words(
+            encoder, selected, files, labeler, concepts, checkpoint=folder / _CHECKPOINT, resume=resume, save_labels=saved, **options
+        )
         if ranks.first:
             names = file_names(results)
             for layer, result in results.items():
@@ -77,6 +86,8 @@ def words_folder(
             summary = {"layers": [{"file": names[layer], **result.summary()} for layer, result in results.items()]}
             with replacing(folder / "summary.json") as temporary:
                 temporary.write_text(to_json(summary), encoding="utf-8")
+            if pages is not None:
+                pages(results)
             clear_checkpoint(folder / _CHECKPOINT)
         ranks.barrier()
     return results
@@ -85,7 +96,7 @@ def words_folder(
 def write_word_pages(
     folder: str | os.PathLike[str],
     results: Mapping[str, WordDissection],
-    images: Images,
+    images: ImageSet,
     nulls: Nulls | None = None,
     top_images: int = 5,
     progress: CountCallback | None = None,
@@ -101,11 +112,12 @@ def write_word_pages(
         progress: called with (pages done, pages in all).
     """
     names, files = file_names(results), {}
-    for done, (layer, result) in enumerate(results.items(), 1):
-        path = Path(folder) / f"{names[layer]}.html"
-        files[layer or "(output)"] = result.report(path, images, nulls=_of_layer(nulls or {}, layer), top_images=top_images)
-        if progress is not None:
-            progress(done, len(results))
+    with output_folder(folder, WORDS, resume=True):
+        for done, (layer, result) in enumerate(results.items(), 1):
+            path = Path(folder) / f"{names[layer]}.html"
+            files[layer or "(output)"] = result.report(path, images, nulls=_of_layer(nulls or {}, layer), top_images=top_images)
+            if progress is not None:
+                progress(done, len(results))
     return files
 
 
@@ -142,14 +154,6 @@ def earlier_words(folders: Iterable[str | os.PathLike[str]]) -> dict[str, dict[s
         ValueError: a folder does not hold finished results, or holds damaged ones.
     """
     return earlier_results(folders, WordDissection.load)
-
-
-def recalibrate_on(encoder: nn.Module, images: Images, batch_size: int = 32, limit: int = CALIBRATION) -> None:
-    """Measures the statistics of all batch norms anew, in place, on the first images: otherwise the layers of an untrained network would
-    have very different scales."""
-    first = Images(list(images.paths)[:limit], images.root)
-    preprocess: Any = encoder.preprocess
-    recalibrate_batch_norms(encoder, (batch.pixels for batch in first.batches(preprocess, batch_size) if batch.names))
 
 
 def _of_layer(nulls: Nulls, layer: str) -> dict[str, WordDissection]:

@@ -107,9 +107,9 @@ class Attribution:
         ):
             h = self.model(inputs)
         if not isinstance(h, Tensor) or h.dim() != 2:
-            raise ValueError(f"the encoder returned {type(h).__name__}; expected one vector for each image, (N, d)")
+            raise UnknownStructure(f"the encoder returned {type(h).__name__}; expected one vector for each image, (N, d)")
         if not bool(h[:, list(self.features)].isfinite().all()):
-            raise ValueError(NOT_FINITE)
+            raise UnknownStructure(NOT_FINITE)
         components = [*read[:1], *(leaves[branch.key] for branch in self.stream.branches)]
         if not self.before and self.stem and components[0].grad_fn is not None:
             found = torch.autograd.grad(components[0].sum(), self._thawed(), retain_graph=True, allow_unused=True)
@@ -200,7 +200,7 @@ def _scales_held(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         x = first_tensor(args)
         assert x is not None
         if not bool(output.isfinite().all()):
-            raise ValueError(NOT_FINITE)
+            raise UnknownStructure(NOT_FINITE)
         for dim in (-1, 1):
             if x.shape[dim] == module.normalized_shape[0]:
                 held = _normalized(module, x, dim)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchprobe.common.files import replacing, to_json
+from torchprobe.common.checked import read_checked, write_checked
 from torchprobe.common.messages import counted
 from torchprobe.common.records import Record, decode
 from torchprobe.rendering.tables import Column, number, percent, plain_table, text
@@ -250,25 +249,22 @@ class Provenance(Record):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a JSON file; it replaces an older one only when everything is on the disk."""
-        with replacing(path) as temporary:
-            temporary.write_text(to_json(dict(self)), encoding="utf-8")
+        """Writes a JSON file with a checksum; it replaces an older one only when everything is on the disk."""
+        write_checked(path, dict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Provenance:
         """Reads a file of :meth:`save`.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: another kind of file, or a damaged one.
         """
         path = Path(path)
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ValueError(f"{path} is too large for a file of provenance: {path.stat().st_size:,} bytes")
+        plain = read_checked(path, required=False)  # earlier versions wrote no checksum
         try:
-            plain = json.loads(path.read_text(encoding="utf-8"))
             found = decode(cls, plain)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not a file of provenance: {error}") from error
         if found.format != FORMAT:
             raise ValueError(f"{path} has the format {found.format}; this version reads {FORMAT}")

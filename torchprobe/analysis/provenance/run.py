@@ -19,8 +19,10 @@ from torchprobe.analysis.provenance.attribution import Attribution
 from torchprobe.analysis.provenance.changes import measure_changes
 from torchprobe.analysis.provenance.parameters import Entry, entries, stem_parts
 from torchprobe.analysis.provenance.results import FORMAT, ChangeRow, ParameterRow, PartRow, Provenance, StemRow
-from torchprobe.analysis.provenance.stream import find_stream
+from torchprobe.analysis.provenance.stream import UnknownStructure, find_stream
 from torchprobe.analysis.reading import Source
+from torchprobe.common.messages import reason
+from torchprobe.common.ranks import alone
 from torchprobe.common.runs import CountCallback
 from torchprobe.datasets.images import DatasetError
 
@@ -65,8 +67,11 @@ def provenance(
         batch_size: images in a batch. What every block adds is kept for one batch, in float64.
         device: the copies are moved there; None: where the encoder is. It must have float64.
         workers: threads that decode files.
-        progress: called with (images done, images in all), of the attribution.
+        progress: called with (images done, images in all) after every batch, over the attribution and all changes; 0 images in all while it
+            is not known how many features there are.
         stop: called before every batch; KeyboardInterrupt is raised if it returns True.
+
+    It is not collective: under ``torch.distributed``, every rank that calls it does the whole work, and one rank may call it alone.
 
     Raises:
         UnknownStructure: a ``ValueError``: the network has no residual stream that is understood, or what follows it is not linear.
@@ -91,8 +96,18 @@ def provenance(
     plain = copy.deepcopy(encoder) if device is None else copy.deepcopy(encoder).to(device)
     plain.eval()
 
+    done = total = 0
+
+    def tell(images: int) -> None:
+        nonlocal done
+        done += images
+        if progress is not None:
+            progress(done, total)
+
     def represent() -> Embeddings:
-        found = embed(plain, images, batch_size=batch_size, workers=workers, stop=stop)
+        before = done
+        with alone():
+            found = embed(plain, images, batch_size=batch_size, workers=workers, progress=lambda i, _: tell(before + i - done), stop=stop)
         if found.partial:
             raise KeyboardInterrupt
         return found
@@ -101,7 +116,8 @@ def provenance(
     model = copy.deepcopy(plain).to(torch.float64)
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     found: Attribution | None = None
-    done = 0
+    runs = 1 + 2 * changes * len(chosen) if changes and len(chosen) else 0
+    total = done + len(source) * (1 + runs)
     for batch, _ in source.read(range(source.batches)):
         if stop is not None and stop():
             raise KeyboardInterrupt
@@ -110,9 +126,7 @@ def provenance(
             pixels = pixels.double() if pixels.is_floating_point() else pixels
             found = found or _begin(model, pixels, chosen)
             found.add(pixels)
-        done += batch.files
-        if progress is not None:
-            progress(done, len(source))
+        tell(batch.files)
     if found is None:
         raise DatasetError(f"none of the {len(source)} images could be read")
     best = {feature: entries(model, found, feature, max(most, changes)) for feature in found.features}
@@ -129,11 +143,14 @@ def provenance(
 
 def _begin(model: nn.Module, pixels: Tensor, features: Features) -> Attribution:
     few = pixels[:2]
-    with torch.no_grad():
-        h = model(few)
+    try:
+        with torch.no_grad():
+            h = model(few)
+    except Exception as error:  # the network alone, without a hook of ours: it may hold float32 that is not a parameter, or refuse float64
+        raise UnknownStructure(f"a copy of the network in double precision does not run ({reason(error)})") from error
     if not isinstance(h, Tensor) or h.dim() != 2 or len(h) != len(few):
         given = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-        raise ValueError(f"the encoder returned {given} for {len(few)} images; expected one vector each, (N, d)")
+        raise UnknownStructure(f"the encoder returned {given} for {len(few)} images; expected one vector each, (N, d)")
     index = feature_indices(features, h.shape[1]).tolist()
     return Attribution(model, find_stream(model, few), index)
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from torchprobe.analysis.concepts import UNITS, concept_overlap
 from torchprobe.analysis.resampling import rank_correlation
 from torchprobe.common.records import Key, Record, encode
+from torchprobe.common.runs import Clock, ProgressCallback
 from torchprobe.studies.compare.modalities import Gap, GapFeature, gaps, modality
 from torchprobe.studies.compare.pairs import Difference, difference, pairs_within
 from torchprobe.studies.compare.saved import Saved, Summary, load_results
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 CORRELATED = (
     ("kurtosis", "robustness"),
@@ -133,6 +137,7 @@ def compare(
     extras: Mapping[str, PairMeasures] | None = None,
     skipped: Sequence[Skipped] = (),
     seed: int = 0,
+    progress: ProgressCallback | None = None,
 ) -> Comparison:
     """Compares saved interpretations.
 
@@ -144,6 +149,7 @@ def compare(
         extras: pair → the result of :func:`torchprobe.studies.suite.run_pair`.
         skipped: encoders that were not run.
         seed: of bootstrap and permutations.
+        progress: called with a :class:`torchprobe.common.runs.Progress` before each part, and after each folder and each pair.
 
     Raises:
         FileNotFoundError, ValueError: a folder without results, or with damaged ones; fewer than two folders; a folder given twice.
@@ -153,13 +159,16 @@ def compare(
     places = [Path(folder).resolve() for folder in folders]
     if twice := [place for place in places if places.count(place) > 1]:
         raise ValueError(f"{twice[0]} is given twice")
-    saved = _with_distinct_names([load_results(folder) for folder in folders])
-    models = [one.summary() for one in saved]
+    clock = Clock(progress, stages=1)  # the parts are unlike, so the time left is that of the present one
+    saved = _with_distinct_names(list(_counted(clock, "reading", "folders", folders, load_results)))
+    models = list(_counted(clock, "summaries", "encoders", saved, Saved.summary))
+    pairs = list(_counted(clock, "pairs", "pairs", pairs_within(saved), lambda pair: difference(pair[0], pair[1], seed)))
+    clock.start("gaps, correlations and concepts", 0, 0)
     between, gap_features = gaps(saved)
     concepts = {one.name: one.results.concepts.names[UNITS] for one in saved if one.results.concepts}
     return Comparison(
         models=models,
-        pairs=[difference(one, other, seed) for one, other in pairs_within(saved)],
+        pairs=pairs,
         correlations=_correlations(models, seed),
         overlaps=concept_overlap(concepts),
         saved=saved,
@@ -169,6 +178,14 @@ def compare(
         gaps=between,
         gap_features=gap_features,
     )
+
+
+def _counted(clock: Clock, stage: str, unit: str, items: Sequence[S], work: Callable[[S], T]) -> Iterator[T]:
+    """The results of one part, each of which is reported."""
+    clock.start(stage, 0, len(items), unit)
+    for done, item in enumerate(items, 1):
+        yield work(item)
+        clock.tell(done)
 
 
 def _with_distinct_names(saved: Sequence[Saved]) -> list[Saved]:

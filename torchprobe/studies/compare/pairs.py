@@ -144,11 +144,30 @@ def unlike(one: Saved, other: Saved) -> str:
     if one.kurtosis.keys() != other.kurtosis.keys():
         shared = len(one.kurtosis.keys() & other.kurtosis.keys())
         found.append(f"other images: {shared} of {len(one.kurtosis)} and {len(other.kurtosis)} are common")
+    found += _unlike_shifts(one, other)
     if mine.outliers.rule != theirs.outliers.rule:
         found.append(f"outlier features by the {mine.outliers.rule} rule against the {theirs.outliers.rule} one")
     if not one.about("backbone"):
         found.append("the backbone is unknown (--backbone)")
     return "; ".join(found)
+
+
+def _unlike_shifts(one: Saved, other: Saved) -> list[str]:
+    """What is unlike in the two effective robustnesses."""
+    mine, theirs = one.results.robustness, other.results.robustness
+    if mine is None or theirs is None:
+        return []
+    found = []
+    if mine.accuracies != theirs.accuracies:
+        found.append(f"accuracies under shift {mine.accuracies} against {theirs.accuracies}")
+    lines, their_lines = ({row.shift: row.fit() for row in each.rows} for each in (mine, theirs))
+    if any(lines[shift] != their_lines[shift] for shift in mine.by_shift() if shift in theirs.by_shift()):
+        found.append("the effective robustness is from other lines of standard models")
+    for shift, images in one.correct_under_shift.items():
+        if (others := other.correct_under_shift.get(shift)) and images.keys() != others.keys():
+            shared = len(images.keys() & others.keys())
+            found.append(f"other images under {shift}: {shared} of {len(images)} and {len(others)} are common")
+    return found
 
 
 def _paired(one: dict[str, bool], other: dict[str, bool]) -> tuple[list[bool], list[bool]]:
@@ -163,7 +182,8 @@ def _robustness_interval(one: Saved, other: Saved) -> tuple[float, float]:
     if mine is None or theirs is None or one.correct.keys() != other.correct.keys():
         return math.nan, math.nan
     rows = {row.shift: row for row in theirs.rows}
-    common = [(row.fit(), rows[row.shift].fit()) for row in mine.rows if row.shift in mine.by_shift() and row.shift in theirs.by_shift()]
+    shifts = [shift for shift in mine.by_shift() if shift in theirs.by_shift()]
+    common = [(row.fit(), rows[row.shift].fit()) for row in mine.rows if row.shift in shifts]
     for fit, their_fit in common:
         right, their_right = (each.correct_under_shift.get(fit.shift, {}) for each in (one, other))
         if fit != their_fit or math.isnan(fit.residual_std) or not right or right.keys() != their_right.keys():
@@ -171,7 +191,11 @@ def _robustness_interval(one: Saved, other: Saved) -> tuple[float, float]:
         if fit.imagenet_classes != "full" or not mine.accuracies == theirs.accuracies == "measured":
             return math.nan, math.nan
     pairs = [_paired(one.correct_under_shift[fit.shift], other.correct_under_shift[fit.shift]) for fit, _ in common]
-    return paired_robustness([fit for fit, _ in common], pairs, _paired(one.correct, other.correct))[1:]
+    correlation = None
+    if mine.correlation is not None:
+        at = [list(mine.by_shift()).index(shift) for shift in shifts]
+        correlation = np.array(mine.correlation)[np.ix_(at, at)]
+    return paired_robustness([fit for fit, _ in common], pairs, _paired(one.correct, other.correct), correlation=correlation)[1:]
 
 
 def common_robustness(one: Saved, other: Saved) -> tuple[float, float, int]:

@@ -15,6 +15,7 @@ import torchprobe
 from torchprobe.analysis.baseline import IMAGENET
 from torchprobe.analysis.resampling import LEVEL
 from torchprobe.common.files import replacing, to_json
+from torchprobe.common.folders import output_folder, record
 from torchprobe.rendering.curves import Series, curves
 from torchprobe.rendering.differences import MOST as MOST_PAIRS
 from torchprobe.rendering.heatmap import heat_map
@@ -30,14 +31,33 @@ from torchprobe.studies.interpret.concepts import HEADLINE
 from torchprobe.studies.interpret.figures import write_figures
 from torchprobe.studies.interpret.report import print_rows
 
+SUITE = "interpret --suite"
+"""The command whose folder holds the encoders and their comparison."""
 
-def write(found: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:
+
+def write(found: Comparison, folder: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Path]:
     """Writes ``comparison.json``, tables as CSV and LaTeX, figures as PDF, SVG and PNG, and the page; returns the paths by kind.
 
-    Each file replaces an older one at once.
+    Args:
+        found: the comparison.
+        folder: made if needed.
+        overwrite: replace the results of another run in the folder; its files are removed, and no others.
+
+    Raises:
+        OtherRunError: the folder holds another run. That of a suite, which holds the encoders, gets its comparison.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    run = record(folder)
+    of = ", ".join(saved.name for saved in found.saved)
+    if run is not None and run["command"] == SUITE and all(saved.folder.resolve().parent == folder.resolve() for saved in found.saved):
+        whole = output_folder(folder, SUITE, of=run["of"], resume=True)
+    else:
+        whole = output_folder(folder, "compare", of=of, overwrite=overwrite, inputs=[saved.folder for saved in found.saved])
+    with whole:
+        return _write(found, folder)
+
+
+def _write(found: Comparison, folder: Path) -> dict[str, Path]:
     with replacing(folder / "comparison.json") as temporary:
         temporary.write_text(to_json(found.summary()), encoding="utf-8")
     files = {"comparison": folder / "comparison.json"}
@@ -96,7 +116,7 @@ MODEL_COLUMNS = (
     Column("kurtosis_low", "from", f"{LEVEL:.0%} interval over images: lower end"),
     Column("kurtosis_high", "to", "its upper end"),
     Column("robustness", "ER", "effective robustness, percentage points, mean over the available shifts"),
-    Column("robustness_low", "from", f"{LEVEL:.0%} interval of ER, without the scatter of standard models; for one shift", optional=True),
+    Column("robustness_low", "from", f"{LEVEL:.0%} interval of ER, without the scatter of standard models", optional=True),
     Column("robustness_high", "to", "its upper end", optional=True),
     Column("outlier_features", "outliers", "outlier features", "count"),
     Column("accuracy", "accuracy", "on the unshifted images", "share"),
@@ -153,6 +173,9 @@ OVERLAP_COLUMNS = (
 
 SKIPPED_COLUMNS = (Column("model", "encoder", "of the suite", "text"), Column("why", "why", "what is missing", "text"))
 
+FEWEST_ENCODERS = 5
+"""Encoders below which a rank correlation is no headline: of four, no order has a p-value of 5 %."""
+
 MOST = 10
 """The largest number of curves in one figure."""
 
@@ -164,7 +187,7 @@ def comparison_page(found: Comparison) -> Page:
     return Page(
         kind="compare",
         title=f"{len(found.models)} encoders",
-        summary="Outlier features, concepts and robustness of several encoders, and the differences within each backbone.",
+        summary="Outlier features, concepts and robustness of several encoders, and differences between them.",
         notice=" ".join(found.remarks),
         facts=_facts(found),
         sections=[
@@ -185,10 +208,10 @@ def comparison_page(found: Comparison) -> Page:
 
 def _facts(found: Comparison) -> list[Fact]:
     facts = [Fact("Encoders", number(len(found.models)), f"{len(found.skipped)} left out" if found.skipped else "none left out")]
-    facts.append(Fact("Pairs within a backbone", number(len(found.pairs))))
+    facts.append(Fact(_which_pairs(found), number(len(found.pairs))))
     for x, y in (("kurtosis", "robustness"), ("concepts", "robustness")):
         row = next((row for row in found.correlations if (row.models, row.x, row.y) == ("all", x, y)), None)
-        if row is not None:
+        if row is not None and row.n >= FEWEST_ENCODERS:
             facts.append(Fact(f"ρ of {LABELS[x]} and ER", number(row.rho, 2), f"p = {number(row.p_value, 2)}, {row.n} encoders"))
     return facts
 
@@ -199,23 +222,24 @@ def _models(found: Comparison) -> Section:
         [
             "Each point is an encoder; a line joins the encoders of one backbone. The width of the representation limits the kurtosis, and "
             "it is the number of units that can encode concepts. So compare along the lines rather than across them. Bars are "
-            f"{LEVEL:.0%} intervals; a mean over several shifts has none.",
+            f"{LEVEL:.0%} intervals; those of effective robustness are without the scatter of standard models.",
         ],
         model_pictures(found.models),
         [Table(found.models, MODEL_COLUMNS, "All encoders; a click on a column head sorts")],
     )
 
 
+def _which_pairs(found: Comparison) -> str:
+    return "Pairs within a backbone" if all(row.backbone for row in found.pairs) else "Pairs"
+
+
 def _pairs(found: Comparison) -> list[Section]:
     if not found.pairs:
         return []
-    text = (
-        "Within a backbone, the zero-shot encoder minus its twin. "
-        if any(row.role == ZERO_SHOT for row in found.models)
-        else "The first encoder minus the second. "
-        if all(row.backbone for row in found.pairs)
-        else "The first encoder minus the second. The backbone of some encoders is unknown, and differences between backbones say little. "
-    )
+    zero_shot = any(row.role == ZERO_SHOT for row in found.models)
+    text = "The zero-shot encoder minus its twin. " if zero_shot else "The first encoder minus the second. "
+    if not all(row.backbone for row in found.pairs):
+        text += "The backbone of some encoders is unknown, and differences between backbones say little. "
     text += (
         "If an interval does not contain 0, the choice of images does not explain the difference. The interval does "
         "not include the choice of training runs, because there is only one run of each encoder."
@@ -223,7 +247,7 @@ def _pairs(found: Comparison) -> list[Section]:
     text += " Hollow points have no interval." + (
         f" The figure shows the first {MOST_PAIRS} pairs." if len(found.pairs) > MOST_PAIRS else ""
     )
-    return [Section("Pairs within a backbone", [text], pair_pictures(found.pairs), [Table(found.pairs, PAIR_COLUMNS)])]
+    return [Section(_which_pairs(found), [text], pair_pictures(found.pairs), [Table(found.pairs, PAIR_COLUMNS)])]
 
 
 def _shifts(found: Comparison) -> list[Section]:
@@ -252,7 +276,10 @@ def _pruning(found: Comparison) -> list[Section]:
     curves_of = {one.name: one.results.pruning.curves[IMAGENET]["importance"] for one in found.saved if one.results.pruning}
     if len(curves_of) < 2:
         return []
-    series = [Series(name, _percent(curve.keep), _percent(curve.accuracy or [])) for name, curve in list(curves_of.items())[:MOST]]
+    series = []
+    for name, curve in list(curves_of.items())[:MOST]:
+        at = curve.distinct()
+        series.append(Series(name, _percent([curve.keep[i] for i in at]), _percent([(curve.accuracy or [])[i] for i in at])))
     text = (
         "Accuracy on the unshifted images if the head keeps only its most important directions. The longer a curve stays flat to the left, "
         "the fewer directions its decisions need."

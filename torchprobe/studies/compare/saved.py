@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,14 @@ from typing import Any
 from torchprobe.analysis.baseline import IMAGENET
 from torchprobe.analysis.concepts import UNITS
 from torchprobe.analysis.embeddings import Embeddings
+from torchprobe.common.checked import read_checked
+from torchprobe.common.csv_files import read_rows
 from torchprobe.common.deprecation import RenamedAttribute
+from torchprobe.common.facts import file_digests
+from torchprobe.common.folders import record
 from torchprobe.common.messages import counted
 from torchprobe.common.records import Record, decode
-from torchprobe.studies.interpret.results import FORMAT, Results
-
-_BOUND = 1 << 28  # bytes of the largest results file that is read
+from torchprobe.studies.interpret.results import FORMAT, READ_BACK, TABLE_DIGESTS, Results
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Summary(Record):
     """The numbers of one encoder: one row of a comparison. A number that was not computed is nan, or None for a count.
 
     ``accuracy_low`` to ``accuracy_high`` is over images. ``robustness_low`` to ``robustness_high`` is the interval of the distance from the
-    line; nan unless there is exactly one shift, because nothing is known of how the errors under several shifts go together.
+    line, or of the mean distance under several shifts; for several, it is nan in results of earlier versions.
     """
 
     model: str
@@ -114,7 +115,7 @@ class Saved:
         if r.robustness:
             robustness, shifts = r.robustness.mean()
             single = [(row.line_low, row.line_high) for row in r.robustness.rows if row.shift in r.robustness.by_shift()]
-            robustness_ends = single[0] if len(single) == 1 else robustness_ends
+            robustness_ends = single[0] if len(single) == 1 else r.robustness.mean_line_interval
             note = f"{r.robustness.accuracies}, {counted(shifts, 'shift')}{', extrapolated' if r.robustness.extrapolated else ''}"
         units = r.concepts.headline(UNITS) if r.concepts else None
         return Summary(
@@ -154,15 +155,11 @@ def load_results(folder: str | os.PathLike[str]) -> Saved:
     path = folder / "results.json"
     if not path.is_file():
         raise FileNotFoundError(f"no results in {folder}: expected {path.name}, as torchprobe interpret writes it")
-    if path.stat().st_size > _BOUND:
-        raise ValueError(f"{path} is too large for a file of results: {path.stat().st_size:,} bytes")
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        found = plain.get("format") if isinstance(plain, dict) else type(plain).__name__
-        raise ValueError(f"{path} has format {found!r}, this version reads {FORMAT}")
+    if (run := record(folder)) is not None and not run["finished"]:
+        raise ValueError(f"the run in {folder} is unfinished: continue it with --resume")
+    plain = read_checked(path, required=False)  # earlier versions wrote no checksum
+    if plain.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {plain.get('format')!r}, this version reads {FORMAT}")
     try:
         saved = Saved(folder, decode(Results, plain), {})
         saved.summary()
@@ -170,29 +167,59 @@ def load_results(folder: str | os.PathLike[str]) -> Saved:
         raise ValueError(f"{path} is damaged: it lacks {error}") from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    for name, digest in _digests(path, plain).items():
+        if file_digests([folder / name])[0] != digest:
+            raise ValueError(f"{folder / name} is damaged: it is not the table that belongs to {path}; run again with --resume")
     kurtosis, correct = _by_image(folder / "kurtosis.csv")
     return replace(saved, kurtosis=kurtosis, correct=correct, correct_under_shift=_under_shift(folder / "correct.csv"))
 
 
+def _digests(path: Path, plain: dict[str, Any]) -> dict[str, Any]:
+    """The digests of the tables that belong to the results, by the name of the file; none of earlier versions."""
+    found = plain.get(TABLE_DIGESTS, {})
+    if not isinstance(found, dict) or not found.keys() <= {f"{name}.csv" for name in READ_BACK}:
+        raise ValueError(f"{path} is damaged: {TABLE_DIGESTS!r} names other tables than {' and '.join(READ_BACK)}")
+    return found
+
+
 def _under_shift(path: Path) -> dict[str, dict[str, bool]]:
     found: dict[str, dict[str, bool]] = {}
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8") as file:
-            try:
-                for row in csv.DictReader(file):
-                    found.setdefault(row["images"], {})[row["image"]] = row["right"] == "True"
-            except (KeyError, csv.Error) as error:
-                raise ValueError(f"{path} is damaged: {error}") from error
+    for line, row in _rows(path, ("images", "image", "right")):
+        if row["right"] not in ("True", "False"):
+            raise ValueError(f"{path} is damaged: line {line}: right is {row['right']!r:.80}, not True or False")
+        of_shift = found.setdefault(row["images"], {})
+        if row["image"] in of_shift:
+            raise ValueError(f"{path} is damaged: line {line}: the image {row['image']!r:.80} is there twice")
+        of_shift[row["image"]] = row["right"] == "True"
     return found
 
 
 def _by_image(path: Path) -> tuple[dict[str, float], dict[str, bool]]:
-    if not path.is_file():
-        return {}, {}
-    with open(path, newline="", encoding="utf-8") as file:
+    kurtosis, right = dict[str, float](), dict[str, bool]()
+    for line, row in _rows(path, ("image", "vector_kurtosis")):
+        image, decision = row["image"], row.get("right", "")
+        if image in kurtosis:
+            raise ValueError(f"{path} is damaged: line {line}: the image {image!r:.80} is there twice")
+        if decision not in ("", "True", "False"):
+            raise ValueError(f"{path} is damaged: line {line}: right is {decision!r:.80}, not True or False")
         try:
-            rows = list(csv.DictReader(file))
-            kurtosis = {row["image"]: float(row["vector_kurtosis"] or "nan") for row in rows}
-            return kurtosis, {row["image"]: row["right"] == "True" for row in rows if row.get("right")}
-        except (KeyError, ValueError, TypeError, csv.Error) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            kurtosis[image] = float(row["vector_kurtosis"] or "nan")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: line {line}: {error}") from error
+        if decision:
+            right[image] = decision == "True"
+    return kurtosis, right
+
+
+def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The lines of a table as mappings; none if the file does not exist."""
+    if not path.is_file():
+        return
+    lines = read_rows(path)
+    _, header = next(lines, (1, []))
+    if missing := [name for name in needed if name not in header]:
+        raise ValueError(f"{path} is damaged: it lacks the column {missing[0]}")
+    for line, values in lines:
+        if len(values) != len(header):
+            raise ValueError(f"{path} is damaged: line {line} has {len(values)} cells, the first line {len(header)}")
+        yield line, dict(zip(header, values, strict=True))

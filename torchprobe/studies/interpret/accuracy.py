@@ -26,7 +26,7 @@ from torchprobe.analysis.shares import share_interval
 from torchprobe.common.records import Key, Record, decode
 from torchprobe.encoders import Head
 from torchprobe.rendering.page import Picture, Section, Table
-from torchprobe.rendering.tables import Column
+from torchprobe.rendering.tables import Column, number
 
 # -- accuracy ------------------------------------------------------------------------------------------------------------
 
@@ -176,6 +176,9 @@ class Robustness(Record):
         accuracies: "measured" or "published".
         baseline: a description of the standard models.
         left_out: shift → why it has no effective robustness.
+        mean_interval, mean_line_interval: of :meth:`mean`; see :class:`torchprobe.analysis.robustness.MeanRobustness`. Nan in results of
+            earlier versions.
+        correlation: of the residuals of the standard models, for the shifts of :meth:`by_shift`; None in results of earlier versions.
         standard_models: shift → unshifted accuracy and accuracy under the shift of each standard model of a baseline of your own. None for
             the published fits, whose models :func:`torchprobe.analysis.standard_models.cloud` has.
     """
@@ -187,6 +190,9 @@ class Robustness(Record):
     baseline: str
     left_out: dict[str, str]
     standard_models: dict[str, list[tuple[float, float]]] | None = None
+    mean_interval: tuple[float, float] = (math.nan, math.nan)
+    mean_line_interval: tuple[float, float] = (math.nan, math.nan)
+    correlation: list[list[float]] | None = None
 
     def by_shift(self) -> dict[str, float]:
         """Shift → effective robustness, for the shifts that have one."""
@@ -246,15 +252,18 @@ def measure_robustness(
             left_out[shift] = "there are no standard models that were measured on it (--baseline)"
         elif why := _refused({name: value for name, value in accuracies.items() if name == shift or name not in shifts}, classes, baseline):
             left_out[shift] = why
-    rows, mean = [], math.nan
+    rows, mean, across = [], math.nan, None
     if len(left_out) < len(shifts):
         with _near_chance():
             kept = {name: value for name, value in accuracies.items() if name not in left_out}
             table = robustness(kept, imagenet_classes=classes, baseline=baseline, images=SIZES if images is None else images)
-        rows, mean = [decode(ShiftRow, row) for row in table.rows()], table.mean_effective_robustness
+        rows, mean, across = [decode(ShiftRow, row) for row in table.rows()], table.mean_effective_robustness, table.mean
     fits = "the published fits to the standard models of the ImageNet testbed"
     models = None if baseline is None else {row.shift: baseline.points(row.shift, classes) for row in rows}
-    return Robustness(rows, mean, classes, source, fits if baseline is None else baseline.source, left_out, models)
+    found = Robustness(rows, mean, classes, source, fits if baseline is None else baseline.source, left_out, models)
+    if across is None:
+        return found
+    return replace(found, mean_interval=across.interval, mean_line_interval=across.line_interval, correlation=across.correlation.tolist())
 
 
 def effective_robustness_along(
@@ -296,6 +305,7 @@ def robustness_section(found: Robustness, pictures: Sequence[Picture] = ()) -> S
             "Accuracy under a shift, minus that of standard models with the same unshifted accuracy; 0 is on their line. It depends "
             f"on that line ({found.baseline}). Outside the range of the standard models, the line is only an extrapolation.",
             f"The accuracies are {found.accuracies}, {images}; the unshifted accuracy is on {classes}.",
+            *_mean_text(found),
             *(f"No effective robustness under {name}: {why}." for name, why in found.left_out.items()),
             *(
                 [
@@ -309,3 +319,19 @@ def robustness_section(found: Robustness, pictures: Sequence[Picture] = ()) -> S
         pictures,
         tables=[Table(found.rows, ROBUSTNESS_COLUMNS)],
     )
+
+
+def _mean_text(found: Robustness) -> list[str]:
+    """The mean over several shifts with its intervals, in words."""
+    mean, count = found.mean()
+    if count < 2:
+        return []
+
+    def ends(interval: tuple[float, float]) -> str:
+        return "withheld" if math.isnan(interval[0]) else f"{number(interval[0], 3)} to {number(interval[1], 3)}"
+
+    return [
+        f"The mean over these {count} shifts is {number(mean, 3)} points ({LEVEL:.0%} interval {ends(found.mean_interval)}; without the "
+        f"scatter of standard models {ends(found.mean_line_interval)}). A standard model above one line is often above the others; the "
+        "interval includes that."
+    ]

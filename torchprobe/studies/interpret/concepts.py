@@ -33,7 +33,10 @@ class SweepRow(Record):
 
 @dataclass(frozen=True, eq=False)
 class Detector(Record):
-    """A unit or direction and the concept that it detects best; see :meth:`torchprobe.dissection.Dissection.best`."""
+    """A unit or direction and the concept that it detects best; see :meth:`torchprobe.dissection.Dissection.best`.
+
+    ``encodes`` is whether the pair counts as encoded at the headline threshold; None in results of earlier versions.
+    """
 
     unit: int
     label: str
@@ -42,6 +45,7 @@ class Detector(Record):
     prevalence: float | None
     gain: float
     p_value: float | None
+    encodes: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +99,7 @@ DETECTOR_COLUMNS = (
     Column("basis", "basis", "axes, or directions of the head", "text"),
     Column("unit", "index", "of the unit or direction", "index"),
     Column("label", "concept", "the concept with the largest gain", "text"),
+    Column("encodes", "encoded", "whether the pair counts at the headline threshold; a large gain alone does not", "text", optional=True),
     Column("category", "category", "of the concept", "text"),
     Column("average_precision", "AP", "average precision"),
     Column("prevalence", "prevalence", "share of the annotated images that show the concept, about the AP of chance", "share"),
@@ -107,6 +112,8 @@ def summarize_concepts(found: Mapping[str, Dissection]) -> Concepts:
     """The number of concepts that each basis encodes over a sweep of thresholds, and their names at the headline threshold."""
     units = found[UNITS]
     named = {name: one for name, one in found.items() if name in (UNITS, DIRECTIONS)}
+    encoded = {name: one.encoded(HEADLINE) for name, one in named.items()}
+    position = {(label.name, label.category): i for i, label in enumerate(units.labels)}
     return Concepts(
         images=len(units.images),
         labels=len(units.labels),
@@ -115,7 +122,16 @@ def summarize_concepts(found: Mapping[str, Dissection]) -> Concepts:
         names={name: concept_names(one, HEADLINE) for name, one in named.items()},
         best={
             name: [
-                Detector(row.unit, row.label, row.category, row.average_precision, row.prevalence, row.score, row.p_value)
+                Detector(
+                    row.unit,
+                    row.label,
+                    row.category,
+                    row.average_precision,
+                    row.prevalence,
+                    row.score,
+                    row.p_value,
+                    bool(encoded[name][row.unit, position[row.label, row.category]]),
+                )
                 for row in one.best("gain")[:20]
             ]
             for name, one in named.items()
@@ -125,14 +141,19 @@ def summarize_concepts(found: Mapping[str, Dissection]) -> Concepts:
 
 def concepts_section(found: Concepts) -> Section:
     """Unique concepts and polysemanticity, with the nulls."""
-    best = [{"basis": name, **row} for name, detectors in found.best.items() for row in detectors[:10]]
+    best = [
+        {"basis": name, **row, "encodes": "" if row.encodes is None else "yes" if row.encodes else "no"}
+        for name, detectors in found.best.items()
+        for row in detectors[:10]
+    ]
     return Section(
         "Concepts",
         [
             f"Every unit, and every direction of the head, ranks {counted(found.images, 'image')}. It encodes a concept if the average "
             "precision of that ranking reaches the threshold t, and is significant after correction for all pairs and both signs, and if "
             "its gain over the share of images that show the concept is at least 2t − 1. The figures show the number of distinct "
-            "concepts, and of concepts per direction, as the threshold rises.",
+            "concepts, and of concepts per direction, as the threshold rises. Where a curve is flat, significance decides, "
+            "not the threshold.",
             "A random rotation of the units shows whether the axes are special; shuffled labels show chance. In the paper, the count "
             "coincides with language supervision, and is not an indicator of robustness.",
         ],

@@ -96,7 +96,7 @@ DIRECTION_COLUMNS = (
     Column("energy_share", "σ² share", "σ² as a share of Σ σ², the squared length of the head", "share"),
     Column("importance", "importance", "σ · mean |cos(v, h)| over images"),
     Column("importance_share", "of all", "importance as a share of its sum over all directions", "share"),
-    Column("alignment", "alignment", "Σ v_j² over the outlier features: how far the direction lies along them", "share"),
+    Column("alignment", "alignment", "Σ v_j² over the outlier features: how far the direction lies along them", "share", optional=True),
     Column("gap", "gap", "distance to the nearest other σ, in units of the largest σ; near 1e-7 the direction is not determined"),
 )
 
@@ -176,7 +176,7 @@ def _spectrum(found: Sequence[Direction], width: float) -> Any:
     index = list(range(1, len(ordered) + 1))
     series = [
         Series("importance", index, _relative([one.importance for one in ordered])),
-        Series("singular value", index, _relative([one.singular_value for one in ordered])),
+        Series("singular value", index, _relative([one.singular_value for one in ordered]), points=len(index) > 60),
     ]
     names = ("direction, in descending order of importance", "relative to the largest")
     return curves(series, *names, markers=len(index) <= 60, log=True, width=width, height=3.0)
@@ -185,12 +185,13 @@ def _spectrum(found: Sequence[Direction], width: float) -> Any:
 def _alignment(found: Sequence[Direction], chance: float, width: float) -> Any:
     ordered = _by_importance(found)
     index = list(range(1, len(ordered) + 1))
+    highest = max([chance, *(one.alignment for one in ordered)])
     return curves(
         [Series("", index, [one.alignment for one in ordered])],
         "direction, in descending order of importance",
         "share along outlier features",
         levels=[("chance", chance)],
-        limits=(-0.02, 1.02),
+        limits=(-0.02 * highest, min(1.02, 1.15 * highest)) if highest > 0 else (-0.02, 1.02),
         markers=len(index) <= 60,
         width=width,
         height=2.6,
@@ -219,6 +220,10 @@ class Curve(Record):
     effective_robustness: list[float] | None = None
     low: list[float] | None = None
     high: list[float] | None = None
+
+    def distinct(self) -> list[int]:
+        """The points to draw: of fractions that keep as many directions, which a small rank has, only the last."""
+        return [i for i, kept in enumerate(self.kept) if kept not in self.kept[i + 1 :]]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per fraction."""
@@ -356,5 +361,6 @@ def _robustness_figure(orders: Mapping[str, Curve], width: float) -> Any:
 
 def _series(order: str, curve: Curve, values: list[float] | None, scale: float) -> Series:
     ends = (None, None) if order == "sigma" else (curve.low, curve.high)  # three bands in one figure would hide each other
-    y, low, high = (None if points is None else [scale * point for point in points] for points in (values, *ends))
-    return Series(ORDERS[order], [100 * share for share in curve.keep], y or [], low, high)
+    at = curve.distinct()
+    y, low, high = (None if points is None else [scale * points[i] for i in at] for points in (values, *ends))
+    return Series(ORDERS[order], [100 * curve.keep[i] for i in at], y or [], low, high)

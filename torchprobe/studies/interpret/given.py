@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torchprobe
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.given_files import Given, keep, open_given, open_head
@@ -17,6 +16,7 @@ from torchprobe.common.arrays import located
 from torchprobe.common.messages import counted
 from torchprobe.common.runs import RunOptions
 from torchprobe.common.storage import digest
+from torchprobe.common.version import VERSION
 from torchprobe.encoders import EncoderError, Head
 from torchprobe.studies.dissect import file_names
 from torchprobe.studies.interpret.inputs import NO_HEAD, Choices, Inputs
@@ -136,7 +136,7 @@ class GivenFiles:
         """The facts that every stage depends on."""
         head = self.subject.head
         identity = None if head is None else [digest(head.parameters()), head.normalize]
-        return {"torchprobe": torchprobe.__version__, "seed": self.options.seed, "head": identity}
+        return {"torchprobe": VERSION, "seed": self.options.seed, "head": identity}
 
     def embed(self) -> dict[str, Embeddings]:
         """The representations of every set, by name, from the folder."""

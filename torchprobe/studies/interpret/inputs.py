@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
 from torchprobe.analysis.given_files import open_head
 from torchprobe.analysis.outliers import Rule
-from torchprobe.analysis.positions import LayerEncoder
+from torchprobe.analysis.positions import FeatureDim, LayerEncoder
+from torchprobe.common.facts import file_digests
 from torchprobe.common.messages import counted
-from torchprobe.common.runs import RunOptions
+from torchprobe.common.runs import Clock, CountCallback, RunOptions
 from torchprobe.common.storage import digest
-from torchprobe.datasets import Broden, DatasetError, Images, LabeledImages, image_folder, imagenet_set, labeled_folder, text_file
-from torchprobe.datasets.imagenet import KINDS
-from torchprobe.datasets.images import SUFFIXES
+from torchprobe.common.version import VERSION
+from torchprobe.datasets import Broden, DatasetError, ImageSet, LabeledImages
 from torchprobe.encoders import ClipEncoder, Encoder, EncoderError, Head, load_head
 from torchprobe.encoders.encoder import Template
 from torchprobe.encoders.outputs import AUTO
 from torchprobe.encoders.suite import SuiteRow
+from torchprobe.studies.interpret.image_sets import is_imagenet, load_images, load_shift, may_have_labels, outside_a_folder
+from torchprobe.studies.interpret.provenance import PROVENANCE_IMAGES
 from torchprobe.studies.interpret.results import Stages
 
 LAYER_IMAGES = 1024
@@ -34,8 +33,6 @@ KeepHead = Callable[[Mapping[str, Any], Callable[[], Head]], Head]
 """Called with the facts that a head depends on and a function that makes it. Returns a kept head of the same facts, or a new one."""
 
 NO_HEAD = "no head was given"
-
-_WNID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
@@ -62,14 +59,16 @@ class Subject:
     """One encoder with everything that it is measured on; see :func:`torchprobe.studies.interpret.interpret` for the fields."""
 
     encoder: Encoder
-    images: Images
-    shifts: Mapping[str, Images] = field(default_factory=dict)
+    images: ImageSet
+    shifts: Mapping[str, ImageSet] = field(default_factory=dict)
     head: Head | None = None
     broden: Broden | None = None
     baseline: Baseline | None = None
     imagenet_classes: ImagenetClasses = "full"
     layers: str | Sequence[str] | None = None
     layer_images: int = LAYER_IMAGES
+    feature_dim: FeatureDim = None
+    provenance_images: int = PROVENANCE_IMAGES
     about: Mapping[str, Any] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
     choices: Choices = field(default_factory=Choices)
@@ -97,11 +96,10 @@ class Subject:
 
     def remarks(self, name: str) -> list[str]:
         """What is unexpected in the folders of a set."""
-        images = self.sets[name]
-        return list(images.remarks) if isinstance(images, LabeledImages) else []
+        return list(getattr(self.sets[name], "remarks", ()))
 
     @property
-    def sets(self) -> dict[str, Images]:
+    def sets(self) -> dict[str, ImageSet]:
         """All sets by name, the unshifted images first."""
         return {IMAGENET: self.images, **self.shifts}
 
@@ -111,19 +109,19 @@ class Inputs:
     """The inputs of a study: what every encoder is measured on.
 
     Args:
-        images: the folder of the unshifted images, see :func:`load_images`.
-        shifts: name → folder.
+        images: where the unshifted images are, see :func:`load_images`.
+        shifts: name → the same.
         broden: concepts, or None.
         baseline, imagenet_classes: of effective robustness.
         templates: of zero-shot heads; None: those of ImageNet.
         limit: number of images of each set, chosen at random; None: all.
         layers: the layers to record and to compare; None: the blocks.
-        layer_images, outlier_rule: see :func:`torchprobe.studies.interpret.interpret`.
+        layer_images, feature_dim, provenance_images, outlier_rule: see :func:`torchprobe.studies.interpret.interpret`.
         choices: see :class:`Choices`.
     """
 
-    images: Path
-    shifts: Mapping[str, Path] = field(default_factory=dict)
+    images: Path | str
+    shifts: Mapping[str, Path | str] = field(default_factory=dict)
     broden: Broden | None = None
     baseline: Baseline | None = None
     imagenet_classes: ImagenetClasses = "full"
@@ -131,6 +129,8 @@ class Inputs:
     limit: int | None = None
     layers: Sequence[str] | None = None
     layer_images: int = LAYER_IMAGES
+    feature_dim: FeatureDim = None
+    provenance_images: int = PROVENANCE_IMAGES
     choices: Choices = field(default_factory=Choices)
     outlier_rule: Rule = "robust"
 
@@ -147,7 +147,7 @@ class Inputs:
         """
         encoder = row.load()
         encoder = encoder if options.device is None else encoder.to(options.device)
-        subject = self.subject(encoder, row.head, options.seed, keep)
+        subject = self.subject(encoder, row.head, options.seed, keep, caption_progress(options))
         head = subject.head
         if head is not None and row.normalize is not None and row.normalize != head.normalize:
             head = Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), normalize=row.normalize, names=head.names)
@@ -155,7 +155,14 @@ class Inputs:
         about = {key: getattr(row, key) for key in keys} | self.about()
         return replace(subject, head=head, about=about, published=row.accuracy)
 
-    def subject(self, encoder: Encoder, head: str = "auto", seed: int = 0, keep: KeepHead | None = None) -> Subject:
+    def subject(
+        self,
+        encoder: Encoder,
+        head: str = "auto",
+        seed: int = 0,
+        keep: KeepHead | None = None,
+        progress: CountCallback | None = None,
+    ) -> Subject:
         """An encoder with its sets and a head that fit each other.
 
         A zero-shot head is made for ImageNet's classes if the images are ImageNet's. Otherwise it is made for the class folders, with "_"
@@ -163,11 +170,14 @@ class Inputs:
         are assumed to be in the order of its rows. A head that "auto" found is left out, with a warning, if the folders do not fit it: the
         images alone give the outlier features. The head is on the device of the encoder.
 
+        The labels of shards, stores and data sets are rows of the head already. A zero-shot head needs the names of their classes.
+
         Args:
             encoder: on its device.
             head: see :func:`make_head`.
             seed: of ``limit``.
             keep: called with what a zero-shot head depends on and the function that makes it; returns the head.
+            progress: called with (classes done, classes in all) while a zero-shot head is made.
 
         Raises:
             DatasetError, EncoderError: as :func:`load_images` and :func:`make_head`; or the head has no names and another number of rows
@@ -175,10 +185,21 @@ class Inputs:
         """
         imagenet = is_imagenet(self.images)
         images = load_images(self.images, None, self.limit, seed)
-        classes = [name.replace("_", " ") for name in images.names or ()] if isinstance(images, LabeledImages) and not imagenet else None
-        found = make_head(encoder, head, classes or None, self.templates, keep)
+        numbered = outside_a_folder(self.images)
+        known: Sequence[str] = getattr(images, "names", None) or ()
+        classes = [name.replace("_", " ") for name in known] if not imagenet else None
+        if numbered and not classes and may_have_labels(images):
+            head = _without_names(encoder, head, self.images)
+        found = make_head(encoder, head, classes or None, self.templates, keep, progress)
         names: Sequence[str] | None = None
-        if found is not None and isinstance(images, LabeledImages):
+        if numbered:
+            names = None if found is None else found.names
+            if found is not None and classes and found.out_features != len(classes):
+                raise DatasetError(
+                    f"{self.images} has the names of {len(classes)} classes, but the head has {found.out_features} rows: "
+                    "give a head for these classes, or --head none"
+                )
+        elif found is not None and isinstance(images, LabeledImages):
             if imagenet and found.out_features != 1000:
                 raise DatasetError(f"{self.images} holds ImageNet's classes, but the head has {found.out_features} rows, not 1000")
             if not imagenet:
@@ -200,11 +221,13 @@ class Inputs:
             imagenet_classes=self.imagenet_classes,
             layers=self.layers,
             layer_images=self.layer_images,
+            feature_dim=self.feature_dim,
+            provenance_images=self.provenance_images,
             choices=self.choices,
             outlier_rule=self.outlier_rule,
         )
 
-    def _matched(self, images: LabeledImages, head: Head, seed: int) -> tuple[Images, Sequence[str] | None]:
+    def _matched(self, images: LabeledImages, head: Head, seed: int) -> tuple[ImageSet, Sequence[str] | None]:
         """The images with rows of the head as labels, and the names of these rows."""
         if head.names is not None:
             return load_images(self.images, head.names, self.limit, seed), head.names
@@ -217,74 +240,15 @@ class Inputs:
         return images, images.names
 
 
-def load_images(folder: Path, names: Sequence[str] | None = None, limit: int | None = None, seed: int = 0) -> Images:
-    """The images of a folder, or the texts of a file.
-
-    They are ImageNet's validation set if the name of a class folder is a WordNet id. Otherwise each folder in it is a class. Without
-    folders, all images are taken, without labels.
-
-    Args:
-        folder: of the images; a file holds texts, see :func:`torchprobe.datasets.text_file`.
-        names: the names of the rows of the head, to match class folders with; not for ImageNet.
-        limit: number of images, chosen at random; None: all.
-        seed: of that choice.
-
-    Raises:
-        DatasetError: no images, or class folders that do not match.
-    """
-    if folder.is_file():
-        return text_file(folder, limit, seed)
-    if is_imagenet(folder):
-        return imagenet_set(folder, IMAGENET, limit, seed)
-    if folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
-        return _with_remark(labeled_folder(folder, limit, seed, names))
-    return image_folder(folder, limit, seed)
-
-
-def _with_remark(images: LabeledImages) -> LabeledImages:
-    """With a remark about images outside the class folders."""
-    assert images.root is not None
-    outside = sum(entry.is_file() and entry.suffix.lower() in SUFFIXES for entry in images.root.iterdir())
-    remark = f"{counted(outside, 'image')} outside the class folders left out"
-    return replace(images, remarks=[*images.remarks, remark]) if outside else images
-
-
-def is_imagenet(folder: Path) -> bool:
-    """Whether the name of a class folder is a WordNet id: in ``folder``, in its folder ``val``, or in its only folder."""
-    folders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")] if folder.is_dir() else []
-    inner = [entry for entry in folders if entry.name == "val" or len(folders) == 1]
-    return any(entry.is_dir() and _WNID.fullmatch(entry.name) for place in (folder, *inner) if place.is_dir() for entry in place.iterdir())
-
-
-def load_shift(name: str, folder: Path, names: Sequence[str] | None, imagenet: bool, limit: int | None = None, seed: int = 0) -> Images:
-    """The images of one shift.
-
-    Args:
-        name: one of ImageNet's shifts, in the folders of its release, if the head has ImageNet's classes; or any name.
-        folder: of the images.
-        names: the names of the rows of the head.
-        imagenet: whether the head has ImageNet's 1000 classes.
-        limit, seed: as for :func:`load_images`.
-
-    Raises:
-        DatasetError: no images, or class folders that do not match.
-    """
-    if imagenet and name in KINDS:
-        return imagenet_set(folder, name, limit, seed)
-    if imagenet and is_imagenet(folder):
-        return imagenet_set(folder, IMAGENET, limit, seed)
-    return labeled_folder(folder, limit, seed, names)
-
-
-def sample(images: Images, count: int, seed: int) -> Images:
-    """Some of the images, chosen at random, in their order; all if there are not more."""
-    if count >= len(images):
-        return images
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
-    paths = [images.paths[i] for i in chosen]
-    if isinstance(images, LabeledImages):
-        return replace(images, paths=paths, labels=[images.labels[i] for i in chosen])
-    return replace(images, paths=paths)
+def _without_names(encoder: Encoder, head: str, where: Path | str) -> str:
+    """The head for images whose labels are numbers without names: none is made from the names of other classes."""
+    why = f"the labels of {where} are numbers, and the names of their classes are unknown: put them into classnames.txt beside the shards"
+    if head == "zero-shot":
+        raise DatasetError(f"a zero-shot head is made from the names of classes, and {why}, one in each line")
+    if head == "auto" and encoder.head is None and _has_text_tower(encoder):
+        warnings.warn(f"no zero-shot head is made, and there is no accuracy, because {why}, or give a head", stacklevel=3)
+        return "none"
+    return head
 
 
 def make_head(
@@ -293,6 +257,7 @@ def make_head(
     classes: Sequence[str] | None = None,
     templates: Sequence[Template] | None = None,
     keep: KeepHead | None = None,
+    progress: CountCallback | None = None,
 ) -> Head | None:
     """The head that a word or a file stands for.
 
@@ -302,7 +267,7 @@ def make_head(
             possible, otherwise none; "none"; or a file for :func:`torchprobe.analysis.given_files.open_head`.
         classes: the classes of a zero-shot head; None: those of ImageNet.
         templates: the captions of a zero-shot head; None: those of ImageNet.
-        keep: see :meth:`Inputs.subject`.
+        keep, progress: see :meth:`Inputs.subject`.
 
     Raises:
         EncoderError: there is no such head; the message has the reason.
@@ -321,7 +286,9 @@ def make_head(
         given = (None if classes is None else list(classes)), (None if templates is None else list(templates))
 
         def make() -> Head:
-            return encoder.zero_shot_head(*given)
+            if progress is not None:
+                progress(0, 0)
+            return encoder.zero_shot_head(*given, progress=progress)
 
         tower = getattr(encoder, "text", None)
         if keep is None or tower is None:
@@ -329,6 +296,21 @@ def make_head(
         captions = None if templates is None else [one if isinstance(one, str) else one("{}") for one in templates]
         return keep({"name": encoder.name, "text": digest(tower.parameters()), "classes": classes, "templates": captions}, make)
     return open_head(which, encoder.features)
+
+
+def caption_progress(options: RunOptions) -> CountCallback:
+    """Reports how many classes of a zero-shot head have their captions, and ends when the run shall stop."""
+    clock = Clock(options.progress, stages=1)
+
+    def tell(done: int, total: int) -> None:
+        if options.stop is not None and options.stop():
+            raise KeyboardInterrupt
+        if not done:
+            clock.start("captions of the zero-shot head", 0, total, "classes")
+        else:
+            clock.count(done, total)
+
+    return tell
 
 
 def _has_text_tower(encoder: Encoder) -> bool:
@@ -341,13 +323,15 @@ def kept_head(folder: Path, resume: bool) -> KeepHead:
 
     def keep(facts: Mapping[str, Any], make: Callable[[], Head]) -> Head:
         stages, path = Stages(folder, resume), folder / "head.safetensors"
-        if (known := stages.known("head", facts, dict[str, int])) is not None and path.is_file():
+        facts = {**facts, "torchprobe": VERSION}
+        known = stages.known("head", facts, dict[str, Any])
+        if known is not None and known.get("file") == file_digests([path])[0]:
             return load_head(path, known["features"])
         head = make()
         folder.mkdir(parents=True, exist_ok=True)
         stages.forget("head")
         head.save(path)
-        stages.run("head", facts, dict[str, int], lambda: {"features": head.in_features})
+        stages.run("head", facts, dict[str, Any], lambda: {"features": head.in_features, "file": file_digests([path])[0]})
         return head
 
     return keep

@@ -5,7 +5,6 @@ The page shows each figure with what it shows and how to read it. It gives no ve
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,20 +12,22 @@ from typing import Any
 
 from rich.console import Console
 
-from torchprobe.analysis.baseline import IMAGENET
-from torchprobe.analysis.concepts import SHUFFLED, UNITS
 from torchprobe.analysis.positions import SEVERAL
-from torchprobe.analysis.resampling import FEWEST, LEVEL
-from torchprobe.common.files import replacing, to_json
+from torchprobe.analysis.provenance.results import CHANGE_COLUMNS, PARAMETER_COLUMNS, PART_COLUMNS, first
+from torchprobe.common.checked import write_checked
+from torchprobe.common.facts import file_digests
 from torchprobe.common.messages import counted
 from torchprobe.rendering.latex import write_latex
-from torchprobe.rendering.page import Fact, Page, Section, Table
+from torchprobe.rendering.page import Page, Section, Table
 from torchprobe.rendering.page import write as write_page
-from torchprobe.rendering.tables import Column, Row, number, percent, plain_table, shown, shown_columns, text, write_csv
+from torchprobe.rendering.tables import Column, Row, plain_table, shown, shown_columns, text, write_csv
+from torchprobe.rendering.wording import worded, worded_columns, worded_page, worded_rows
 from torchprobe.studies.interpret.accuracy import ACCURACY_COLUMNS, ROBUSTNESS_COLUMNS, accuracy_rows, accuracy_section, robustness_section
 from torchprobe.studies.interpret.concepts import CONCEPT_COLUMNS, HEADLINE, concepts_section
 from torchprobe.studies.interpret.directions import DIRECTION_COLUMNS, by_importance, directions_section, pruning_section
 from torchprobe.studies.interpret.figures import Robust, robustness_pictures, write_figures
+from torchprobe.studies.interpret.headline import MISSING_COLUMNS, facts, measured
+from torchprobe.studies.interpret.provenance import provenance_section
 from torchprobe.studies.interpret.representation import (
     ABLATION_COLUMNS,
     SHOWN,
@@ -35,10 +36,13 @@ from torchprobe.studies.interpret.representation import (
     layers_section,
     outlier_section,
 )
-from torchprobe.studies.interpret.results import Interpretation, Results
+from torchprobe.studies.interpret.results import READ_BACK, TABLE_DIGESTS, Interpretation, Results
 from torchprobe.studies.scan_report import VECTOR, layer_columns, with_vectors
 
-TABLES = ("kurtosis", "correct", "features", "layers", "accuracy", "robustness", "directions", "pruning", "ablation", "concepts")
+TABLES = (
+    *("kurtosis", "correct", "features", "layers", "accuracy", "robustness", "directions", "pruning", "ablation", "concepts"),
+    *("provenance-parts", "provenance-parameters", "provenance-changes"),
+)
 """The names of all CSV files."""
 
 SHOWN_FEATURES, PRINTED = 8, 3
@@ -50,22 +54,25 @@ SHOWN_FEATURES, PRINTED = 8, 3
 def write(found: Interpretation) -> dict[str, Path]:
     """Writes ``results.json``, tables as CSV and LaTeX, figures as PDF, SVG and PNG, and the page; returns the paths by kind.
 
-    Each file replaces an older one at once.
+    Each file replaces an older one at once. ``results.json`` comes last, with a checksum and the digests of the tables that a comparison
+    reads: where it fits, the run is complete.
     """
     files = paths(found)
     if files["results"].is_file():  # tables of an earlier run with more inputs do not belong to this run
         for name in set(TABLES) - tables(found).keys():
             for suffix in ("csv", "tex"):
                 (found.folder / f"{name}.{suffix}").unlink(missing_ok=True)
-    with replacing(files["results"]) as temporary:
-        temporary.write_text(to_json(found.results), encoding="utf-8")
     for name, rows in tables(found).items():
         write_csv(rows, files[name])
     for name, (rows, columns) in latex_tables(found).items():
-        write_latex(rows, columns, found.folder / f"{name}.tex", found.name)
-    page = interpretation_page(found)
+        unit = found.results.unit
+        write_latex(worded_rows(rows, unit), worded_columns(columns, unit), found.folder / f"{name}.tex", found.name)
+    page = worded_page(interpretation_page(found), found.results.unit)
     write_figures(files["figures"], [picture for section in page.sections for picture in section.pictures])
     write_page(page, files["page"])
+    read_back = [files[name] for name in READ_BACK if name in files]
+    digests = dict(zip([path.name for path in read_back], file_digests(read_back), strict=True))
+    write_checked(files["results"], {**found.results, TABLE_DIGESTS: digests})
     return files
 
 
@@ -104,6 +111,9 @@ def tables(found: Interpretation) -> dict[str, Sequence[Row]]:
         rows["ablation"] = r.ablation.rows
     if r.concepts:
         rows["concepts"] = r.concepts.rows()
+    if r.provenance and (origin := r.provenance.found):
+        parts: dict[str, Sequence[Row]] = {"parts": origin.parts, "parameters": origin.parameters, "changes": origin.changes}
+        rows |= {f"provenance-{name}": each for name, each in parts.items() if each}
     return rows
 
 
@@ -123,6 +133,10 @@ def latex_tables(found: Interpretation) -> dict[str, tuple[Sequence[Row], Sequen
         made["ablation"] = r.ablation.rows, ABLATION_COLUMNS
     if r.concepts:
         made["concepts"] = r.concepts.headline_rows(), CONCEPT_COLUMNS
+    if r.provenance and (origin := r.provenance.found):
+        made["provenance-parts"] = first(origin.parts, PRINTED), PART_COLUMNS
+        made["provenance-parameters"] = first(origin.parameters, PRINTED), PARAMETER_COLUMNS
+        made["provenance-changes"] = origin.changes, CHANGE_COLUMNS
     return made
 
 
@@ -133,9 +147,9 @@ def print_interpretation(found: Interpretation, out: Console) -> None:
     """The headline numbers, a table for each section, and what was left out."""
     r = found.results
     out.print(text(found.name, "bold"))
-    table = plain_table("", "", "", right={""})
+    table = plain_table("", "", "")
     for fact in facts(r):
-        table.add_row(text(fact.label), text(fact.value, "bold"), text(fact.note, "dim"))
+        table.add_row(text(fact.label), text(fact.value, "bold"), text(worded(fact.note, r.unit), "dim"))
     out.print(table)
     if rows := r.outliers.rows[: min(SHOWN_FEATURES, len(r.outliers.indices))]:
         print_rows("Outlier features", r.outliers.columns, rows, out)
@@ -149,13 +163,16 @@ def print_interpretation(found: Interpretation, out: Console) -> None:
         print_rows("Without the outlier features", ABLATION_COLUMNS, r.ablation.rows, out)
     if r.concepts:
         print_rows(f"Concepts, AP ≥ {r.concepts.threshold:g}", CONCEPT_COLUMNS, r.concepts.headline_rows(), out)
+    if r.provenance and r.provenance.found:
+        out.print(text("Where the outlier features come from", "bold"))
+        out.print(text(worded(r.provenance.found.summary(), r.unit)))
     for name, data in r.data.items():
         for remark in data.remarks:
             out.print(text(f"{name}: {remark}", "dim"))
         if data.skipped:
-            out.print(text(f"{name}: {counted(len(data.skipped), 'image')} left out because they could not be read", "dim"))
+            out.print(text(f"{name}: {counted(len(data.skipped), r.unit)} left out because they could not be read", "dim"))
     for remark in remarks(r):
-        out.print(text(remark, "dim"))
+        out.print(text(worded(remark, r.unit), "dim"))
     for section, why in r.skipped.items():
         out.print(text(f"Left out: {section} ({why})", "dim"))
 
@@ -173,9 +190,6 @@ def print_rows(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str
 # -- the page ------------------------------------------------------------------------------------------------------------
 
 
-SKIPPED_COLUMNS = (Column("section", "section", "the missing section", "text"), Column("why", "why", "the missing input", "text"))
-
-
 def interpretation_page(found: Interpretation) -> Page:
     """The whole page."""
     r = found.results
@@ -189,6 +203,7 @@ def interpretation_page(found: Interpretation) -> Page:
         r.directions and directions_section(r.directions),
         r.pruning and pruning_section(r.pruning),
         r.ablation and ablation_section(r.ablation),
+        r.provenance and r.provenance.found and provenance_section(r.provenance.found, r.provenance.features),
         r.concepts and concepts_section(r.concepts),
         *left_out(r),
         _choices(r),
@@ -197,42 +212,12 @@ def interpretation_page(found: Interpretation) -> Page:
     return Page(
         kind="interpret",
         title=found.name,
-        summary=f"{about + ': ' if about else ''}{_measured(r)}; outlier features, privileged directions, concepts and robustness, "
+        summary=f"{about + ': ' if about else ''}{measured(r)}; outlier features, privileged directions, concepts and robustness, "
         "each with the values to compare it with.",
         facts=facts(r),
         sections=[section for section in sections if section],
         footer=footer(r),
     )
-
-
-def facts(r: Results) -> list[Fact]:
-    """The headline numbers."""
-    interval = f"{interval_text(r.kurtosis.interval, r.kurtosis.vectors)}; Gaussian {number(r.kurtosis.gaussian, 3)}"
-    heads = [
-        Fact("Vector kurtosis", number(r.kurtosis.mean, 3), interval),
-        Fact("Outlier features", number(len(r.outliers.indices)), f"of {number(r.features)}"),
-    ]
-    if r.accuracy:
-        one = r.accuracy[IMAGENET]
-        heads.append(Fact("Accuracy", percent(one.accuracy), f"{number(one.images)} images, {number(one.classes)} classes"))
-    if r.robustness:
-        mean, shifts = r.robustness.mean()
-        extrapolated = ", extrapolated" if r.robustness.extrapolated else ""
-        note = f"percentage points, mean over {counted(shifts, 'shift')}{extrapolated}"
-        if len(single := [row for row in r.robustness.rows if row.shift in r.robustness.by_shift()]) == 1 and single[0].images:
-            images = min(single[0].images, single[0].imagenet_images)
-            note = f"percentage points, {single[0].shift}{extrapolated}; {interval_text((single[0].low, single[0].high), images)}"
-        heads.append(Fact("Effective robustness", "–" if math.isnan(mean) else f"{mean:+.1f}", note))
-    if r.concepts:
-        unique, null = (r.concepts.headline(basis).unique for basis in (UNITS, SHUFFLED))
-        note = f"AP ≥ {r.concepts.threshold:g}, beyond chance; {null} with shuffled labels"
-        heads.append(Fact("Unique concepts", number(unique), note))
-    return heads
-
-
-def _measured(r: Results) -> str:
-    images = r.data[IMAGENET].images
-    return f"{counted(images, 'given representation')}" if r.given else f"{counted(images, 'image')} through the encoder"
 
 
 def remarks(r: Results) -> list[str]:
@@ -261,14 +246,6 @@ def _choices(r: Results) -> Section | None:
     return Section("This run", found) if found else None
 
 
-def interval_text(interval: tuple[float, float], images: int) -> str:
-    """An interval over images in words, or why there is none."""
-    if any(map(math.isnan, interval)):
-        return f"no interval: {images} images" if images < FEWEST else "no interval: the values hardly differ"
-    low, high = (number(end, 3) for end in interval)
-    return f"{LEVEL:.0%} interval {low} … {high}"
-
-
 def left_out(r: Results) -> list[Section]:
     """What is unexpected in the folders, sections without their input, and images that could not be read."""
     sections = []
@@ -279,7 +256,7 @@ def left_out(r: Results) -> list[Section]:
         )
     if r.skipped:
         rows = [{"section": name, "why": why} for name, why in r.skipped.items()]
-        sections.append(Section("Not computed", ["These sections were left out."], tables=[Table(rows, SKIPPED_COLUMNS)]))
+        sections.append(Section("Not computed", ["These sections were left out."], tables=[Table(rows, MISSING_COLUMNS)]))
     unreadable = [{"section": f"{name}: {one.file}", "why": one.reason} for name, data in r.data.items() for one in data.skipped]
     if unreadable:
         shown = unreadable[: 10 * SHOWN]

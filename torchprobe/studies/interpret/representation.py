@@ -242,6 +242,7 @@ def outlier_section(found: Outliers) -> Section:
         [row.relative_size for row in by_index],
         [row.robust_share if found.rule == "robust" else row.outlier_share for row in by_index],
         named=found.indices[:6],
+        marked=found.indices,
     )
     return Section(
         "Outlier features",

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from torchprobe.common.checked import read_checked, write_checked
 from torchprobe.common.deprecation import RenamedAttribute
-from torchprobe.common.files import replacing, to_json
+from torchprobe.common.facts import changed
+from torchprobe.common.files import to_json
+from torchprobe.common.folders import output_folder
+from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import Key, Record, decode, encode
+from torchprobe.common.runs import RunOptions, RunWarning
 from torchprobe.dissection import Dissection
+from torchprobe.rendering.notebook import fragment
+from torchprobe.rendering.page import Page
+from torchprobe.rendering.wording import worded_page
 from torchprobe.studies.interpret.accuracy import Accuracy, Robustness
 from torchprobe.studies.interpret.concepts import Concepts
 from torchprobe.studies.interpret.directions import HeadDirections, Pruning
+from torchprobe.studies.interpret.headline import MISSING_COLUMNS, facts, measured
+from torchprobe.studies.interpret.provenance import Origin
 from torchprobe.studies.interpret.representation import Ablation, Kurtosis, Layers, Outliers
 
 FORMAT = 1
 """The format of ``results.json``."""
+
+INTERPRET = "interpret"
+"""The command whose output folder holds an interpretation."""
+
+READ_BACK = ("kurtosis", "correct")
+"""The tables that a comparison reads beside ``results.json``."""
+
+TABLE_DIGESTS = "tables"
+"""The key of their digests in ``results.json``."""
 
 T = TypeVar("T")
 
@@ -86,6 +108,7 @@ class Results(Record):
     skipped: dict[str, str]
     layers: Layers | None = None
     concepts: Concepts | None = None
+    provenance: Origin | None = None
     about: dict[str, Any]
     given: bool | None = None
     chosen_features: list[int] | None = None
@@ -95,6 +118,11 @@ class Results(Record):
     def title(self) -> str:
         """The name in the suite, or else the name of the encoder."""
         return str(self.about.get("name") or self.name)
+
+    @property
+    def unit(self) -> str:
+        """What one input is, for sentences about these results."""
+        return "text" if self.about.get("modality") == "text" else "image"
 
 
 @dataclass
@@ -128,12 +156,27 @@ class Interpretation:
         """The name in the suite, or else the name of the encoder."""
         return self.results.title
 
+    def _repr_html_(self) -> str:
+        """The headline numbers for a notebook, and the sections that are missing, with the reason."""
+        page = worded_page(Page("interpret", self.name, measured(self.results), facts(self.results)), self.results.unit)
+        missing = [{"section": section, "why": why} for section, why in self.results.skipped.items()]
+        note = f"The whole page: {self.folder / 'index.html'}"
+        return fragment(f"{page.title}: {page.summary}", page.facts, missing, MISSING_COLUMNS, note, of="sections")
+
+
+def output_of(
+    folder: str | os.PathLike[str], name: str, options: RunOptions, ranks: Ranks | None = None
+) -> contextlib.AbstractContextManager[Path]:
+    """The output folder of an interpretation of the encoder ``name``; see :func:`torchprobe.common.folders.output_folder`."""
+    return output_folder(folder, INTERPRET, of=name, resume=options.resume, overwrite=options.overwrite, ranks=ranks)
+
 
 class Stages:
     """The stages of one run in ``folder/stages``, one JSON file each.
 
     A stage is read, not computed, if a resumed run finds it with the same facts. The facts of a stage include those of the stages that it
-    depends on.
+    depends on. If a fact has changed, the stage is computed again, and a warning says which fact. Each file has a checksum; a damaged stage
+    is computed again too.
 
     Args:
         folder: of the run.
@@ -150,6 +193,7 @@ class Stages:
     def __init__(self, folder: Path, resume: bool = False) -> None:
         self.folder = folder / "stages"
         self.resume = resume
+        self._told: set[str] = set()
 
     def run(self, name: str, facts: Mapping[str, Any], kind: type[T], compute: Callable[[], T]) -> T:
         """The result of a stage, of the type ``kind``: read if it was found with the same facts, otherwise computed and written."""
@@ -157,8 +201,7 @@ class Stages:
             return known
         found = json.loads(to_json(encode(compute())))  # through JSON, so that a fresh and a resumed run get the same
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self._path(name)) as temporary:
-            temporary.write_text(to_json({"facts": facts, "found": found}), encoding="utf-8")
+        write_checked(self._path(name), {"stage": name, "facts": facts, "found": found})
         return decode(kind, found, name)
 
     def known(self, name: str, facts: Mapping[str, Any], kind: type[T]) -> T | None:
@@ -166,12 +209,23 @@ class Stages:
         if not self.resume:
             return None
         try:
-            saved = json.loads(self._path(name).read_text(encoding="utf-8"))
-            if not isinstance(saved, dict) or saved.get("facts") != json.loads(to_json(facts)):
+            saved = read_checked(self._path(name))
+            before = saved.get("facts")
+            if saved.get("stage") != name or not isinstance(before, dict):
+                return None
+            if (other := changed(before, json.loads(to_json(facts)))) is not None:
+                self._tell(name, *other)
                 return None
             return decode(kind, saved.get("found"), name)
         except (OSError, ValueError):
             return None
+
+    def _tell(self, name: str, fact: str, before: object, now: object) -> None:
+        """Says once for each fact that stages are computed again."""
+        if fact not in self._told:
+            self._told.add(fact)
+            why = f"because of another {fact}: {before!r:.200}, now {now!r:.200}"
+            warnings.warn(f"{name}, and what else depends on it, is computed again, {why}", RunWarning, stacklevel=4)
 
     def forget(self, name: str) -> None:
         """Deletes the file of a stage."""

@@ -7,23 +7,22 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import torchprobe
 from torchprobe.analysis.baseline import IMAGENET, Baseline, ImagenetClasses
-from torchprobe.analysis.directions import Directions, privileged_directions, split
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.inputs import HeadLike, as_head
 from torchprobe.analysis.outliers import Rule
-from torchprobe.analysis.positions import LayerEncoder, Position, at_layer
+from torchprobe.analysis.positions import FeatureDim, LayerEncoder, Position, at_layer, recorded_dims
 from torchprobe.analysis.vectors import images_of
 from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import decode, encode
 from torchprobe.common.runs import Clock, Progress, ProgressCallback, RunOptions
-from torchprobe.datasets import Broden, Images
+from torchprobe.datasets import Broden, ImageSet, open_images
 from torchprobe.dissection import Dissection
 from torchprobe.encoders import Encoder
 from torchprobe.recording.layers import select_layers
@@ -31,8 +30,10 @@ from torchprobe.studies.interpret.accuracy import Accuracy, Robustness, measure_
 from torchprobe.studies.interpret.concepts import Concepts, summarize_concepts
 from torchprobe.studies.interpret.directions import HeadDirections, Pruning, measure_directions, measure_pruning
 from torchprobe.studies.interpret.given import GivenFiles, GivenSubject
+from torchprobe.studies.interpret.halves import Halves, halves_of
 from torchprobe.studies.interpret.inputs import LAYER_IMAGES, Choices, Subject
 from torchprobe.studies.interpret.passes import Passes, identity
+from torchprobe.studies.interpret.provenance import PROVENANCE_IMAGES, Origin
 from torchprobe.studies.interpret.report import write
 from torchprobe.studies.interpret.representation import (
     Ablation,
@@ -43,9 +44,9 @@ from torchprobe.studies.interpret.representation import (
     measure_outliers,
     why_no_ablation,
 )
-from torchprobe.studies.interpret.results import HeadFacts, Interpretation, Results, SetFacts, Settings, Stages, Unreadable
+from torchprobe.studies.interpret.results import HeadFacts, Interpretation, Results, SetFacts, Settings, Stages, Unreadable, output_of
 
-MEASURES = 2
+MEASURES = 3
 """Counts the definitions of outlier features and of intervals. A resumed run computes the stages of an earlier definition again."""
 
 __all__ = ["Interpretation", "Progress", "interpret", "interpret_given", "interpret_subject"]
@@ -54,11 +55,11 @@ __all__ = ["Interpretation", "Progress", "interpret", "interpret_given", "interp
 @renamed_arguments(x="imagenet_classes")
 def interpret(
     encoder: Encoder,
-    images: Images,
+    images: ImageSet | Any,
     out: str | os.PathLike[str],
     *,
     head: HeadLike | None = None,
-    shifts: Mapping[str, Images] | None = None,
+    shifts: Mapping[str, ImageSet | Any] | None = None,
     broden: Broden | None = None,
     baseline: Baseline | None = None,
     imagenet_classes: ImagenetClasses = "full",
@@ -66,6 +67,8 @@ def interpret(
     position: Position | None = None,
     layers: str | Iterable[str] | None = None,
     layer_images: int = LAYER_IMAGES,
+    feature_dim: FeatureDim = None,
+    provenance_images: int = PROVENANCE_IMAGES,
     about: Mapping[str, Any] | None = None,
     published: Mapping[str, float] | None = None,
     features: Sequence[int] | None = None,
@@ -78,6 +81,7 @@ def interpret(
     resume: bool = False,
     progress: ProgressCallback | None = None,
     stop: Callable[[], bool] | None = None,
+    overwrite: bool = False,
 ) -> Interpretation:
     """Repeats the analysis of "Interpreting CLIP" on one encoder, and writes the results into ``out``.
 
@@ -101,7 +105,12 @@ def interpret(
             :class:`torchprobe.analysis.positions.LayerEncoder`. The head of the encoder does not see it, so give a head only if it does.
             With several vectors for an image there is neither accuracy nor a search for concepts.
         layers: the layers to record over depth, see :func:`torchprobe.record`.
-        layer_images: number of images to record them on, chosen at random; 0 leaves the layers out.
+        layer_images: number of images to record them on, filled up to whole batches; 0 leaves the layers out. The unshifted images pass in
+            an order that is random, and the same in every run, so the first ones are a sample, and it costs no pass of its own.
+        feature_dim: the dimension of the features of layers for which it is unsure, as for :func:`torchprobe.record`: of all layers, or
+            ``{name or glob: dim}``; also of ``layer``.
+        provenance_images: number of images on which the origin of the outlier features (or of ``features``) is looked for, see
+            :func:`torchprobe.analysis.provenance`; 0 leaves it out. The images pass about 2 + 2 × features times more.
         about: facts to keep with the results, such as ``role``, ``backbone`` and ``pretraining``.
         published: accuracies in percent, ``"imagenet"`` and shifts, for effective robustness if no shifts are given.
         features: the features to compare directions with and to ablate; None: the outlier features.
@@ -109,33 +118,36 @@ def interpret(
         outlier_rule: "robust" or "classical", see :func:`torchprobe.analysis.outlier_features`. Ablation and alignment use its features.
         batch_size, device, workers: of the passes through the encoder.
         seed: of everything random.
-        resume: continue an interrupted run in ``out``. Stages that were finished with the same inputs are not computed again.
+        resume: continue an interrupted run in ``out``. Stages that were finished with the same facts are not computed again.
         progress: called with a :class:`Progress` after every batch.
         stop: called before every batch; the run stops if it returns True.
+        overwrite: remove the files of another run in ``out``, and no others.
 
     Under ``torchrun`` the ranks share the passes. Every rank returns the same result, and the first rank writes it.
 
     Raises:
         ValueError: a head of another width, or arguments that do not fit each other.
-        DatasetError: no image could be read.
-        KeyboardInterrupt: ``stop`` returned True; finished work is kept for ``resume``.
+        OtherRunError, ChangedError: ``out`` holds another run, or what the run there depends on has changed since.
+        DatasetError, KeyboardInterrupt: no image could be read; ``stop`` returned True, and finished work is kept for ``resume``.
     """
     subject = Subject(
-        encoder=at_layer(encoder, layer, position),
-        images=images,
-        shifts=shifts or {},
+        encoder=at_layer(encoder, layer, position, feature_dim=feature_dim),
+        images=open_images(images),
+        shifts={name: open_images(one) for name, one in (shifts or {}).items()},
         head=None if head is None else as_head(head),
         broden=broden,
         baseline=baseline,
         imagenet_classes=imagenet_classes,
         layers=layers if layers is None or isinstance(layers, str) else list(layers),
         layer_images=layer_images,
+        feature_dim=feature_dim,
+        provenance_images=provenance_images,
         about=about or {},
         published=published or {},
         choices=Choices(None if features is None else tuple(features), same_images),
         outlier_rule=outlier_rule,
     )
-    return interpret_subject(subject, out, RunOptions(batch_size, device, workers, seed, resume, progress, stop))
+    return interpret_subject(subject, out, RunOptions(batch_size, device, workers, seed, resume, progress, stop, overwrite))
 
 
 def interpret_subject(subject: Subject, out: str | os.PathLike[str], options: RunOptions) -> Interpretation:
@@ -147,25 +159,30 @@ def interpret_subject(subject: Subject, out: str | os.PathLike[str], options: Ru
         raise ValueError(f"a head decides for one vector of an image, and {encoder.name} gives several: choose a position that gives one")
     if IMAGENET in subject.shifts:
         raise ValueError(f"{IMAGENET!r} is the name of the unshifted images; give the shift another name")
-    if subject.layers is not None and subject.layer_images:
-        select_layers(encoder, subject.layers)  # a wrong name is an error before anything is computed
+    if subject.layer_images:  # a wrong name is an error before anything is computed
+        chosen = None if subject.layers is None else ["", *([subject.layers] if isinstance(subject.layers, str) else subject.layers)]
+        select_layers(encoder, chosen, recorded_dims(encoder, chosen, subject.feature_dim))
     # Copied to the CPU, where the representations are. Without a copy, moving the encoder would also move the head.
     about = {**subject.about, **(encoder.facts if isinstance(encoder, LayerEncoder) else {})}
+    if encoder.inputs != "image" and not about.get("modality"):
+        about["modality"] = encoder.inputs
     broden = None if subject.several else subject.broden
     subject = replace(subject, head=None if head is None else copy.deepcopy(head).cpu(), about=about, broden=broden)
     folder = Path(out)
-    clock = Clock(options.progress, len(subject.sets) + (subject.layer_images > 0) + (subject.broden is not None))
-    with Ranks() as ranks:
+    clock = Clock(options.progress, len(subject.sets) + (subject.broden is not None))
+    with Ranks() as ranks, output_of(folder, subject.name, options, ranks):
         passes = Passes(subject, folder, options, Stages(folder, options.resume), clock, ranks)
         embedded = passes.embed()
-        halves = _halves(subject, embedded[IMAGENET], options.seed)
+        halves = halves_of(subject, embedded[IMAGENET], options.seed)
         concepts: dict[str, Dissection] = {}
         facts: dict[str, Any] = {}
         if subject.broden is not None:
             concepts, facts = passes.concepts(subject.broden, halves.directions, embedded[IMAGENET])
 
         def measure() -> Interpretation:
+            clock.start("measures", 0, 0)
             found = _Sections(passes, embedded, halves).measure(concepts, facts)
+            clock.start("figures and page", 0, 0)
             write(found)
             return found
 
@@ -176,12 +193,12 @@ def interpret_subject(subject: Subject, out: str | os.PathLike[str], options: Ru
 
 def interpret_given(given: GivenSubject, out: str | os.PathLike[str], options: RunOptions) -> Interpretation:
     """As :func:`interpret_subject`, of representations that are given. Under ``torchrun``, the first rank does it all."""
-    with Ranks() as ranks:
+    with Ranks() as ranks, output_of(out, given.name, options, ranks):
 
         def measure() -> Interpretation:
             files = GivenFiles(given, Path(out), options)
             embedded = files.embed()
-            halves = _halves(given, embedded[IMAGENET], options.seed)
+            halves = halves_of(given, embedded[IMAGENET], options.seed)
             found = _Sections(files, embedded, halves).measure({}, {})
             write(found)
             return found
@@ -189,32 +206,10 @@ def interpret_given(given: GivenSubject, out: str | os.PathLike[str], options: R
         return ranks.on_first(measure)
 
 
-class _Halves(NamedTuple):
-    """Two halves of the images, and the directions of the head with their importance on the first half; or why they are missing."""
-
-    directions: Directions | None
-    first: Embeddings
-    second: Embeddings
-    why: str = ""
-
-
-def _halves(subject: Subject | GivenSubject, images: Embeddings, seed: int) -> _Halves:
-    head, choices = subject.head, subject.choices
-    if head is None:
-        return _Halves(None, images, images, subject.why_no_head)
-    if choices.features and max(choices.features) >= images.features:
-        raise ValueError(f"there is no feature {max(choices.features)}: the representation has features 0 to {images.features - 1}")
-    try:
-        first, second = (images, images) if choices.same_images else split(images, seed=seed)
-        return _Halves(privileged_directions(head, first.h), first, second)
-    except ValueError as error:  # too few images, a head of zeros, no finite representation
-        return _Halves(None, images, images, str(error))
-
-
 class _Sections:
     """The sections of one run, from its representations. ``skipped`` says why a section is missing."""
 
-    def __init__(self, passes: Passes | GivenFiles, embedded: Mapping[str, Embeddings], halves: _Halves) -> None:
+    def __init__(self, passes: Passes | GivenFiles, embedded: Mapping[str, Embeddings], halves: Halves) -> None:
         self.passes, self.subject, self.stages, self.seed = passes, passes.subject, passes.stages, passes.options.seed
         self.embedded, self.images, self.halves = embedded, embedded[IMAGENET], halves
         self.labeled = {name: one for name, one in embedded.items() if bool((one.y >= 0).any())}
@@ -230,6 +225,7 @@ class _Sections:
             "x": self.subject.imagenet_classes,
             **chosen,
             "baseline": None if baseline is None else {name: list(map(float, row)) for name, row in baseline.accuracies.items()},
+            "minimum": None if baseline is None else baseline.minimum,
         }
 
     def measure(self, dissections: Mapping[str, Dissection], concept_facts: Mapping[str, Any]) -> Interpretation:
@@ -251,6 +247,7 @@ class _Sections:
             layers = self.passes.layers(self.images)
         else:
             self.skipped["layers"] = "no images were asked for (layer_images = 0)"
+        origin = self.origin(chosen.indices)
         if dissections:
             concepts = self.stages.run("concepts", concept_facts, Concepts, lambda: summarize_concepts(dissections))
         elif isinstance(self.passes, Passes) and self.passes.subject.several:
@@ -276,13 +273,35 @@ class _Sections:
             skipped=self.skipped,
             layers=layers,
             concepts=concepts,
+            provenance=origin,
             about=encode(subject.about),
             given=isinstance(self.passes, GivenFiles) or None,
             chosen_features=None if choices.features is None else list(choices.features),
             same_images=choices.same_images or None,
         )
-        ids = _images_seen(self.images)
-        return Interpretation(results, kurtosis.per_image or [], kurtosis.peaks or [], ids, self.passes.folder, correct, under_shift)
+        ids, per_image, peaks = _images_seen(self.images), kurtosis.per_image or [], kurtosis.peaks or []
+        if isinstance(self.passes, Passes):
+            order = self.passes.order(ids)
+            ids, per_image, peaks = [ids[i] for i in order], [per_image[i] for i in order], [peaks[i] for i in order]
+            correct = [correct[i] for i in order] if correct else []
+        return Interpretation(results, per_image, peaks, ids, self.passes.folder, correct, under_shift)
+
+    def origin(self, features: Sequence[int]) -> Origin | None:
+        """Where these features come from."""
+        why = ""
+        if isinstance(self.passes, GivenFiles):
+            why = "the representations were given, not a network that computes them"
+        elif not self.passes.subject.provenance_images:
+            why = "no images were asked for (provenance_images = 0)"
+        elif not features:
+            why = "there are no outlier features"
+        else:
+            found = self.passes.origin(features, self.head_facts)
+            if found.found is not None:
+                return found
+            why = found.why
+        self.skipped["provenance"] = why
+        return None
 
     def accuracy(self) -> tuple[dict[str, Accuracy] | None, list[bool | None], dict[str, dict[str, bool]]]:
         """The accuracy on every labeled set, for each unshifted image whether the head is correct, and for the images under each shift."""
