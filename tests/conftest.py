@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchprobe import Moments
 from torchprobe.ops import observe_
+from torchprobe.ops.library import KERNELS_FROM, torch_release
 from torchprobe.ops.observe import reference
 
 collect_ignore = ["statistic_kinds.py"]  # collected for doctests, its classes would be defined twice
@@ -40,6 +41,13 @@ def _fresh_compiler() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch 2.10, compiled graphs are not recorded, and a warning says so."""
+    if torch_release(torch.__version__) < KERNELS_FROM:
+        monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.skip("torch is older than 2.10"))
 
 
 @pytest.fixture(autouse=True)

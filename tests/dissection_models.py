@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, Progress, dissect
+from torchprobe.statistics.quantile import MEMORY
 
 SIZE = 32
 
@@ -52,8 +55,18 @@ class ViT(nn.Module):
         return tokens[:, 0] if self.batch_first else tokens[0]
 
 
+def batches_in(told: Sequence[Progress]) -> int:
+    """The batches that were reported: the first report of a stage tells its start, and each other one a batch."""
+    return sum(before.stage == after.stage for before, after in pairwise(told))
+
+
 def run(
-    root: str | Path, checkpoint: str | Path | None = None, resume: bool = False, pause: float = 0.0, told: Connection | None = None
+    root: str | Path,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    pause: float = 0.0,
+    told: Connection | None = None,
+    memory: int = MEMORY,
 ) -> dict[str, Dissection]:
     """Sends its progress, and pauses each time."""
 
@@ -64,16 +77,25 @@ def run(
 
     return dissect(
         Net(), ["conv", "norm"], Broden(root), preprocess=preprocess, batch_size=3, top=4, quantile=0.05, keep_scores=True,
-        checkpoint=checkpoint, checkpoint_every=0, resume=resume, progress=slow,
+        checkpoint=checkpoint, checkpoint_every=0, resume=resume, progress=slow, memory=memory,
     )  # fmt: skip
 
 
 def main(
-    root: Path, checkpoint: Path | None, out: Path, resume: bool, pause: float, rank: int, ranks: int, port: int, told: Connection
+    root: Path,
+    checkpoint: Path | None,
+    out: Path,
+    resume: bool,
+    pause: float,
+    rank: int,
+    ranks: int,
+    port: int,
+    memory: int,
+    told: Connection,
 ) -> None:
     """One process, or one of several; saves what it found."""
     torch.set_num_threads(1)
     if ranks > 1:
         torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    for layer, dissection in run(root, checkpoint, resume, pause, told).items():
+    for layer, dissection in run(root, checkpoint, resume, pause, told, memory).items():
         dissection.save(out / f"{layer}-{rank}.safetensors")

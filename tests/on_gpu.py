@@ -1,7 +1,10 @@
-"""What only a GPU can tell, in one command: ``make test-gpu``, or ``python tests/on_gpu.py``.
+"""What only a GPU can tell: ``python tests/on_gpu.py``, or ``make test-gpu``, which installs the package first.
 
-First the tests marked ``gpu``. Then, where compute-sanitizer is installed, the self-check of ``torchprobe doctor`` – every type, every
-layout, every kind of hard input, all of it small – under memcheck, racecheck and synccheck. Exit code 2: there is no GPU.
+``tests`` are the tests marked ``gpu``. ``memcheck``, ``racecheck`` and ``synccheck`` run the self-check of ``torchprobe doctor`` under that
+tool of compute-sanitizer, where it is installed: every type, every layout, every kind of hard input, all of it small. Without arguments all
+four run, one after the other; ``python tests/on_gpu.py memcheck`` runs one. Exit code 2: there is no GPU.
+
+It runs with what is there: the package of this checkout, built with ``python setup.py build_ext --inplace``.
 """
 
 from __future__ import annotations
@@ -27,19 +30,30 @@ sys.exit(not all(check.passed for check in checks))
 """
 
 
-def main() -> int:
+ROOT = Path(__file__).parents[1]
+
+
+def main(*chosen: str) -> int:
+    """Runs the ``chosen`` steps; all of them by default."""
+    if unknown := set(chosen) - {"tests", *TOOLS}:
+        print(f"no such step: {', '.join(sorted(unknown))}; there are tests, {', '.join(TOOLS)}", file=sys.stderr)
+        return 2
     import torch
 
     if not torch.cuda.is_available():
         print(f"no CUDA device: torch {torch.__version__} sees none", file=sys.stderr)
         return 2
-    root = Path(__file__).parents[1]
-    failed = ["pytest -m gpu"] if subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=root).returncode else []
+    steps = chosen or ("tests", *TOOLS)
+    failed = []
+    if "tests" in steps and subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=ROOT, env=environment()).returncode:
+        failed.append("pytest -m gpu")
+    tools = [tool for tool in TOOLS if tool in steps]
     sanitizer = find_sanitizer()
-    if sanitizer is None:
-        print("compute-sanitizer is neither on the PATH nor below CUDA_HOME: left out")
-    else:
-        failed += [tool for tool in TOOLS if sanitize(sanitizer, tool)]
+    if tools and sanitizer is None:
+        print(f"compute-sanitizer is neither on the PATH nor below CUDA_HOME: {', '.join(tools)} left out")
+        failed += chosen and tools
+    elif sanitizer is not None:
+        failed += [tool for tool in tools if sanitize(sanitizer, tool)]
     print(f"failed: {', '.join(failed)}" if failed else "all passed")
     return 1 if failed else 0
 
@@ -55,9 +69,14 @@ def sanitize(sanitizer: str, tool: str) -> int:
     command += ["--report-api-errors", "no"]  # torch asks for functions that a driver may not have
     print(" ".join(command), flush=True)
     # Without torch's cache every tensor is an allocation of its own, so memcheck sees the end of each.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.run([*command, sys.executable, "-c", CHECK, "cuda"], env=environment).returncode
+    uncached = environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return subprocess.run([*command, sys.executable, "-c", CHECK, "cuda"], cwd=ROOT, env=uncached).returncode
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of a process which imports the package of this checkout, installed or not."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), **more}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -13,7 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprobe.statistics import FEATURES, Moments, Norms, Quantile, Saturation, Sparsity, State, Statistic, TopInputs
+from torchprobe.statistics import (
+    FEATURES,
+    Exponents,
+    Moments,
+    Norms,
+    Quantile,
+    Routing,
+    Saturation,
+    Sparsity,
+    State,
+    Statistic,
+    TopInputs,
+)
 
 RANGE = {"low": -0.4, "high": 0.7, "tolerance": 0.05}
 """Some activations of the tests lie on either side of its ends."""
@@ -106,6 +118,10 @@ def kinds() -> dict[str, Kind]:
         "norms": Kind("Norms", Norms, [Norms], _norms, ["norm mean", "rms max"]),
         "sparsity": Kind("Sparsity", Sparsity, [Sparsity], _sparsity, ["zero share", "dead features"]),
         "saturation": Kind("Saturation", functools.partial(Saturation, **RANGE), [Saturation], _saturation, ["saturated", "saturated low"]),
+        "routing": Kind(
+            "Routing", functools.partial(Routing, top_k=2), [Routing], _routing, ["load max", "dead experts", "router entropy"]
+        ),
+        "exponents": Kind("Exponents", Exponents, [Exponents], _exponents, ["peak octaves", "zero share"]),
         "several": Kind(
             "Moments+Zeros+Quantile",
             [Moments, zeros, functools.partial(Quantile, quantile=0.1)],
@@ -134,6 +150,21 @@ def _zeros(x: np.ndarray) -> dict[str, float]:
     return {"zero_share": (x == 0).mean(), "dead_features": (x == 0).all(0).sum()}
 
 
+def _routing(x: np.ndarray) -> dict[str, float]:
+    shares = np.exp(x - x.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    load = np.bincount(np.argsort(-x, 1, kind="stable")[:, :2].ravel(), minlength=x.shape[1]) / (2 * len(x))
+    return {
+        "load_cv": load.std() / load.mean(),
+        "load_max": load.max() / load.mean(),
+        "dead_experts": (load == 0).sum(),
+        "dropped": 0.0,
+        "router_entropy": -(shares * np.log(shares)).sum(1).mean() / np.log(x.shape[1]),
+        "balance_loss": x.shape[1] * (load * shares.mean(0)).sum(),
+        "tokens": len(x),
+    }
+
+
 def _extremes(x: np.ndarray) -> dict[str, float]:
     return {"widest": 2 * np.ptp(x, 0).max()}
 
@@ -160,6 +191,22 @@ def _saturation(x: np.ndarray) -> dict[str, float]:
         "saturated_low": low.mean(),
         "saturated_high": high.mean(),
         "saturated_features": ((low | high).mean(0) >= 0.95).mean(),
+    }
+
+
+def _exponents(x: np.ndarray) -> dict[str, float]:
+    size = np.sort(abs(x[x != 0]))
+    median = np.floor(np.log2(size[(len(size) + 1) // 2 - 1]))
+    largest = abs(x).max(0)
+    return {
+        "peak_octaves": np.log2(size[-1]) - median,
+        "abs_max": size[-1],
+        "feature_ratio": largest.max() / np.sort(largest)[(len(largest) - 1) // 2],
+        "zero_share": (x == 0).mean(),
+        "half_subnormal": (size < 2.0**-14).mean(),
+        "subnormal": 0,
+        "median_exponent": median,
+        "nonfinite": 0,
     }
 
 

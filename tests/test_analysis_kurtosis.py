@@ -115,6 +115,18 @@ def test_a_rotation_is_the_one_of_its_seed_and_keeps_what_has_no_direction_out()
         rotation_control(h, rotations=0)
 
 
+@pytest.mark.parametrize("d", [1, 2, 64, 700])
+def test_vectors_are_turned_by_the_matrix_of_the_same_seed(d):
+    from torchprobe.dissection import RandomRotation, random_rotation
+
+    x = torch.randn(9, d)
+    exact = x.double() @ random_rotation(d, 3).double()
+    torch.testing.assert_close(RandomRotation(d, 3)(x).double(), exact, rtol=0, atol=1e-4)
+    assert RandomRotation(d, 3)(x[:0]).shape == (0, d)
+    with pytest.raises(ValueError, match="features must be at least 1, got 0"):
+        RandomRotation(0)
+
+
 def test_centering_takes_out_what_is_always_large():
     h = with_outlier(size=50.0)
     wide = h.double().numpy()

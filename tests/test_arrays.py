@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import python
 from safetensors.torch import save_file
 
 from torchprobe.analysis import (
@@ -26,6 +27,7 @@ from torchprobe.analysis import (
 from torchprobe.analysis.given_files import Given, keep, open_given, open_head
 from torchprobe.common import arrays
 from torchprobe.common.arrays import located, open_arrays, to_tensor
+from torchprobe.common.parquet_footer import values_of
 
 RANDOM = np.random.default_rng(0)
 H = RANDOM.normal(size=(30, 8)).astype(np.float32)
@@ -153,7 +155,7 @@ def test_pickle_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "bomb.npz", h=np.zeros((40_000, 1000), np.float32))  # 160 MB in 160 kB
     assert (tmp_path / "bomb.npz").stat().st_size < 1 << 20
-    with pytest.raises(ValueError, match=r"bomb.npz:h unpacks .* bytes to 160,000,128, which is refused: save it with np.save"):
+    with pytest.raises(ValueError, match=r"bomb.npz:h unpacks .* bytes to 160,000,128, which is refused: .*; or save it with np.save"):
         open_given(tmp_path / "bomb.npz")
 
 
@@ -273,6 +275,10 @@ def test_kept_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     given.h[3, 0] = 1e39
     with pytest.raises(ValueError, match=r"mine: row 3 has a number beyond ±3.4e38"):
         keep(given, tmp_path / "f.safetensors", "mine")
+    given.h[3] = 1e-39
+    given.h[5] = 0
+    with pytest.raises(ValueError, match=r"mine: row 3 has no number above 1.2e-38"):
+        keep(given, tmp_path / "f.safetensors", "mine")
     with pytest.raises(ValueError, match="every one of the 30 representations has nan or inf"):
         keep(Given(given.h * torch.nan, given.y, given.ids), tmp_path / "f.safetensors", "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["e.safetensors"]
@@ -304,3 +310,68 @@ def test_types_of_numpy() -> None:
     with pytest.raises(TypeError, match="h must be a NumPy array or a tensor, got list"):
         Embeddings.from_arrays([[1.0]])  # type: ignore[arg-type]
     assert arrays.SUFFIXES == (".npy", ".npz", ".safetensors", ".parquet")
+
+
+# -- the footer of Parquet files -------------------------------------------------------------------------------------------
+
+
+def test_values_in_a_parquet_file_are_those_that_its_library_counts(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {
+        "h": pyarrow.array([[1.0, 2.0]] * 700),
+        "a.b": pyarrow.array([[1.0], None, [2.0, 3.0], []] * 175),
+        "größe": pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.ones(2100, np.float32)), 3),
+        "y": pyarrow.array(range(700)),
+        "word": pyarrow.array(["cat", "dog"] * 350).dictionary_encode(),
+        "pair": pyarrow.array([{"x": 1, "y": 2.0}] * 700),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet", row_group_size=128)
+    groups = [parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(i) for i in range(6)]
+    expected: dict[str, int] = {}
+    for group in groups:
+        for part in (group.column(j) for j in range(group.num_columns)):
+            name = next(name for name in columns if part.path_in_schema.startswith(name))
+            expected[name] = expected.get(name, 0) + part.num_values
+    assert values_of(tmp_path / "a.parquet") == expected
+    assert expected["h"] == 1400 and expected["a.b"] == 875 and expected["größe"] == 2100
+
+
+_FOOTERS = """
+import sys
+from pathlib import Path
+import pyarrow
+from pyarrow import parquet
+from torchprobe.common.arrays import open_arrays
+
+path = Path(sys.argv[1], "a.parquet")
+parquet.write_table(pyarrow.table({"h": pyarrow.array([[1.0, 2.0], [3.0, 4.0]])}), path)
+valid = path.read_bytes()
+begin = len(valid) - 8 - int.from_bytes(valid[-8:-4], "little")
+found = {"read": 0, "refused": 0}
+for at in range(begin, len(valid) - 8):
+    if valid[at] in (2, 4, 21, 41):  # among them: optional, as which lists are declared
+        path.unlink()
+        path.write_bytes(valid[:at] + bytes([0 if valid[at] == 2 else valid[at] + 16]) + valid[at + 1 :])
+        try:
+            [array.tensor() for array in open_arrays(path).values()]
+            found["read"] += 1
+        except ValueError:
+            found["refused"] += 1
+print(found)
+"""
+
+
+def test_no_footer_ends_the_process(tmp_path: Path) -> None:
+    """pyarrow aborts when it is asked for the statistics of a column whose sizes contradict its schema."""
+    pytest.importorskip("pyarrow")
+    done = python(_FOOTERS, tmp_path)
+    assert done.returncode == 0 and "'refused': 0" not in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1\xff\xff\xff\xffPAR1", b"PAR1" + b"\x29" * 50 + b"\x32\0\0\0PAR1", b"\x49\xfc" * 9])
+def test_what_is_no_footer_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match="no footer|footer is damaged"):
+        values_of(tmp_path / "a.parquet")

@@ -8,6 +8,7 @@ import dissection_oracle as oracle
 import numpy as np
 import pytest
 import torch
+from threads import threads
 
 from torchprobe.dissection import average_precision, concept_matrix, gain, pool, support
 from torchprobe.ops import average_precision as operator
@@ -149,14 +150,10 @@ def test_any_strides(ap_of):
 
 def test_bitwise_the_same_for_any_number_of_threads():
     x, labels = problem(17, 999, 40)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
+    for n in (1, 2, 3):
+        with threads(n):
             results.append(average_precision(x.relu(), labels, sign="both").nan_to_num())
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -251,3 +248,37 @@ def test_the_same_on_a_gpu():
         want = average_precision(x.relu(), labels, **options)
         got = average_precision(x.relu().cuda(), labels.cuda(), **options).cpu()
         assert torch.allclose(got, want, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_absurd_numbers_of_concepts_and_categories_take_no_memory():
+    """A sparse matrix may name any number of concepts, and a category may have any number."""
+    crow, col, shown = torch.tensor([0, 1, 1]), torch.tensor([0]), torch.ones(1, dtype=torch.bool)
+    scores = torch.tensor([[1.0, 0.0]])
+    wide = torch.sparse_csr_tensor(crow, col, shown, (2, 2**31 - 2), check_invariants=True)
+    category = torch.zeros(1, dtype=torch.int64).expand(2**31 - 2)
+    for options in ({}, {"negatives": "category", "category": category}):
+        with pytest.raises(ValueError, match="labels have 2147483646 concepts, more than 4194304"):
+            average_precision(scores, wide, **options)
+        with pytest.raises(ValueError, match="labels have 2147483646 concepts, more than 4194304"):
+            support(wide, **options)
+    labels = torch.tensor([[True], [False]])
+    for function in (lambda **options: average_precision(scores, labels, **options), lambda **options: support(labels, **options)):
+        with pytest.raises(ValueError, match="categories are numbered up to 1099511627776, but there can be 1048575"):
+            function(negatives="category", category=torch.tensor([1 << 40]))
+        assert function(negatives="category", category=torch.tensor([1 << 10]))[0].tolist() in ([1.0], [1])
+
+
+def test_a_bool_that_is_a_view_of_bytes() -> None:
+    """Its bytes may be others than 0 and 1; they are not numbers to count with."""
+    scores, crow, col = torch.randn(2, 4), torch.tensor([0, 1, 2, 2, 3]), torch.tensor([0, 1, 0])
+    bytes_ = torch.tensor([[200, 0], [7, 255], [63, 1], [2, 0]], dtype=torch.uint8)
+    group = torch.tensor([0, 1])
+    got = operator(scores, crow, col, 2, bytes_.view(torch.bool), group, True)
+    assert torch.equal(got.nan_to_num(-1), operator(scores, crow, col, 2, bytes_ != 0, group, True).nan_to_num(-1))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_no_images(both: bool) -> None:
+    empty = torch.zeros(0, dtype=torch.int64)
+    assert operator(torch.empty(2, 0), torch.zeros(1, dtype=torch.int64), empty, 3, both=both).isnan().all()

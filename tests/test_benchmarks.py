@@ -57,6 +57,7 @@ def test_eager_formulas(x):
     assert torch.equal(x, before)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler, in torch 2.11
 @pytest.mark.slow("compiles with inductor")
 def test_compiled_formulas(x):
     assert_same(torch.compile(formulas.eager, fullgraph=True, dynamic=False)(x), x)

@@ -18,10 +18,12 @@ from broden_sets import CATEGORIES, TrapRow, TrapSet, save_label_png, write_trap
 from PIL import Image, ImageFile
 from processes import python
 
+from torchprobe.common import limits
 from torchprobe.datasets import Broden, BrodenWriter, DatasetError, validate
-from torchprobe.datasets.broden.image_files import MAX_PIXELS, MAX_SIDE, FileError, read_labels, unsafe
+from torchprobe.datasets.broden.image_files import read_labels, unsafe
 from torchprobe.datasets.broden.index import image_hash, image_split
 from torchprobe.datasets.broden.presence import load_presence
+from torchprobe.datasets.pictures import FileError
 
 
 @pytest.fixture(scope="module")
@@ -471,9 +473,8 @@ def test_pictures_of_unknown_range_are_refused(tmp_path):
     writer.add("x", Image.fromarray(np.zeros((4, 4), np.int32)), {"object": np.ones((4, 4), int)})  # black, whatever is meant
 
 
-def test_pictures_too_large_are_not_decoded(trap, monkeypatch):
-    monkeypatch.setattr("torchprobe.datasets.broden.image_files.MAX_PIXELS", 1000)
-    with pytest.raises(DatasetError, match="64 × 64 pixels, more than"):
+def test_pictures_too_large_are_not_decoded(trap):
+    with limits.changed(picture_pixels=1000), pytest.raises(DatasetError, match="64 × 64 pixels, more than"):
         Broden(trap.root)
 
 
@@ -487,6 +488,7 @@ def test_a_png_that_only_looks_whole(tmp_path, monkeypatch):
         read_labels(tmp_path / "a.png", 64, 64)
 
 
+MAX_SIDE, MAX_PIXELS = (limits.LIMITS[name].default for name in ("picture_side", "picture_pixels"))
 INDEX_DAMAGES = [
     (",64,64,32,32,", ",64,64,32,x,", r"ih, iw, sh, sw = '64', '64', '32', 'x'"),
     (",64,64,32,32,", ",64,64,32,-2,", "'-2'"),

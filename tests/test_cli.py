@@ -8,9 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import torchprobe
 from torchprobe import cli
+from torchprobe.cli.tools import terminable
 from torchprobe.encoders import Encoder
 
 for package in ("PIL", "timm", "matplotlib", "jinja2"):
@@ -57,7 +59,22 @@ def test_help_documents_the_exit_codes(run, command):
     assert (re.search(r"^ +3 ", out, re.MULTILINE) is not None) == (command in ([], ["dissect"], ["doctor"]))
 
 
-COMMANDS = ["scan", "layers", "concepts", "dissect", "segment", "words", "interpret", "compare", "diff", "doctor", "demo"]
+COMMANDS = [
+    "scan",
+    "quantize-check",
+    "layers",
+    "completion",
+    "concepts",
+    "dissect",
+    "segment",
+    "words",
+    "interpret",
+    "compare",
+    "diff",
+    "watch",
+    "doctor",
+    "demo",
+]
 
 
 def test_help_fits_80_columns(run, monkeypatch):
@@ -67,7 +84,7 @@ def test_help_fits_80_columns(run, monkeypatch):
         pages[" ".join(command)] = run(*command, "--help")[1]
     too_wide = [line for page in pages.values() for line in page.splitlines() if len(line) > 80]
     assert too_wide == []
-    summaries = dict(re.findall(r"^  (\w+)  +(\S.*)$", pages[""].partition("Commands:")[2].partition("Exit codes:")[0], re.MULTILINE))
+    summaries = dict(re.findall(r"^  ([\w-]+)  +(\S.*)$", pages[""].partition("Commands:")[2].partition("Exit codes:")[0], re.MULTILINE))
     assert sorted(summaries) == sorted(COMMANDS)
     assert [text for text in summaries.values() if not text.endswith(".") or text.endswith("...")] == []
 
@@ -117,10 +134,27 @@ def test_what_cannot_be_done_exits_with_1_and_one_message(run, photos, tmp_path,
     code, out, err = run(*[argument.format(photos=photos) for argument in arguments])
     assert code == 1
     assert out == ""
-    assert err.startswith("Error: ")
-    assert message in err
-    assert "Traceback" not in err
+    *progress, error = err.splitlines()
+    assert error.startswith("Error: ") and message in error
+    assert all(line.endswith("…") or line.startswith("scan: 0 of") for line in progress)
     assert list(tmp_path.iterdir()) == [photos]  # no empty folder of results
+
+
+def test_layers_takes_a_checkpoint_and_says_whether_it_fits(run, tmp_path):
+    import timm
+
+    model = timm.create_model("test_vit")
+    torch.save(model.state_dict(), tmp_path / "fits.pt")
+    torch.save({"_blocks.0._bn0.weight": torch.ones(3)}, tmp_path / "another.pt")  # in the names of EfficientNet's own package
+    code, out, err = run("layers", MODEL, "--checkpoint", tmp_path / "fits.pt", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["model"] == "timm:test_vit (fits.pt)"
+    assert found["layers"] == json.loads(run("layers", MODEL, "--json")[1])["layers"]
+    for network in (MODEL, "timm:test_resnet"):
+        code, out, err = run("layers", network, "--checkpoint", tmp_path / "another.pt")
+        assert (code, out) == (1, "") and "missing" in err and "_blocks.0._bn0.weight" in err
+    code, out, err = run("layers", MODEL, "--checkpoint", tmp_path / "none.pt")
+    assert code == 1 and "no checkpoint at" in err
 
 
 def test_the_command_says_that_it_fetches_weights_before_it_fails(run, photos, tmp_path, monkeypatch):
@@ -189,7 +223,7 @@ def test_scan_prints_and_writes(run, photos, tmp_path):
     assert (tmp_path / "out" / "index.html").is_file()
     assert torchprobe.load(tmp_path / "out" / "recording.safetensors")[""].vectors == 5
     assert "random weights" in (tmp_path / "out" / "index.html").read_text()
-    assert err == ""
+    assert err.splitlines() == [f"Loading {MODEL} …", "scan: 0 of 6 images"]  # a log: each part at once
 
 
 def test_scan_as_json_has_nothing_else_on_standard_output(run, photos, tmp_path):
@@ -201,7 +235,8 @@ def test_scan_as_json_has_nothing_else_on_standard_output(run, photos, tmp_path)
     assert found["representation"]["vectors"] == 3
     assert found["settings"]["seed"] == 1
     assert set(found["files"]) == {"recording", "layers", "features", "summary", "plot", "page"}
-    again = json.loads(run(*arguments)[1])
+    assert run(*arguments)[0] == 1  # the folder holds a run
+    again = json.loads(run(*arguments, "--overwrite")[1])
     assert again["representation"] == found["representation"]
 
 
@@ -230,7 +265,8 @@ def test_layers_that_cannot_fire_are_a_note_not_a_failure(run, photos, tmp_path)
     arguments = ["open_clip:cli-clip", "--random-init", "--images", photos, "--output", tmp_path / "out", "--layers", "**.attn.*"]
     code, out, err = run("scan", *arguments, "--layers", "**.resblocks.*")
     assert code == 0
-    assert err.startswith("Note: ")
+    assert "\nNote: torchprobe: 1 of 3 layers never fired" in err
+    assert "Error" not in err
     assert "out_proj" in err
     assert "visual.transformer.resblocks.0" in out
 
@@ -249,10 +285,24 @@ def interrupt_after(monkeypatch, calls, times=1):
     monkeypatch.setattr(Encoder, "forward", interrupted)
 
 
+def test_an_interruption_that_compiled_code_loses_is_one():
+    def lose():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    with pytest.raises(KeyboardInterrupt) as found, terminable():
+        lose()
+    assert isinstance(found.value.__cause__, ValueError)
+    with pytest.raises(ValueError, match="of its own"), terminable():
+        raise ValueError("an error of its own")
+
+
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("presses", "seen"), [(1, 2), (2, 1)])
 def test_an_interruption_leaves_a_valid_partial_result(run, photos, tmp_path, monkeypatch, presses, seen):
-    interrupt_after(monkeypatch, 2, presses)
+    interrupt_after(monkeypatch, 3, presses)  # the first pass shows how the layers are laid out, and counts for nothing
     before = signal.getsignal(signal.SIGINT)
     arguments = ["scan", MODEL, "--random-init", "--images", photos, "--output", tmp_path / "out", "--batch-size", 1, "--json"]
     code, out, err = run(*arguments)
@@ -294,13 +344,13 @@ def test_dissect_prints_and_writes(run, broden, tmp_path):
     assert run(*dissecting(broden, tmp_path / "null", "--shuffle-labels", 1, "--json"))[0] == 0
     code, out, err = run(*dissecting(broden, tmp_path / "out", "--null", tmp_path / "null"))
     assert code == 0
-    assert err == ""
+    assert err.startswith(f"Loading {MODEL} …\n") and "Note" not in err and "Error" not in err
     for phrase in ("visual.blocks.0, 64 units", "  null", "detectors", "paper's rule", "encoded"):
         assert phrase in out, phrase
     assert out.strip().endswith(str(tmp_path / "out" / "visual.blocks.1.html"))
     ends = (".csv", "-ap.csv", "-concepts.csv", ".safetensors", ".html")
     files = {f"visual.blocks.{n}{end}" for n in "01" for end in ends}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == files | {"summary.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files | {"summary.json", ".torchprobe"}
     page = (tmp_path / "out" / "visual.blocks.0.html").read_text(encoding="utf-8")
     assert "random weights" in page
     assert "<img" not in page
@@ -344,12 +394,13 @@ def test_units_are_drawn_on_new_pictures(run, broden, photos, weights, tmp_path,
     assert code == 0, err
     (layer,) = json.loads(printed)["layers"]
     assert [unit["unit"] for unit in layer["units"]] == [3] and (tmp_path / "own" / layer["pictures"][0]["concepts"]).exists()
+    own.append("--overwrite")
     assert run("segment", out, photos, *own, "--layers", "visual.blocks.1", "--concept", layer["units"][0]["label"], "--most", 2)[0] == 0
     (photos / "bad.png").write_bytes(b"no picture")
     code, _, err = run("segment", out, photos, *own)
-    assert code == 0 and "bad.png is not a picture" in err
+    assert code == 0 and "bad.png: it is not a picture" in err
     for arguments, message in (
-        (["segment", out, photos / "bad.png", *own], "bad.png is not a picture"),
+        (["segment", out, photos / "bad.png", *own], "bad.png: it is not a picture"),
         (["segment", out, photos / "none.png", *own], "there is no picture at"),
         (["segment", tmp_path / "none", picture, *own], "there is no dissection at"),
         (["segment", broden, picture, *own], "does not hold a finished dissection"),
@@ -467,7 +518,7 @@ def test_check_lists_every_problem(run, broden):
 
 
 def test_a_log_shows_how_far_a_dissection_is(capsys):
-    from torchprobe.cli.tools import stage_bar
+    from torchprobe.cli.progress import stage_bar
     from torchprobe.dissection import Progress
 
     with stage_bar(every=0) as tell:
@@ -548,7 +599,7 @@ def test_demo_without_its_second_network_says_so_and_goes_on(run, monkeypatch, t
     monkeypatch.setattr("torchprobe.studies.demo_vit.PACKAGES", {"no_such_module": "no-such-package==1"})
     code, out, err = run("demo", "--output", tmp_path / "out", "--json")
     assert code == 0
-    assert err.startswith("The second network is left out:")
+    assert "\nThe second network is left out:" in err
     assert "pip install 'no-such-package==1', or pip install 'torchprobe-interp[demo]'" in err
     assert json.loads(out)["outliers"] is None
 
@@ -559,3 +610,22 @@ def test_as_a_process():
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])  # click itself takes ascii for UTF-8
+def test_a_terminal_that_has_not_every_character(photos, tmp_path, encoding, monkeypatch):
+    """Names and dashes are printed as escapes, and the run does not fail for them."""
+    import io
+
+    (photos / "0.png").rename(photos / "猫.png")
+    (photos / "1.png").write_bytes(b"none")
+    (photos / "1.png").rename(photos / "\u202e犬.png")
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["scan", MODEL, "--random-init", "--images", str(photos), "--out", str(tmp_path / "out"), "--batch-size", "3"])
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams.values())
+    assert caught.value.code == 0, err
+    assert ("\\u2026" in err) == (encoding == "latin-1")  # Loading …
+    assert "\\u72ac" in out + err and streams["stdout"].errors == "strict"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -31,6 +32,14 @@ def test_p_values_are_uniform_under_chance() -> None:
     random = np.random.default_rng(0)
     values = [rank_correlation(random.normal(size=12), random.normal(size=12), permutations=199, seed=i).p_value for i in range(400)]
     assert stats.kstest(values, "uniform").pvalue > 0.001
+
+
+def test_of_few_models_the_p_value_is_exact():
+    assert rank_correlation([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).p_value == 2 / 6  # this order and its reverse
+    assert rank_correlation([1.0, 2.0, 3.0], [2.0, 1.0, 3.0]).p_value == 1.0
+    x, y = np.random.default_rng(1).normal(size=(2, 7))
+    each = [abs(stats.spearmanr(x, order).statistic) for order in itertools.permutations(y)]
+    assert rank_correlation(x, y).p_value == np.mean(np.array(each) >= abs(stats.spearmanr(x, y).statistic) - 1e-12)
 
 
 def test_what_has_no_rank_is_left_out() -> None:

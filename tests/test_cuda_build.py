@@ -15,8 +15,12 @@ from wheels import Build
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 ACCEPTED = {  # part of a warning → why it is harmless
+    "spilled to local memory in function '_ZN10torchprobe4cuda9read_rowsI": "on 7.5, two values of bfloat16 are stored before the walk "
+    "and loaded after it",
     "Local memory used for function": "frames of the calls into the slow paths and the merge; the loops over elements touch none of it",
 }
+MOST_SPILLED = 8  # bytes that a thread of an accepted kernel may store, and may load
+SPILL = re.compile(r"(\d+) bytes spill (?:stores|loads)")
 # Warnings of the tools, and of the compilers about our own sources; PyTorch also has a folder csrc.
 WARNING = re.compile(r"^.*(?:ptxas|nvcc|cicc|nvlink|fatbinary) warning.*$|^.*(?<!torch/)\bcsrc/\S+[:(]\d+.*\bwarning\b.*$", re.MULTILINE)
 
@@ -39,6 +43,8 @@ def test_compiled_for_every_architecture(built: Build) -> None:
 def test_no_spills_and_no_warnings(built: Build) -> None:
     warnings = {warning for warning in WARNING.findall(built.log) if not any(name in warning for name in ACCEPTED)}
     assert not warnings, "\n".join(sorted(warnings))
+    sizes = [int(size) for warning in WARNING.findall(built.log) for size in SPILL.findall(warning)]
+    assert sizes and max(sizes) <= MOST_SPILLED
 
 
 def test_every_accepted_warning_still_occurs(built: Build) -> None:

@@ -33,7 +33,7 @@ def test_at_most_two_launches_and_nothing_else() -> None:
         x, state = x.to(DEVICE), new_state(x.shape[dim], DEVICE)
         observe_(state, x, dim)  # loads the kernels
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as prof:  # without it torch 2.11 warns
             observe_(state, x, dim)
             torch.cuda.synchronize()
         work = [event.name for event in prof.events() if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -44,6 +44,9 @@ def test_at_most_two_launches_and_nothing_else() -> None:
 def test_the_host_never_waits() -> None:
     x, state = torch.randn(5000, 96, device=DEVICE), new_state(96, DEVICE)
     mask = torch.rand(5000, device=DEVICE) < 0.5
+    observe_(state, x, mask=mask)  # loads the kernels, which waits for the device
+    state.zero_()
+    torch.cuda._sleep(1)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -147,7 +150,7 @@ def test_four_threads_on_one_state_lose_nothing() -> None:
     assert (m.calls, m.vectors) == (240, 80 * 8000)
 
 
-def test_memory_does_not_grow_with_x() -> None:
+def test_memory_is_a_small_part_of_x() -> None:
     x, state = torch.randn(1, 1000, 256, device=DEVICE).expand(2000, -1, -1), new_state(256, DEVICE)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -160,7 +160,7 @@ def test_on_the_command_line(folders):
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert told["layers"][0]["concepts"]["lost"] == ["sea"] and len(told["layers"]) == 1
-    assert sorted(path.name for path in (folders / "out").iterdir()) == [
+    assert sorted(path.name for path in (folders / "out").glob("[!.]*")) == [
         "comparison.json", "layer-concepts.csv", "layer-units-iou.csv", "layer.html"
     ]  # fmt: skip
     with open(folders / "out" / "layer-concepts.csv", newline="", encoding="utf-8") as file:

@@ -245,6 +245,10 @@ def test_merging_needs_the_same_question(broden):
         one(range(5), score="ap").merge(one(range(5, 9), score="ap"))
     with pytest.raises(ValueError, match="only one of the two has thresholds"):
         one(range(5)).merge(one(range(5, 9), score="ap"))
+    parts = [one(rows, thresholds={"norm": torch.zeros(12)}, score="iou") for rows in (range(5), range(5, 9))]
+    parts[1].metadata["modules"] = "of another stride"
+    with pytest.raises(ValueError, match="same weights and other modules"):
+        parts[0].merge(parts[1])
     with pytest.raises(TypeError, match="merge a Dissection with dict"):
         one(range(5), score="ap").merge({})
 

@@ -21,10 +21,12 @@ from processes import FORKS, free_port
 from torch import Tensor, distributed
 
 from torchprobe.common import storage
+from torchprobe.common.checked import read_checked, write_checked
 from torchprobe.datasets import Broden
-from torchprobe.dissection import Dissection, dissect
+from torchprobe.dissection import Dissection, Overlap, dissect
 from torchprobe.dissection.spool import Spool
 from torchprobe.dissection.walk import clear_checkpoint
+from torchprobe.statistics import Quantile
 
 LAYERS = ["conv", "norm"]
 KILLS = 10
@@ -52,6 +54,11 @@ def child(
     for layer, dissection in dissect(Net(), LAYERS, Broden(root), **OPTIONS, **options).items():
         dissection.save(out / f"{layer}-{rank}.safetensors")
     told.send("ended")
+
+
+def rest(progress: object) -> None:
+    """Most kills then come between two batches, when a checkpoint has just been written."""
+    time.sleep(0.05)
 
 
 class Runs:
@@ -95,8 +102,8 @@ class Runs:
         return all(process.exitcode == -signal.SIGKILL for process, _ in running)
 
     def finish(self, ranks: int) -> tuple[list[dict[str, Dissection]], float]:
-        """What every process of a whole run found, and the seconds that it took."""
-        begun, running = time.monotonic(), self.start(ranks)
+        """What every process of a whole run found, and the seconds that it took since it began."""
+        running, begun = self.start(ranks), time.monotonic()
         for process, told in running:
             process.join(300)
             told.close()
@@ -172,29 +179,63 @@ def test_other_ranks_and_budgets_go_on(root: Path, tmp_path: Path) -> None:
     runs.assert_nothing_is_left()
 
 
+ESTIMATED = {"memory": 4_000}
+
+
+def assert_estimates_survive(root: Path, folder: Path, ranks: int, disk: float, kills: int) -> None:
+    """Estimates depend on which process saw which batch, in which order. As many processes go on as if none had been killed."""
+    (folder / "whole").mkdir()
+    whole, seconds = Runs(root, folder / "whole", disk=0.0, **ESTIMATED, progress=rest).finish(ranks)
+    assert any(float(found.metadata["threshold_error"]) > 0 for found in whole[0].values())
+    runs = Runs(root, folder, disk=disk, **ESTIMATED, progress=rest)
+    told = killed_often(runs, [ranks] * kills, seconds)
+    for found in runs.finish(ranks)[0]:
+        for layer in LAYERS:
+            assert_same(found[layer], whole[0][layer], told)
+    runs.assert_nothing_is_left()
+
+
 @pytest.mark.slow("ten kills in each of several runs in processes of their own")
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 @pytest.mark.parametrize(("ranks", "disk"), [(1, 8.0), (2, 0.0), (4, 8.0)])
 def test_estimated_thresholds(root: Path, tmp_path: Path, ranks: int, disk: float) -> None:
-    """Estimates depend on which process saw which batch. The counts are always those at the thresholds that were estimated, and one
-    process that goes on estimates as if it had not been killed."""
-    estimated = {"memory": 4_000}
-    alone = dissect(Net(), LAYERS, Broden(root), **OPTIONS, **estimated, disk=0.0)
-    runs = Runs(root, tmp_path, disk=disk, **estimated)
-    told = killed_often(runs, [ranks] * KILLS, 2.0)
-    for found in runs.finish(ranks)[0]:
-        levels = {layer: found[layer].thresholds for layer in LAYERS}
-        assert any(float(found[layer].metadata["threshold_error"]) > 0 for layer in LAYERS)
-        if ranks == 1:
-            assert all(torch.equal(found[layer].thresholds, alone[layer].thresholds) for layer in LAYERS), told
-        given = dissect(Net(), LAYERS, Broden(root), **OPTIONS, **estimated, thresholds=levels, disk=0.0)
-        for layer in LAYERS:
-            assert found[layer].counts is not None and given[layer].counts is not None
-            for mine, theirs in zip(found[layer].counts, given[layer].counts, strict=True):
-                assert torch.equal(mine, theirs), told
-            found[layer].counts, found[layer].thresholds = alone[layer].counts, alone[layer].thresholds
-            assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[layer].top, alone[layer].top, strict=True)), told
-    runs.assert_nothing_is_left()
+    assert_estimates_survive(root, tmp_path, ranks, disk, KILLS)
+
+
+def test_estimates_are_not_resumed_by_another_number_of_processes(root: Path, tmp_path: Path) -> None:
+    told: list[object] = []
+    options = {**OPTIONS, **ESTIMATED, "checkpoint": tmp_path, "checkpoint_every": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        dissect(Net(), LAYERS, Broden(root), **options, progress=told.append, stop=lambda: len(told) == 5)
+    settings = tmp_path / "settings.json"
+    facts = read_checked(settings)["facts"]
+    write_checked(settings, {"facts": {**facts, "ranks": 2}})
+    with pytest.raises(ValueError, match="another ranks: 2, now it is 1"):
+        dissect(Net(), LAYERS, Broden(root), **options, resume=True)
+
+
+@pytest.mark.parametrize("estimated", [{}, ESTIMATED])
+@pytest.mark.parametrize("kind", [Quantile, Overlap])
+def test_an_interruption_in_the_midst_of_a_batch(
+    root: Path, tmp_path: Path, estimated: Mapping[str, int], kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer has seen the batch, the second has not: that state is not saved, so nothing counts twice."""
+    options = {**OPTIONS, **estimated, "disk": 0.0}
+    alone = dissect(Net(), LAYERS, Broden(root), **options)
+    update, calls = kind.update, itertools.count(1)
+
+    def interrupted(*arguments: Any, **named: Any) -> None:
+        if next(calls) == 8:  # the second layer of the fourth batch
+            raise KeyboardInterrupt
+        update(*arguments, **named)
+
+    monkeypatch.setattr(kind, "update", interrupted)
+    saved = {"checkpoint": tmp_path, "checkpoint_every": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        dissect(Net(), LAYERS, Broden(root), **options, **saved)
+    found = dissect(Net(), LAYERS, Broden(root), **options, **saved, resume=True)
+    for layer in LAYERS:
+        assert_same(found[layer], alone[layer], kind)
 
 
 # -- maps on the disk that several processes share -------------------------------------------------------------------------

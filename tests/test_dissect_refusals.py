@@ -107,7 +107,7 @@ def test_pictures_that_cannot_be_used(tmp_path):
     trap = write_trap_set(tmp_path, images=8)
     broken = trap.data_rows[3]
     (trap.root / "images" / broken.image).write_bytes(b"no picture")
-    with pytest.raises(DatasetError, match="index.csv line.*cannot be decoded"):
+    with pytest.raises(DatasetError, match="index.csv line.*not a picture in one of the formats"):
         dissect(Net(), "norm", Broden(tmp_path), preprocess=preprocess, top=0)
     good = Broden(write_trap_set(tmp_path / "good", images=8).root)
     sizes = iter(range(8, 2000))

@@ -13,11 +13,13 @@ from broden_sets import write_trap_set
 from processes import FORKS, free_port
 from torch import distributed
 
+from torchprobe.common import storage
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.runs import Clock
 from torchprobe.dissection import Dissection
 from torchprobe.dissection.walk import Checkpoint, ImageVectors, Walk, clear_checkpoint
 from torchprobe.statistics import TopInputs
+from torchprobe.statistics.quantile import MEMORY
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +34,10 @@ def alone(root, tmp_path_factory):
     return found(out)
 
 
-def start(root, checkpoint, out, resume=False, pause=0.0, rank=0, ranks=1, port=0):
+def start(root, checkpoint, out, resume=False, pause=0.0, rank=0, ranks=1, port=0, memory=MEMORY):
     """A process, and the connection that tells its progress."""
     told, ours = FORKS.Pipe(duplex=False)
-    process = FORKS.Process(target=dissection_models.main, args=(root, checkpoint, out, resume, pause, rank, ranks, port, ours))
+    process = FORKS.Process(target=dissection_models.main, args=(root, checkpoint, out, resume, pause, rank, ranks, port, memory, ours))
     process.start()
     ours.close()
     return process, told
@@ -59,8 +61,8 @@ def test_killed_at_a_random_moment_and_resumed(root, alone, tmp_path):
     checkpoint, killed = tmp_path / "checkpoint", []
     for attempt in range(3):
         process, told = start(root, checkpoint, tmp_path, resume=attempt > 0, pause=0.02)
-        steps = moments.randrange(1, 5)
-        for _ in range(steps):  # of its progress: 7 batches in each of two passes, and the labels between them
+        steps = moments.randrange(2, 6)
+        for _ in range(steps):  # of its progress: the start of a stage, 7 batches in each of two passes, and the labels between them
             told.recv()
         killed.append((steps, finish(process, told, kill=True)))
     assert all(code == -signal.SIGKILL for _, code in killed), killed
@@ -89,8 +91,8 @@ def test_other_ranks_go_on(root, alone, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     processes = share(root, checkpoint, tmp_path, 2, pause=0.3)
     for _, told in processes:
-        told.recv()
-        told.recv()
+        for _ in range(3):  # the start, and two batches
+            told.recv()
     for process in processes:
         finish(*process, kill=True)
     assert len(list(checkpoint.glob("thresholds-rank*.safetensors"))) == 2
@@ -98,9 +100,53 @@ def test_other_ranks_go_on(root, alone, tmp_path):
     assert found(tmp_path) == alone
 
 
-def share(root, checkpoint, out, ranks, pause=0.0):
+def share(root, checkpoint, out, ranks, **options):
     port = free_port()
-    return [start(root, checkpoint, out, pause=pause, rank=rank, ranks=ranks, port=port) for rank in range(ranks)]
+    return [start(root, checkpoint, out, rank=rank, ranks=ranks, port=port, **options) for rank in range(ranks)]
+
+
+@pytest.mark.skipif(not distributed.is_gloo_available(), reason="this PyTorch has no gloo")
+def test_estimated_thresholds_survive_a_kill(root, tmp_path):
+    """Each of two processes goes on with its own images and its own random numbers."""
+    (tmp_path / "whole").mkdir()
+    estimated = {"memory": 4_000}
+    assert [finish(*process) for process in share(root, None, tmp_path / "whole", 2, **estimated)] == [0, 0]
+    whole = found(tmp_path / "whole")
+    assert whole["conv"].metadata["threshold_error"] > 0 and whole["conv"].metadata["ranks"] == 2
+    processes = share(root, tmp_path / "checkpoint", tmp_path, 2, pause=0.3, **estimated)
+    for _, told in processes:
+        for _ in range(3):  # the start, and two batches
+            told.recv()
+    for process in processes:
+        finish(*process, kill=True)
+    processes = share(root, tmp_path / "checkpoint", tmp_path, 2, resume=True, **estimated)
+    assert [finish(*process) for process in processes] == [0, 0]
+    assert found(tmp_path, 0) == found(tmp_path, 1) == whole
+
+
+def test_estimates_after_a_merge_that_was_interrupted(tmp_path):
+    """The first of two ranks has saved everything, and the file of the other is still there: its values count once."""
+    checkpoint = tmp_path / "c"
+
+    class Second(Ranks):
+        """The second rank of two, to whom the first says that all is merged."""
+
+        def on_first(self, action):
+            return True
+
+        def from_first(self, value):
+            return torch.ones(4, dtype=torch.bool) if isinstance(value, torch.Tensor) else value
+
+    with Ranks() as ranks:
+        step(walk(checkpoint, ranks, resume=False), 1)
+    (checkpoint / "thresholds-rank0.safetensors").rename(checkpoint / "thresholds-rank1.safetensors")
+    second = Second()
+    second.rank, second.size = 1, 2
+    empty = {"top": lambda: TopInputs(1, 2)}
+    with Ranks() as ranks:
+        saved = checkpoint_in(checkpoint, {}, True, ranks)
+    stale = Walk("thresholds", empty, {"rows": ImageVectors(7, 1)}, 4, 2, second, saved, ordered=True)
+    assert stale.mine() == [] and not stale.done.any() and stale.statistics["top"].inputs == 0
 
 
 # -- the checkpoint itself -------------------------------------------------------------------------------------------------
@@ -113,21 +159,27 @@ def test_a_checkpoint_is_of_one_dissection(root, tmp_path):
         dissection_models.run(root, checkpoint)
     assert dissection_models.run(root, checkpoint, resume=True) == first  # all done: nothing is computed again
     with Ranks() as ranks:
-        Checkpoint(tmp_path / "other", {"a": 1}, False, 0, ranks)
-        with pytest.raises(ValueError, match="started with another a: 1, now it is 2"):
-            Checkpoint(tmp_path / "other", {"a": 2}, True, 0, ranks)
+        checkpoint_in(tmp_path / "other", {"a": 1}, False, ranks)
+        with pytest.raises(ValueError, match="made with another a: 1, now it is 2"):
+            checkpoint_in(tmp_path / "other", {"a": 2}, True, ranks)
+
+
+def checkpoint_in(folder, facts, resume, ranks):
+    """A checkpoint that is no longer locked."""
+    with Checkpoint(folder, facts, resume, 0, ranks) as checkpoint:
+        return checkpoint
 
 
 def walk(folder, ranks, batches=4, resume=True):
-    checkpoint = Checkpoint(folder, {}, resume, 0, ranks)
+    checkpoint = checkpoint_in(folder, {}, resume, ranks)
     return Walk("thresholds", {"top": lambda: TopInputs(1, 2)}, {"rows": ImageVectors(7, 1)}, batches, 2, ranks, checkpoint)
 
 
 def step(walk, batch):
     ids = torch.arange(2 * batch, min(2 * batch + 2, 7))
-    walk.statistics["top"].update(ids[:, None].float(), ids=ids)
-    walk.vectors["rows"].put(2 * batch, ids[:, None].float())
-    walk.finished(batch)
+    with walk.showing(batch):
+        walk.statistics["top"].update(ids[:, None].float(), ids=ids)
+        walk.vectors["rows"].put(2 * batch, ids[:, None].float())
 
 
 def test_what_was_merged_before_an_interruption_counts_once(tmp_path):
@@ -160,6 +212,18 @@ def test_files_that_overlap_are_refused(tmp_path):
             walk(tmp_path / "one", ranks)
 
 
+@pytest.mark.parametrize("batches", [[True], [4], [-1], ["0"], [None], [[]], [0.0], [10**30]])
+def test_batches_that_are_none_are_refused(tmp_path, batches):
+    with Ranks() as ranks:
+        fresh = walk(tmp_path, ranks, resume=False)
+        step(fresh, 0)
+        noted = {"run": fresh.checkpoint.run, "batches": batches}
+        path = tmp_path / "thresholds-rows-0-0.safetensors"
+        storage.write(path, "torchprobe.dissection.walk", {"rows": fresh.vectors["rows"].vectors[:2]}, noted)
+        with pytest.raises(ValueError, match=r"thresholds-rows-0-0.safetensors, 'batches': batches are numbered 0 to 3"):
+            walk(tmp_path, ranks)
+
+
 def test_clearing_deletes_nothing_else(root, tmp_path):
     folder = tmp_path / "checkpoint"
     dissection_models.run(root, str(folder))
@@ -180,8 +244,7 @@ def test_the_time_left(monkeypatch):
     monkeypatch.setattr("torchprobe.common.runs.time.monotonic", lambda: now[0])
     told = []
     clock = Clock(told.append, stages=2)
-    clock.start("thresholds", 40, 100)  # 40 were done before
-    clock.tell(40)
+    clock.start("thresholds", 40, 100)  # 40 were done before; the start is reported at once
     now[0] = 10.0
     clock.tell(60)
     assert [(p.stage, p.done, p.elapsed, p.remaining) for p in told] == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import dissection_of_before as before
 import pytest
@@ -58,7 +59,13 @@ def change(path, tensors=None, values=None, metadata=None):
     found.update(tensors or {})
     inside.update(values or {})
     found = {key: value for key, value in found.items() if value is not None}
-    save_file(found, path, {**about, "values": json.dumps(inside), **(metadata or {})})
+    del about["checksums"]  # as the version before wrote it
+    save_file(found, path, {**about, "format": "1", "values": json.dumps(inside), **(metadata or {})})
+
+
+def sky(**other):
+    given = {"number": 3, "name": "sky", "category": "object", "categories": ["object"], "frequency": 5, "coverage": 1.5, "synonyms": []}
+    return {**given, **other}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,7 @@ def change(path, tensors=None, values=None, metadata=None):
         ({"metadata": {"values": "[]"}}, "expected a JSON object"),
         ({"values": {"labels": [{"number": 1}]}}, "each label has"),
         ({"values": {"categories": [1, 2]}}, "names are text"),
-        ({"values": {"units": 0}}, "at least one unit"),
+        ({"values": {"units": 0}}, "expected a number of units"),
         ({"values": {"units": 3}}, "expected the shape"),
         ({"values": {"layer": 3}}, "expected str, got int"),
         ({"tensors": {"category": torch.tensor([0, 2])}}, "numbers from 0 to 1"),
@@ -81,6 +88,19 @@ def change(path, tensors=None, values=None, metadata=None):
         ({"tensors": {"ranking/crow": torch.tensor([0, 2, 1, 1])}}, "expected the rows of a matrix"),
         ({"tensors": {"ranking/column": torch.tensor([2])}}, "expected the rows of a matrix"),
         ({"values": {"ranking": {"sign": "?"}}}, "unknown sign"),
+        ({"values": {"units": 10**12, "labels": []}}, "expected a number of units"),  # before any memory is taken
+        ({"values": {"labels": [sky(), sky()]}}, "two have the same number"),
+        ({"values": {"labels": [sky(), sky(number=-4)]}}, "numbers are positive"),
+        ({"values": {"labels": [sky(), sky(number=4, coverage=float("nan"))]}}, "coverage at least 0"),
+        ({"tensors": {"images": torch.tensor([4, 4, 9])}}, "each once"),
+        ({"tensors": {"counts/intersection": torch.full((2, 2), 10**9)}}, "more pixels with a label than there are"),  # an IoU of 1e9
+        ({"tensors": {"counts/truth": torch.full((2,), 2**62)}}, "larger ones than any data set"),
+        ({"tensors": {"support/positives": torch.tensor([4, 0])}}, "more images show a label than were ranked"),
+        ({"tensors": {"top/ids": torch.tensor([[9, 4], [7, 10**9]])}}, "images that were not read"),
+        ({"tensors": {"top/scores": torch.full((2, 2), torch.nan)}}, "'top/scores': holds nan"),
+        ({"tensors": {"scores": torch.full((2, 3), torch.nan)}}, "'scores': holds nan"),
+        ({"values": {"metadata": {"quantile": "1e999999999"}}}, "expected a share"),
+        ({"values": {"metadata": {"seed": [1]}}}, "expected a whole number"),
     ],
 )
 def test_files_that_cannot_be_believed(tmp_path, what, message):
@@ -122,23 +142,28 @@ def test_files_of_the_version_before_load_and_are_written_the_same(tmp_path):
     assert as_before(found, saved) == saved and saved.ranking is not None
     saved.save(tmp_path / "again.safetensors")
     with safe_open(before.DATA / "maps.safetensors", "pt") as old, safe_open(tmp_path / "again.safetensors", "pt") as new:
-        assert sorted(old.keys()) == sorted(new.keys()) and old.metadata() == new.metadata()
+        added = {"format", "checksums"}
+        assert sorted(old.keys()) == sorted(new.keys()) and new.metadata().keys() == old.metadata().keys() | added
+        assert all(new.metadata()[key] == value for key, value in old.metadata().items() if key not in added)
     for name, score in (("maps.csv", "iou"), ("maps-ap.csv", "ap")):
         assert saved.to_csv(tmp_path / name, score=score).read_bytes() == (before.DATA / name).read_bytes()
 
 
-def test_a_presence_cache_of_the_version_before_is_used(tmp_path, monkeypatch):
+def test_a_presence_cache_of_the_version_before_is_made_anew(tmp_path):
+    """It does not know what its label maps held."""
     broden = before.write_set(tmp_path)
     computed = before.write_set(tmp_path / "other").presence()
-    monkeypatch.setattr(type(broden), "image_labels", None)  # no label map is read
-    cached = broden.presence(before.DATA / "presence.safetensors")
+    cache = shutil.copy(before.DATA / "presence.safetensors", tmp_path / "presence.safetensors")
+    written = Path(cache).read_bytes()
+    found = broden.presence(cache)
     for name in ("crow", "number", "area"):
-        assert torch.equal(getattr(cached, name), getattr(computed, name))
+        assert torch.equal(getattr(found, name), getattr(computed, name))
+    assert Path(cache).read_bytes() != written
 
 
 def test_a_checkpoint_of_the_version_before_is_refused(tmp_path):
     """It does not know which files it has read."""
     broden = before.write_set(tmp_path)
     shutil.copytree(before.DATA / "checkpoint", tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="by another version of torchprobe, which did not note the input"):
+    with pytest.raises(ValueError, match="by another version of torchprobe"):
         dissect(before.Pixels(), "maps", broden, checkpoint=tmp_path / "checkpoint", resume=True, **before.OPTIONS)

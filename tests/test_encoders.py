@@ -185,6 +185,34 @@ def test_a_new_source_takes_one_function_and_one_line(monkeypatch, tmp_path):
     assert encoder.head.weight.shape == (2, 5) and not encoder.head.normalize
 
 
+def test_every_command_knows_a_new_source(monkeypatch, tmp_path, capsys):
+    """As CONTRIBUTING says: a file with a function, and a line."""
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    import interpret_sets as sets
+
+    from torchprobe.cli import main
+    from torchprobe.encoders import sources
+    from torchprobe.encoders.encoder import Built
+    from torchprobe.encoders.suite import load_suite
+
+    def from_mine(name, model, pretrained):
+        visual = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, int(model)))
+        return Built(Encoder(visual, features=int(model), preprocess=sets.pixels, name=name))
+
+    monkeypatch.setitem(sources.SOURCES, "mine", from_mine)
+    sets.write_classes(tmp_path / "images", each=3)
+    images = ["--images", str(tmp_path / "images"), "--device", "cpu", "--out"]
+    for command in (["layers"], ["scan", *images, str(tmp_path / "scan")], ["interpret", *images, str(tmp_path / "interpret")]):
+        with pytest.raises(SystemExit) as left:
+            main([command[0], "mine:48", *command[1:], "--json"])
+        assert left.value.code == 0 and "mine:48" in capsys.readouterr().out
+    row = '[[encoder]]\nname = "a"\nrole = "zero-shot"\nbackbone = "b"\npretraining = "p"\nsource = "mine:48"\n'
+    (tmp_path / "suite.toml").write_text(row)
+    assert load_suite(tmp_path / "suite.toml")[0].head == "zero-shot"  # whether it has a text tower, the encoder says
+    with pytest.raises(EncoderError, match="expected one of timm:NAME, .*mine:NAME; did you mean mine"):
+        load_encoder("min:48")
+
+
 # -- local weights -----------------------------------------------------------------------------------------------------
 
 

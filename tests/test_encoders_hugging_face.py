@@ -223,6 +223,13 @@ def test_a_long_text_is_cut_and_dicts_go_in(tmp_path):
         encoder.preprocess(picture())
 
 
+def test_the_head_of_a_language_model_is_not_part_of_the_encoder(tmp_path):
+    """docs/quantization.md says so: no command ranks it."""
+    saved = models.language_model(tmp_path, "GPT2LMHeadModel")
+    assert any(name == "lm_head" for name, _ in saved.named_modules())
+    assert not any("lm_head" in name for name, _ in load_encoder(f"hf:{tmp_path}").named_modules())
+
+
 @pytest.mark.parametrize("which", ["GPT2LMHeadModel", "BertForMaskedLM", "BertModel"])
 def test_a_checkpoint_of_a_language_model(tmp_path, which):
     models.language_model(tmp_path, which)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from torchprobe.analysis import outlier_features
-from torchprobe.analysis.hidden_states import hidden_outliers
+from torchprobe.analysis.hidden_states import HiddenStates, hidden_outliers
 from torchprobe.analysis.outliers import llm_int8_outliers, massive_activations
 from torchprobe.encoders import Encoder, TextEncoder
 from torchprobe.recording import select_layers
@@ -116,3 +116,41 @@ def test_nonfinite_vectors_are_left_out():
     h[:20, 8] = torch.nan
     found = hidden_outliers(encoder, [h[:, :, None, None]], select_layers(encoder, "visual.0")).layers[0]
     assert found.where == {"vector": [5]} and found.vectors == {"vector": 40}
+
+
+class Maps(nn.Module):
+    """A map of 40 features: feature 3 stands out everywhere, feature 7 on a third of the places, feature 9 on one place alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 40, 1)
+        self.body = nn.Identity()
+
+    def forward(self, images):
+        maps = self.stem(images).tanh()
+        maps[:, 3] += 300
+        maps[:, 7, ::3] += 50
+        maps[:, 9, 5, 5] -= 9000
+        return self.body(maps).mean((2, 3))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_sample_of_the_positions_of_maps(parts):
+    torch.manual_seed(0)
+    encoder = Encoder(Maps().eval(), features=40, preprocess=lambda image: image)
+    images = torch.randn(12, 3, 21, 21)
+    layers = select_layers(encoder, "visual.body")
+
+    def found(map_positions):
+        with HiddenStates(encoder, layers, map_positions) as states, torch.no_grad():
+            for some in images.chunk(parts):
+                with states.following(some):
+                    encoder(some)
+        return states.result()
+
+    (whole,), (some,) = found(None).layers, found(64).layers
+    assert whole.vectors == {"positions": 12 * 441} and some.vectors == {"positions": 12 * 64}
+    assert whole.where == some.where == {"positions": [3, 7]}
+    assert some.massive == whole.massive and 9 in some.massive, "one place of each map, which a sample would miss"
+    assert found(64).llm_int8 == found(None).llm_int8
+    assert found(500).layers[0] == whole, "a map of fewer positions is read as a whole"

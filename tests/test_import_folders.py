@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from import_sets import EXACT, assert_shows, drawn, mask, photo, rows, write_json
+from import_sets import EXACT, assert_shows, drawn, mask, photo, reasons, rows, write_json
 from PIL import Image
 from processes import start
 
@@ -221,7 +221,7 @@ def command(source, *more):
 
 def test_the_command_imports_and_reports(source, run):
     code, out, err = run(*command(source, "--segmentation-size", "6x8"))
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "importing …\n")
     assert f"4 images with 4 labels in {source / 'set'}" in " ".join(out.split())
     assert "a value without a name; they count as unlabeled" in out and "(12.5%)" in out and "value 3 in 0" in out
     assert_shows(source / "set", "0", {"object": {NAMES[value]: value == MAP for value in NAMES}})
@@ -259,10 +259,22 @@ def test_every_format_has_a_command_that_needs_its_paths(run):
         options = [part for path in paths for part in (f"--{path}", "/nowhere/in")]
         assert run(name, *options[2:])[0] == 2
         code, out, err = run(name, *options)
-        assert (code, out) == (1, "") and err == "Error: /nowhere/in does not exist\n"
+        assert (code, out) == (1, "") and err == "importing …\nError: /nowhere/in does not exist\n"
 
 
 def test_names_of_files_cannot_move_the_cursor(source, run):
     photo(source / "photos" / "\x1b[31mred.png")
     code, out, _ = run(*command(source))
     assert code == 0 and "\x1b" not in out and "\\x1b[31mred" in out
+
+
+def test_masks_that_no_image_has(source, tmp_path):
+    """One of a single pixel, and one whose rows have different lengths: the image is left out, and the others are there."""
+    for name in ("1", "2"):
+        mask(source / "binary" / "cat" / f"{name}.png", np.ones((6, 8), np.uint8) if name == "1" else np.ones((1, 1), np.uint8))
+    report = import_binary_masks(source / "photos", source / "binary", source / "set", **EXACT)
+    assert report.images == 1 and reasons(report.dropped)["images: the mask is far too small for the image"] == 1
+    image = Image.open(photo(source / "one.png", 3))
+    ragged = {"image": image, "label": [[0, 1], [1]]}
+    report = import_hugging_face([ragged, {"image": image, "label": MAP}], source / "rows", id2label=NAMES, **EXACT)
+    assert report.images == 1 and reasons(report.dropped)["images: the mask is not an array of integers (height, width)"] == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,24 @@ from torchprobe.analysis.evaluation import evaluate
 from torchprobe.analysis.kurtosis import vector_kurtosis
 from torchprobe.analysis.pruning import prune
 from torchprobe.analysis.robustness import effective_robustness, robustness
+from torchprobe.common.folders import OtherRunError
 from torchprobe.common.records import decode
+from torchprobe.common.runs import RunWarning
 from torchprobe.datasets import Broden, DatasetError, Images, image_folder, labeled_folder
 from torchprobe.encoders import Encoder, EncoderError, Head
 from torchprobe.studies.compare import load_results
 from torchprobe.studies.interpret import Interpretation, interpret
-from torchprobe.studies.interpret.accuracy import Robustness, ShiftRow, effective_robustness_along, measure_robustness
-from torchprobe.studies.interpret.inputs import Inputs, is_imagenet
+from torchprobe.studies.interpret.accuracy import (
+    Robustness,
+    ShiftRow,
+    effective_robustness_along,
+    measure_robustness,
+    robustness_section,
+)
+from torchprobe.studies.interpret.concepts import HEADLINE, Concepts, Detector, SweepRow, concepts_section
+from torchprobe.studies.interpret.headline import facts
+from torchprobe.studies.interpret.image_sets import is_imagenet
+from torchprobe.studies.interpret.inputs import Inputs
 from torchprobe.studies.interpret.results import Stages
 
 SECTIONS = {"kurtosis", "outliers", "layers", "accuracy", "robustness", "directions", "ablation", "pruning", "concepts"}
@@ -74,15 +86,18 @@ def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_section_is_there(whole: Interpretation) -> None:
-    assert whole.results.keys() >= SECTIONS and whole.results["skipped"] == {}
+    assert whole.results.keys() >= SECTIONS and whole.results["skipped"].keys() == {"provenance"}  # the network has no residual stream
     saved = json.loads((whole.folder / "results.json").read_text())
-    assert saved == whole.results and whole.results == saved
+    assert set(saved) - set(whole.results) == {"checksum", "tables"}
+    assert {key: saved[key] for key in whole.results} == whole.results
 
 
 def test_kurtosis_is_that_of_the_representations(whole: Interpretation, images: Embeddings) -> None:
     kappa = vector_kurtosis(images.h)
     assert whole.results["kurtosis"]["mean"] == pytest.approx(float(kappa.mean()), rel=1e-12)
-    assert whole.kurtosis == pytest.approx(kappa.tolist(), rel=1e-12) and whole.ids == images.ids
+    by_name = dict(zip(images.ids, kappa.tolist(), strict=True))
+    assert whole.ids == sorted(images.ids) != images.ids  # results are in the order of the folder, representations in a random one
+    assert whole.kurtosis == pytest.approx([by_name[name] for name in whole.ids], rel=1e-12)
     assert whole.results["outliers"]["indices"] == [sets.OUTLIER]
     assert whole.results["kurtosis"]["rotation"]["mean"] < 8 < whole.results["kurtosis"]["mean"]
     assert not {"values", "peaks"} & whole.results["kurtosis"].keys()  # those are in kurtosis.csv
@@ -127,7 +142,20 @@ def test_concepts_beside_their_nulls(whole: Interpretation) -> None:
     assert set(c["sweep"]) == {"units", "directions", "random rotation", "units, shuffled labels"}
     assert set(c["names"]["units"]) == set(sets.CLASSES)
     assert [row["unique"] for row in c["sweep"]["units, shuffled labels"] if row["threshold"] == 0.9] == [0]
+    for name, best in c["best"].items():  # the pairs of the largest gain say whether they count
+        encoded = whole.concepts[name].encoded(0.9)
+        numbers = {label.name: i for i, label in enumerate(whole.concepts[name].labels)}
+        assert [row["encodes"] for row in best] == [bool(encoded[row["unit"], numbers[row["label"]]]) for row in best]
+    page = (whole.folder / "index.html").read_text(encoding="utf-8")
+    assert "significance decides" in page and '<td class="encodes short">yes</td>' in page
     assert (whole.folder / "concepts" / "units.safetensors").is_file()
+
+
+def test_a_large_gain_that_does_not_count_is_marked() -> None:
+    row = Detector(3, "sea", "scene", 0.99, 0.01, 0.98, 0.2, False)
+    sweep = {"units": [SweepRow(HEADLINE, 0, 0, 0.0, math.nan, [1])]}
+    section = concepts_section(Concepts(10, 1, HEADLINE, sweep, {"units": []}, {"units": [row, replace(row, encodes=None)]}))
+    assert [shown["encodes"] for shown in section.tables[1].rows] == ["no", ""]
 
 
 def test_tables_and_plots(whole: Interpretation) -> None:
@@ -143,7 +171,9 @@ def test_page_explains_and_claims_nothing(whole: Interpretation) -> None:
     for title in ("The representation", "Outlier features", "Over depth", "Accuracy", "Effective robustness", "Privileged directions",
                   "Pruning directions", "Without the outlier features", "Concepts", "How to read this"):  # fmt: skip
         assert f"<h2>{title}</h2>" in page
-    assert "does not show that" in page and "Not computed" not in page and "http" not in page.replace("http-equiv", "")
+    assert (
+        "does not show that" in page and len(re.findall(r'<td class="section', page)) == 1 and "http" not in page.replace("http-equiv", "")
+    )
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -170,7 +200,8 @@ def test_a_stage_is_computed_anew_when_its_input_changed(whole: Interpretation, 
     first = run(data, tmp_path, broden=None)
     other = sets.head(sets.encoder())
     flipped = Head(other.weight.detach().flip(0), names=sets.CLASSES)
-    second = run(data, tmp_path, broden=None, head=flipped, resume=True)
+    with pytest.warns(RunWarning, match="kurtosis, and what else depends on it, is computed again, because of another head"):
+        second = run(data, tmp_path, broden=None, head=flipped, resume=True)
     assert second.results["accuracy"]["imagenet"]["accuracy"] != first.results["accuracy"]["imagenet"]["accuracy"]
     assert second.results["kurtosis"] == first.results["kurtosis"]
 
@@ -178,7 +209,7 @@ def test_a_stage_is_computed_anew_when_its_input_changed(whole: Interpretation, 
 def test_images_alone(data: Path, tmp_path: Path) -> None:
     found = interpret(sets.encoder(), image_folder(data / "images"), tmp_path, layer_images=0)
     assert found.results.keys() & SECTIONS == {"kurtosis", "outliers"}
-    assert found.results["skipped"].keys() == SECTIONS - {"kurtosis", "outliers"}
+    assert found.results["skipped"].keys() == {"provenance"} | SECTIONS - {"kurtosis", "outliers"}
     assert "Not computed" in (tmp_path / "index.html").read_text()
 
 
@@ -240,6 +271,27 @@ def test_shifts_without_standard_models_are_told() -> None:
     assert [row.shift for row in found.rows] == ["imagenet_v2"] and "imagenet_on_r_classes" in found.left_out["imagenet_r"]
     near_chance = {"imagenet": 0.1, "imagenet_v2": 0.1}  # these are not fractions
     assert measure_robustness(near_chance, ["imagenet_v2"], "full", None, "measured").rows
+
+
+def headline(whole: Interpretation, robust: Robustness) -> str:
+    return next(fact.note for fact in facts(replace(whole.results, robustness=robust)) if fact.label == "Effective robustness")
+
+
+def test_the_page_gives_the_mean_robustness_with_its_interval(whole: Interpretation) -> None:
+    accuracies = {"imagenet": 70.0, "imagenet_v2": 60.0, "imagenet_r": 50.0}
+    found = measure_robustness(accuracies, ["imagenet_v2", "imagenet_r"], "full", None, "measured", dict.fromkeys(accuracies, 400))
+    expected = robustness(accuracies, images=dict.fromkeys(accuracies, 400)).mean
+    assert (found.mean_interval, found.mean_line_interval) == (expected.interval, expected.line_interval)
+    assert found.correlation == expected.correlation.tolist() and found.mean()[0] == pytest.approx(expected.effective_robustness)
+    (text,) = [one for one in robustness_section(found).paragraphs if "mean over these 2 shifts" in one]
+    ends = [f"{end:.3g}" for end in (*expected.interval, *expected.line_interval)]
+    assert f"{ends[0]} to {ends[1]}" in text.replace("−", "-") and f"{ends[2]} to {ends[3]}" in text.replace("−", "-")
+    few = measure_robustness(accuracies, ["imagenet_v2", "imagenet_r"], "full", None, "measured", dict.fromkeys(accuracies, 7))
+    assert any("withheld" in one for one in robustness_section(few).paragraphs)
+    for known, expected_text in ((found, f"95% interval {ends[0]} … {ends[1]}"), (few, "no interval: 7 images")):  # also in the headline
+        assert expected_text in headline(whole, known)
+    assert "imagenet_v2; 95% interval" in headline(whole, replace(found, rows=found.rows[:1]))
+    assert not any("mean over" in one for one in robustness_section(replace(found, rows=found.rows[:1])).paragraphs)
 
 
 def test_mean_robustness_leaves_out_what_there_is_not() -> None:
@@ -323,8 +375,12 @@ def test_names_of_sets_that_are_one_file_name(data: Path, tmp_path: Path) -> Non
 @pytest.mark.usefixtures("undrawn")
 def test_what_an_earlier_run_left_is_no_part_of_a_smaller_one(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     shutil.copytree(whole.folder, tmp_path / "again")
-    interpret(sets.encoder(), image_folder(data / "images"), tmp_path / "again", layer_images=0)
-    assert {path.stem for path in (tmp_path / "again").glob("*.csv")} == {"kurtosis", "features"}
+    with pytest.raises(OtherRunError, match="again holds the results of torchprobe interpret of .*: continue it with --resume"):
+        interpret(sets.encoder(), image_folder(data / "images"), tmp_path / "again", layer_images=0)
+    (tmp_path / "again" / "mine.csv").write_text("mine")
+    interpret(sets.encoder(), image_folder(data / "images"), tmp_path / "again", layer_images=0, overwrite=True)
+    assert {path.stem for path in (tmp_path / "again").glob("*.csv")} == {"kurtosis", "features", "mine"}
+    assert not (tmp_path / "again" / "concepts").exists() and not (tmp_path / "again" / "embeddings" / "noisy.safetensors").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -339,12 +395,18 @@ def test_lost_files_are_made_again(whole: Interpretation, data: Path, tmp_path: 
 def test_what_a_stage_depends_on_is_among_its_facts(whole: Interpretation, data: Path, tmp_path: Path) -> None:
     shutil.copytree(whole.folder, tmp_path / "again")
     changed = Baseline({"imagenet": [40.0, 60.0, 90.0], "noisy": [10.0, 20.0, 60.0]})
-    second = run(data, tmp_path / "again", resume=True, baseline=changed, layer_images=5, layers="visual.mix").results
+    with pytest.warns(RunWarning) as told:
+        second = run(data, tmp_path / "again", resume=True, baseline=changed, layer_images=5, layers="visual.mix").results
+    assert len(told) == 2 and "another baseline: imagenet" in str(told[0].message) and "another count: 1024" in str(told[1].message)
     assert second["robustness"]["rows"] != whole.results["robustness"]["rows"]
     assert second["pruning"]["robustness"] != whole.results["pruning"]["robustness"]
-    assert second["layers"]["images"] == 5 and [row["layer"] for row in second["layers"]["rows"]] == ["visual.mix", ""]
+    assert second["layers"]["images"] == 8 and [row["layer"] for row in second["layers"]["rows"]] == ["visual.mix", ""]
     sets.write_concepts(tmp_path / "concepts", 30)
-    other = run(data, tmp_path / "again", resume=True, broden=Broden(tmp_path / "concepts")).results
+    with pytest.warns(RunWarning) as told:
+        other = run(data, tmp_path / "again", resume=True, broden=Broden(tmp_path / "concepts")).results
+    assert any(
+        "concepts-made, and what else depends on it, is computed again, because of another dataset" in str(one.message) for one in told
+    )
     assert other["concepts"]["images"] == 30 and whole.results["concepts"]["images"] == 60
 
 
@@ -365,7 +427,11 @@ def test_killed_in_any_stage_and_resumed(whole: Interpretation, data: Path, tmp_
             patch.setattr(Stages, "run", dies)
             with pytest.raises(SystemExit):
                 run(data, tmp_path, resume=True)
+    left = tmp_path / "concepts" / "checkpoint" / "overlap-rank0.safetensors"  # killed between the last stage and the end of its clearing
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"")
     assert run(data, tmp_path, resume=True).results == whole.results
+    assert not left.parent.exists()
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -13,21 +13,19 @@ import interpretation_of_before as before
 import pytest
 import torch
 
-import torchprobe
 from torchprobe.common.records import decode, encode
 from torchprobe.studies.compare import compare, load_results, write
 from torchprobe.studies.interpret.report import tables
 from torchprobe.studies.interpret.results import Results
 
-KEPT = {"layers", "concepts"}
-"""Stages that a resumed run reads. The others are computed again, because their intervals and the outlier rule have changed."""
-
 ADDED = {"robust_share", "rule", "classical", "llm_int8", "random_level", "line_low", "line_high", "images", "imagenet_images"}
+ADDED |= {"hidden", "outlier_indices", "massive", "provenance", "provenance_images", "long_tokens"}
 ADDED |= {"residual_std", "x_mean", "x_squares", "robustness_low", "robustness_high", "remark", "standard_models"}
+ADDED |= {"mean_interval", "mean_line_interval", "correlation", "encodes", "long_tokens"}
 """Keys that earlier versions did not write."""
 
 CHANGED = {"outlier_share", "frequency", "low", "high", "interval", "accuracy_low", "accuracy_high", "kurtosis_low", "kurtosis_high"}
-CHANGED |= {"random_mean", "random_low", "random_high"} | {"note", "torch"}
+CHANGED |= {"random_mean", "random_low", "random_high"} | {"note", "torch", "reason", "layers", "concepts"}
 """Keys whose values are computed otherwise now."""
 
 
@@ -66,20 +64,24 @@ def test_comparison_is_the_same(files: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_stages_are_resumed_and_tables_are_the_same(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchprobe, "__version__", "0.1.0")  # another version computes stages anew
+def test_a_run_of_the_version_before_is_not_resumed_and_tables_are_the_same(files: Path, tmp_path: Path) -> None:
+    """It does not know what its images held."""
     out = tmp_path / "out"
     shutil.copytree(files / "first", out)
-    stages = {path: path.read_bytes() for path in (out / "stages").iterdir() if path.stem in KEPT}
+    before_files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     case = before.cases(tmp_path)["first"]
-    case.encoder.visual.fail = True  # type: ignore[assignment]
-    found = before.run(case, out, resume=True)
-    assert stages and {path: path.read_bytes() for path in stages} == stages
+    with pytest.raises(ValueError, match=r"imagenet\.safetensors was made (with another|in another way)"):
+        before.run(case, out, resume=True)
+    assert before_files == {path: path.read_bytes() for path in before_files}
+    with pytest.raises(ValueError, match="of a run without a list of its files"):
+        before.run(case, out)
+    out = tmp_path / "anew"
+    found = before.run(case, out)
     written = plain(files / "first" / "results.json")
     assert_close(without(encode(found.results), ADDED | CHANGED), without(written, ADDED | CHANGED), 1e-6)
     assert found.results["torch"] == torch.__version__
     for name in tables(found):
-        if name != "correct":
+        if name not in ("correct", "layers", "concepts"):
             new, old = (csv_rows(folder / f"{name}.csv") for folder in (out, files / "first"))
             assert_close(*([without(row, ADDED | CHANGED) for row in rows] for rows in (new, old)), 1e-6)
             assert list(new[0])[: len(old[0])] == list(old[0]), name

@@ -262,3 +262,66 @@ def test_display_in_a_notebook():
 
 def test_is_a_statistic():
     assert isinstance(Moments(3), Statistic)
+
+
+def test_the_variance_of_a_constant_feature_with_nan_is_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((60, 5), 31.0, dtype=torch.float16).masked_fill(torch.rand(60, 5, generator=generator) < 0.3, torch.nan)
+    m = Moments(5)
+    for part in x.split(7):
+        m.update(part)
+    assert m.variance.eq(0).all() and m.std.eq(0).all() and m.kurtosis.isnan().all()
+    empty = Moments(2).variance
+    assert empty.isnan().all()
+
+
+@pytest.mark.parametrize("layout_", ["rows", "maps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_constant_feature_with_nan_has_no_deviations_in_its_state(dtype: torch.dtype, layout_: str) -> None:
+    """n · (1 / n) is below 1 for 49, 98 and 103 values: with such a weight the mean of the first tile would not be the value."""
+    torch.manual_seed(0)
+    value = torch.randn(40, dtype=torch.float64).to(dtype)
+    for n in (49, 98, 103, 1000, 5000):
+        x = value.expand(n, 40).clone()
+        x[torch.rand(n, 40) < 0.1] = torch.nan
+        m = Moments(40)
+        for part in x.tensor_split(3):
+            m.update(*((part, -1) if layout_ == "rows" else (part.T.contiguous()[None], 1)))
+        seen = m.count > 0
+        assert torch.equal(m.mean[seen], value.double()[seen])
+        assert not layout.rows(m.state)[[layout.ROWS.index(name) for name in ("m2", "m3", "m4")]].any()
+
+
+def _two(values: list[float]) -> Moments:
+    m = Moments(2)
+    m.update(torch.tensor([values, values[::-1]]).T)
+    return m
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("m2", lambda m2: m2 * 100, "not that of values with this minimum"),
+        ("m2", lambda m2: m2 / 100, "not that of values with this minimum"),
+        ("m4", lambda m4: m4 * 100, "above the number of values"),
+        ("m4", lambda m4: m4 / 100, r"below 1 \+ skewness²"),
+        ("m3", lambda m3: m3 + 10, r"below 1 \+ skewness²"),
+    ],
+)
+def test_moments_that_no_values_have_are_refused(part, change, message):
+    state = _two([0.0, 1.0, 2.0, 4.0]).state_dict()
+    state[part][1] = change(state[part][1])
+    with pytest.raises(ValueError, match=message):
+        Moments.from_state(state)
+    Moments.from_state(_two([0.0, 1.0, 2.0, 4.0]).state_dict())
+
+
+@pytest.mark.parametrize("values", [[-1.0, 1.0], [0.0] * 99 + [1.0], [-1.0] * 50 + [1.0] * 50, [3.0, 3.0, 3.0], [1e8, 1e8 + 8], [5.0]])
+def test_values_at_the_limits_of_what_moments_can_be_are_read(values):
+    m = _two(values)
+    for _ in range(5):  # merging adds rounding
+        m.merge(_two(values))
+        assert m.problem() is None and Moments.from_state(m.state_dict()).vectors == m.vectors
+    constant = _two([3.0, 3.0, 3.0])
+    layout.rows(constant.state)[layout.ROWS.index("m2")] += 1
+    assert constant.problem() == ("m2", "is not that of a constant feature: it is 1 for feature 0")

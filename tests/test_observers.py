@@ -71,3 +71,23 @@ def test_without_its_observer_it_is_the_identity() -> None:
     gc.collect()
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones(3))
+
+
+class Calls:
+    """Remembers what calls show."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def called(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        self.seen.append((len(inputs), len(outputs)))
+
+
+def test_a_call_shows_all_its_tensors_and_counts() -> None:
+    observer, token = Calls(), torch.zeros(())
+    x = torch.randn(3, 4, requires_grad=True)
+    number = register_observer(observer)
+    torch.ops.torchprobe.observe_call_(token, [x, x * 2], [x.detach()], number)
+    torch.ops.torchprobe.observe_call_(token, [], [x], number)
+    assert observer.seen == [(2, 1), (0, 1)] and token == 2
+    torch.library.opcheck(torch.ops.torchprobe.observe_call_.default, (torch.zeros(()), [torch.randn(3)], [torch.randn(2, 2)], number))

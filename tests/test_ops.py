@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchprobe import Moments
 from torchprobe.ops import kernels, layout, new_state, observe_, selfcheck
+from torchprobe.ops.exponents import exponents_
 from torchprobe.ops.observe import SCHEMA, reference
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -33,6 +34,20 @@ def student(*shape: int, df: float = 1.5) -> Tensor:
 def test_any_offset(observe, offset):
     x = torch.randn(3000, 97) + offset
     assert_close(observe(x), x)
+
+
+@pytest.mark.parametrize("implementation", [observe_, reference])
+def test_offsets_that_only_float64_has(implementation):
+    """The values differ in whole numbers of their last place, so that a rounded mean would be as far off as they are apart."""
+    steps = torch.randint(-2000, 2000, (50, 17)).double()
+    x = 2.0**50 + steps * 0.25
+    small, large = new_state(17), new_state(17)
+    implementation(small, steps)
+    implementation(large, x)
+    for slot in (layout.KURTOSIS_MEAN, layout.KURTOSIS_M2):
+        assert abs(large[slot] - small[slot]) <= 1e-12 * (small[layout.KURTOSIS_MEAN] ** 2 * 50)
+    m2, other = (layout.rows(state)[layout.ROWS.index("m2")] for state in (large, small))
+    torch.testing.assert_close(m2, other * 0.25**2, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e-3, 1e9, 1e20, 1e35])
@@ -375,4 +390,8 @@ def test_selfcheck_notices_a_wrong_kernel(monkeypatch):
     monkeypatch.setattr(selfcheck, "observe_", lambda state, x, *a, **k: observe_(state, x * (1 + 1e-3 * (x > 1)), *a, **k))
     assert not all(check.passed for check in selfcheck.run())
     monkeypatch.setattr(selfcheck, "observe_", lambda *a, **k: 1 / 0)
-    assert all(not check.passed and "ZeroDivisionError" in check.detail for check in selfcheck.run())
+    monkeypatch.setattr(selfcheck, "exponents_", lambda *a, **k: exponents_(*a, **{**k, "x": k["x"] * (1 + 1e-3 * (k["x"] > 1))}))
+    checks = selfcheck.run()
+    own = [check for check in checks if check.name.startswith("exponents")]
+    assert len(own) > 10 and not all(check.passed for check in own)
+    assert all(not check.passed and "ZeroDivisionError" in check.detail for check in checks if check not in own)

@@ -11,7 +11,7 @@ from processes import python
 
 from torchprobe.dissection import Counts, LabelBatch, Overlap, as_maps
 from torchprobe.ops import kernels
-from torchprobe.ops.overlap import reference, upsample
+from torchprobe.ops.overlap import overlap_tally_, reference, upsample
 
 native = pytest.mark.skipif(not kernels()["cpu"].startswith("loaded"), reason=f"no native kernel: {kernels()['cpu']}")
 MODES = ("default", "netdissect", "global")
@@ -285,3 +285,27 @@ def test_packing_notes_what_is_annotated():
     assert pack_one([("b", empty), ("c", whole)], only_empty=True).whole.tolist() == [0, 3, -2]
     assert pack_one([("b", empty), ("b", [3])], only_empty=True).whole.tolist() == [3]
     assert pack_one([("c", [0]), ("b", []), ("other", empty)]).whole.tolist() == [0]  # 0 for the whole image: unlabeled
+
+
+@pytest.mark.parametrize("run", ["native", "reference"])
+def test_counts_at_the_end_of_int64_go_on_at_its_other_end(run):
+    """As those of PyTorch do, in every part: an overflow is undefined in C++."""
+    end = 2**63 - 1
+    intersection, activation, truth = (torch.full(shape, end) for shape in ((1, 2), (1, 2), (2,)))
+    tally = overlap_tally_ if run == "native" else reference
+    planes, sizes = torch.ones(4, dtype=torch.int32), torch.tensor([[1, 2, 2, 0]])
+    tally(intersection, activation, truth, torch.ones(1, 1, 1, 1), torch.zeros(1), torch.tensor([-1, 0]), planes, sizes, truth.new_empty(0))
+    assert intersection.tolist() == [[end, end + 4 - 2**64]] and activation.tolist() == [[end + 4 - 2**64] * 2]
+    assert truth.tolist() == [end, end + 4 - 2**64]
+
+
+@pytest.mark.parametrize(("part", "value"), [("truth", -1), ("activation", 2**53 + 1), ("intersection", 5)])
+def test_impossible_counts_are_not_loaded(part, value):
+    overlap = Overlap(torch.tensor([0.5]), torch.from_numpy(category()), CATEGORIES)
+    state = overlap.state_dict()
+    state["truth"][1] = 4
+    overlap.load_state_dict(state)
+    state[part].view(-1)[1] = value
+    with pytest.raises(ValueError, match=f"{part} of the saved counts holds"):
+        overlap.load_state_dict(state)
+    assert overlap.truth[1] == 4 and not overlap.intersection.any()

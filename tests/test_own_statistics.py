@@ -144,6 +144,25 @@ def test_vectors_are_counted_and_a_state_at_its_empty_value_has_seen_something()
     assert not empty.saw_anything()
 
 
+def test_vectors_do_not_include_the_present_call() -> None:
+    class Before(Total):
+        def accumulate(self, x: Tensor, kept: Tensor) -> None:
+            seen.append((int(self.vectors), int(kept.sum())))
+            super().accumulate(x, kept)
+
+    seen: list[tuple[int, int]] = []
+    statistic = Before(3)
+    statistic.update(torch.randn(5, 3))
+    statistic.update(torch.randn(4, 3), mask=torch.tensor([True, False, True, True]))
+    model = nn.Linear(2, 3)
+    with torchprobe.record(model, "", statistic=Before) as rec:
+        seen.clear()  # of the trial on an empty layer
+        for _ in range(2):
+            model(torch.randn(6, 2))
+    assert seen == [(0, 6), (6, 6)] and int(rec[""].vectors) == 12
+    assert int(statistic.vectors) == 8
+
+
 def test_a_class_may_have_its_own_vectors() -> None:
     class Own(Total):
         states = {"total": State((FEATURES,)), "vectors": State()}
@@ -525,7 +544,6 @@ def test_a_copy_of_a_closed_window_holds_its_own_layer_only() -> None:
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_of_moments_closes_its_own_window(twin: Callable[[Moments], Moments]) -> None:
     first = Moments(6)
-    first.window_tensors()
     second = twin(first)
     second.update(batches(1)[0])
     (closed,) = Moments.close_windows([second], [None])

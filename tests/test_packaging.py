@@ -69,8 +69,20 @@ def test_metadata() -> None:
     core = requirements()
     assert {"torch", "numpy", "einops", "safetensors", "rich"} <= core.keys()
     assert core.keys().isdisjoint({"torchvision", "timm", "open_clip_torch", "matplotlib", "jinja2", "captum"})
-    assert not core["torch"].specifier.contains("2.9.1")
-    assert core["torch"].specifier.contains("2.10.0")
+    assert not core["torch"].specifier.contains("2.5.1")
+    assert core["torch"].specifier.contains("2.6.0")
+    assert {"Homepage", "Documentation", "Source", "Issues", "Changelog"} <= {
+        line.partition(",")[0] for line in about.get_all("Project-URL", [])
+    }
+    description = about["Description"] or str(about.get_payload())
+    assert "blob/main/docs/" in description and re.findall(r"\]\((?!https?:|#)[^)]*\)", description) == []
+
+
+def test_a_torch_before_the_stable_interface_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    monkeypatch.delenv("TORCHPROBE_DISABLE_KERNELS", raising=False)
+    status = library._load("cpu", "torchprobe._C")
+    assert status.startswith("not ") and ("older than 2.10" in status or "not built" in status)
 
 
 def test_command_is_installed() -> None:
@@ -233,3 +245,15 @@ def test_cuda_is_not_demanded_where_there_is_no_compiler_for_it(tmp_path: Path) 
     result = build(tmp_path, TORCHPROBE_BUILD="1", **NEITHER)
     assert "nvcc was not found" not in result.stderr
     assert "TORCHPROBE_BUILD=1, but compilation failed" in result.stderr
+
+
+def test_make_help_lists_what_the_docs_name() -> None:
+    """Every `make TARGET` of the README and of docs/start.md is a line of `make help`, and a target."""
+    makefile = (ROOT / "Makefile").read_text()
+    named = set()
+    for page in ("README.md", "docs/start.md"):
+        named |= set(re.findall(r"^(?:[A-Z_]+=\S+ )?make ([\w-]+)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"wheel", "dist-pure"} <= named
+    for target in named:
+        assert re.search(rf'@echo ".*\bmake {target}\b(?!-)', makefile), target
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

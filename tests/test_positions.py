@@ -259,7 +259,7 @@ def test_layer_table_names_outlier_features_and_where_they_live(tmp_path):
     assert rows[""]["outlier_indices"] == ""
     summary = found.summary()["hidden_states"]
     assert summary["inputs"] == 24 and sorted(summary["llm_int8"]) == [3, 7]
-    assert "24 inputs, 2 features stand out" in hidden_sentence(found)
+    assert "24 inputs, 2 features stand out" in hidden_sentence(found.hidden)
     page = write_scan(found, tmp_path / "out")["page"].read_text()
     assert "3, 7 (positions)" in page
     assert "3, 7 (positions)" in (tmp_path / "out" / "layers.csv").read_text()

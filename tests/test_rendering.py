@@ -1,6 +1,7 @@
 """Tables, figures and pages from rows and arrays, with names that mean harm."""
 
 import csv
+import functools
 import math
 import os
 import re
@@ -139,7 +140,10 @@ def test_csv_round_trip(tmp_path):
     rows = [row(name, vector_kurtosis=1 / 3) for name in HOSTILE] + [{"layer": "short", "extra": math.nan}]
     with open(write_csv(rows, tmp_path / "a.csv"), newline="", encoding="utf-8") as file:
         back = list(csv.DictReader(file))
-    assert [r["layer"] for r in back[:-1]] == [name.replace("\udcff", "\\udcff") for name in HOSTILE]
+    written = {"\udcff": "\\udcff", "\x1b": "\\x1b"}  # what UTF-8 cannot hold, and what a terminal obeys
+    assert [r["layer"] for r in back[:-1]] == [
+        functools.reduce(lambda text, pair: text.replace(*pair), written.items(), name) for name in HOSTILE
+    ]
     assert float(back[0]["vector_kurtosis"]) == 1 / 3
     assert back[-1]["extra"] == "nan"
     assert back[-1]["vectors"] == ""

@@ -9,6 +9,7 @@ import torch
 from broden_sets import write_trap_set
 from dissection_models import Net, preprocess
 
+from torchprobe.common import limits
 from torchprobe.datasets import Broden
 from torchprobe.dissection import Dissection, dissect
 from torchprobe.dissection.report import Report, write_report
@@ -183,8 +184,13 @@ def test_other_files(tmp_path, monkeypatch, layer, published):
     monkeypatch.setattr("torchprobe.dissection.result_file.MAX_PAIRS", 14)
     with pytest.raises(ValueError, match="3 units and 5 labels are more than 14 pairs"):
         Dissection.from_csv(published)
-    monkeypatch.setattr("torchprobe.dissection.result_file.MAX_BYTES", 100)
-    with pytest.raises(ValueError, match="is larger than"):
+    with limits.changed(table_bytes=100), pytest.raises(ValueError, match="more than 100 bytes"):
+        Dissection.from_csv(published)
+
+
+def test_the_number_of_a_unit_is_no_size(published):
+    published.write_text(PUBLISHED.replace("\n3,part", "\n9000000000000000,part"))
+    with pytest.raises(ValueError, match="unit 3 is missing"):
         Dissection.from_csv(published)
 
 

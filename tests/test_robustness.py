@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from torchprobe.analysis import baseline as baseline_module
 from torchprobe.analysis.baseline import POOR, _student
 from torchprobe.analysis.robustness import (
     FITS,
@@ -108,6 +109,20 @@ def test_the_fits_are_those_of_the_published_models(key):
     }[key]
     assert (round(fit.slope, 3), round(fit.intercept, 3)) == rounded[:2]
     assert rounded[2] in (None, round(fit.r2, 3))
+
+
+@golden
+def test_the_standard_models_are_those_of_the_testbed():
+    with (
+        open(Path(GOLDEN, "imagenet_testbed_standard_models.csv"), newline="") as published,
+        open(Path(baseline_module.__file__).with_name("standard_models.csv"), newline="") as shipped,
+    ):
+        rows = list(csv.DictReader(shipped))
+        assert (
+            rows == list(csv.DictReader(published))
+            and len(rows) == 85
+            and set(rows[0]) == {"model", "imagenet", *SHIFTS, *SUBSETS.values()}
+        )
 
 
 @golden

@@ -7,7 +7,8 @@ import pytest
 
 from torchprobe.analysis.baseline import FITS, Baseline, Fit
 from torchprobe.analysis.robustness import robustness
-from torchprobe.analysis.robustness_intervals import Measured, robustness_interval
+from torchprobe.analysis.robustness_intervals import Measured, mean_robustness_interval, robustness_interval
+from torchprobe.analysis.standard_models import standard_models
 
 
 def accuracy(logit):
@@ -66,9 +67,17 @@ def test_what_the_rows_say():
         assert after["low"] < after["line_low"] < after["effective_robustness"] < after["line_high"] < after["high"]
         assert math.isnan(before["line_low"]) and "number is unknown" in before["note"] and "unknown" not in after["note"]
     assert (known["imagenet_v2"].images, known["mean"].images, known["mean"].imagenet_images) == (500, 2500, 500)
+    mean = known.mean
+    assert mean.shifts == tuple(row.shift for row in known.shifts) and mean.effective_robustness == known.mean_effective_robustness
+    assert mean.interval[0] < mean.line_interval[0] < mean.effective_robustness < mean.line_interval[1] < mean.interval[1]
+    assert math.isnan(plain.mean.line_interval[0]) and mean.interval[0] < plain.mean.interval[0] < plain.mean.interval[1] < mean.interval[1]
+    fits, unshifted = [row.fit for row in known.shifts], [Measured(70.0, 500)] * 5
+    together = standard_models().residual_correlation(mean.shifts)
+    expected = mean_robustness_interval(fits, [Measured(row.accuracy, 500) for row in known.shifts], unshifted, together)
+    assert mean.interval == pytest.approx(expected)
     few = robustness(accuracies, images={**dict.fromkeys(accuracies, 500), "objectnet": 7})["objectnet"]
     assert math.isnan(few.interval[0]) and "no interval: 7 images" in few.note
-    certain = robustness({**accuracies, "imagenet": 100.0}, images=dict.fromkeys(accuracies, 500))["objectnet"]
-    assert math.isnan(certain.interval[0])
+    certain = robustness({**accuracies, "imagenet": 100.0}, images=dict.fromkeys(accuracies, 500))
+    assert math.isnan(certain["objectnet"].interval[0]) and certain.mean.shifts == ()
     every = robustness({**accuracies, "objectnet": 100.0}, images=dict.fromkeys(accuracies, 20))["objectnet"]
     assert every.interval[0] < every.effective_robustness < every.interval[1]

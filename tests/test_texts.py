@@ -50,6 +50,10 @@ def test_long_texts_that_begin_alike_have_names_of_their_own():
         ("t.jsonl", b'"a"\n{"text": 3}\n', "line 2: expected a string"),
         ("t.jsonl", b'"a"\n[[[\n', "line 2: not JSON"),
         ("t.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("t.JSONL", b'"a"\n[1]\n', "line 2: expected a string"),
+        ("t.ndjson", b"a\n", "line 1: not JSON"),
+        ("t.json", b'["a", "b"]', "is JSON, whose lines are no texts"),
+        ("t.jsonl", b'"a"\n"' + b"x" * 100 + b'\\ud800"\n', "line 2: the text has half of a surrogate pair"),
         ("t.jsonl", b'{"body": "x"}\n', "line 1: expected a string, or an object with a string under text, caption"),
     ],
 )

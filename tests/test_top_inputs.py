@@ -165,7 +165,7 @@ def test_saving():
     [
         ({"features": 6}, "features=6, these have features=5"),
         ({"k": 3}, "k=3, these have k=20"),
-        ({"score": "mean"}, "score=mean"),
+        ({"score": "mean"}, "score=.mean"),
         ({"scores": torch.zeros(5, 20)}, "scores of the saved TopInputs is torch.float32"),
         ({"ids": torch.zeros(5, 19, dtype=torch.int64)}, r"expected torch.int64 of shape \(5, 20\)"),
         ({"unscored": None}, "unscored of the saved TopInputs is NoneType"),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-ACCESS = ("vector", "scalar", "staged")
+LAYOUTS = ("rows", "channels")
 
 
 def compiler() -> str | None:
@@ -36,27 +36,33 @@ def sources(csrc: Path = CSRC) -> str:
 
 
 def build(csrc: Path = CSRC, watched: bool = False) -> Any:
-    """Compiles ``csrc`` and returns its operators; the same sources are compiled once.
+    """Compiles ``csrc`` and returns its operators; the same sources are compiled once. Mutants are compiled quickly and run slowly.
 
     ``watched``: races and misaligned accesses are errors, and everything takes about three times as long.
     """
     return _build(csrc, watched, hashlib.sha256(f"{sources(csrc)}{torch.__version__}{watched}".encode()).hexdigest()[:16])
 
 
+def states() -> Any:
+    """Compiles the operators on whole states of ``csrc/cuda/states.cpp`` alone, for tensors of the host."""
+    return _build(CSRC, False, hashlib.sha256(f"{sources()}{torch.__version__} states".encode()).hexdigest()[:16], ("states",))
+
+
 @functools.cache
-def _build(csrc: Path, watched: bool, key: str) -> Any:
+def _build(csrc: Path, watched: bool, key: str, parts: tuple[str, ...] = ("shim", "races")) -> Any:
     folder = Path(tempfile.gettempdir()) / f"torchprobe-cuda-shim-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     library = folder / f"{key}.so"
     if not library.exists():
         include, lib = Path(torch.__file__).parent / "include", Path(torch.__file__).parent / "lib"
         flags = [
-            "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+            *(("-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas") if csrc == CSRC else ("-O0", "-w")),
+            "-std=c++17", "-fPIC", "-ffp-contract=off",
             f"-DSHIM=shim_{key}", "-DTORCH_TARGET_VERSION=0x020a000000000000",
             *(f"-I{path}" for path in (HERE, csrc, csrc / "cuda")), "-isystem", str(include),
         ]  # fmt: skip
         with tempfile.TemporaryDirectory(dir=folder) as made:
-            objects = [Path(made) / f"{name}.o" for name in ("shim", "races")]
+            objects = [Path(made) / f"{name}.o" for name in parts]
             for target in objects:
                 watching = ["-fsanitize=thread,alignment"] if watched and target.stem == "shim" else []
                 _run(compiler(), *flags, *watching, "-c", HERE / f"{target.stem}.cpp", "-o", target)
@@ -93,8 +99,8 @@ def plan(x: Tensor, feature_dim: int = -1, multiprocessors: int = 3, shared_byte
     """How the launches cut up a call."""
     from torchprobe.ops import new_state
 
-    names = ("access", "wide", "groups", "rounds", "stages", "tiles", "slabs", "tile_vectors")
+    names = ("layout", "pack", "across", "warps", "tiles", "slabs", "tile_vectors", "shared_bytes")
     out = torch.zeros(len(names), dtype=torch.int64)
     build().plan(new_state(x.shape[feature_dim]), x, feature_dim, multiprocessors, shared_bytes, out)
     values = dict(zip(names, out.tolist(), strict=True))
-    return {**values, "access": ACCESS[values["access"]]}
+    return {**values, "layout": LAYOUTS[values["layout"]]}

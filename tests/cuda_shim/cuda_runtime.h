@@ -55,7 +55,7 @@ enum class Wait { Nothing, Barrier, Warp, End };
 struct Copy {
   void* to;
   const void* from;
-  size_t bytes;
+  size_t bytes, zeros;  // the last of the bytes are not copied, but zero
 };
 
 struct Fibre {
@@ -155,8 +155,10 @@ inline void Machine::run_block(unsigned block, size_t shared_bytes) {
           setcontext(&fibres[t].start);
         }
         const int warp = t / WARP * WARP;
-        if (fibres[t].wait == Wait::Warp && meet(warp, warp + WARP, Wait::Warp))
+        if (fibres[t].wait == Wait::Warp && meet(warp, warp + WARP, Wait::Warp)) {
+          if (!std::strcmp(fibres[t].what, "__syncwarp")) races::warp_barrier(warp / WARP);
           for (int u = warp; u < warp + WARP; ++u) fibres[u].wait = Wait::Nothing;
+        }
       }
     }
     if (meet(0, threads, Wait::End)) break;
@@ -187,6 +189,13 @@ T exchange(T value, int from, const char* what) {
   return value;
 }
 
+// One bit for each lane.
+inline unsigned ballot(bool predicate, const char* what) {
+  unsigned all = unsigned(predicate) << machine.current % WARP;
+  for (int m = 1; m < WARP; m *= 2) all |= exchange(all, machine.current % WARP ^ m, what);
+  return all;
+}
+
 inline void require_all(unsigned mask) {
   if (mask != 0xffffffffu) throw Error("the shim knows whole warps only");
 }
@@ -206,24 +215,50 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   shim::require_all(mask);
   return shim::exchange(value, shim::machine.current % shim::WARP ^ lanes, "__shfl_xor_sync");
 }
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  shim::require_all(mask);
+  return shim::exchange(value, lane, "__shfl_sync");
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  shim::require_all(mask);
+  return shim::ballot(predicate != 0, "__ballot_sync");
+}
 inline int __all_sync(unsigned mask, int predicate) {
   shim::require_all(mask);
-  int all = predicate != 0;
-  for (int m = 1; m < shim::WARP; m *= 2) all &= shim::exchange(all, shim::machine.current % shim::WARP ^ m, "__all_sync");
-  return all;
+  return shim::ballot(predicate != 0, "__all_sync") == 0xffffffffu;
 }
-__attribute__((noinline, no_sanitize_thread)) inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
+inline int __any_sync(unsigned mask, int predicate) {
+  shim::require_all(mask);
+  return shim::ballot(predicate != 0, "__any_sync") != 0;
+}
+inline unsigned __match_any_sync(unsigned mask, unsigned long long value) {
+  shim::require_all(mask);
+  unsigned same = 0;
+  for (int m = 0; m < shim::WARP; ++m) {
+    const int lane = shim::machine.current % shim::WARP ^ m;
+    if (shim::exchange(value, lane, "__match_any_sync") == value) same |= 1u << lane;
+  }
+  return same;
+}
+inline void __syncwarp() {
+  shim::machine.pause(shim::Wait::Warp, "__syncwarp");
+}
+// What a thread wrote before a fence and an atomic operation after it, other blocks may read after an atomic operation of theirs.
+inline void __threadfence() { shim::races::fence(); }
+template <class T>
+__attribute__((noinline, no_sanitize_thread)) T atomicAdd(T* to, T value) {
   shim::races::access(to, sizeof *to, true, true);
-  const uint32_t before = *to;
+  const T before = *to;
   *to += value;
   return before;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros = 0) {
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) shim::machine.error = "an asynchronous copy is not aligned";
-  shim::machine.fibres[shim::machine.current].open.push_back({to, from, bytes});
+  shim::machine.fibres[shim::machine.current].open.push_back({to, from, bytes, zeros});
 }
 inline void __pipeline_commit() {
   shim::Fibre& mine = shim::machine.fibres[shim::machine.current];
@@ -234,8 +269,11 @@ inline void __pipeline_wait_prior(size_t later) {
   auto& copies = shim::machine.fibres[shim::machine.current].copies;
   while (copies.size() > later) {
     for (const shim::Copy& copy : copies.front()) {
-      shim::races::access(copy.from, copy.bytes, false), shim::races::access(copy.to, copy.bytes, true);
-      std::memcpy(copy.to, copy.from, copy.bytes);
+      const size_t copied = copy.bytes - copy.zeros;
+      if (copied) shim::races::access(copy.from, copied, false);
+      shim::races::access(copy.to, copy.bytes, true);
+      std::memcpy(copy.to, copy.from, copied);
+      std::memset(static_cast<char*>(copy.to) + copied, 0, copy.zeros);
     }
     copies.erase(copies.begin());
   }

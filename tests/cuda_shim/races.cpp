@@ -1,6 +1,8 @@
 #include "races.h"
 
 #include <cstdint>
+#include <map>
+#include <set>
 #include <vector>
 
 namespace shim::races {
@@ -9,10 +11,13 @@ namespace {
 constexpr size_t GRAIN = 2;  // bytes; no element is smaller
 constexpr int NOBODY = -1, MANY = -2;
 
-// The last access of a kind. Intervals between barriers are counted over all blocks, one after the other.
+constexpr int WARP = 32, MOST_WARPS = 32;
+
+// The last access of a kind. Intervals between barriers are counted over all blocks, one after the other; those between the barriers of a warp,
+// for each warp.
 struct Last {
-  int thread = NOBODY;
-  int64_t block = 0, interval = 0;
+  int thread = NOBODY, warp = MANY;  // MANY: of several
+  int64_t block = 0, interval = 0, warp_interval = 0;
 };
 struct Grain {
   Last read, write;
@@ -29,11 +34,16 @@ std::string first;
 bool running = false;
 int thread = 0;
 int64_t block = 0, interval = 0, oldest = 0;  // blocks before `oldest` belong to earlier launches
+int64_t warp_intervals[MOST_WARPS];
+bool fenced = false;                               // the block has a fence behind what it wrote
+std::map<uintptr_t, std::set<int64_t>> published;  // by an atomic operation behind a fence, at this address, by these blocks
+std::set<int64_t> known;                           // blocks whose writes the block knows of, by an atomic operation at the same address
 
 bool conflicts(const Range& range, const Last& last) {
   if (last.thread == NOBODY || last.block < oldest) return false;
-  if (last.block != block) return !range.of_block;
-  return last.interval == interval && last.thread != thread;
+  if (last.block != block) return !range.of_block && !known.count(last.block);
+  if (last.interval != interval || last.thread == thread) return false;
+  return last.warp != thread / WARP || last.warp_interval == warp_intervals[thread / WARP];
 }
 
 void report(const char* what, size_t range, uintptr_t offset, const Last& last) {
@@ -50,15 +60,19 @@ void watch(const void* memory, size_t bytes, bool of_block) {
   ranges.push_back({begin, begin + bytes, of_block, std::vector<Grain>((bytes + GRAIN - 1) / GRAIN)});
 }
 void clear() { ranges.clear(), first.clear(), running = false; }
-void begin_launch() { oldest = block + 1; }
-void begin_block() { ++block, ++interval, running = true; }
+void begin_launch() { oldest = block + 1, published.clear(); }
+void begin_block() { ++block, ++interval, running = true, fenced = false, known.clear(); }
 void end_block() { running = false; }
 void barrier() { ++interval; }
+void warp_barrier(int warp) { ++warp_intervals[warp]; }
+void fence() { fenced = true; }
 void set_thread(int now) { thread = now; }
 const std::string& found() { return first; }
 
 void access(const void* memory, size_t bytes, bool write, bool atomic) {
   if (!running) return;
+  const int warp = thread / WARP;
+  const int64_t warp_interval = warp_intervals[warp];
   const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
   for (size_t r = 0; r < ranges.size(); ++r) {
     if (at < ranges[r].begin || at >= ranges[r].end) continue;
@@ -68,14 +82,21 @@ void access(const void* memory, size_t bytes, bool write, bool atomic) {
         report(write ? "two writes" : "a write and a read", r, offset, grain.write);
       if (write) {
         if (conflicts(ranges[r], grain.read)) report("a read and a write", r, offset, grain.read);
-        grain.write = {thread, block, interval}, grain.atomic = atomic;
+        grain.write = {thread, warp, block, interval, warp_interval}, grain.atomic = atomic;
       } else {
         const Last& last = grain.read;
-        const bool others = last.thread != NOBODY && last.thread != thread && last.block == block && last.interval == interval;
-        grain.read = {others ? MANY : thread, block, interval};
+        const bool recent = last.thread != NOBODY && last.block == block && last.interval == interval;
+        const bool behind = last.warp == warp && last.warp_interval != warp_interval;  // a barrier of the warp came in between
+        const bool others = recent && !behind && last.thread != thread;
+        grain.read = {others ? MANY : thread, recent && last.warp != warp ? MANY : warp, block, interval, warp_interval};
       }
     }
-    return;
+    break;
+  }
+  if (atomic) {
+    std::set<int64_t>& blocks = published[at];
+    known.insert(blocks.begin(), blocks.end());
+    if (fenced) blocks.insert(block);
   }
 }
 

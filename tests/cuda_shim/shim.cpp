@@ -13,7 +13,6 @@ inline cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, v
 
 #include "cuda/plan.cpp"
 #include "cuda/kernels.cuh"
-#include "cuda/observe.cu"
 #include "cuda/observe_bfloat16.cu"
 #include "cuda/observe_float16.cu"
 #include "cuda/observe_float32.cu"
@@ -33,8 +32,10 @@ using torch::stable::Tensor;
 void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma, int64_t every, std::optional<Tensor> mask,
               int64_t multiprocessors, int64_t shared_bytes, int64_t order) {
   const torchprobe::Call call = torchprobe::describe(state, x, feature_dim, outlier_sigma, every, mask);
-  const torchprobe::cuda::Device device{int(multiprocessors), int(shared_bytes)};
-  const size_t bytes = torchprobe::cuda::workspace_bytes(call, device), guard = 4096;
+  static int devices = 0;  // every call is on another one, which nobody has asked for shared memory
+  const torchprobe::cuda::Device device{devices++, int(multiprocessors), int(shared_bytes)};
+  torchprobe::cuda::Plan plan = torchprobe::cuda::make_plan(call, device);
+  const size_t bytes = torchprobe::cuda::place(plan, nullptr), guard = 4096;
   std::vector<unsigned char> workspace(bytes + guard, shim::POISON);
   shim::machine.order = unsigned(order);
   shim::machine.random.seed(unsigned(order));
@@ -43,9 +44,11 @@ void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma,
   shim::races::watch(torchprobe::cuda::shared_memory, shim::SHARED_LIMIT, true);
   shim::races::watch(workspace.data(), bytes);
   shim::races::watch(state.mutable_data_ptr(), size_t(state.numel()) * sizeof(double));
+  torchprobe::cuda::place(plan, workspace.data());
+  plan.state = static_cast<double*>(state.mutable_data_ptr());
   std::string error;
   try {
-    torchprobe::cuda::observe(call, device, static_cast<double*>(state.mutable_data_ptr()), workspace.data(), nullptr);
+    torchprobe::cuda::observe(plan, device, nullptr);
   } catch (const shim::Error& found) {
     error = found.what();
   }
@@ -54,12 +57,12 @@ void observe_(Tensor state, Tensor x, int64_t feature_dim, double outlier_sigma,
   STD_TORCH_CHECK(error.empty(), "shim: ", error);
 }
 
-// The cut of a call, for tests that want to meet every kind: access, wide, groups, rounds, stages, tiles, slabs, tile_vectors.
+// The cut of a call, for tests that want to meet every kind.
 torch::stable::Tensor plan(Tensor state, Tensor x, int64_t feature_dim, int64_t multiprocessors, int64_t shared_bytes, Tensor out) {
   std::optional<Tensor> mask;
   const torchprobe::Call call = torchprobe::describe(state, x, feature_dim, 6.0, 1, mask);
-  const torchprobe::cuda::Plan p = torchprobe::cuda::make_plan(call, int(multiprocessors), int(shared_bytes));
-  const int64_t all[] = {int64_t(p.access), p.wide, p.groups, p.rounds, p.stages, p.tiles, p.slabs, p.tile_vectors};
+  const torchprobe::cuda::Plan p = torchprobe::cuda::make_plan(call, {0, int(multiprocessors), int(shared_bytes)});
+  const int64_t all[] = {int64_t(p.layout), p.pack, p.across, p.warps, p.tiles, p.slabs, p.tile_vectors, int64_t(p.shared_bytes)};
   std::copy(std::begin(all), std::end(all), static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }

@@ -1,0 +1,1 @@
+"""One file for each reader; each has its targets in ``TARGETS``."""

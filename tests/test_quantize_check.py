@@ -1,0 +1,132 @@
+"""``torchprobe quantize-check`` from end to end: images and texts in, ranking, scales and page out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.transforms.functional import to_tensor
+
+import torchprobe
+from torchprobe.analysis.quantization import FORMATS, measure
+from torchprobe.datasets import image_folder
+from torchprobe.encoders import Encoder
+from torchprobe.statistics import Exponents
+from torchprobe.studies.quantize_check import quantize_check
+from torchprobe.studies.quantize_report import answer, write_quantize_check
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"nonsense")
+    return folder
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[0].weight[5] *= 200  # an outlier feature in the input of the second convolution
+        model[2].weight[:, 5] /= 200
+    return model
+
+
+def encoder() -> Encoder:
+    return Encoder(network(), features=16, preprocess=to_tensor, name="small").eval()
+
+
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow("compiles with inductor"))], ids=["eager", "compiled"]
+)
+def test_the_layer_that_breaks_is_first(photos: Path, tmp_path: Path, compiled: bool) -> None:
+    made = encoder()
+    if compiled:
+        made.visual.compile()
+    check = quantize_check(made, image_folder(photos), "int8_tensor", batch_size=5)
+    first = check.rows()[0]
+    assert first["layer"] == "visual.2" and first["outliers"] == "5" and first["without_db"] > first["others_db"] + 6
+    assert check.keep()[0] == "visual.2" and check.seen == 12 and len(check.unreadable) == 1
+    assert [row["format"] for row in check.by_format()] == list(FORMATS)
+    files = write_quantize_check(check, tmp_path)
+    assert set(files) == {"recording", "summary", "smoothing", "layers", "formats", "page"}
+    scales = load_file(files["smoothing"])
+    assert scales["visual.2.scale"].argmax() == 5 and scales["visual.2.scale"].shape == (32,)
+    summary = json.loads(files["summary"].read_text())
+    assert summary["keep_16_bit"] == check.keep() and summary["layers"][0]["layer"] == "visual.2"
+    loaded = torchprobe.load(files["recording"])
+    assert isinstance(loaded["visual.2"], Exponents) and loaded["visual.2"].exponents == check.inputs["visual.2"].exponents
+    page = files["page"].read_text()
+    assert "visual.2" in page and "keep it in 16 bits" in page
+
+
+def test_the_forecast_of_real_activations_is_what_rounding_does(photos: Path) -> None:
+    made = encoder()
+    check = quantize_check(made, image_folder(photos), batch_size=5)
+    caught: dict[str, torch.Tensor] = {}
+    for name in ("visual.2", "visual.6"):
+        made.get_submodule(name).register_forward_hook(lambda _, i, o, name=name: caught.__setitem__(name, i[0]))
+    pixels = next(iter(image_folder(photos).batches(made.preprocess, 20, 1))).pixels
+    with torch.no_grad():
+        made(pixels)
+    for form in ("int8_tensor", "int8_token", "e4m3", "mxfp8", "nvfp4"):
+        found = {one.layer: one for one in check.layers[form]}["visual.2"].input
+        truth = measure(caught["visual.2"], form, 1)
+        assert abs(found.sqnr_db - truth.sqnr_db) < 1 or found.unsure, form
+
+
+def test_no_layers_and_no_such_format(photos: Path) -> None:
+    bare = Encoder(nn.Flatten(), features=768, preprocess=to_tensor)
+    with pytest.raises(ValueError, match="no linear layer and no convolution"):
+        quantize_check(bare, image_folder(photos))
+    with pytest.raises(ValueError, match="format is one of int8_tensor"):
+        quantize_check(encoder(), image_folder(photos), "int7")
+
+
+def test_a_stopped_run_is_about_what_was_seen(photos: Path) -> None:
+    asked = iter([False, True, True])
+    check = quantize_check(encoder(), image_folder(photos), batch_size=4, stop=lambda: next(asked))
+    assert check.partial and check.seen == 4 and all(not math.isnan(one.output_db) for one in check.ranked())
+
+
+def test_the_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    from torchprobe.cli import main
+
+    out = tmp_path / "out"
+    arguments = ["quantize-check", "timm:test_vit", "--images", str(photos), "--random-init", "--out", str(out), "--format", "e4m3"]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and "In e4m3" in printed and "nvfp4" in printed
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--overwrite", "--json"])
+    assert ended.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == "e4m3" and len(found["formats"]) == 9 and Path(found["files"]["page"]).exists()
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize-check", "timm:test_vit"])
+    assert ended.value.code == 2
+
+
+def test_the_answer_counts_in_words_that_fit(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = quantize_check(Encoder(network(), features=16, preprocess=to_tensor), image_folder(photos), "int8_tensor")
+    for keep, words in ((1, "1 layer of 4 falls below 20 dB: keep it"), (2, "2 layers of 4 fall below 20 dB: keep them")):
+        monkeypatch.setattr(type(found), "keep", lambda self, keep=keep: ["a"] * keep)
+        assert answer(found).startswith(f"In int8_tensor, {words} in 16 bits.")
