@@ -1,7 +1,8 @@
 """What torchprobe costs, compared with the alternatives. ``docs/performance.md`` says how it is measured, and the results.
 
 ========================================  ===========================================================================
-``python -m benchmarks``                  the CPU: the sections ``read``, ``rivals``, ``hook``, ``model``, ``dissection``
+``python -m benchmarks``                  the CPU: the sections ``read``, ``rivals``, ``hook``, ``model``, ``dissection``; growth; a page
+``python -m benchmarks.scale``            constants of large runs, for docs/scale.md
 ``python -m benchmarks.training``         a training step with every block watched
 ``python -m benchmarks.pruning``          a pruning curve
 ``python -m benchmarks.soak``             100,000 recorded steps through two restarts: memory, and nothing lost

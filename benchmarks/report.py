@@ -235,4 +235,9 @@ class Report:
     def save(self, path: Path | None, **more: object) -> None:
         """Writes every figure as JSON; nothing without a path."""
         if path is not None:
-            path.write_text(json.dumps({**as_json(self.sections), "machine": self.machine, **more}, indent=1) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.text(**more), encoding="utf-8")
+
+    def text(self, **more: object) -> str:
+        """Every figure as JSON."""
+        return json.dumps({**as_json(self.sections), "machine": self.machine, **more}, indent=1) + "\n"

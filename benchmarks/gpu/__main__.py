@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -20,22 +20,19 @@ from benchmarks.report import HELP
 
 
 class Part(Protocol):
-    """What is measured together. Its fields say how large and how long; without arguments it is the full measurement."""
-
-    @classmethod
-    def quick(cls) -> Part:
-        """Small inputs, a few seconds."""
+    """What is measured together. Its fields say how large and how long."""
 
     def run(self, device: Device) -> Iterator[Figure]: ...
 
 
-PARTS: dict[str, tuple[str, type[Part]]] = {
+PARTS: dict[str, tuple[str, Callable[[], Part]]] = {
     "bandwidth": ("Bandwidth", observe.Bandwidth),
-    "rivals": ("Compared with eager PyTorch and inductor", observe.Rivals),
     "launch": ("One call on one vector", observe.Launch),
     "step": ("A training step", training.Step),
     "graph": ("The training step in a CUDA graph", training.Graph),
+    "rivals": ("Compared with eager PyTorch and inductor", observe.Rivals),
 }
+"""The most important first, in case time runs out; ``rivals`` compiles, which takes longest to begin."""
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -43,44 +40,41 @@ RESULTS = Path(__file__).parents[1] / "results"
 @click.option(
     "--only", multiple=True, type=click.Choice(list(PARTS)), help="This part; may be repeated. The file keeps the figures of the others."
 )
+@click.option("--device", "name", default="cuda", show_default=True)
+@click.option("--results", "folder", type=click.Path(path_type=Path), default=RESULTS, metavar="DIR", help="Where the files go.")
 @click.option(
-    "--quick", is_flag=True, help="Small inputs, a few seconds: only shows that everything runs. Writes files only with --results."
+    "--budget", default=540, show_default=True, metavar="SECONDS", help="Parts that would start later are left out, and the exit code is 1."
 )
-@click.option("--device", "name", default="cuda", show_default=True, help="cpu runs the same code for tests; the figures mean nothing.")
-@click.option(
-    "--results", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Where the files go  [default: benchmarks/results]"
-)
-def main(only: tuple[str, ...], quick: bool, name: str, folder: Path | None) -> None:
+def main(only: tuple[str, ...], name: str, folder: Path, budget: float) -> None:
     """What torchprobe costs on a GPU. Figures go to DIR/<device>.json; tables go to DIR/<device>.md and to standard output.
 
     Planned for about six minutes and 25 GB of device memory. Exit code 2: there is no GPU, or its kernels do not run. 1: a part failed.
     """
     device = find(name)
-    folder = folder or (None if quick or device.torch_device.type == "cpu" else RESULTS)
-    document = results.document(device.as_json(), versions(), quick)
-    if folder is not None:
-        document = results.resume(folder / f"{device.slug}.json", document)
-    failed = False
+    path = folder / f"{device.slug}.json"
+    document = results.resume(path, results.document(device.as_json(), versions()))
+    failed, start = False, perf_counter()
     for part in only or PARTS:
+        if perf_counter() - start > budget:
+            click.echo(f"{part}: left out, as {budget:g} s are over; --only {part} measures it", err=True)
+            failed = True
+            continue
         click.echo(f"{part} …", err=True)
-        document["parts"][part] = _measure(part, device, quick)
+        document["parts"][part] = _measure(part, device)
         failed |= document["parts"][part]["error"] is not None
         click.echo(f"{part}: {document['parts'][part]['seconds']:.0f} s", err=True)
-        if folder is not None:  # after every part, so that an interruption loses little
-            results.write(folder / f"{device.slug}.json", document)
-            (folder / f"{device.slug}.md").write_text(markdown(document), encoding="utf-8")
+        results.write(path, document)  # after every part, so that an interruption loses little
     click.echo(markdown(document))
-    if failed:
-        sys.exit(1)
+    sys.exit(failed)
 
 
-def _measure(part: str, device: Device, quick: bool) -> dict[str, Any]:
+def _measure(part: str, device: Device) -> dict[str, Any]:
     """Runs one part. If it fails, its figures so far are kept, and the other parts still run."""
     title, kind = PARTS[part]
     figures: list[Figure] = []
     error, start = None, perf_counter()
     try:
-        figures.extend((kind.quick() if quick else kind()).run(device))
+        figures.extend(kind().run(device))
     except Exception as failure:
         traceback.print_exc()
         error = f"{type(failure).__name__}: {failure}".partition("\n")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import subprocess
 from collections.abc import Callable
@@ -25,7 +24,7 @@ class CannotMeasure(click.ClickException):
 
 @dataclass(frozen=True)
 class Device:
-    """``clock`` is the highest clock of the multiprocessors, in Hz. It and ``driver`` are None if unknown."""
+    """Memory and cache in bytes."""
 
     torch_device: torch.device
     name: str
@@ -33,7 +32,6 @@ class Device:
     multiprocessors: int = 0
     memory: int = 0
     l2: int = 0
-    clock: float | None = None
     driver: str | None = None
 
     @property
@@ -57,11 +55,8 @@ def find(name: str) -> Device:
         raise CannotMeasure(f"{name!r} is not a device: {str(error).partition(chr(10))[0]}") from error
     if device.type == "cpu":
         return Device(device, report.machine()["processor"])
-    if device.type != "cuda":
-        raise CannotMeasure(f"these benchmarks are for CUDA devices, not for {name!r}; python -m benchmarks measures others")
-    if not torch.cuda.is_available():
-        why = "it was built without CUDA" if not torch.backends.cuda.is_built() else "see nvidia-smi for the driver"
-        raise CannotMeasure(f"no CUDA device: torch {torch.__version__} sees none ({why})")
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise CannotMeasure(f"no CUDA device {name!r}: torch {torch.__version__} sees none")
     device = torch.device("cuda", device.index or 0)
     if device.index >= torch.cuda.device_count():
         raise CannotMeasure(f"no {device}: there are {torch.cuda.device_count()} CUDA devices")
@@ -75,71 +70,40 @@ def find(name: str) -> Device:
     if not status.startswith("loaded") or f"{device}: " in status.partition("not used on")[2]:
         raise CannotMeasure(f"the CUDA kernels do not run here, and measuring the reference would be misleading: {status}")
     about = torch.cuda.get_device_properties(device)
-    reported = ask(device, "driver_version", "clocks.max.sm")
-    return Device(
-        device,
-        about.name,
-        f"{about.major}.{about.minor}",
-        about.multi_processor_count,
-        about.total_memory,
-        about.L2_cache_size,
-        number(reported["clocks.max.sm"], 1e6) or 1e3 * getattr(about, "clock_rate", 0) or None,
-        reported["driver_version"],
-    )
+    capability, driver = f"{about.major}.{about.minor}", ask(device, "driver_version")
+    return Device(device, about.name, capability, about.multi_processor_count, about.total_memory, about.L2_cache_size, driver)
 
 
-def ask(device: torch.device, *fields: str) -> dict[str, str | None]:
-    """What nvidia-smi reports for ``device``: field → value, None if unknown."""
+def ask(device: torch.device, field: str) -> str | None:
+    """What nvidia-smi reports for ``device``; None if unknown."""
     try:
-        done = subprocess.run(_question(device, fields), capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(_question(device, field), capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
-        return dict.fromkeys(fields)
-    return _answer(done.stdout, fields)
+        return None
+    return done.stdout.partition("\n")[0].strip() or None
 
 
 def clock_under(work: Callable[[], object], device: torch.device) -> float | None:
-    """The clock in Hz while ``work`` is repeated; None if nvidia-smi does not report it."""
-    fields = ("clocks.sm",)
+    """The clock of the multiprocessors in Hz while ``work`` is repeated; None if nvidia-smi does not report it."""
     try:
-        asking = subprocess.Popen(_question(device, fields), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        asking = subprocess.Popen(_question(device, "clocks.sm"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except OSError:
         return None
     while asking.poll() is None:
         work()
         torch.cuda.synchronize(device)
-    output, _ = asking.communicate()
-    return number(_answer(output, fields)["clocks.sm"], 1e6)
-
-
-def versions() -> dict[str, str | None]:
-    """The versions of everything that the figures depend on."""
     try:
-        import triton
-    except ImportError:
-        triton = None
-    return {
-        "torchprobe": torchprobe.__version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": getattr(triton, "__version__", None),
-        "python": platform.python_version(),
-        "kernels": re.split(r", (?=/)", kernels()["cuda"])[0],  # without their path
-    }
-
-
-def number(text: str | None, scale: float = 1.0) -> float | None:
-    """A number that nvidia-smi printed; None for ``[N/A]``."""
-    try:
-        return None if text is None else float(text) * scale
-    except ValueError:
+        return 1e6 * float(asking.communicate()[0])
+    except ValueError:  # "[N/A]"
         return None
 
 
-def _question(device: torch.device, fields: tuple[str, ...]) -> list[str]:
+def versions() -> dict[str, str | None]:
+    """The versions of everything that the figures depend on; the kernels without their path."""
+    status = re.split(r", (?=/)", kernels()["cuda"])[0]
+    return {"torchprobe": torchprobe.__version__, "torch": torch.__version__, "cuda": torch.version.cuda, "kernels": status}
+
+
+def _question(device: torch.device, field: str) -> list[str]:
     uuid = str(torch.cuda.get_device_properties(device).uuid)  # the device numbers of nvidia-smi ignore CUDA_VISIBLE_DEVICES
-    return ["nvidia-smi", f"--id=GPU-{uuid.removeprefix('GPU-')}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-
-
-def _answer(output: str, fields: tuple[str, ...]) -> dict[str, str | None]:
-    values = [value.strip() for value in output.partition("\n")[0].split(",")]
-    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) and values[0] else dict.fromkeys(fields)
+    return ["nvidia-smi", f"--id=GPU-{uuid.removeprefix('GPU-')}", f"--query-gpu={field}", "--format=csv,noheader,nounits"]

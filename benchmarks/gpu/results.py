@@ -15,11 +15,13 @@ from typing import Any
 
 from benchmarks.report import Target
 from benchmarks.timing import Timing
+from torchprobe.common.files import replacing
 
-FORMAT = 1
+FORMAT = 3
 
 Labels = Mapping[str, str | int]
 """The input of a figure, such as its type and width."""
+Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Figure:
 
     Args:
         name: what was measured.
-        value: in ``unit``: "s", "B", "B/s", "share" (1 is the whole), or a word for the things that are counted.
+        value: in ``unit``, which stands behind it: "%", "µs", "MB" …
         case: the input.
         timing: of one call; ``value`` follows from it.
         target: what ``value`` should be.
@@ -43,45 +45,31 @@ class Figure:
     target: Target | None = None
     note: str = ""
 
-    def as_json(self) -> dict[str, Any]:
+    def __post_init__(self) -> None:
         if not math.isfinite(self.value):
             raise ValueError(f"{self.name} {dict(self.case)}: {self.value} is not a number")
-        return {
-            "name": self.name,
-            "value": self.value,
-            "unit": self.unit,
-            "case": dict(self.case),
-            "timing": None if self.timing is None else _timing(self.timing),
-            "target": None if self.target is None else {**vars(self.target), "verdict": self.target.verdict},
-            "note": self.note,
-        }
+
+    def as_json(self) -> dict[str, Any]:
+        timing = self.timing and {"rounds": len(self.timing.seconds), "quartiles": self.timing.quartiles, "interval": self.timing.interval}
+        target = self.target and {**vars(self.target), "verdict": self.target.verdict}
+        return {**vars(self), "case": dict(self.case), "timing": timing, "target": target}
 
 
 def time(name: str, timing: Timing, case: Labels, target: Target | None = None, note: str = "") -> Figure:
-    """The median, in seconds."""
-    return Figure(name, timing.median, "s", case, timing, target, note)
-
-
-def _timing(timing: Timing) -> dict[str, Any]:
-    return {
-        "rounds": len(timing.seconds),
-        "median": timing.median,
-        "quartiles": list(timing.quartiles),
-        "interval_of_median": list(timing.interval),
-        "minimum": None if timing.difference else timing.minimum,
-    }
+    """The median, in microseconds."""
+    return Figure(name, 1e6 * timing.median, "µs", case, timing, target, note)
 
 
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def document(device: Mapping[str, Any], versions: Mapping[str, Any], quick: bool) -> dict[str, Any]:
-    """A file without parts. ``quick``: its figures are of small inputs and mean little."""
-    return {"format": FORMAT, "date": now(), "quick": quick, "device": dict(device), "versions": dict(versions), "parts": {}}
+def document(device: Json, versions: Json) -> dict[str, Any]:
+    """A file without parts."""
+    return {"format": FORMAT, "date": now(), "device": dict(device), "versions": dict(versions), "parts": {}}
 
 
-def part(title: str, seconds: float, figures: list[Figure], error: str | None) -> dict[str, Any]:
+def part(title: str, seconds: float, figures: Sequence[Figure], error: str | None) -> dict[str, Any]:
     """The figures of one part of the benchmark, and the error that stopped it, or None."""
     return {"title": title, "date": now(), "seconds": round(seconds, 1), "figures": [f.as_json() for f in figures], "error": error}
 
@@ -89,137 +77,39 @@ def part(title: str, seconds: float, figures: list[Figure], error: str | None) -
 def resume(path: Path, new: dict[str, Any]) -> dict[str, Any]:
     """``new`` with the parts of the file at ``path``, if its device and versions are the same."""
     try:
-        old = json.loads(path.read_text())
+        old = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return new
-    same = isinstance(old, dict) and all(old.get(key) == new[key] for key in ("format", "quick", "device", "versions"))
+    same = isinstance(old, dict) and all(old.get(key) == new[key] for key in ("format", "device", "versions"))
     return {**new, "parts": dict(old["parts"])} if same else new
 
 
-def write(path: Path, content: Mapping[str, Any]) -> None:
+def write(path: Path, content: Json) -> None:
+    """The JSON file, and the page next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    for file, text in ((path, json.dumps(content, indent=1, ensure_ascii=False) + "\n"), (path.with_suffix(".md"), markdown(content))):
+        with replacing(file) as new:
+            new.write_text(text, encoding="utf-8")
 
 
-# -- tables in Markdown ----------------------------------------------------------------------------------------------------
-
-Json = Mapping[str, Any]
-
-GRID = ("observe_", "observe_, x in L2")
-"""The figures of the part ``bandwidth`` that form a grid of sizes and widths."""
-
-
-def markdown(document: Json) -> str:
+def markdown(content: Json) -> str:
     """The whole page."""
-    device, versions, parts = document["device"], document["versions"], document["parts"]
-    sections = [f"# {device['name']}", _about(device, versions)]
-    if document["quick"]:
-        sections.append("**A quick run of small inputs: these figures only show that everything runs.**")
-    sections.append(_limits(parts))
-    for part in parts.values():
-        sections.append(f"## {part['title']}")
-        sections.append(f"{part['date']}, {part['seconds']:.0f} s." + (f" **Stopped: {part['error']}**" if part["error"] else ""))
-        sections += _grids(part["figures"])
-        sections.append(
-            _figures([figure for figure in part["figures"] if not _in_grid(figure) and (figure["timing"] or not figure["target"])])
-        )
-    return "\n\n".join(filter(None, sections)) + "\n"
+    facts = [[name, str(value)] for name, value in {**content["device"], **content["versions"]}.items() if value]
+    sections = [f"# {content['device']['name']}", table(["", ""], facts)]
+    for each in content["parts"].values():
+        sections.append(f"## {each['title']}")
+        sections.append(f"{each['date']}, {each['seconds']:.0f} s." + (f" **Stopped: {each['error']}**" if each["error"] else ""))
+        sections.append(table(["figure", "", "quartiles, µs", "aim", "limit", "", ""], map(_cells, each["figures"]), right=(1, 2, 3, 4)))
+    return "\n\n".join(sections) + "\n"
 
 
-def _about(device: Json, versions: Json) -> str:
-    facts = [
-        ("compute capability", device["capability"]),
-        ("multiprocessors", device["multiprocessors"]),
-        ("memory", device["memory"] and quantity(device["memory"], "B")),
-        ("L2 cache", device["l2"] and quantity(device["l2"], "B")),
-        ("highest clock", device["clock"] and quantity(device["clock"], "Hz")),
-        ("driver", device["driver"]),
-        *versions.items(),
-    ]
-    return table(["", ""], [[name, str(value)] for name, value in facts if value])
-
-
-def _limits(parts: Mapping[str, Json]) -> str:
-    rows = []
-    for part in parts.values():
-        for figure in part["figures"]:
-            if target := figure["target"]:
-                what, sign = target["what"], "≥" if target["at_least"] else "≤"
-                limit = "" if target["limit"] is None else f"{sign} {target['limit']:g}"
-                measured = f"{target['measured']:.3g} {what}"
-                rows.append([_label(figure), measured, f"{sign} {target['bound']:g}", limit, target["verdict"], figure["note"]])
-    return table(["figure", "measured", "aim", "limit", "", "where"], rows, right=(1, 2, 3)) if rows else ""
-
-
-def _grids(figures: Iterable[Json]) -> list[str]:
-    """One table for each type and layout: widths down, sizes across."""
-    cells: dict[tuple[str, str], dict[tuple[int, int], dict[str, float]]] = {}
-    for figure in figures:
-        case = figure["case"]
-        if _in_grid(figure):
-            grid = cells.setdefault((case["dtype"], case["layout"]), {})
-            grid.setdefault((case["width"], case["size"]), {})[figure["name"]] = figure["value"]
-    if not cells:
-        return []
-    out = ["`observe_` in percent of the copy bandwidth, by width and size. `x` is read from memory; in brackets, from the L2 cache."]
-    for (dtype, layout), grid in sorted(cells.items(), key=lambda item: item[0][1], reverse=True):
-        widths, sizes = sorted({width for width, _ in grid}), sorted({size for _, size in grid})
-        rows = [[f"{width:,}", *(_cell(grid.get((width, size), {})) for size in sizes)] for width in widths]
-        head = [f"{dtype}, {layout}", *(quantity(size, "B") for size in sizes)]
-        out.append(table(head, rows, right=range(len(head))))
-    return out
-
-
-def _in_grid(figure: Json) -> bool:
-    return figure["name"] in GRID and "layout" in figure["case"]
-
-
-def _cell(shares: Mapping[str, float]) -> str:
-    cold, hot = (shares.get(name) for name in GRID)
-    return "" if cold is None else f"{100 * cold:.0f}" + ("" if hot is None else f" ({100 * hot:.0f})")
-
-
-def _figures(figures: Sequence[Json]) -> str:
-    rows = []
-    for figure in figures:
-        timing = figure["timing"] or {}
-        quartiles = " … ".join(quantity(seconds, "s") for seconds in timing.get("quartiles", ()))
-        value = quantity(figure["value"], figure["unit"])
-        rows.append([_label(figure), value, quartiles, str(timing.get("rounds", "")), figure["note"]])
-    return table(["figure", "", "quartiles", "rounds", ""], rows, right=(1, 2, 3)) if rows else ""
-
-
-def _label(figure: Json) -> str:
-    case = ", ".join(quantity(value, "B") if key in ("size", "nbytes") else f"{value}" for key, value in figure["case"].items())
-    return figure["name"] + (f" ({case})" if case else "")
-
-
-def quantity(value: float, unit: str) -> str:
-    """A number of three digits with its unit, such as "1.55 ms". Bytes are scaled by powers of two, everything else by powers of ten."""
-    if unit == "share":
-        return f"{_digits(100 * value)} %"
-    if unit == "B":
-        return _scaled(value, unit, [(1 << 30, "G"), (1 << 20, "M"), (1 << 10, "k")])
-    if unit in ("B/s", "Hz"):
-        return _scaled(value, unit, [(1e12, "T"), (1e9, "G"), (1e6, "M")])
-    if unit == "s":
-        return _scaled(value, unit, [(1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n")])
-    return f"{_digits(value)} {unit}".rstrip()
-
-
-def _scaled(value: float, unit: str, prefixes: Sequence[tuple[float, str]]) -> str:
-    for size, prefix in prefixes:
-        if abs(value) >= size:
-            return f"{_digits(value / size)} {prefix}{unit}"
-    return f"{_digits(value)} {unit}"
-
-
-def _digits(value: float) -> str:
-    """Three significant digits."""
-    size = abs(value)
-    if value == round(value) and size < 1e6:
-        return f"{value:.0f}"
-    return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2}f}" if 0.095 <= size < 1e6 else f"{value:.2g}"
+def _cells(figure: Json) -> list[str]:
+    case, target, timing = ", ".join(map(str, figure["case"].values())), figure["target"] or {}, figure["timing"] or {}
+    sign = "≥" if target.get("at_least") else "≤"
+    bounds = ["" if target.get(key) is None else f"{sign} {target[key]:g}" for key in ("bound", "limit")]
+    quartiles = " … ".join(f"{1e6 * seconds:.4g}" for seconds in timing.get("quartiles", ()))
+    value = f"{figure['value']:.4g} {figure['unit']}".rstrip()
+    return [figure["name"] + (f" ({case})" if case else ""), value, quartiles, *bounds, target.get("verdict", ""), figure["note"]]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
