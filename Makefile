@@ -9,25 +9,40 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# What the environment begins with: another version of PyTorch for tests, such as TORCH_PACKAGES="torch==2.10.0 torchvision==0.25.0".
+TORCH_PACKAGES ?= "torch>=2.10" torchvision
+
 # Quick tests run in this many processes, with one thread each. Tests of one file stay together, since they share fixtures.
 WORKERS ?= 2
+KILLS ?= 100
 
-.PHONY: help demo test test-slow test-all test-gpu bench bench-gpu lint format wheel clean distclean
+.PHONY: help demo docs test test-slow test-all test-old test-gpu fuzz torture properties sanitize bench bench-gpu lint lint-workflows format
+.PHONY: wheel dist-pure clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    a trained and untrained networks over real photos: tables, plot, pages"
+	@echo "make docs    the documentation as a site, build/site/index.html"
 	@echo "make test    lint, types, import rules and the quick tests"
 	@echo "make test-all   the same, and the slow tests: compilers, torchrun, wheels, CUDA kernels on the host"
-	@echo "make bench   speed compared with x.sum(), eager, inductor and other packages"
+	@echo "make torture runs killed, hindered and damaged at random; KILLS=100 of each command take hours"
+	@echo "make properties   10,000 cases for every statistic and operator, against their definitions"
+	@echo "make sanitize     the kernels under the address, undefined-behavior and thread sanitizers"
+	@echo "make fuzz    changed files for every reader: CASES=20000 for each, SECURITY.md"
+	@echo "make bench   speed compared with x.sum(), eager, inductor and other packages, and growth: build/bench/bench.html"
 	@echo "make test-gpu, make bench-gpu   the checks and timings that need a GPU"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  let ruff fix and format"
-	@echo "make wheel   build dist/*.whl with the kernels for the CPU and for every CUDA architecture"
+	@echo "make wheel   build dist/*.whl with the kernels for the CPU and for every CUDA architecture; CUDA_HOME=/none for the CPU only"
+	@echo "make dist-pure   build dist/ with the sources and a wheel without kernels, for any machine"
 	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
 
 demo: $(READY)
 	torchprobe demo
+
+docs: $(READY)
+	python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 test: lint
 	OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow" --durations=10
@@ -38,14 +53,39 @@ test-slow: $(READY)
 test-all: test
 	$(MAKE) test-slow
 
+# What works before torch 2.10: statistics and recording of eager models, in pure Python.
+test-old: $(READY)
+	OMP_NUM_THREADS=1 TORCHPROBE_DISABLE_KERNELS=1 python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow" $(addprefix tests/test_,$(addsuffix .py,$(OLD)))
+OLD := axes gradients history hooks layers masks moments nested_and_masks never_ends recording small_statistics statistic_contract storage tensors training
+
 test-gpu: $(READY)
 	python tests/on_gpu.py
 
+torture: $(READY)
+	OMP_NUM_THREADS=1 python -m tests.torture --kills $(KILLS) --mutations $$((20 * $(KILLS)))
+
+# CASES for each reader; those of slow ones are fewer.
+CASES ?= 20000
+
+fuzz: $(READY)
+	python -m fuzz all --cases $(CASES)
+
+properties: $(READY)
+	OMP_NUM_THREADS=1 python -m pytest -q tests/properties --hypothesis-profile=long
+
+sanitize: $(READY)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m sanitize
+
 bench: $(READY)
-	python -m benchmarks
+	mkdir -p build/bench
+	python -m benchmarks --json build/bench/bench.json --page build/bench/bench.html
 
 bench-gpu: $(READY)
 	python -m benchmarks.gpu
+
+lint-workflows: $(READY)
+	zizmor --offline .github
+	if command -v actionlint; then actionlint; fi
 
 lint: $(READY)
 	ruff check .
@@ -63,10 +103,15 @@ wheel: $(READY)
 	TORCHPROBE_BUILD=1 python -m build --wheel --no-isolation --outdir build
 	auditwheel repair --exclude "libtorch*.so" --exclude libc10.so --wheel-dir dist build/*.whl
 
+# The sources, and a wheel without kernels for machines that have none of the others.
+dist-pure: $(READY)
+	TORCHPROBE_BUILD=0 python -m build --no-isolation --outdir dist
+	twine check --strict dist/*
+
 $(TORCH):
 	@$(PYTHON) -c 'import sys; sys.exit("torchprobe needs Python 3.10 or newer: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install "torch>=2.10" torchvision "setuptools>=77" wheel ninja
+	python -m pip install $(TORCH_PACKAGES) "setuptools>=77" wheel ninja
 	@touch $@
 
 $(READY): $(TORCH) $(SOURCES)

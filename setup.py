@@ -32,7 +32,8 @@ from setuptools.command.build_ext import build_ext
 BUILD = os.environ.get("TORCHPROBE_BUILD", "")
 DEVICES = {"torchprobe._C": "cpu", "torchprobe._C_cuda": "cuda"}
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded CPython has no limited API
-MINIMUM_TORCH = "0x020a000000000000"  # 2.10: the oldest stable ABI the kernels may use
+KERNELS_FROM = (2, 10)  # the oldest torch with the stable ABI that the kernels use; an older one runs the reference
+MINIMUM_TORCH = f"0x{KERNELS_FROM[0]:02x}{KERNELS_FROM[1]:02x}000000000000"
 ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"  # machine code for each, and PTX for later ones
 
 if sys.platform == "win32":
@@ -70,6 +71,7 @@ class Toolkit:
         self.version = version[1] if version else None
         top = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
         if top and Path(top[1], "bin", "nvcc").exists():
+            self.library_dirs.append(os.path.join(top[1], "lib"))  # nvcc as a package of Python has no lib64
             os.environ["CUDA_HOME"] = os.path.realpath(top[1])  # where torch.utils.cpp_extension looks for it
 
     def run(self, *arguments):
@@ -131,6 +133,8 @@ def obstacle():
         return "TORCHPROBE_BUILD=0 was set"
     if TORCH_ERROR:
         return f"torch could not be imported during the build ({TORCH_ERROR})"
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < KERNELS_FROM:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, KERNELS_FROM))}, and has no stable interface for them"
     compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
     if sys.platform != "win32" and not shutil.which(compiler):
         return f"no C++ compiler ({compiler} was not found)"
@@ -229,11 +233,22 @@ class BuildKernels(BuildExtension):
         path.write_text(json.dumps({DEVICES[name]: reason for name, reason in self.reasons.items()}) + "\n")
 
 
+def long_description():
+    """The README for pages outside the repository: its relative links and pictures become absolute."""
+    address = "https://github.com/torchprobe/torchprobe"
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)([^)]+\))", rf"\g<1>{address}/raw/main/\g<2>", text)
+    text = re.sub(r"(<img[^>]+src=\")(?!https?:)", rf"\g<1>{address}/raw/main/", text)
+    return re.sub(r"(?<=\]\()(?!https?:|#)([^)]+\))", rf"{address}/blob/main/\g<1>", text)
+
+
 def describe(error):
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     ext_modules=modules(),
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},

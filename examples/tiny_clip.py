@@ -130,7 +130,7 @@ def write_baseline(path: Path, images: Sequence[Picture], labels: Sequence[int],
     x, y = pixels(images[:-TESTED]), np.array(labels[:-TESTED])
     truth = np.array(labels[-TESTED:])
     inputs = {name: pixels(shifted) for name, shifted in tests.items()}
-    models = [(f"{k} neighbors, {n} pictures", KNeighborsClassifier(k), n) for k in (1, 5) for n in (60, 150, 400, len(x))]
+    models = [(f"{k} neighbor{'s' * (k > 1)}, {n} pictures", KNeighborsClassifier(k), n) for k in (1, 5) for n in (60, 150, 400, len(x))]
     models += [(f"logistic regression, {n} pictures", LogisticRegression(max_iter=500), n) for n in (60, 150, 400, len(x))]
     models += [(f"tree of depth {depth}", DecisionTreeClassifier(max_depth=depth, random_state=0), len(x)) for depth in (4, 6, 10)]
     models += [(f"naive Bayes, {n} pictures", GaussianNB(var_smoothing=1e-2), n) for n in (150, len(x))]

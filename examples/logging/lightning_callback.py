@@ -1,68 +1,57 @@
-"""A Lightning callback that records every block, logs to all loggers of the trainer, and resumes with its history.
+"""Records every block of a ``LightningModule``, logs to the loggers of the trainer, and resumes with its history.
 
-    trainer = lightning.Trainer(callbacks=[RecordActivations(every=50)])
+python examples/logging/lightning_callback.py --output runs/lightning
+torchprobe watch runs/lightning/run.safetensors
 
 Needs ``pip install lightning``.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
+import argparse
+from pathlib import Path
 
 import lightning
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
 
-import torchprobe
-from torchprobe.recording import select_layers
+from torchprobe.integrations.lightning import RecordActivations
 
 
-class RecordActivations(lightning.Callback):
-    """Logs and closes a window after every ``every`` steps of the optimizer. Validation is not recorded.
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4))
 
-    ``layers`` and ``options`` go to :func:`torchprobe.record`; by default every block is recorded. ``recorder`` stays readable afterwards.
-    """
+    def training_step(self, x: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.net(x), x[:, :4].argmax(1))
 
-    def __init__(self, layers: Any = None, every: int = 50, prefix: str = "act/", **options: Any) -> None:
-        self.layers, self.every, self.prefix, self.options = layers, every, prefix, options
-        self.recorder: torchprobe.Recorder | None = None
-        self.pause = contextlib.ExitStack()
-        self.saved: dict[str, Any] | None = None
-        self.last = 0
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # Lightning calls training_step of the module, not forward, so the module itself has no output to record.
-        layers = self.layers or [layer.name for layer in select_layers(pl_module) if layer.name]
-        self.recorder = torchprobe.record(pl_module, layers, **self.options).start()
-        if self.saved is not None:
-            self.recorder.load_state_dict(self.saved)
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        step = trainer.global_step  # does not change while gradients are accumulated
-        if step % self.every or step == self.last:
-            return
-        self.last = step
-        window = self.recorder.all_reduce() if trainer.world_size > 1 else self.recorder
-        for logger in trainer.loggers:
-            logger.log_metrics(window.metrics(self.prefix), step=step)
-        self.recorder.snapshot(step)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--window", type=int, default=10, help="steps in a window")
+    parser.add_argument("--output", type=Path, default=Path("runs/lightning"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
 
-    def on_validation_start(self, *args: Any) -> None:
-        if self.recorder is not None:
-            self.pause.enter_context(self.recorder.paused())
+    recording = RecordActivations(log_every=options.window, save=options.output / "run.safetensors")
+    trainer = lightning.Trainer(
+        max_steps=options.steps,
+        callbacks=[recording],
+        logger=CSVLogger(str(options.output)),
+        default_root_dir=str(options.output),
+        accelerator="cpu",
+        enable_progress_bar=False,
+    )
+    loader = torch.utils.data.DataLoader(torch.randn(32 * options.steps, 16), batch_size=32)  # your data
+    trainer.fit(Module(), loader)
+    print(recording.history)
 
-    def on_validation_end(self, *args: Any) -> None:
-        self.pause.close()
 
-    def on_fit_end(self, *args: Any) -> None:
-        self.pause.close()
-        if self.recorder is not None:
-            self.recorder.stop()
-
-    def on_exception(self, *args: Any) -> None:
-        self.on_fit_end()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.recorder is None else {"recorder": self.recorder.state_dict(), "last": self.last}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.saved, self.last = state.get("recorder"), state.get("last", 0)
+if __name__ == "__main__":
+    main()

@@ -8,15 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import torchprobe
+from torchprobe.integrations import Monitor
 
 
-def write(path: Path, step: int, numbers: dict[str, float]) -> None:
+def write(path: Path, numbers: Mapping[str, float], step: int) -> None:
     """Appends one line. Numbers that are not finite become null, because JSON has no nan."""
     line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in numbers.items()}}
     with path.open("a", encoding="utf-8") as file:
@@ -32,15 +33,13 @@ def main() -> None:
 
     model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4))
     optimizer = torch.optim.AdamW(model.parameters())
-    with torchprobe.record(model, "*") as rec:
-        for step in range(1, options.steps + 1):
+    with Monitor(model, "*", log_every=options.window, to=lambda numbers, step: write(options.output, numbers, step)) as monitor:
+        for _ in range(options.steps):
             x = torch.randn(32, 16)  # your data
             nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)).backward()
             optimizer.step()
             optimizer.zero_grad()
-            if step % options.window == 0:
-                write(options.output, step, rec.metrics(prefix="act/"))
-                rec.snapshot(step)
+            monitor.step()
 
 
 if __name__ == "__main__":

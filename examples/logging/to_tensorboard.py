@@ -11,14 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
-import torchprobe
-
-
-def write(writer: SummaryWriter, step: int, numbers: dict[str, float]) -> None:
-    for name, value in numbers.items():
-        writer.add_scalar(name, value, step)
+from torchprobe.integrations import Monitor
+from torchprobe.integrations.tensorboard import to_tensorboard
 
 
 def main() -> None:
@@ -30,15 +25,13 @@ def main() -> None:
 
     model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 4))
     optimizer = torch.optim.AdamW(model.parameters())
-    with torchprobe.record(model, "*") as rec, SummaryWriter(options.output) as writer:
-        for step in range(1, options.steps + 1):
+    with Monitor(model, "*", log_every=options.window, to=to_tensorboard(options.output)) as monitor:
+        for _ in range(options.steps):
             x = torch.randn(32, 16)  # your data
             nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)).backward()
             optimizer.step()
             optimizer.zero_grad()
-            if step % options.window == 0:
-                write(writer, step, rec.metrics(prefix="act/"))
-                rec.snapshot(step)
+            monitor.step()
 
 
 if __name__ == "__main__":

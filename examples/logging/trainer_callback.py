@@ -1,53 +1,53 @@
-"""A callback for the Trainer of Hugging Face transformers. It records every block, logs with the loss, and resumes with its history.
+"""Records every block of a model that the ``Trainer`` of transformers trains. Its numbers are logged with the loss, without padding.
 
-    trainer = Trainer(model, arguments, train_dataset=…)
-    trainer.add_callback(RecordActivations(trainer))
+python examples/logging/trainer_callback.py --output runs/trainer
+torchprobe watch runs/trainer/run.safetensors
 
 Needs ``pip install transformers accelerate``.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-import torchprobe
-
-
-class RecordActivations(TrainerCallback):
-    """Logs and closes a window whenever the trainer logs, to the same loggers. Evaluation is not recorded.
-
-    ``layers`` and ``options`` go to :func:`torchprobe.record`; by default every block is recorded. ``recorder`` stays readable afterwards.
-    """
-
-    def __init__(self, trainer: Trainer, layers: Any = None, prefix: str = "act/", **options: Any) -> None:
-        self.trainer, self.layers, self.prefix = trainer, layers, prefix
-        self.options = {"when": "train", **options}  # the trainer evaluates in eval mode
-        self.recorder: torchprobe.Recorder | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.recorder = torchprobe.record(kwargs["model"], self.layers, **self.options).start()
-        saved = _file(args, state)
-        if state.global_step and saved.exists():
-            self.recorder.load_state_dict(torch.load(saved, weights_only=True))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not control.should_log:
-            return
-        window = self.recorder.all_reduce() if args.world_size > 1 else self.recorder
-        self.trainer.log(window.metrics(self.prefix))
-        self.recorder.snapshot(state.global_step)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        torch.save(self.recorder.state_dict(), _file(args, state))
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.recorder.stop()
+from torchprobe.integrations.transformers import RecordActivations
 
 
-def _file(args: TrainingArguments, state: TrainerState) -> Path:
-    """Each process has its own windows, and its own file in the checkpoint."""
-    return Path(args.output_dir, f"checkpoint-{state.global_step}", f"recorder-{args.process_index}.pt")
+def rows(count: int) -> list[dict[str, torch.Tensor]]:
+    """Tokens with padding, and whether the first one is large: your data."""
+    found = []
+    for tokens in torch.randint(1, 100, (count, 12)):
+        mask = torch.arange(12) < torch.randint(4, 13, ())
+        found.append({"input_ids": tokens * mask, "attention_mask": mask.long(), "labels": (tokens[0] > 50).long()})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--window", type=int, default=10, help="steps in a window")
+    parser.add_argument("--output", type=Path, default=Path("runs/trainer"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    config = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    recording = RecordActivations(save=options.output / "run.safetensors")
+    arguments = TrainingArguments(
+        output_dir=str(options.output),
+        max_steps=options.steps,
+        logging_steps=options.window,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = Trainer(BertForSequenceClassification(config), arguments, train_dataset=rows(256), callbacks=[recording])
+    trainer.train()
+    print(recording.history)
+
+
+if __name__ == "__main__":
+    main()
