@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import dissection, growth, model, observe, page
+from benchmarks import dissection, exponents, growth, model, observe, page
 from benchmarks.quiet import look, sentence, verdict
 from benchmarks.report import HELP, Report, Section, json_option
 from torchprobe.rendering.page import require
@@ -19,6 +19,7 @@ SECTIONS: dict[str, tuple[Callable[[torch.device], Section], Callable[[torch.dev
     "wide": (lambda device: observe.wide(device, 20), lambda device: observe.wide(device, 2)),
     "rivals": (lambda device: observe.rivals(device, 40), lambda device: observe.rivals(device, 3, dtypes=("float32",))),
     "hook": (lambda device: observe.hook(device, 10), lambda device: observe.hook(device, 1)),
+    "exponents": (lambda device: exponents.run(device, 20), lambda device: exponents.run(device, 2)),
     "model": (lambda device: model.run(device, 80), lambda device: model.run(device, 4, batch=2)),
     "dissection": (
         lambda device: dissection.run(device, 30),

@@ -38,7 +38,8 @@ constexpr int QUARTERS = 4, EIGHTHS = 8, LEVEL_LOW = -12, LEVEL_HIGH = 9, LEVELS
 constexpr int64_t VECTORS_TAKEN = 16, VALUES_TAKEN = int64_t(1) << 13, STRATUM_TAKEN = 4;
 constexpr double UPWARDS = 1 + 0x1p-40;     // the largest value of a block does not fall below its level by rounding
 constexpr double TINY = 0x1p-900, LIFT = 0x1p600;  // what is below TINY is multiplied by LIFT, as the inverse of its scale would be inf
-constexpr int64_t TASK = int64_t(1) << 16;  // values of a task
+constexpr int64_t TASK = int64_t(1) << 16;           // values of a task
+constexpr int64_t READ_TOGETHER = int64_t(1) << 16;  // values of the vectors whose magnitudes are held together
 
 struct State {
   double *counts, *largest, *sizes, *quarters, *levels;
@@ -105,7 +106,8 @@ TORCHPROBE_INLINE int part_of(double ratio) {
 
 // -- every value ---------------------------------------------------------------------------------------------------------
 
-// Counts all kept vectors, raises `largest` (bits, features) and writes the bits of the largest magnitude of each vector to `peaks`, −1 if left out.
+// Counts all kept vectors, raises `largest` (bits, features) and writes to `peaks` the bits of a magnitude in the octave of the
+// largest one of each vector, −1 if left out.
 // Returns the number of kept vectors.
 template <class S>
 int64_t count_all(const View& view, const S* x, ExponentCounts& total, std::vector<Bits<S>>& largest,
@@ -133,7 +135,7 @@ int64_t count_all(const View& view, const S* x, ExponentCounts& total, std::vect
       if (side_by_side) {
         const int64_t first = task / pieces * run + task % pieces * length, n = std::min(length, run - task % pieces * length);
         const S* at = x + view.offset(first);
-        count(at, view.feature_stride, features, n, *counts, peaks.data() + first, most.data());
+        count(at, view.feature_stride, features, n, *counts, peaks.data() + first, most.data(), false);
         kept += n;
         continue;
       }
@@ -149,7 +151,7 @@ int64_t count_all(const View& view, const S* x, ExponentCounts& total, std::vect
         const int64_t stride = view.stride[view.dims - 1];  // of vectors that are one after the other
         if (rows && !view.mask) together = std::min({MOST_ROWS, last - v, run - v % run});
         for (int64_t f = 0; f < features; f += MOST_RUN) {
-          count(at + f, stride, together, std::min(MOST_RUN, features - f), *counts, most.data() + f, peaks.data() + v);
+          count(at + f, stride, together, std::min(MOST_RUN, features - f), *counts, most.data() + f, peaks.data() + v, true);
         }
         kept += together;
       }
@@ -204,77 +206,92 @@ Chosen choose_vectors(const std::vector<I>& peaks, int64_t features) {
   return chosen;
 }
 
-// The magnitudes of a vector; 0 for nan and inf.
+// The magnitudes of some vectors, one after the other, and their weights; 0 for nan and inf.
+struct Magnitudes {
+  int64_t vectors, features;
+  std::vector<double> sizes;
+  const double* weights;
+
+  const double* of(int64_t vector) const { return sizes.data() + vector * features; }
+  // Vectors of one weight are tallied together: whether this one is the last of them.
+  bool last_of_weight(int64_t i) const { return i + 1 == vectors || weights[i + 1] != weights[i]; }
+};
+
 template <class S>
-TORCHPROBE_INLINE void magnitudes(const View& view, const S* x, int64_t vector, double* size) {
+TORCHPROBE_INLINE double magnitude(S x) {
+  const double value = std::fabs(double(widen(x)));
+  return value <= std::numeric_limits<double>::max() ? value : 0;
+}
+
+template <class S>
+void read_magnitudes(const View& view, const S* x, int64_t vector, double* size) {
   const S* at = x + view.offset(vector);
-  for (int64_t f = 0; f < view.features; ++f) {
-    const double value = std::fabs(double(widen(at[f * view.feature_stride])));
-    size[f] = value <= std::numeric_limits<double>::max() ? value : 0;
+  if (view.feature_stride == 1) {
+    for (int64_t f = 0; f < view.features; ++f) size[f] = magnitude(at[f]);
+  } else {
+    for (int64_t f = 0; f < view.features; ++f) size[f] = magnitude(at[f * view.feature_stride]);
   }
 }
 
 // Numbers, sums and squares of each feature.
-template <class S>
-void add_sizes(const View& view, const S* x, const Chosen& chosen, const State& state) {
-  const int64_t features = view.features;
-  std::vector<double> size(size_t(features), 0.0);
-  double *numbers = state.sizes, *sums = numbers + features, *squares = sums + features;
-  for (size_t i = 0; i < chosen.vectors.size(); ++i) {
-    const double weight = chosen.weights[i];
-    magnitudes(view, x, chosen.vectors[i], size.data());
-    for (int64_t f = 0; f < features; ++f) {
-      const double value = size[size_t(f)];
-      numbers[f] += value > 0 ? weight : 0;
-      sums[f] += weight * value;
-      squares[f] += weight * value * value;
+void add_sizes(const Magnitudes& taken, const State& state) {
+  double *numbers = state.sizes, *sums = numbers + taken.features, *squares = sums + taken.features;
+  for (int64_t i = 0; i < taken.vectors; ++i) {
+    const double weight = taken.weights[i], *size = taken.of(i);
+    for (int64_t f = 0; f < taken.features; ++f) {
+      numbers[f] += size[f] > 0 ? weight : 0;
+      sums[f] += weight * size[f];
+      squares[f] += weight * size[f] * size[f];
     }
   }
 }
 
 // How many quarters of octaves hold a value. Zeros are counted in the place after the last one, and not added.
-template <class S>
-void add_quarters(const View& view, const S* x, const Chosen& chosen, const State& state) {
-  std::vector<double> size(size_t(view.features), 0.0);
-  uint32_t tally[QUARTERS * EXPONENT_BINS + 1] = {};  // of vectors of one weight
-  for (size_t i = 0; i < chosen.vectors.size(); ++i) {
-    magnitudes(view, x, chosen.vectors[i], size.data());
-    for (const double value : size) {
-      const int part = part_of<2, LOWEST_EXPONENT, HIGHEST_EXPONENT + 2>(value);  // 0: below, and the first bin is no octave
+void add_quarters(const Magnitudes& taken, const State& state) {
+  uint32_t tally[QUARTERS * EXPONENT_BINS + 1] = {};
+  for (int64_t i = 0; i < taken.vectors; ++i) {
+    for (const double *size = taken.of(i), *end = size + taken.features; size < end; ++size) {
+      const int part = part_of<2, LOWEST_EXPONENT, HIGHEST_EXPONENT + 2>(*size);  // 0: below, and the first bin is no octave
       const int quarter = part ? std::min(part + QUARTERS - 1, QUARTERS * (EXPONENT_BINS - 1)) : 0;  // nor is the last
-      ++tally[value > 0 ? quarter : QUARTERS * EXPONENT_BINS];
+      ++tally[*size > 0 ? quarter : QUARTERS * EXPONENT_BINS];
     }
-    const double weight = chosen.weights[i];
-    if (i + 1 < chosen.vectors.size() && chosen.weights[i + 1] == weight) continue;
-    for (int part = 0; part < QUARTERS * EXPONENT_BINS; ++part) state.quarters[part] += weight * tally[part];
+    if (!taken.last_of_weight(i)) continue;
+    for (int part = 0; part < QUARTERS * EXPONENT_BINS; ++part) state.quarters[part] += taken.weights[i] * tally[part];
     std::memset(tally, 0, sizeof tally);
   }
 }
 
+// Four at a time, as each comparison waits for the one before it.
+double largest_of(const double* size, int64_t n) {
+  double most[4] = {};
+  int64_t f = 0;
+  for (; f + 4 <= n; f += 4) {
+    for (int k = 0; k < 4; ++k) most[k] = std::max(most[k], size[f + k]);
+  }
+  for (; f < n; ++f) most[0] = std::max(most[0], size[f]);
+  return std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
+}
+
 // The levels of values in blocks that share a scale. Zeros again have a place after the last one.
-template <int SCALE, class S, class Scale>
-void add_levels(const View& view, const S* x, const Chosen& chosen, const State& state, int64_t block, const Scale& scale_of) {
-  std::vector<double> size(size_t(view.features), 0.0);
-  uint32_t tally[LEVELS + 1] = {};  // of vectors of one weight
+template <int SCALE, class Scale>
+void add_levels(const Magnitudes& taken, const State& state, int64_t block, const Scale& scale_of) {
+  uint32_t tally[LEVELS + 1] = {};
   double squares[LEVELS + 1] = {}, *numbers = state.levels + 2 * SCALE * LEVELS;
-  for (size_t i = 0; i < chosen.vectors.size(); ++i) {
-    const double weight = chosen.weights[i];
-    magnitudes(view, x, chosen.vectors[i], size.data());
-    for (int64_t begin = 0; begin < view.features; begin += block) {
-      const int64_t end = std::min(begin + block, view.features);
-      double most = 0;
-      for (int64_t f = begin; f < end; ++f) most = std::max(most, size[size_t(f)]);
+  for (int64_t i = 0; i < taken.vectors; ++i) {
+    const double weight = taken.weights[i], *size = taken.of(i);
+    for (int64_t begin = 0; begin < taken.features; begin += block) {
+      const int64_t end = std::min(begin + block, taken.features);
+      const double most = largest_of(size + begin, end - begin);
       if (!(most > 0)) continue;
       const double scale = scale_of(most), square = weight * scale * scale;  // which may be inf
       const double lift = most < TINY ? LIFT : 1, inverse = UPWARDS / scale_of(most * lift);
       for (int64_t f = begin; f < end; ++f) {
-        const double value = size[size_t(f)];
-        const int level = value > 0 ? part_of<3, LEVEL_LOW, LEVEL_HIGH>(value * lift * inverse) : LEVELS;
+        const int level = size[f] > 0 ? part_of<3, LEVEL_LOW, LEVEL_HIGH>(size[f] * lift * inverse) : LEVELS;
         ++tally[level];
         squares[level] += square;
       }
     }
-    if (i + 1 < chosen.vectors.size() && chosen.weights[i + 1] == weight) continue;
+    if (!taken.last_of_weight(i)) continue;
     for (int level = 0; level < LEVELS; ++level) numbers[level] += weight * tally[level];
     std::memset(tally, 0, sizeof tally);
   }
@@ -284,18 +301,25 @@ void add_levels(const View& view, const S* x, const Chosen& chosen, const State&
 // Each of the numbers is added up by one thread, in the order of the vectors.
 template <class S>
 void add_vectors(const View& view, const S* x, const Chosen& chosen, const State& state) {
-  const bool many = int64_t(chosen.vectors.size()) * view.features >= VALUES_TAKEN / 2;
-  parallel(0, 5, many ? 1 : 5, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      switch (part) {
-        case 0: add_levels<0>(view, x, chosen, state, view.features, [](double most) { return most / 127; }); break;
-        case 1: add_levels<1>(view, x, chosen, state, 32, [](double most) { return std::ldexp(1.0, std::ilogb(most) - 8); }); break;
-        case 2: add_sizes(view, x, chosen, state); break;
-        case 3: add_quarters(view, x, chosen, state); break;
-        default: add_levels<2>(view, x, chosen, state, 16, [](double most) { return most / 6; });
+  const int64_t features = view.features, all = int64_t(chosen.vectors.size()), together = std::max<int64_t>(1, READ_TOGETHER / features);
+  Magnitudes taken{0, features, std::vector<double>(size_t(std::min(all, together) * features)), nullptr};
+  for (int64_t begin = 0; begin < all; begin += together) {
+    taken.vectors = std::min(all - begin, together);
+    taken.weights = chosen.weights.data() + begin;
+    for (int64_t i = 0; i < taken.vectors; ++i) read_magnitudes(view, x, chosen.vectors[size_t(begin + i)], taken.sizes.data() + i * features);
+    const bool many = taken.vectors * features >= VALUES_TAKEN / 2;
+    parallel(0, 5, many ? 1 : 5, [&](int64_t first, int64_t end) {
+      for (int64_t part = first; part < end; ++part) {
+        switch (part) {
+          case 0: add_levels<0>(taken, state, features, [](double most) { return most / 127; }); break;
+          case 1: add_levels<1>(taken, state, 32, [](double most) { return std::ldexp(1.0, std::ilogb(most) - 8); }); break;
+          case 2: add_sizes(taken, state); break;
+          case 3: add_quarters(taken, state); break;
+          default: add_levels<2>(taken, state, 16, [](double most) { return most / 6; });
+        }
       }
-    }
-  });
+    });
+  }
 }
 
 // -- the operator --------------------------------------------------------------------------------------------------------

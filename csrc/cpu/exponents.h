@@ -17,14 +17,15 @@ constexpr int LARGEST_TOP = 254;       // of the usual window: nan and inf are o
 constexpr int64_t MOST_ROWS = 8;       // that are read together; the largest values by column stay in registers
 constexpr int COUNTER_BYTES = 64;      // of a vector, on any machine
 constexpr int DEPTH = 16;
-constexpr uint32_t FULL = (uint32_t(1) << DEPTH) - 1;  // inputs that the counters of a window hold
+constexpr uint32_t FULL = (uint32_t(1) << DEPTH) - 1;  // additions to the counters of a window that they hold
 
 // The counters of a window, one bit of each in a vector. Bit b of a byte belongs to the exponent b below the largest one of the window, in the
-// second half to 8 + b. `ones` has the weight 1, `sums` of a level 2^(level + 1), and so has the vector that waits for a second one to be added.
+// second half to 8 + b. `ones` has the weight 1, `twos` 2, `fours` 4, `sums` of a level 2^(level + 3), and so has the vector that waits.
 struct SlicedCounters {
-  uint32_t added = 0;  // vectors of weight 2; bit l says whether one waits at level l
-  bool begun = false;  // whether `ones` means something
-  alignas(64) unsigned char ones[2][COUNTER_BYTES], sums[DEPTH][2][COUNTER_BYTES], waiting[DEPTH][2][COUNTER_BYTES];
+  uint32_t added = 0;  // vectors of weight 8; bit l says whether one waits at level l
+  bool begun = false;  // whether `ones`, `twos` and `fours` mean something
+  alignas(64) unsigned char ones[2][COUNTER_BYTES], twos[2][COUNTER_BYTES], fours[2][COUNTER_BYTES];
+  alignas(64) unsigned char sums[DEPTH][2][COUNTER_BYTES], waiting[DEPTH][2][COUNTER_BYTES];
 };
 
 // The counts of one thread.
@@ -42,11 +43,11 @@ struct ExponentCounts {
 // The kernels for one instruction set. Absolute values are compared by their bits: int32_t for float and half precision, int64_t for double.
 struct ExponentKernels {
   // Counts the exponents of rows of n ≤ MOST_RUN values; raises across[i] to the bits of the largest value in column i, and largest[r] to those of
-  // row r. Nan and inf are counted, and otherwise left out.
-  void (*add_double)(const double* x, int64_t stride, int64_t rows, int64_t n, ExponentCounts&, int64_t* across, int64_t* largest);
-  void (*add_float)(const float* x, int64_t stride, int64_t rows, int64_t n, ExponentCounts&, int32_t* across, int32_t* largest);
-  void (*add_bfloat16)(const void* x, int64_t stride, int64_t rows, int64_t n, ExponentCounts&, int32_t* across, int32_t* largest);
-  void (*add_float16)(const void* x, int64_t stride, int64_t rows, int64_t n, ExponentCounts&, int32_t* across, int32_t* largest);
+  // row r. Nan and inf are counted, and otherwise left out. With `octaves`, of the largest value of a row its octave is enough.
+  void (*add_double)(const double* x, int64_t stride, int64_t rows, int64_t n, ExponentCounts&, int64_t* across, int64_t* largest, bool octaves);
+  void (*add_float)(const float* x, int64_t stride, int64_t rows, int64_t n, ExponentCounts&, int32_t* across, int32_t* largest, bool octaves);
+  void (*add_bfloat16)(const void* x, int64_t stride, int64_t rows, int64_t n, ExponentCounts&, int32_t* across, int32_t* largest, bool octaves);
+  void (*add_float16)(const void* x, int64_t stride, int64_t rows, int64_t n, ExponentCounts&, int32_t* across, int32_t* largest, bool octaves);
   void (*finish)(ExponentCounts&);  // adds what `windows` hold to `bins`
 
   static const ExponentKernels baseline;
