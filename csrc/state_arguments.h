@@ -7,12 +7,15 @@
 
 namespace torchprobe {
 
-inline void check_state(const torch::stable::Tensor& state, const torch::stable::Tensor& like, const char* name) {
-  const int64_t rows = state.numel() - layout::HEADER;
-  STD_TORCH_CHECK(state.dim() == 1 && state.scalar_type() == torch::headeronly::ScalarType::Double && state.is_contiguous() && rows > 0 &&
+// One state, or with `most_dims` 2 also several of them as the rows of a matrix.
+inline void check_state(const torch::stable::Tensor& state, const torch::stable::Tensor& like, const char* name, int64_t most_dims = 1) {
+  const int64_t dims = state.dim(), rows = dims > 0 ? state.size(dims - 1) - layout::HEADER : 0;
+  STD_TORCH_CHECK(dims <= most_dims && state.scalar_type() == torch::headeronly::ScalarType::Double && state.is_contiguous() && rows > 0 &&
                       rows % layout::ROWS == 0,
                   name, " is not a state of observe_");
-  STD_TORCH_CHECK(state.numel() == like.numel() && state.device() == like.device(), name, ": one has another size or device than the first state");
+  STD_TORCH_CHECK(dims == like.dim() && state.size(0) == like.size(0) && state.size(dims - 1) == like.size(dims - 1) &&
+                      state.device() == like.device(),
+                  name, ": one has another size or device than the first state");
 }
 
 inline void check_states(const std::vector<torch::stable::Tensor>& states) {
@@ -37,9 +40,9 @@ inline void check_taken(const std::vector<torch::stable::Tensor>& states, const 
 }
 
 // A state that is written to, and one that is read.
-inline void check_pair(const torch::stable::Tensor& state, const torch::stable::Tensor& other, const char* name) {
-  check_state(state, state, "state");
-  check_state(other, state, name);
+inline void check_pair(const torch::stable::Tensor& state, const torch::stable::Tensor& other, const char* name, int64_t most_dims = 1) {
+  check_state(state, state, "state", most_dims);
+  check_state(other, state, name, most_dims);
   Memory memory;
   memory.writes(state, "state");
   memory.reads(other, name);

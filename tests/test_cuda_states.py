@@ -47,6 +47,23 @@ def test_they_do_what_those_of_the_cpu_do(ops: Any) -> None:
     assert torch.equal(one, some[1])
 
 
+def test_rows_are_merged_as_states_are(ops: Any) -> None:
+    several, others = (torch.stack([seen(n, seed=n) for n in sizes]) for sizes in ((4, 7, 1), (3, 1, 9)))
+    expected = several.clone()
+    for state, other in zip(expected.unbind(0), others.unbind(0), strict=True):
+        states.merge(state, other)
+    native = several.clone()
+    states.merge(native, others)
+    assert torch.equal(native, expected)
+    ops.observe_merge_(several, others)
+    torch.testing.assert_close(several, expected, rtol=1e-12, atol=1e-12)
+    for wrong in (others[:2], others[0], others[None], others.T):
+        with pytest.raises(RuntimeError):
+            ops.observe_merge_(several, wrong)
+        with pytest.raises(ValueError, match="state"):
+            states.merge(several, wrong)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

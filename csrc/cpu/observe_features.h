@@ -52,12 +52,28 @@ constexpr int samples_of(bool side_by_side) { return side_by_side ? 2 : 4; }  //
 
 // ---- the sums, features contiguous -------------------------------------------------------------------------------------------------------
 
+// The sums of V·W features of a lone vector, x: all deviations are 0.
+template <class T, int V>
+TORCHPROBE_INLINE bool lone_sums(const T* x, const T* scales, Features<T, V * width<T>>& out) {
+  bool suited = true;
+#pragma GCC unroll 2
+  for (int i = 0; i < V * width<T>; i += width<T>) {
+    const Vec<T> value = load(x + i), k = load(scales + i), size = abs(value);
+    for (T* p : {out.s1, out.s2, out.s3, out.s4}) store(p + i, Vec<T>{});
+    for (T* p : {out.low, out.high, out.shift}) store(p + i, value);
+    store(out.unit + i, splat<T>(1)), store(out.scale + i, k), store(out.abs_sum + i, size);
+    suited &= !any(unsuited(value, value, value, k, size));
+  }
+  return suited;
+}
+
 // The sums of V·W neighboring features over the n rows of a strip, starting at column j. `first` and `last` say which strip it is of a tile with
 // `all` rows; the result means something only after the last one. Also prefetches the cache lines of `ahead`, of type S, that the rows leave out.
 template <class S, class T, int V>
 TORCHPROBE_INLINE bool column_sums(const T* const* row, int n, int64_t j, const T* scales, Features<T, V * width<T>>& out, const S* const* ahead,
                                    bool first, bool last, int all) {
   constexpr int W = width<T>, LINE = 64 / sizeof(S);
+  if (all == 1) return lone_sums<T, V>(row[0] + j, scales, out);
   Vec<T> k[V], s[V], low[V], high[V], sum[V];
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {

@@ -54,15 +54,17 @@ void observe_take_(std::vector<Tensor> states, Tensor out, bool calls) {
 }
 
 void observe_merge_(Tensor state, Tensor other) {
-  check_pair(state, other, "other");
+  check_pair(state, other, "other", 2);
   const EveryNumber exact;
   double* to = static_cast<double*>(state.mutable_data_ptr());
   const double* from = static_cast<const double*>(other.const_data_ptr());
-  const int64_t features = (state.numel() - layout::HEADER) / layout::ROWS;
+  const int64_t all = state.numel(), slots = state.size(state.dim() - 1), features = (slots - layout::HEADER) / layout::ROWS;
   const ObserveKernels& kernels = choose<ObserveKernels>();
-  const std::lock_guard<std::mutex> hold(lock_of(to));
-  to[layout::CALLS] += from[layout::CALLS];
-  kernels.merge(to, from, features, 0, features, true);
+  for (int64_t first = 0; first < all; first += slots) {
+    const std::lock_guard<std::mutex> hold(lock_of(to + first));
+    to[first + layout::CALLS] += from[first + layout::CALLS];
+    kernels.merge(to + first, from + first, features, 0, features, true);
+  }
 }
 
 void observe_write_(Tensor state, Tensor other) {

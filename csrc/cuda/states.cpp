@@ -35,7 +35,7 @@ void observe_take_(std::vector<Tensor> states, Tensor out, bool calls) {
 }
 
 void observe_merge_(Tensor state, Tensor other) {
-  check_pair(state, other, "other");
+  check_pair(state, other, "other", 2);
   std::array<StableIValue, 2> stack{from(state), from(other)};
   const std::lock_guard<std::mutex> hold(turn());
   call("torchprobe::observe_merge_reference_", "", stack);

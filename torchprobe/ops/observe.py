@@ -89,9 +89,10 @@ def observe_(
         raise
 
 
-def check_state(name: str, state: Tensor) -> None:
-    """Raises ``ValueError`` for a tensor that cannot be a state."""
-    if not isinstance(state, Tensor) or state.dim() != 1 or not state.is_contiguous() or layout.width(state.shape[0]) is None:
+def check_state(name: str, state: Tensor, rows: bool = False) -> None:
+    """Raises ``ValueError`` for a tensor that cannot be a state, or with ``rows`` several of them as the rows of a matrix."""
+    dims = (1, 2) if rows else (1,)
+    if not isinstance(state, Tensor) or state.dim() not in dims or not state.is_contiguous() or layout.width(state.shape[-1]) is None:
         what = f"a tensor of shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
         raise ValueError(f"{name}: {what} is not a state of observe_; make one with torchprobe.ops.new_state(features)")
     if state.dtype not in (torch.float64, torch.float32):

@@ -63,7 +63,8 @@ def take(states: Sequence[Tensor], out: Tensor, calls: bool = False) -> None:
 
 
 def merge(state: Tensor, other: Tensor) -> None:
-    """Adds to a state what another one of the same size holds, which nothing changes meanwhile. Calls add up.
+    """Adds to a state what another one of the same size holds, which nothing changes meanwhile. Calls add up. Both may be matrices, with a
+    state in every row: each is one step, and all take the same few launches.
 
     Raises:
         ValueError: one is not a state; or they have different sizes or devices, or share memory.
@@ -71,7 +72,7 @@ def merge(state: Tensor, other: Tensor) -> None:
     try:
         torch.ops.torchprobe.observe_merge_(state, other)
     except (RuntimeError, TypeError, AttributeError):
-        _check_pair(state, other, "other")
+        _check_pair(state, other, "other", rows=True)
         raise
 
 
@@ -112,9 +113,9 @@ def _check_take(states: Sequence[Tensor], out: Tensor) -> None:
         check_memory({"states": state, "out": out}, {})
 
 
-def _check_pair(state: Tensor, other: Tensor, name: str) -> None:
-    check_state("state", state)
-    check_state(name, other)
+def _check_pair(state: Tensor, other: Tensor, name: str, rows: bool = False) -> None:
+    check_state("state", state, rows)
+    check_state(name, other, rows)
     if state.shape != other.shape or state.device != other.device or state.dtype != other.dtype:
         raise ValueError(f"{name} is {_describe(other)}, and the state {_describe(state)}: both must be of one size, type and device")
     check_memory({"state": state}, {name: other})
@@ -138,7 +139,7 @@ def _take(states: Sequence[Tensor], out: Tensor, calls: bool = False) -> None:
 
 def _merge(state: Tensor, other: Tensor) -> None:
     """In the order of the caller, who must not be made to wait here: csrc/cuda/states.cpp calls it in the turn of a launch."""
-    _check_pair(state, other, "other")
+    _check_pair(state, other, "other", rows=True)
     state.copy_(merge_states(state, other))
 
 

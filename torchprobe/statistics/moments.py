@@ -120,6 +120,10 @@ class Moments(Statistic):
         return (rows[..., layout.ROWS.index("count"), :] + rows[..., layout.ROWS.index("nonfinite"), :]).sum(-1) > 0
 
     @property
+    def device(self) -> torch.device:
+        return self.state.device
+
+    @property
     def call_counter(self) -> Tensor:
         return self.state[layout.CALLS]
 
@@ -154,7 +158,8 @@ class Moments(Statistic):
 
     def merge_windows(self, closed: Mapping[str, Tensor], window: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The counter of the window was never reset, so it holds the calls of all windows."""
-        merged = merge_states(closed["state"], window["state"])
+        merged = closed["state"].clone()
+        states.merge(merged, window["state"])
         merged[..., layout.CALLS] = window["state"][..., layout.CALLS]
         return {"state": merged}
 
