@@ -34,6 +34,7 @@ LAYERS = ["blocks.*", "head"]
 CALLS: dict[str, Callable[[Net], Callable[[Tensor], Tensor]]] = {
     "eager": lambda model: model,
     "compiled": lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
+    "inductor": lambda model: torch.compile(model, fullgraph=True),
     "checkpointed": lambda model: _checkpointed(model, use_reentrant=False),
     "checkpointed, reentrant": lambda model: _checkpointed(model, use_reentrant=True),
     "autocast": lambda model: torch.autocast("cpu", torch.bfloat16)(model),
@@ -50,7 +51,10 @@ def _checkpointed(model: Net, use_reentrant: bool) -> Callable[[Tensor], Tensor]
     return call
 
 
-@pytest.mark.parametrize("way", CALLS)
+WAYS = [pytest.param(way, marks=pytest.mark.slow("compiles with inductor")) if way == "inductor" else way for way in CALLS]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_nan_made_in_a_block(way: str) -> None:
     model, told = Net(), Told()
 
@@ -73,7 +77,7 @@ def test_a_nan_made_in_a_block(way: str) -> None:
     assert report.to_dict()["events"][0]["layer"] == "blocks.2"
 
 
-@pytest.mark.parametrize("way", CALLS)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_gradient_made_in_a_block(way: str) -> None:
     """The gradient is finite at the output of block 2, and nonfinite at that of block 1."""
     model, told = Net(), Told()
@@ -86,7 +90,7 @@ def test_a_gradient_made_in_a_block(way: str) -> None:
         train(model, CALLS[way](model), rec, 2, at)
     (report,) = told.reports
     # The bias of `up` is inside of block 2, and its gradient arrives before that of the output of block 1.
-    assert report.first.layer in (("blocks.1",) if way == "compiled" else ("blocks.2.up",))
+    assert report.first.layer in (("blocks.1",) if way in ("compiled", "inductor") else ("blocks.2.up",))
     assert report.first.step == 1 and report.first.outputs[0].nonfinite > 0
     (output,) = (event for event in report.events if event.kind == "gradient" and event.layer == "blocks.1")
     assert output.verdict == "came in" and output.rows == (2,) and output.call == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import COMPILER_WARNINGS
 from torch import Tensor, nn
 from training_runs import Classifier, X, network
 
@@ -52,6 +53,22 @@ def test_a_monitor_tells_the_step_at_once() -> None:
         train(model, monitor, 8)
     ((report, at),) = told
     assert (report.first.step, report.first.layer, at) == (BAD, "1", BAD + 1)
+
+
+@COMPILER_WARNINGS
+@pytest.mark.slow("compiles with inductor")
+def test_a_monitor_around_a_compiled_model_tells_the_step_at_once() -> None:
+    torch.compiler.reset()
+    model, told = network(), list[Any]()
+    with Monitor(model, ["0", "2"], log_every=50, guard={"on": lambda report: told.append((report, monitor.count))}) as monitor:
+        compiled = torch.compile(model)
+        for step in range(8):
+            rows = X[:4].clone()
+            rows[1] = torch.nan if step == BAD else rows[1]
+            compiled(rows).sum().backward()
+            monitor.step()
+    report, at = told[0]
+    assert (report.first.step, report.first.layer, report.first.verdict, report.first.rows, at) == (BAD, "0", "came in", (1,), BAD + 1)
 
 
 def test_a_monitor_that_raises_ends_the_run_at_the_step() -> None:
