@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from torchprobe.encoders import Encoder
     from torchprobe.studies.compare import Comparison
     from torchprobe.studies.interpret.inputs import Inputs
-    from torchprobe.studies.interpret.results import Interpretation
+    from torchprobe.studies.interpret.interpretation import Interpretation
 
 HELP = (
     'Repeats the analysis of "Interpreting CLIP" on MODEL: outlier features, privileged directions and pruning, concepts, effective '

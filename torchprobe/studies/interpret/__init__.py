@@ -6,7 +6,7 @@
 =========================  ===================================================================
 """
 
-from torchprobe.studies.interpret.results import Interpretation
+from torchprobe.studies.interpret.interpretation import Interpretation
 from torchprobe.studies.interpret.run import Progress, interpret
 
 __all__ = ["interpret", "Interpretation", "Progress"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from torchprobe.analysis.baseline import IMAGENET
 from torchprobe.analysis.concepts import SHUFFLED, UNITS
@@ -11,9 +10,7 @@ from torchprobe.analysis.resampling import FEWEST, LEVEL
 from torchprobe.common.messages import counted
 from torchprobe.rendering.page import Fact
 from torchprobe.rendering.tables import Column, number, percent
-
-if TYPE_CHECKING:
-    from torchprobe.studies.interpret.results import Results
+from torchprobe.studies.interpret.results import Results
 
 MISSING_COLUMNS = (Column("section", "section", "the missing section", "text"), Column("why", "why", "the missing input", "text"))
 

@@ -27,6 +27,7 @@ from torchprobe.studies.interpret.concepts import CONCEPT_COLUMNS, HEADLINE, con
 from torchprobe.studies.interpret.directions import DIRECTION_COLUMNS, by_importance, directions_section, pruning_section
 from torchprobe.studies.interpret.figures import Robust, robustness_pictures, write_figures
 from torchprobe.studies.interpret.headline import MISSING_COLUMNS, facts, measured
+from torchprobe.studies.interpret.interpretation import Interpretation
 from torchprobe.studies.interpret.provenance import provenance_section
 from torchprobe.studies.interpret.representation import (
     ABLATION_COLUMNS,
@@ -36,7 +37,7 @@ from torchprobe.studies.interpret.representation import (
     layers_section,
     outlier_section,
 )
-from torchprobe.studies.interpret.results import READ_BACK, TABLE_DIGESTS, Interpretation, Results
+from torchprobe.studies.interpret.results import READ_BACK, TABLE_DIGESTS, Results
 from torchprobe.studies.scan_report import VECTOR, layer_columns, with_vectors
 
 TABLES = (

@@ -7,31 +7,28 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from torchprobe.common.checked import read_checked, write_checked
-from torchprobe.common.deprecation import RenamedAttribute
 from torchprobe.common.facts import changed
 from torchprobe.common.files import to_json
 from torchprobe.common.folders import output_folder
 from torchprobe.common.ranks import Ranks
 from torchprobe.common.records import Key, Record, decode, encode
 from torchprobe.common.runs import RunOptions, RunWarning
-from torchprobe.dissection import Dissection
-from torchprobe.rendering.notebook import fragment
-from torchprobe.rendering.page import Page
-from torchprobe.rendering.wording import worded_page
 from torchprobe.studies.interpret.accuracy import Accuracy, Robustness
 from torchprobe.studies.interpret.concepts import Concepts
 from torchprobe.studies.interpret.directions import HeadDirections, Pruning
-from torchprobe.studies.interpret.headline import MISSING_COLUMNS, facts, measured
 from torchprobe.studies.interpret.provenance import Origin
 from torchprobe.studies.interpret.representation import Ablation, Kurtosis, Layers, Outliers
 
 FORMAT = 1
 """The format of ``results.json``."""
+
+MEASURES = 3
+"""Counts the definitions of outlier features and of intervals. A resumed run computes the stages of an earlier definition again."""
 
 INTERPRET = "interpret"
 """The command whose output folder holds an interpretation."""
@@ -123,45 +120,6 @@ class Results(Record):
     def unit(self) -> str:
         """What one input is, for sentences about these results."""
         return "text" if self.about.get("modality") == "text" else "image"
-
-
-@dataclass
-class Interpretation:
-    """The result of one run.
-
-    Attributes:
-        results: the content of ``results.json``. Sections are attributes, and also keys, as in the file.
-        kurtosis: vector kurtosis of each image, in the order of ``ids``; nan if it is undefined.
-        peaks: max|h| / mean|h| of each image.
-        ids: the names of the images.
-        folder: the folder of the files.
-        correct: for each image, whether the head is correct; None if the class is unknown. Empty without a head.
-        correct_under_shift: set → image → whether the head is correct, for images with a known class.
-        concepts: by basis, see :func:`torchprobe.analysis.concepts`; empty without concepts.
-    """
-
-    results: Results
-    kurtosis: list[float]
-    peaks: list[float]
-    ids: list[str]
-    folder: Path
-    correct: list[bool | None] = field(default_factory=list)
-    correct_under_shift: dict[str, dict[str, bool]] = field(default_factory=dict)
-    concepts: dict[str, Dissection] = field(default_factory=dict)
-
-    right = RenamedAttribute("correct")
-
-    @property
-    def name(self) -> str:
-        """The name in the suite, or else the name of the encoder."""
-        return self.results.title
-
-    def _repr_html_(self) -> str:
-        """The headline numbers for a notebook, and the sections that are missing, with the reason."""
-        page = worded_page(Page("interpret", self.name, measured(self.results), facts(self.results)), self.results.unit)
-        missing = [{"section": section, "why": why} for section, why in self.results.skipped.items()]
-        note = f"The whole page: {self.folder / 'index.html'}"
-        return fragment(f"{page.title}: {page.summary}", page.facts, missing, MISSING_COLUMNS, note, of="sections")
 
 
 def output_of(

@@ -32,6 +32,7 @@ from torchprobe.studies.interpret.directions import HeadDirections, Pruning, mea
 from torchprobe.studies.interpret.given import GivenFiles, GivenSubject
 from torchprobe.studies.interpret.halves import Halves, halves_of
 from torchprobe.studies.interpret.inputs import LAYER_IMAGES, Choices, Subject
+from torchprobe.studies.interpret.interpretation import Interpretation
 from torchprobe.studies.interpret.passes import Passes, identity
 from torchprobe.studies.interpret.provenance import PROVENANCE_IMAGES, Origin
 from torchprobe.studies.interpret.report import write
@@ -44,10 +45,7 @@ from torchprobe.studies.interpret.representation import (
     measure_outliers,
     why_no_ablation,
 )
-from torchprobe.studies.interpret.results import HeadFacts, Interpretation, Results, SetFacts, Settings, Stages, Unreadable, output_of
-
-MEASURES = 3
-"""Counts the definitions of outlier features and of intervals. A resumed run computes the stages of an earlier definition again."""
+from torchprobe.studies.interpret.results import MEASURES, HeadFacts, Results, SetFacts, Settings, Stages, Unreadable, output_of
 
 __all__ = ["Interpretation", "Progress", "interpret", "interpret_given", "interpret_subject"]
 
