@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from torchprobe.common.storage import digest
 from torchprobe.datasets.geometry import Box, Geometry
 from torchprobe.datasets.photos import read_photo
 from torchprobe.dissection.bases import Basis, same_basis
 from torchprobe.dissection.batches import Preprocess, same_preprocess, to_tensor
 from torchprobe.dissection.detectors import MOST, Detector, choose_detectors
-from torchprobe.dissection.facts import own_modules
+from torchprobe.dissection.facts import require_same_network
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.taps import Site, find_sites
 from torchprobe.ops.overlap import upsample
@@ -123,7 +122,7 @@ class Segmenter:
         if longest < 1:
             raise ValueError(f"longest must be at least 1, got {longest}")
         self.detectors = choose_detectors(dissection, units, concepts, most)
-        _check_weights(dissection, model)
+        require_same_network(dissection.metadata, dissection.layer, model)
         self.preprocess = same_preprocess(dissection.metadata, None, model, preprocess)
         self.dissection, self.model, self.basis, self.longest = dissection, model, basis, longest
         self.geometry = Geometry(self.preprocess, geometry)
@@ -233,23 +232,6 @@ def segment_pictures(
             else:
                 found.append(segmenter.segment(picture.convert("RGB"), f"picture {number}"))
     return found
-
-
-def _check_weights(dissection: LayerScores, model: nn.Module) -> None:
-    expected = dissection.metadata.get("weights")
-    if expected is None:
-        raise ValueError(f"the dissection of {dissection.layer!r} does not say of which network it is: dissect again")
-    if digest([*model.parameters(), *model.buffers()]) != expected:
-        name = dissection.metadata.get("model", "a network")
-        raise ValueError(
-            f"this is another network than that of the dissection, which is {name}: the weights differ. Its units need not detect "
-            "the same concepts. Load the network with the weights and in the precision of the dissection, or dissect this one"
-        )
-    if dissection.metadata.get("modules", now := own_modules(model)) != now:  # earlier versions do not say it
-        raise ValueError(
-            "this is another network than that of the dissection: the weights are the same, and its modules or their settings differ, such "
-            "as an activation function or a stride. Make it as it was, or dissect this one"
-        )
 
 
 def _between(first: float, last: float, size: int) -> NDArray[np.bool_]:
