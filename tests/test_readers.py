@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import io
+import itertools
 import threading
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from shard_sets import numbers, pixels, png, samples, shards, tar, to_tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset, get_worker_info
 
 from torchprobe.common import limits
 from torchprobe.common.facts import UNIDENTIFIED
@@ -342,6 +343,24 @@ def test_a_stream_is_read_in_order(wrap, count):
     assert numbers(few) == sorted(numbers(few)) and len(few) == 3
     assert [batch.labels for batch in images.take([1, 5]).batches(to_tensor, 8)] == [[1, 5]]
     assert images.digest() == open_images(Numbers()).digest() != open_images(Numbers(lambda: [1, 0, *range(2, 7)])).digest()
+
+
+class Shared(Numbers):
+    """A stream that its workers share."""
+
+    def __iter__(self):
+        info = get_worker_info()
+        return itertools.islice(super().__iter__(), *((None,) if info is None else (info.id, None, info.num_workers)))
+
+
+def test_a_loader_over_a_stream_gives_each_image_once():
+    with pytest.raises(DatasetError, match="leaves out the last items of the stream: give it without drop_last=True"):
+        open_images(DataLoader(Numbers(), batch_size=2, collate_fn=list, drop_last=True))
+    with pytest.raises(DatasetError, match="each of the 2 workers of the loader gives the whole stream"):
+        open_images(DataLoader(Numbers(), batch_size=2, collate_fn=list, num_workers=2))
+    images = open_images(DataLoader(Shared(), batch_size=2, collate_fn=list, num_workers=2))
+    for _ in range(3):
+        assert sorted(numbers(images, 2)) == [*range(7)]  # a worker that fails at its end ends the pass, but not each time
 
 
 def test_a_stream_that_differs_from_pass_to_pass_is_noticed():
