@@ -123,6 +123,17 @@ class Ranks:
                 yield box[0]
 
 
+def joined() -> bool:
+    """False in a process of ``torchrun`` that has not joined the others, so that each would do all of the work.
+
+    >>> joined()
+    True
+    """
+    distributed = torch.distributed
+    several = distributed.is_available() and distributed.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return not several or distributed.is_initialized()
+
+
 @contextlib.contextmanager
 def torchrun() -> Iterator[tuple[int, int | None]]:
     """Joins the processes of ``torchrun`` during the block: (rank, rank on this machine), or (0, None) without ``torchrun``.
