@@ -187,7 +187,7 @@ _TENSOR_CHANGES: dict[str, Callable[[Call, Tensor], Tensor]] = {
 }
 
 
-_READING = ("absurd elements", "another dtype", "sparse", "inference")
+_READING = ("absurd elements", "another dtype", "sparse", "inference", "without memory")
 
 
 def _in_inference_mode(x: Tensor) -> Tensor:
