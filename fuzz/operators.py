@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchprobe.ops import layout
+from torchprobe.ops import exponents, layout
 from torchprobe.ops.memory import check_memory
 from torchprobe.ops.observers import register_observer
 from torchprobe.ops.quantile import BLOCK, new_buffers
@@ -187,7 +187,7 @@ _TENSOR_CHANGES: dict[str, Callable[[Call, Tensor], Tensor]] = {
 }
 
 
-_READING = ("absurd elements", "another dtype", "sparse", "inference")
+_READING = ("absurd elements", "another dtype", "sparse", "inference", "without memory")
 
 
 def _in_inference_mode(x: Tensor) -> Tensor:
@@ -242,6 +242,16 @@ def _keep_largest(rng: random.Random) -> tuple[dict[str, Any], tuple[str, ...]]:
         torch.ops.torchprobe.keep_largest_(values, counts, bound, torch.randn(x.shape), dim, capacity)
     arguments = {"values": values, "counts": counts, "bound": bound, "x": x, "feature_dim": dim, "capacity": capacity}
     return arguments, ("values", "counts", "bound")
+
+
+def _exponents(rng: random.Random) -> tuple[dict[str, Any], tuple[str, ...]]:
+    x, dim = _activation(rng)
+    state = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in exponents.shapes(x.shape[dim]).items()}
+    for _ in range(rng.choice((0, 1))):
+        torch.ops.torchprobe.exponents_(*state.values(), torch.randn(x.shape), dim, None)
+    positions = [size for index, size in enumerate(x.shape) if index != dim]
+    mask = rng.choice((None, torch.rand(positions) < 0.5))
+    return {**state, "x": x, "feature_dim": dim, "mask": mask}, tuple(state)
 
 
 def _average_precision(rng: random.Random) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -316,6 +326,7 @@ _VALID: dict[str, Callable[[random.Random], tuple[dict[str, Any], tuple[str, ...
     "observe_merge_": _pair,
     "observe_write_": _pair,
     "keep_largest_": _keep_largest,
+    "exponents_": _exponents,
     "average_precision": _average_precision,
     "overlap_tally_": _overlap,
     "observe_activation_": _shown_with_token,

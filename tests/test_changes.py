@@ -197,6 +197,24 @@ def test_without_windows_there_is_no_verdict():
     assert few.noise == "none" and "3 and 3 windows cannot give a verdict" in few.remarks[0] and attainable(3, 3) > 0.05
 
 
+def test_what_no_verdict_is_about_is_said():
+    model = network()
+    before = recorded(model, 1)
+    wider = copy.deepcopy(model)
+    wider[0].up, wider[0].down = nn.Linear(16, 48), nn.Linear(48, 16)
+    found = compare_recordings(before, recorded(wider, 2))
+    assert "1 layer has no verdict (other width)." in found.answer()
+    empty = torchprobe.record(model)
+    with pytest.warns(torchprobe.RecordingWarning, match="none of the .* layers fired"), empty:
+        pass
+    with pytest.raises(ValueError, match="the second recording has no layer: nothing was seen while it was made"):
+        compare_recordings(before, empty)
+    with torch.no_grad():
+        model[0].norm.weight.fill_(math.nan)
+    found = compare_recordings(recorded(model, 1, layers="0.norm"), recorded(model, 2, layers="0.norm"))
+    assert found.remarks == ["no noise known: no layer of both has a finite number in its windows"]
+
+
 def test_windows_of_a_training_run_give_no_verdict():
     model = network()
     with torchprobe.record(model, "**") as rec, torch.no_grad():

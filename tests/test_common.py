@@ -187,6 +187,32 @@ def test_one_process_is_one_rank() -> None:
 # -- progress ------------------------------------------------------------------------------------------------------------
 
 
+FOREIGN = """
+import torch
+from torchprobe.common.ranks import Ranks, torchrun
+
+class Foreign(OSError):  # it cannot be made of its message alone, as errors of some libraries
+    def __init__(self, *, response):
+        super().__init__(f"the server answers {response}")
+
+def fail():
+    raise Foreign(response=404)
+
+with torchrun(), Ranks() as ranks:
+    try:
+        ranks.on_first(fail)
+    except (OSError, RuntimeError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
+def test_an_error_that_cannot_be_sent_is_told_by_its_message() -> None:
+    done = group(2, FOREIGN)
+    told = [process.stdout.strip() for process in done]
+    assert told == ["Foreign the server answers 404", "RuntimeError Foreign: the server answers 404"], [process.stderr for process in done]
+
+
 def test_the_remaining_time_follows_the_pace_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("torchprobe.common.runs.time.monotonic", lambda: now[0])

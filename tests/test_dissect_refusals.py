@@ -134,4 +134,6 @@ def test_a_nan_cannot_be_ranked(broden):
 
     with pytest.raises(ValueError, match="layer 'norm' gives nan for image "):
         dissect(Nan(), "norm", broden, preprocess=preprocess)
-    assert dissect(Nan(), "norm", broden, preprocess=preprocess, score="iou")["norm"].counts.intersection.sum() > 0
+    with pytest.warns(UserWarning, match="layer 'norm' gives nan, first for image .*: such positions count as not active") as told:
+        assert dissect(Nan(), "norm", broden, preprocess=preprocess, score="iou")["norm"].counts.intersection.sum() > 0
+    assert len([warning for warning in told if "gives nan" in str(warning.message)]) == 1

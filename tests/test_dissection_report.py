@@ -379,6 +379,51 @@ def test_another_network_is_refused(made, tmp_path):
     assert not (tmp_path / "a.html").exists()
 
 
+def others():
+    """Networks that give other maps of as many units: by their weights, a padding, a nonlinearity."""
+    weights, padding, nonlinear = network(), network(), network()
+    with torch.no_grad():
+        weights[0].weight.neg_()
+    padding[0].padding_mode = "reflect"
+    nonlinear[1] = nn.GELU()
+    return {"the weights differ": weights, "the weights are the same, and its modules": padding, "or their settings differ": nonlinear}
+
+
+def relabeled(broden, folder):
+    """The data set with its rows in another order."""
+    shutil.copytree(broden.root, folder)
+    head, *rows = (folder / broden.index).read_text().splitlines()
+    (folder / broden.index).write_text("\n".join([head, *reversed(rows)]) + "\n")
+    return Broden(folder, transform=broden.transform)
+
+
+def test_another_network_with_as_many_units_is_refused(made, tmp_path):
+    broden, _, d = made
+    for message, other in others().items():
+        with pytest.raises(ValueError, match=message):
+            write_report(without_maps(d), tmp_path / "a.html", broden, other)
+
+
+def test_another_basis_is_refused(made, tmp_path):
+    broden, net, _ = made
+    d = without_maps(dissect(net, ["1"], broden, basis="rotation", seed=3, batch_size=5)["1"])
+    with pytest.raises(ValueError, match="another basis was given"):
+        write_report(d, tmp_path / "a.html", broden, net, basis=random_rotation(12, 4))
+
+
+def test_another_order_of_rows_is_refused(made, tmp_path):
+    broden, _, d = made
+    other = relabeled(broden, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"another data set than that of the dissection, which is broden: index.csv of .* lists other"):
+        write_report(d, tmp_path / "a.html", other)
+    parts, levels = (range(14, 28), range(14)), {"1": d.thresholds}
+    first, second = (dissect(made[1], ["1"], broden, rows=rows, score="iou", thresholds=levels)["1"] for rows in parts)
+    first.merge(second)
+    write_report(first, tmp_path / "a.html", broden)
+    with pytest.raises(ValueError, match="another data set"):
+        write_report(first, tmp_path / "b.html", other)
+
+
 def test_without_pictures(made, tmp_path):
     text = write_report(made[2], tmp_path / "a.html").read_text(encoding="utf-8")
     assert "without pictures" in text
@@ -451,6 +496,37 @@ def test_evidence_refuses_what_is_not_there(made):
         attribute(net, "1", 0, torch.rand(1, 3, 32, 32), method="Saliency")
     with pytest.raises(ValueError, match="layer"):
         attribute(net, "nonsense", 0, torch.rand(1, 3, 32, 32))
+
+
+def test_evidence_is_of_the_network_the_data_and_the_basis_of_the_dissection(made, tmp_path):
+    pytest.importorskip("captum", reason="captum is not installed")
+    from torchprobe.dissection.evidence import attribute, evidence
+
+    broden, net, d = made
+    for message, other in others().items():
+        with pytest.raises(ValueError, match=message):
+            evidence(d, 3, broden, other)
+    with pytest.raises(ValueError, match="another data set"):
+        evidence(d, 3, relabeled(broden, tmp_path / "other"), net)
+    with pytest.raises(ValueError, match="was dissected in its units: no basis belongs to it"):
+        evidence(d, 3, broden, net, basis=random_rotation(12, 3))
+    rotated = dissect(net, ["1"], broden, basis="rotation", seed=3, batch_size=5)["1"]
+    found = evidence(rotated, 3, broden, net, 2, n_steps=2)
+    assert torch.equal(found.attribution, attribute(net, "1", 3, found.pixels, basis=random_rotation(12, 3), n_steps=2))
+    named = dissect(net, ["1"], broden, basis=torch.eye(12)[:5], batch_size=5)["1"]
+    with pytest.raises(ValueError, match="give the same basis="):
+        write_report(named, tmp_path / "a.html", broden, net, evidence=1)
+
+
+def test_a_dissection_that_does_not_say_of_what_it_is_gets_a_remark(made):
+    pytest.importorskip("captum", reason="captum is not installed")
+    from torchprobe.dissection.evidence import evidence
+
+    broden, net, d = made
+    older = replace(d, metadata={"preprocessing": d.metadata["preprocessing"]})
+    with pytest.warns(UserWarning, match="does not say of which network"), pytest.warns(UserWarning, match="of which data set"):
+        found = evidence(older, 3, broden, net, 2, n_steps=2)
+    assert torch.equal(found.attribution, evidence(d, 3, broden, net, 2, n_steps=2).attribution)
 
 
 def test_the_page_shows_evidence(made, tmp_path):

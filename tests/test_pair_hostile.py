@@ -203,6 +203,13 @@ def test_functional_attention_still_reads() -> None:
     assert rec["0.entropy"].vectors == 10
 
 
+def test_an_empty_batch_says_nothing_about_two_models() -> None:
+    models = nn.Linear(4, 4), nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="no output holds any value, so there is nothing to compare"):
+        torchprobe.record_pair(*models, torch.zeros(0, 4))
+    assert torchprobe.record_pair(*models, torch.zeros(1, 4)).first == ""
+
+
 @pytest.mark.parametrize("scale", [1e200, 1e-200, 1e-318])
 def test_a_forecast_without_squares_says_so(scale: float) -> None:
     x = torch.randn(200, 40, dtype=torch.float64) * scale

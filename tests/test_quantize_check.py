@@ -16,11 +16,12 @@ from torchvision.transforms.functional import to_tensor
 
 import torchprobe
 from torchprobe.analysis.quantization import FORMATS, measure
-from torchprobe.datasets import image_folder
+from torchprobe.datasets import DatasetError, Images, image_folder
 from torchprobe.encoders import Encoder
 from torchprobe.statistics import Exponents
 from torchprobe.studies.quantize_check import quantize_check
 from torchprobe.studies.quantize_report import answer, write_quantize_check
+from torchprobe.studies.scan import scan
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -130,3 +131,22 @@ def test_the_answer_counts_in_words_that_fit(photos: Path, monkeypatch: pytest.M
     for keep, words in ((1, "1 layer of 4 falls below 20 dB: keep it"), (2, "2 layers of 4 fall below 20 dB: keep them")):
         monkeypatch.setattr(type(found), "keep", lambda self, keep=keep: ["a"] * keep)
         assert answer(found).startswith(f"In int8_tensor, {words} in 16 bits.")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nonfinite_inputs_of_layers_are_told(photos: Path, bad: float) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 32), nn.Threshold(1e6, bad), nn.Linear(32, 8))
+    check = quantize_check(Encoder(model, features=8, preprocess=to_tensor), image_folder(photos))
+    bare = {row["layer"]: row for row in check.rows()}
+    assert bare["visual.3"]["unsure"] == "384 values that are nan or inf were left out" and math.isnan(bare["visual.3"]["output_db"])
+    assert "1 layer, such as visual.3, has no forecast." in answer(check)
+    model[1].weight.data.fill_(bad)
+    check = quantize_check(Encoder(model[:2], features=32, preprocess=to_tensor), image_folder(photos))
+    assert answer(check) == "In int8_token, no layer has a forecast."
+
+
+def test_an_empty_set_is_refused() -> None:
+    with pytest.raises(DatasetError, match="the data set is empty"):
+        quantize_check(encoder(), Images([]))
+    with pytest.raises(DatasetError, match="the data set is empty"):
+        scan(encoder(), Images([]))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
+import itertools
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,14 @@ import pytest
 import torch
 from PIL import Image
 from shard_sets import numbers, pixels, png, samples, shards, tar, to_tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset, get_worker_info
 
 from torchprobe.common import limits
+from torchprobe.common.facts import UNIDENTIFIED
 from torchprobe.datasets import DatasetError, ImageSet, open_images, open_shards
 from torchprobe.datasets.readers import stored
+from torchprobe.datasets.readers.hugging_face import HuggingFaceImages
+from torchprobe.datasets.readers.items import Reading
 from torchprobe.datasets.readers.stores import expanded, matching
 from torchprobe.datasets.sampling import sample, shuffled
 
@@ -339,6 +345,24 @@ def test_a_stream_is_read_in_order(wrap, count):
     assert images.digest() == open_images(Numbers()).digest() != open_images(Numbers(lambda: [1, 0, *range(2, 7)])).digest()
 
 
+class Shared(Numbers):
+    """A stream that its workers share."""
+
+    def __iter__(self):
+        info = get_worker_info()
+        return itertools.islice(super().__iter__(), *((None,) if info is None else (info.id, None, info.num_workers)))
+
+
+def test_a_loader_over_a_stream_gives_each_image_once():
+    with pytest.raises(DatasetError, match="leaves out the last items of the stream: give it without drop_last=True"):
+        open_images(DataLoader(Numbers(), batch_size=2, collate_fn=list, drop_last=True))
+    with pytest.raises(DatasetError, match="each of the 2 workers of the loader gives the whole stream"):
+        open_images(DataLoader(Numbers(), batch_size=2, collate_fn=list, num_workers=2))
+    images = open_images(DataLoader(Shared(), batch_size=2, collate_fn=list, num_workers=2))
+    for _ in range(3):
+        assert sorted(numbers(images, 2)) == [*range(7)]  # a worker that fails at its end ends the pass, but not each time
+
+
 def test_a_stream_that_differs_from_pass_to_pass_is_noticed():
     passes = iter([range(7), [0, 2, 1, 3, 4, 5, 6], range(6), range(8)])
     images = open_images(Numbers(lambda: next(passes)))
@@ -366,7 +390,108 @@ def test_what_a_stream_cannot_do():
             open_images(thing)
 
 
+# -- what stores and data sets may do ------------------------------------------------------------------------------------------
+
+
+@functools.cache  # file systems are kept for the whole process
+def slow_store():
+    """A store that gives seven bytes at a time, or fails: its files, and its state."""
+    fsspec = pytest.importorskip("fsspec")
+    files: dict[str, bytes] = {}
+    state = {"broken": False}
+
+    class File(io.BytesIO):
+        def read(self, size=-1):
+            if state["broken"]:
+                raise ConnectionError("reset")
+            return super().read(min(size, 7) if size >= 0 else size)
+
+    class Store(fsspec.AbstractFileSystem):
+        protocol, cachable = "slow", False
+
+        def _open(self, path, mode="rb", **options):
+            if path not in files:
+                raise FileNotFoundError(path)
+            return File(files[path])
+
+        def cat_file(self, path, start=None, end=None, **options):
+            return files[path][start:end]
+
+        def find(self, path, detail=True, **options):
+            return {name: {"name": name, "size": state.get("size"), "type": "file"} for name in files if name.startswith(path)}
+
+    fsspec.register_implementation("slow", Store, clobber=True)
+    return files, state
+
+
+def test_a_store_may_give_fewer_bytes_than_are_asked_for(tmp_path):
+    files, _ = slow_store()
+    files.update({f"photos/{i}.png": png(i) for i in range(3)})
+    assert numbers(open_images("slow://photos")) == [0, 1, 2]
+    (shard,) = shards(tmp_path, counts=(3,))
+    files.update({"shards/0.tar": Path(shard).read_bytes(), "shards/classnames.txt": b"alpha\nbeta\ngamma\n"})
+    images = open_images("slow://shards/0.tar")
+    assert numbers(images) == [0, 1, 2] and images.names == ("alpha", "beta", "gamma")
+
+
+def test_a_store_that_fails_for_the_digest_is_not_identified():
+    files, state = slow_store()
+    files["broken/0.png"], state["broken"], state["size"] = png(0), True, len(png(0))
+    images = open_images("slow://broken")
+    assert images.digest() == UNIDENTIFIED
+    state.update(broken=False, size=None)
+    assert images.digest() != UNIDENTIFIED
+
+
+def test_an_address_in_an_item_is_read(memory, tmp_path):
+    """As data sets of Hugging Face have it: in a store, or in an archive."""
+    memory.pipe("/photos/1.png", png(1))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i in (0, 2):
+            archive.writestr(f"photos/{i}.png", png(i))
+    chain = f"::{tmp_path}/a.zip"
+    places = [f"zip://photos/0.png{chain}", "memory://photos/1.png", f"zip://photos/2.png{chain}", f"zip://photos/3.png{chain}"]
+    images = open_images([({"bytes": None, "path": place}, i) for i, place in enumerate(places)])
+    (batch,) = images.batches(to_tensor, 8)
+    assert batch.labels == [0, 1, 2] and torch.equal(batch.pixels, torch.stack([to_tensor(pixels(i)) for i in range(3)]))
+    assert batch.unreadable == [("3", f"zip://photos/3.png{chain} cannot be read (FileNotFoundError: photos/3.png)")]
+
+
+@pytest.mark.parametrize("nothing", [None, {"bytes": None, "path": None}])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_item_without_an_image_is_counted_and_named(nothing, streamed):
+    items = [{"image": png(0), "label": 0}, {"image": nothing, "label": 1}, {"image": png(2), "label": 2}]
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(items)
+
+    images = open_images(Stream() if streamed else items)
+    (batch,) = images.batches(to_tensor, 8)
+    assert batch.labels == [0, 2] and batch.unreadable == [("1", "the item has no image (None)")]
+    items[1]["image"] = "a.png"
+    with pytest.raises(DatasetError, match="item 1 of the data set is str; expected a PIL image"):
+        open_images(Stream())
+
+
 # -- Hugging Face ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_item_that_cannot_be_made_is_named_and_part_of_the_digest():
+    class Rows(Pictures):
+        failing = (2,)
+
+        def __getitem__(self, index):
+            if index in self.failing:
+                raise KeyError("no such row")
+            return super().__getitem__(index)
+
+    images = HuggingFaceImages(Rows(), range(7), Reading())
+    unreadable = [named for batch in images.batches(to_tensor, 4) for named in batch.unreadable]
+    assert unreadable == [("2", "KeyError: 'no such row'"), ("3", "OSError: gone")]
+    first = images.digest()
+    images.dataset.failing = (1,)
+    assert images.digest() not in (first, UNIDENTIFIED)
 
 
 @pytest.fixture

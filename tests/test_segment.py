@@ -22,7 +22,7 @@ from torchprobe.datasets.geometry import Geometry
 from torchprobe.datasets.photos import read_photo
 from torchprobe.dissection import Dissection, dissect
 from torchprobe.dissection.detectors import choose_detectors
-from torchprobe.dissection.segment import Segmenter, segment_pictures
+from torchprobe.dissection.segment import PictureError, Segmenter, segment_pictures
 from torchprobe.studies.segment import find_dissections, find_pictures, segment_folder
 
 END = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
@@ -273,6 +273,62 @@ def test_precision_is_a_share_also_where_pixels_count_several_times(root: Path) 
 # -- what does not fit -------------------------------------------------------------------------------------------------------
 
 
+def test_pictures_of_16_bits_are_scaled_and_others_are_named(root: Path) -> None:
+    model = Colors(TRANSFORMS["resize"])
+    found = dissected(root, model)
+    gray = picture(200, 200, (60, 60, 100, 100))[..., 0]
+    eight, sixteen = segment_pictures(found, model, [Image.fromarray(gray), Image.fromarray(gray.astype(np.uint16) * 257)])
+    assert 0 < eight.regions[0].share < 0.1 and eight.regions[0].share == sixteen.regions[0].share
+    with pytest.raises(PictureError, match="picture 0: pixels of mode F"):
+        segment_pictures(found, model, [Image.fromarray(gray.astype(np.float32))])
+    with pytest.raises(TypeError, match="picture 0 is ndarray; expected a file or a PIL image"):
+        segment_pictures(found, model, [gray])  # type: ignore[list-item]
+
+
+def test_one_path_is_one_picture(root: Path, tmp_path: Path) -> None:
+    model = Colors(TRANSFORMS["resize"])
+    found, path = dissected(root, model), tmp_path / "a.png"
+    Image.new("RGB", (50, 50)).save(path)
+    for one in (path, str(path)):
+        assert [drawn.name for drawn in segment_pictures(found, model, one)] == [str(path)]
+        assert find_pictures(one) == [("a.png", path)]
+
+
+class Bad(Colors):
+    """Red is nan in a part of a white picture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.mean()) > 0.9:
+            x = torch.cat([x[:, :1].index_fill(2, torch.arange(9), torch.nan), x[:, 1:]], 1)
+        return super().forward(x)
+
+
+class Odd:
+    """A transform that fails for a small picture."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if image.size == (20, 20):
+            raise ZeroDivisionError("odd")
+        made: Tensor = TRANSFORMS["resize"](image)
+        return made
+
+
+def test_pictures_that_cannot_be_drawn_are_named_and_the_others_drawn(root: Path, tmp_path: Path) -> None:
+    model, odd, photos = Bad(), Odd(), tmp_path / "photos"
+    photos.mkdir()
+    found = dissected(root, model, preprocess=odd)
+    for name, color, size in (("a", "black", 50), ("b", "white", 50), ("c", "black", 20)):
+        Image.new("RGB", (size, size), color).save(photos / f"{name}.png")
+    drawn = segment_folder({"pool": found}, model, [photos], tmp_path / "out", preprocess=odd, geometry="whole")["pool"]
+    assert [one["name"] for one in drawn.pictures] == ["a.png"]
+    assert drawn.unreadable == [
+        ("b.png", "b.png: layer 'pool' gives nan, so it is unknown where its units are active"),
+        ("c.png", "c.png: the preprocessing fails (ZeroDivisionError: odd)"),
+    ]
+    with pytest.raises(PictureError, match="gives nan"):
+        segment_pictures(found, model, [photos / "b.png"], preprocess=odd, geometry="whole")
+
+
 def test_another_network_is_refused(root: Path, tmp_path: Path) -> None:
     model = Colors(TRANSFORMS["resize"])
     dissected(root, model).save(tmp_path / "a.safetensors")
@@ -461,11 +517,11 @@ def test_a_folder_of_pictures(root: Path, photos: Path, tmp_path: Path) -> None:
     planted[40:70, 60:90] = True
     assert overlap(marked, planted) > 0.6
     page = segments.files["page"].read_text(encoding="utf-8")
-    assert "<img" not in page and "&lt;img src" in page and "1 picture could not be read: z.jpg" in page
+    assert "<img" not in page and "&lt;img src" in page and "1 picture could not be drawn: z.jpg" in page
     assert page.count('<section class="picture">') == 4 and page.count('<use href="#picture-') == 3
     assert "The network was not shown the dark part" in page and "No IoU was compared with chance" in page
     assert not re.search(r'(src|href)="(?!#|data:)', page)
-    with pytest.raises(DatasetError, match="no picture could be read"):
+    with pytest.raises(DatasetError, match="no picture could be drawn"):
         segment_folder({"pool": found}, model, [photos / "z.jpg"], tmp_path / "none")
     with pytest.raises(DatasetError, match="there is no picture at"):
         find_pictures([photos / "nothing.png"])

@@ -267,6 +267,15 @@ def test_interpret_a_suite_and_compare(folder: Path, tmp_path: Path, found: tupl
     assert (tmp_path / "two" / "index.html").is_file()
 
 
+def test_a_comparison_is_no_work_for_several_ranks(found: tuple[Comparison, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # as torchrun sets them
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folders = [str(found[1] / name) for name in ("zero", "tuned")]
+    result = CliRunner().invoke(cli, ["compare", *folders, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "torchprobe compare is one process: run it without torchrun" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import threading
 from pathlib import Path
@@ -24,7 +25,7 @@ import torchprobe
 from torchprobe import cli
 from torchprobe.integrations import Monitor
 from torchprobe.recording import History
-from torchprobe.studies.watch import LAYERS, POINTS, Watch, facts, short_names, thinned, trend
+from torchprobe.studies.watch import LAYERS, POINTS, WAITING, Watch, facts, short_names, thinned, trend
 from torchprobe.studies.watch_server import serving
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -131,6 +132,17 @@ def test_a_file_is_read_when_it_changes(tmp_path: Path) -> None:
     assert watch.data()["runs"][0]["problem"]
 
 
+def test_a_file_that_was_away_is_there_again(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    recorded(path)
+    watch = Watch([path])
+    assert watch.refresh()
+    path.rename(tmp_path / "other")
+    assert watch.refresh() and watch.runs[0].problem == WAITING
+    (tmp_path / "other").rename(path)
+    assert watch.refresh() and watch.runs[0].problem == "" and not watch.refresh()
+
+
 def test_one_file_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="twice"):
         Watch([tmp_path / "a.safetensors", tmp_path / "b" / ".." / "a.safetensors"])
@@ -231,6 +243,21 @@ def test_only_this_machine_and_two_addresses(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("page_packages")
+def test_readers_that_go_and_addresses_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded(tmp_path / "run.safetensors")
+    with serving(Watch([tmp_path / "run.safetensors"])) as address:
+        host, _, port = address.split("/")[2].partition(":")
+        for _ in range(20):
+            with socket.create_connection((host, int(port))) as reader:
+                reader.sendall(f"GET /data.json HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
+                reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # its end is a reset
+        with socket.create_connection((host, int(port)), timeout=30) as reader:
+            reader.sendall(f"GET http://[::1 HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
+            assert reader.recv(12) == b"HTTP/1.0 400"
+        assert get(address)[0] == 200
+    assert capsys.readouterr().err == ""
+
+
 def test_the_page_fetches_nothing_and_escapes_names(tmp_path: Path) -> None:
     path = tmp_path / (HOSTILE.replace("/", "") + ".safetensors")
     recorded(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -82,6 +83,11 @@ def test_some_pictures_only(folder, tmp_path):
     other = write_images(tmp_path / "other", 3)
     with pytest.raises(DatasetError, match="of the top images are not among the images given"):
         found.report(tmp_path / "a.html", image_folder(other))
+    same = shutil.copytree(folder, tmp_path / "same")
+    assert found.report(tmp_path / "a.html", image_folder(same)).exists()
+    (same / "0000.png").write_bytes((same / "0001.png").read_bytes() + b" ")
+    with pytest.raises(DatasetError, match="these are not the images of the dissection, which are .* images of .*: some have other"):
+        found.report(tmp_path / "a.html", image_folder(same))
 
 
 def test_names_are_never_markup(folder, tmp_path):

@@ -147,6 +147,10 @@ class RecordingComparison:
         else:
             count = f"{len(self.changed)} of {counted(len(self.layers), 'layer')} changed beyond the noise of the windows"
             parts.append(f"{count}; the first in the order of the run is {self.first or '(output)'}.")
+        unknown = [layer for layer in self.layers if layer.verdict not in ("changed", "within noise")]
+        if unknown and self.noise != "none":
+            why = listing([*dict.fromkeys(layer.verdict for layer in unknown)])
+            parts.append(f"{counted(len(unknown), 'layer')} {'has' if len(unknown) == 1 else 'have'} no verdict ({why}).")
         return " ".join(parts)
 
     def summary(self) -> dict[str, Any]:
@@ -210,6 +214,9 @@ def compare_recordings(
         raise ValueError(f"alpha is a probability between 0 and 1, got {alpha}")
     one, other = Side(before), Side(after)
     _check_settings(one, other)
+    for side, which in ((one, "first"), (other, "second")):
+        if not side.layers:
+            raise ValueError(f"the {which} recording has no layer: nothing was seen while it was made")
     matched = match_layers(one.layers, other.layers, rename)
     if not matched.pairs:
         raise ValueError(
@@ -294,7 +301,7 @@ def _windows(
                 keys.append((a, name, "log" if log else "linear"))
                 columns.append((np.log(one), np.log(other)) if log else (one, other))
     if not columns:
-        remarks.append("no noise known: no layer of both has closed windows")
+        remarks.append("no noise known: no layer of both has a finite number in its windows")
         return {}, "none"
     values = [np.stack([column[i] for column in columns], 1) for i in (0, 1)]
     found = apart(values[0], values[1], seed=seed)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from torchprobe.common.files import to_json
 from torchprobe.common.folders import file_name, output_folder
-from torchprobe.common.ranks import RankLostError, Ranks
+from torchprobe.common.ranks import RankLostError, Ranks, joined
 from torchprobe.common.runs import CountCallback
 from torchprobe.rendering.tables import printable
 
@@ -216,10 +216,12 @@ def run_in(
     :func:`torchprobe.common.folders.output_folder`.
 
     Raises:
-        click.UsageError: ``--resume`` together with ``--overwrite``.
+        click.UsageError: ``--resume`` together with ``--overwrite``, or ``torchrun`` with a command that no ranks share.
     """
     if resume and overwrite:
         raise click.UsageError("--resume continues the run in --out, and --overwrite removes it: give one of them")
+    if not joined():
+        raise click.UsageError(f"torchprobe {command} is one process: run it without torchrun")
     with Ranks() as ranks, output_folder(folder, command, of=of, resume=resume, overwrite=overwrite, inputs=inputs, ranks=ranks):
         yield
 

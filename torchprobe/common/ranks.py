@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import timedelta
@@ -102,7 +103,9 @@ class Ranks:
                 outcome = action()
             except (OSError, RuntimeError, ValueError, KeyboardInterrupt) as error:
                 outcome = error
-        outcome = self.from_first(outcome)
+        failed = self.first and isinstance(outcome, BaseException)
+        sent = self.from_first(_sendable(outcome) if failed and self.size > 1 else outcome)
+        outcome = outcome if failed else sent
         if isinstance(outcome, BaseException):
             raise outcome
         result: T = outcome
@@ -121,6 +124,26 @@ class Ranks:
                 with self._together():
                     torch.distributed.recv_object_list(box, sender, group=self._group)
                 yield box[0]
+
+
+def joined() -> bool:
+    """False in a process of ``torchrun`` that has not joined the others, so that each would do all of the work.
+
+    >>> joined()
+    True
+    """
+    distributed = torch.distributed
+    several = distributed.is_available() and distributed.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return not several or distributed.is_initialized()
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """The error, or one with its message if another process could not read it, as some of other libraries."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(reason(error))
+    return error
 
 
 @contextlib.contextmanager

@@ -62,9 +62,11 @@ def same_basis(metadata: Mapping[str, Any], layer: str, features: int, basis: Ba
         basis: that of the dissection, if it was given there.
 
     Raises:
-        ValueError: it is another one, or it is needed.
+        ValueError: it is another one, or it is needed. Metadata that do not say which one it was accept any.
     """
     noted, seed = metadata.get("basis"), int(metadata.get("seed", 0))
+    if "basis" not in metadata:
+        return basis_of(basis, layer, features, seed)
     if basis is None and isinstance(noted, str) and noted == digest([rotation := random_rotation(features, seed)]):
         return rotation
     found = basis_of(basis, layer, features, seed)

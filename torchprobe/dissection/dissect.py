@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ from torchprobe.datasets.geometry import Box, Geometry, fingerprint
 from torchprobe.dissection.bases import Basis, basis_of, check_layers, describe_basis, fitting_batch_size
 from torchprobe.dissection.batches import Batches, Preprocess, find_preprocess
 from torchprobe.dissection.dissection import Dissection
-from torchprobe.dissection.facts import own_modules, run_facts, transform_fact
+from torchprobe.dissection.facts import index_fact, own_modules, run_facts, transform_fact
 from torchprobe.dissection.layer_tables import SCORES
 from torchprobe.dissection.run import Run, Settings, estimates
 from torchprobe.dissection.taps import Site, find_sites
@@ -260,8 +259,6 @@ def _facts(
         for name, site in sites.items()
     }
     unused = () if settings.iou_permutations else ("iou_permutations",)  # runs and files of before do not have it
-    data = hashlib.sha256((broden.root / broden.index).read_bytes())
-    data.update(repr((broden.split, broden.categories, rows)).encode())
     first = broden.image(rows[0]).size
     preprocessing = {
         "transform": stable_repr(geometry.transform),
@@ -275,7 +272,7 @@ def _facts(
         "dataset": {
             "name": broden.root.name,
             "images": len(rows),
-            "digest": data.hexdigest(),
+            "digest": index_fact(broden, rows),
             "split": broden.split,
             "categories": [*broden.categories],
         },

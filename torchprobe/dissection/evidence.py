@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torchprobe.common.deprecation import renamed_arguments
 from torchprobe.common.messages import install_hint
 from torchprobe.dissection.average_precision import pooled
+from torchprobe.dissection.bases import same_basis
 from torchprobe.dissection.batches import Preprocess, same_preprocess, stack, to_tensor
+from torchprobe.dissection.facts import require_same_data, require_same_network
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.taps import find_sites
@@ -108,10 +110,18 @@ def attribute(
     return attribution
 
 
-def attribute_dissected(dissection: LayerScores, unit: int, model: nn.Module, pixels: Tensor, **options: Any) -> Tensor:
-    """:func:`attribute`, with the layer, the positions and the pooling of a dissection."""
+def attribute_dissected(
+    dissection: LayerScores, unit: int, model: nn.Module, pixels: Tensor, basis: Tensor | SparseBasis | None = None, **options: Any
+) -> Tensor:
+    """:func:`attribute`, with the layer, the basis, the positions and the pooling of a dissection. ``basis``: that of the dissection, if it
+    was given there.
+
+    Raises:
+        ValueError: ``basis`` is another one than that of the dissection.
+    """
+    basis = same_basis(dissection.metadata, dissection.layer, dissection.units, basis)  # a rotation has as many units as features
     read_as = {name: dissection.metadata[name] for name in ("positions", "pooling") if name in dissection.metadata}
-    return attribute(model, dissection.layer, unit, pixels.to(device_of(model)), **read_as, **options)
+    return attribute(model, dissection.layer, unit, pixels.to(device_of(model)), basis=basis, **read_as, **options)
 
 
 @renamed_arguments(images="top_images")
@@ -135,17 +145,20 @@ def evidence(
         broden: the data set of the dissection.
         model: the network of the dissection.
         top_images: how many of the top images.
-        method, basis, options: see :func:`attribute`.
-        preprocess: that of the dissection, if it was given there.
+        method, options: see :func:`attribute`.
+        basis, preprocess: those of the dissection, if they were given there.
 
     Raises:
         ImportError: captum is not installed.
-        ValueError: no top images were kept, no such unit, or the dissection was made with another preprocessing.
+        ValueError: no top images were kept, no such unit, or the data set, the network, the basis or the preprocessing are not those of
+            the dissection, as far as it says which they were. What an older one does not say gives a warning.
     """
     if dissection.top is None:
         raise ValueError(f"layer {dissection.layer!r}: no top images were kept: dissect with top=20")
     if not 0 <= unit < dissection.units:
         raise ValueError(f"layer {dissection.layer!r} has the units 0 to {dissection.units - 1}, got {unit}")
+    require_same_data(dissection.metadata, dissection.images, broden)
+    require_same_network(dissection.metadata, dissection.layer, model, needed=False)
     ids, scores = (part[unit, :top_images] for part in dissection.top)
     ids, scores = ids[ids >= 0], scores[ids >= 0]
     preprocess = same_preprocess(dissection.metadata, broden, model, preprocess)

@@ -1,9 +1,11 @@
-"""What a dissection depends on beside its metadata, as facts of its checkpoint: see :mod:`torchprobe.common.facts`."""
+"""What a dissection depends on, as facts (see :mod:`torchprobe.common.facts`), and whether a network and a data set are still those."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -11,10 +13,14 @@ import torchprobe
 from torchprobe.common.facts import UNIDENTIFIED, digest_of, told
 from torchprobe.common.messages import stable_repr
 from torchprobe.common.networks import modules_fact, modules_without
+from torchprobe.common.storage import digest
 from torchprobe.datasets.geometry import UNKNOWN, fingerprint
 from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.taps import Site
 from torchprobe.recording.layers import named_layers
+
+if TYPE_CHECKING:
+    from torchprobe.datasets.broden import Broden
 
 
 def run_facts(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Any]:
@@ -40,3 +46,68 @@ def transform_fact(transform: Callable[[Any], Tensor], size: tuple[int, int] | N
         return digest_of(["told", own])
     found = fingerprint(transform, size)
     return UNIDENTIFIED if found == UNKNOWN else found
+
+
+def index_fact(broden: Broden, rows: Sequence[int]) -> str:
+    """A digest of the index of a data set, of what was chosen of it and of the rows that are used. The metadata of every result hold it."""
+    data = hashlib.sha256((broden.root / broden.index).read_bytes())
+    data.update(repr((broden.split, broden.categories, [*rows])).encode())
+    return data.hexdigest()
+
+
+def require_same_network(metadata: Mapping[str, Any], layer: str, model: nn.Module, needed: bool = True) -> None:
+    """That a network is the one of a dissection, by its weights, its modules and their settings.
+
+    Args:
+        metadata: of the dissection.
+        layer: its name, for messages.
+        model: the network.
+        needed: whether a dissection that does not say of which network it is is refused. Otherwise a warning says so.
+
+    Raises:
+        ValueError: it is another network.
+    """
+    expected = metadata.get("weights")
+    if expected is None and needed:
+        raise ValueError(f"the dissection of {layer!r} does not say of which network it is: dissect again")
+    if expected is None:
+        warnings.warn(f"the dissection of {layer!r} does not say of which network it is, so the one given was not compared", stacklevel=3)
+    elif digest([*model.parameters(), *model.buffers()]) != expected:
+        name = metadata.get("model", "a network")
+        raise ValueError(
+            f"this is another network than that of the dissection, which is {name}: the weights differ. Its units need not detect "
+            "the same concepts. Load the network with the weights and in the precision of the dissection, or dissect this one"
+        )
+    elif metadata.get("modules", now := own_modules(model)) != now:  # earlier versions do not say it
+        raise ValueError(
+            "this is another network than that of the dissection: the weights are the same, and its modules or their settings differ, such "
+            "as an activation function or a stride. Make it as it was, or dissect this one"
+        )
+
+
+def require_same_data(metadata: Mapping[str, Any], images: Tensor, broden: Broden) -> None:
+    """That the rows of a dissection are those of a data set, as far as its index tells. The pictures themselves are not read.
+
+    Args:
+        metadata: of the dissection.
+        images: its rows.
+        broden: the data set.
+
+    Raises:
+        ValueError: it is another data set.
+    """
+    made = metadata.get("dataset", {})
+    for name, now in (("split", broden.split), ("categories", [*broden.categories])):
+        if name in made and made[name] != now:
+            raise ValueError(f"the dissection was made with {name} {made[name]!r}, the data set given has {now!r}: give the same data set")
+    if len(images) and (last := int(images.max())) >= len(broden):
+        raise ValueError(f"the dissection has row {last}, the data set given only {len(broden)} rows: give the same data set")
+    count = made.get("images", len(images))  # of merged dissections the metadata are those of the first part, whose rows come first
+    if "digest" not in made:
+        warnings.warn("the dissection does not say of which data set it is, so the one given was not compared", stacklevel=3)
+    elif index_fact(broden, images[:count].tolist()) != made["digest"]:
+        name = made.get("name", "unknown")
+        raise ValueError(
+            f"this is another data set than that of the dissection, which is {name}: {broden.index} of {broden.root} lists other images or "
+            "labels; give the same data set"
+        )

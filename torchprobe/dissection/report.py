@@ -19,6 +19,7 @@ from torchprobe.datasets.geometry import Box
 from torchprobe.dissection import report_text
 from torchprobe.dissection.batches import Preprocess
 from torchprobe.dissection.concepts import concept_units
+from torchprobe.dissection.facts import require_same_data
 from torchprobe.dissection.report_pictures import Pictures, show_pictures
 from torchprobe.dissection.report_sparse import DENSITY_COLUMNS, UNITS_OF, density_facts, kind_of
 from torchprobe.dissection.report_text import Limits
@@ -307,12 +308,12 @@ def write_report(
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is missing; the message has the command.
         DatasetError: an image or a label map cannot be read.
-        ValueError: pictures pass the network again, and ``encoder`` has another number of units than the dissection, or the dissection was
-            made with another preprocessing. Or ``broden`` is another data set, as its split, categories or number of rows show.
+        ValueError: pictures pass the network again, and ``encoder``, ``basis`` or the preprocessing are not those of the dissection. Or
+            ``broden`` is another data set, as its index, split or categories show.
     """
     require()
     if broden is not None:
-        _check_data(dissection, broden)
+        require_same_data(dissection.metadata, dissection.images, broden)
 
     def tell(done: int) -> None:
         if progress is not None:
@@ -328,13 +329,3 @@ def write_report(
     written = write_dissection(report.page(pictures), path)
     tell(1 + evidence)
     return written
-
-
-def _check_data(dissection: LayerScores, broden: Broden) -> None:
-    """That the rows of the dissection are those of the data set, as far as its metadata and the number of rows say."""
-    made = dissection.metadata.get("dataset", {})
-    for name, now in (("split", broden.split), ("categories", [*broden.categories])):
-        if name in made and made[name] != now:
-            raise ValueError(f"the dissection was made with {name} {made[name]!r}, the data set given has {now!r}: give the same data set")
-    if len(dissection.images) and (last := int(dissection.images.max())) >= len(broden):
-        raise ValueError(f"the dissection has row {last}, the data set given only {len(broden)} rows: give the same data set")

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from torchprobe.datasets.broden import ImageLabels
 from torchprobe.datasets.geometry import Box, Geometry
+from torchprobe.dissection.bases import same_basis
 from torchprobe.dissection.batches import Preprocess, same_preprocess, stack, to_tensor
 from torchprobe.dissection.evidence import attribute_dissected
+from torchprobe.dissection.facts import require_same_network
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.taps import Site, find_sites
@@ -77,7 +79,7 @@ def show_pictures(
         preprocess, geometry: those of the dissection, if they were given there.
 
     Raises:
-        ValueError: the encoder does not fit the dissection.
+        ValueError: the encoder, the basis or the preprocessing are not those of the dissection.
     """
     assert dissection.top is not None
     top_ids, top_scores = dissection.top
@@ -98,7 +100,11 @@ def show_pictures(
             reader = opened.enter_context(LayerReader(encoder, select_layers(encoder, [dissection.layer])))
             regions = _Regions(dissection, broden, reader, basis)
         needed = isinstance(regions, _Regions) or bool(kept)
-        preprocess = same_preprocess(dissection.metadata, broden, encoder, preprocess) if needed and encoder is not None else None
+        if needed and encoder is not None:
+            require_same_network(dissection.metadata, dissection.layer, encoder, needed=False)
+            preprocess = same_preprocess(dissection.metadata, broden, encoder, preprocess)
+        else:
+            preprocess = None
         looked = None if preprocess is None else Geometry(preprocess, geometry)
         for rows, images in _decoded(broden, sorted(units_of), dissection.metadata.get("batch_size", 32)):
             inputs = None if preprocess is None else stack([to_tensor(preprocess, image) for image in images], broden, rows)
@@ -197,7 +203,8 @@ class _Regions:
 
     def _find_site(self, image: Tensor) -> Site:
         d = self.dissection
-        site = find_sites(self.reader, image, d.metadata.get("positions", "patch"))[d.layer].in_basis(self.basis)
+        site = find_sites(self.reader, image, d.metadata.get("positions", "patch"))[d.layer]
+        site = site.in_basis(same_basis(d.metadata, d.layer, site.features, self.basis))
         if site.units != d.units:
             raise ValueError(f"layer {d.layer!r} has {site.units} units here and {d.units} in the dissection: this is another network")
         return site

@@ -115,6 +115,7 @@ class Run:
     again: list[int] = field(default_factory=list, init=False)  # the layers that pass the network a second time
 
     def __post_init__(self) -> None:
+        self.nan = set[str]()  # layers that gave nan
         self.broden, self.device = self.batches.broden, self.reader.device
         self.ap, self.iou = "ap" in self.settings.score, "iou" in self.settings.score
         self.sparse = any(isinstance(site.basis, SparseBasis) for site in self.sites.values())  # their density is counted
@@ -311,7 +312,16 @@ class Run:
         if layers:
             activations = self.reader.activations(batch.images)
             for i in layers:
-                see(i, self.sites[names[i]].read(activations.pop(names[i])[0], len(batch.rows)), batch)
+                maps = self.sites[names[i]].read(activations.pop(names[i])[0], len(batch.rows))
+                self._tell_nan(names[i], maps, batch)
+                see(i, maps, batch)
+
+    def _tell_nan(self, layer: str, maps: Tensor, batch: Batch) -> None:
+        """Without average precision, for which nan is an error, nan would be taken for positions where a unit is silent."""
+        if not self.ap and layer not in self.nan and bool((bad := maps.isnan().flatten(1).any(1)).any()):
+            self.nan.add(layer)
+            row = self.broden.rows[batch.rows[int(bad.int().argmax())]]
+            warnings.warn(f"layer {layer!r} gives nan, first for image {row.image}: such positions count as not active", stacklevel=5)
 
     def _boxes(self, batch: Batch) -> Tensor:
         if self.settings.mode == "netdissect" and not all(box.whole for box in batch.boxes):

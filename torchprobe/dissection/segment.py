@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from torchprobe.common.storage import digest
-from torchprobe.datasets.geometry import Box, Geometry
+from torchprobe.common.messages import reason
+from torchprobe.datasets.geometry import Box, Geometry, GeometryError
+from torchprobe.datasets.images import rgb
 from torchprobe.datasets.photos import read_photo
 from torchprobe.dissection.bases import Basis, same_basis
 from torchprobe.dissection.batches import Preprocess, same_preprocess, to_tensor
 from torchprobe.dissection.detectors import MOST, Detector, choose_detectors
-from torchprobe.dissection.facts import own_modules
+from torchprobe.dissection.facts import require_same_network
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.taps import Site, find_sites
 from torchprobe.ops.overlap import upsample
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 
 LONGEST = 1024
 """The longer side of the grid on which regions are found, in pixels; a smaller picture has a grid of its own size."""
+
+
+class PictureError(ValueError):
+    """Units cannot be drawn on a picture. The message names it, and says why."""
+
 
 UNSURE = "unsure"
 NOT_SHOWN = "not shown to the network"
@@ -123,7 +129,7 @@ class Segmenter:
         if longest < 1:
             raise ValueError(f"longest must be at least 1, got {longest}")
         self.detectors = choose_detectors(dissection, units, concepts, most)
-        _check_weights(dissection, model)
+        require_same_network(dissection.metadata, dissection.layer, model)
         self.preprocess = same_preprocess(dissection.metadata, None, model, preprocess)
         self.dissection, self.model, self.basis, self.longest = dissection, model, basis, longest
         self.geometry = Geometry(self.preprocess, geometry)
@@ -145,14 +151,22 @@ class Segmenter:
 
         Raises:
             RuntimeError: outside of the block.
+            PictureError: the preprocessing fails, or the layer gives nan.
             ValueError: the layer gives something else than in the dissection, or it cannot be told which part of the picture the network
                 was shown.
         """
         if self._reader is None:
             raise RuntimeError("use a Segmenter in a block: with Segmenter(…) as segmenter")
-        tensor = to_tensor(self.preprocess, picture)
-        box = self.geometry.box(*picture.size)
+        try:
+            tensor = to_tensor(self.preprocess, picture)
+            box = self.geometry.box(*picture.size)
+        except GeometryError:
+            raise
+        except Exception as error:  # a transform may raise anything
+            raise PictureError(f"{name}: the preprocessing fails ({reason(error)})") from error
         maps = self._maps(self._reader, tensor[None])
+        if bool(maps.isnan().any()):
+            raise PictureError(f"{name}: layer {self.dissection.layer!r} gives nan, so it is unknown where its units are active")
         columns, rows = (max(1, round(side * min(1.0, self.longest / max(picture.size)))) for side in picture.size)
         edges = box.on(rows, columns)
         shown = _between(edges[0], edges[2], rows)[:, None] & _between(edges[1], edges[3], columns)
@@ -161,7 +175,7 @@ class Segmenter:
             own = maps[detector.unit]
             mask = (upsample(own, rows, columns, box=edges) > detector.threshold).numpy() & shown
             regions.append(UnitRegion(detector, mask, float(mask.sum() / max(int(shown.sum()), 1)), float(own.amax())))
-        small = picture.convert("RGB").resize((columns, rows))
+        small = picture.resize((columns, rows))
         return SegmentedPicture(name, small, picture.size, box, shown, regions)
 
     def _maps(self, reader: LayerReader, image: Tensor) -> Tensor:
@@ -192,7 +206,7 @@ def segment_pictures(
     Args:
         dissection: with IoU, since only then units have thresholds.
         model: the network of the dissection.
-        pictures: files, or PIL images. Files are turned upright as their cameras noted; PIL images are taken as they are.
+        pictures: files, or PIL images. Files are turned upright as their cameras noted; PIL images are not. Gray of 16 bits is scaled to 8.
         options: ``units``: indices, drawn in this order for their best labels. ``concepts``: names; for each of them the units with the
             highest IoU. Default: the units with the highest IoU of all, if it is 0.04 or more. ``most``: how many units are drawn, for each
             of ``concepts``; 20. ``preprocess``: needed only if the dissection had a function of its own. ``geometry``, ``basis``,
@@ -202,6 +216,8 @@ def segment_pictures(
     Raises:
         ValueError: the dissection has no thresholds, no unit is a detector, a unit or a concept is unknown, or the network, the
             preprocessing or the basis are not those of the dissection.
+        PictureError: the preprocessing of a picture fails, the layer gives nan for it, or the range of its pixels is unknown.
+        TypeError: a picture is something else.
         DatasetError: a file cannot be read; the message names it.
 
     >>> import tempfile, numpy as np, torch
@@ -226,30 +242,24 @@ def segment_pictures(
     ('square (object)', 0.46, True, 0.140625)
     """
     found = []
+    if isinstance(pictures, (str, os.PathLike)):
+        pictures = [pictures]
     with Segmenter(dissection, model, **options) as segmenter:  # type: ignore[arg-type]
         for number, picture in enumerate(pictures):
             if isinstance(picture, (str, os.PathLike)):
                 found.append(segmenter.segment(read_photo(picture), os.fspath(picture)))
+            elif hasattr(picture, "mode") and hasattr(picture, "convert"):  # a PIL image
+                found.append(segmenter.segment(_rgb(picture, f"picture {number}"), f"picture {number}"))
             else:
-                found.append(segmenter.segment(picture.convert("RGB"), f"picture {number}"))
+                raise TypeError(f"picture {number} is {type(picture).__name__}; expected a file or a PIL image")
     return found
 
 
-def _check_weights(dissection: LayerScores, model: nn.Module) -> None:
-    expected = dissection.metadata.get("weights")
-    if expected is None:
-        raise ValueError(f"the dissection of {dissection.layer!r} does not say of which network it is: dissect again")
-    if digest([*model.parameters(), *model.buffers()]) != expected:
-        name = dissection.metadata.get("model", "a network")
-        raise ValueError(
-            f"this is another network than that of the dissection, which is {name}: the weights differ. Its units need not detect "
-            "the same concepts. Load the network with the weights and in the precision of the dissection, or dissect this one"
-        )
-    if dissection.metadata.get("modules", now := own_modules(model)) != now:  # earlier versions do not say it
-        raise ValueError(
-            "this is another network than that of the dissection: the weights are the same, and its modules or their settings differ, such "
-            "as an activation function or a stride. Make it as it was, or dissect this one"
-        )
+def _rgb(picture: Image, name: str) -> Image:
+    try:
+        return rgb(picture)
+    except ValueError as error:  # of the range of its values
+        raise PictureError(f"{name}: {error}") from None
 
 
 def _between(first: float, last: float, size: int) -> NDArray[np.bool_]:

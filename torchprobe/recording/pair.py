@@ -68,7 +68,8 @@ def record_pair(
 
     Raises:
         TypeError: an argument is no module.
-        ValueError: the models have no layer in common, none of them ran, or ``isolate`` cannot look into a compiled ``model_b``.
+        ValueError: the models have no layer in common, none of them ran or gave a value, or ``isolate`` cannot look into a compiled
+            ``model_b``.
 
     >>> import copy, torch, torchprobe
     >>> a = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -106,6 +107,8 @@ def record_pair(
         rows, swap = _passes(model_a, model_b, pairs, batch, call, memory, isolate)
     if not rows:
         raise ValueError(f"none of the layers ran in both models, such as {listing([*map(repr, selected)], 4)}")
+    if all(row.output.equal and not row.output.elements for row in rows):
+        raise ValueError("no output holds any value, so there is nothing to compare: give a batch that is not empty")
     ran = {row.layer for row in rows}
     if unread := {row.name: row.output.problem for row in rows if not row.output.compared}:
         remarks.append(f"{counted(len(unread), 'output')} could not be compared: {listing([*unread], 6)} ({next(iter(unread.values()))})")

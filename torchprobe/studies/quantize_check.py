@@ -167,7 +167,7 @@ def quantize_check(
         stop: called before every batch. If it returns True, the result is about the inputs seen so far, and marked as partial.
 
     Raises:
-        DatasetError: no file could be read.
+        DatasetError: no file could be read, or there is none.
         ValueError: no such format, or the encoder has no layer with weights.
 
     >>> import tempfile, pathlib, PIL.Image
@@ -182,6 +182,8 @@ def quantize_check(
     """
     if format not in FORMATS:
         raise ValueError(f"format is one of {', '.join(FORMATS)}; got {format!r}")
+    if not len(images):
+        raise DatasetError("the data set is empty")
     options = RunOptions(batch_size, device, workers, 0, progress=counting(progress), stop=stop)
     encoder = encoder.to(device).eval()
     dims = weighted_layers(encoder)

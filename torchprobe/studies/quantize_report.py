@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from pathlib import Path
@@ -59,6 +60,12 @@ def answer(check: QuantizeCheck) -> str:
         found = f"{counted(len(keep), 'layer')} of {layers} {falls} below {KEEP_BELOW_DB:g} dB: keep {them} in 16 bits"
     unsure = sum(bool(one.input.unsure) for one in check.layers[check.format])
     doubt = f" The forecast of {counted(unsure, 'layer')} is unsure." if unsure else ""
+    unknown = [one for one in check.ranked() if math.isnan(one.output_db)]
+    if len(unknown) == layers:
+        return f"In {check.format}, no layer has a forecast."
+    if unknown:
+        have = "has" if len(unknown) == 1 else "have"
+        doubt = f" {counted(len(unknown), 'layer')}, such as {unknown[0].layer}, {have} no forecast.{doubt}"
     return (
         f"In {check.format}, {found}. The weakest is {weakest.layer}, with a forecast SQNR of its output of "
         f"{number(weakest.output_db, 3)} dB.{doubt}"

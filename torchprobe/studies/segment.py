@@ -24,7 +24,7 @@ from torchprobe.datasets.geometry import GeometryError
 from torchprobe.datasets.photos import read_photo
 from torchprobe.dissection import Dissection
 from torchprobe.dissection.detectors import Detector, NoDetectorError, caution
-from torchprobe.dissection.segment import ConceptMap, SegmentedPicture, Segmenter
+from torchprobe.dissection.segment import ConceptMap, PictureError, SegmentedPicture, Segmenter
 from torchprobe.rendering.dissection_page import outline, reduced, thumbnail
 from torchprobe.rendering.overlays import color, overlay, palette
 from torchprobe.rendering.page import Fact, Section, Table
@@ -69,7 +69,7 @@ def find_pictures(given: Iterable[str | os.PathLike[str]]) -> list[tuple[str, Pa
         DatasetError: there is no such file, or a folder without pictures.
     """
     found: list[tuple[str, Path]] = []
-    for path in map(Path, given):
+    for path in map(Path, [given] if isinstance(given, (str, os.PathLike)) else given):
         if path.is_dir():
             folder = image_folder(path)
             found += [(folder.name(one), one) for one in folder.paths]
@@ -127,7 +127,7 @@ def segment_folder(
         Layer → :class:`Segments`. A layer without any detector is left out with a warning, if another layer has some.
 
     Raises:
-        DatasetError: no picture can be read. If some can, the others are named in the result and on the page.
+        DatasetError: no picture can be read and drawn. If some can, the others are named in the result and on the page.
         ValueError: see :func:`torchprobe.dissection.segment.segment_pictures`.
         OtherRunError: ``out`` holds another run.
     """
@@ -175,7 +175,7 @@ class Segments:
     Attributes:
         detectors: the units, most certain first.
         pictures: one dict for each picture: name, size, files, and the units that are active there with their shares.
-        unreadable: the name of each picture that could not be read, and why.
+        unreadable: the name of each picture that could not be read or drawn, and why.
         files: by kind: the page, the numbers and the folder of pictures.
     """
 
@@ -192,7 +192,7 @@ class Segments:
         """Adds one picture and writes its files."""
         try:
             picture = segmenter.segment(read_photo(path), name)
-        except (DatasetError, GeometryError) as error:
+        except (DatasetError, GeometryError, PictureError) as error:
             self.unreadable.append((name, str(error)))
             return
         concepts, stem = picture.concept_map(), self._free(name)
@@ -214,10 +214,10 @@ class Segments:
         """Writes the page and the numbers.
 
         Raises:
-            DatasetError: no picture could be read.
+            DatasetError: no picture could be drawn.
         """
         if not self.pictures:
-            raise DatasetError("no picture could be read: " + "; ".join(why for _, why in self.unreadable[:3]))
+            raise DatasetError("no picture could be drawn: " + "; ".join(why for _, why in self.unreadable[:3]))
         rows = [asdict(detector) for detector in self.detectors]
         value = {"layer": self.dissection.layer, "caution": caution(self.dissection), "units": rows, "pictures": self.pictures}
         with replacing(self.folder / f"{self.name}.json") as temporary:
@@ -236,7 +236,7 @@ class Segments:
         notices = [caution(d)]
         if self.unreadable:
             notices.append(
-                f"{counted(len(self.unreadable), 'picture')} could not be read: {listing([name for name, _ in self.unreadable])}."
+                f"{counted(len(self.unreadable), 'picture')} could not be drawn: {listing([name for name, _ in self.unreadable])}."
             )
         if count > ON_PAGE:
             notices.append(f"The page shows the first {ON_PAGE} of {count:,} pictures; all are in the folder {self.name}.")

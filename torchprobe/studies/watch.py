@@ -318,7 +318,8 @@ def _refresh(run: Run) -> bool:
         found = os.stat(run.path)
         stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
         if stamp == run.stamp:
-            return False
+            run.problem = ""  # it was away, and is the same as before
+            return run.problem != before
         run.recording = torchprobe.load(run.path)
         run.stamp, run.written, run.problem = stamp, found.st_mtime, ""
     except FileNotFoundError:

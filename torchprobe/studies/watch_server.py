@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,11 @@ class _Server(ThreadingHTTPServer):
         self.watch, self.page, self.lock = watch, watch_page(watch).encode(), threading.Lock()
         super().__init__((HOST, port), _Handler)
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A reader that goes before its answer has arrived, such as a closed tab, is no error."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
@@ -51,7 +57,10 @@ class _Handler(BaseHTTPRequestHandler):
         # A page elsewhere may let its own name point to this machine; the browser then tells that name.
         if self.headers.get("Host", "") not in (f"{HOST}:{port}", f"localhost:{port}"):
             return self._send(HTTPStatus.FORBIDDEN, b"this page is for this machine only\n", "text/plain", body)
-        address = urlsplit(self.path)
+        try:
+            address = urlsplit(self.path)
+        except ValueError:
+            return self._send(HTTPStatus.BAD_REQUEST, b"no address\n", "text/plain", body)
         if address.path == "/":
             return self._send(HTTPStatus.OK, self.server.page, "text/html", body)
         if address.path != "/data.json":

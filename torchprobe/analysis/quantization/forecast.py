@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from torchprobe.analysis.quantization.formats import ELEMENTS, FORMATS, Element, decibels, rounding_error
-from torchprobe.ops.exponents import BINS, EIGHTHS, LEVEL_HIGH, LEVEL_LOW, LOWEST, QUARTERS, SCALES
+from torchprobe.common.messages import counted
+from torchprobe.ops.exponents import BINS, EIGHTHS, LEVEL_HIGH, LEVEL_LOW, LOWEST, NONFINITE, QUARTERS, SCALES
 from torchprobe.statistics.exponents import Exponents
 
 ONE_BIN = 0.3
@@ -152,7 +153,7 @@ def forecast(exponents: Exponents, format: str) -> Forecast:
     kind, found = FORMATS[format], spread(exponents)
     signal = found.signal
     if not 0 < signal < math.inf or not float(exponents.sizes[2].sum()) < math.inf:
-        return Forecast(format, math.nan, math.nan, math.nan, math.nan, _no_signal(found))
+        return Forecast(format, math.nan, math.nan, math.nan, math.nan, _nonfinite(exponents) or _no_signal(found))
     if kind.granularity in ("tensor", "none"):
         largest = float(exponents.largest.max())
         scale = largest / kind.element.largest if kind.granularity == "tensor" else 1.0
@@ -184,6 +185,11 @@ def forecast(exponents: Exponents, format: str) -> Forecast:
         _doubt(exponents, of_bins, certain, real) or scales_doubt,
     )
     return _with_outliers(exponents, found, result) if kind.granularity == "tensor" else result
+
+
+def _nonfinite(exponents: Exponents) -> str:
+    bad = int(exponents.counts[NONFINITE])
+    return f"{counted(bad, 'value')} that {'is' if bad == 1 else 'are'} nan or inf {'was' if bad == 1 else 'were'} left out" if bad else ""
 
 
 def _no_signal(found: Spread) -> str:
@@ -226,6 +232,8 @@ def _doubt(exponents: Exponents, errors: Tensor, certain: Tensor, values: Tensor
         certain: whether the error hardly depends on where in the bin a value lies, because it becomes 0.
         values: how many values each bin has.
     """
+    if told := _nonfinite(exponents):
+        return told
     if float(exponents.sizes[0].sum()) < FEW_VALUES:
         return "few values were seen"
     parts = exponents.quarters.cpu().view(BINS, QUARTERS)

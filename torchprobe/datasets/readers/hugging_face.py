@@ -34,7 +34,7 @@ class HuggingFaceImages(ItemImages):
         """A digest of the images and labels."""
         found = hashlib.sha256()
         for path in self.paths:
-            found.update(self.reading.hashed_or_reason(self.dataset[path], path))
+            found.update(self.reading.hashed_or_reason(self.item(path), path))
         return found.hexdigest()
 
 

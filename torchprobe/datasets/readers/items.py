@@ -18,6 +18,7 @@ from torchprobe.common.messages import reason
 from torchprobe.common.storage import digest
 from torchprobe.datasets.images import Batch, DatasetError, rgb, stack
 from torchprobe.datasets.pictures import FileError, opened
+from torchprobe.datasets.readers.stores import is_address, whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,8 +36,8 @@ class Reading:
     """How an item of a data set becomes an image and a label.
 
     An item is an image, a pair or a longer sequence that begins with image and label, or a mapping. An image is a PIL image, its encoded
-    bytes, a mapping with ``bytes`` or ``path`` as the library ``datasets`` has, an array of bytes (H, W) or (H, W, 3), or a tensor, which
-    is used unchanged. A label is a whole number, a row of the head, or None.
+    bytes, a mapping with ``bytes`` or ``path`` (also an address) as the library ``datasets`` has, an array of bytes (H, W) or (H, W, 3),
+    or a tensor, which is used unchanged. None is an image that cannot be read. A label is a whole number, a row of the head, or None.
 
     Args:
         image, label: keys of a mapping; None: the usual ones, :data:`IMAGE_KEYS` and :data:`LABEL_KEYS`.
@@ -61,35 +62,35 @@ class Reading:
         """The tensor of an image.
 
         Raises:
+            FileError: there is none, or it cannot be read.
             DatasetError: it is something else, or there is no preprocessing for it.
         """
         if isinstance(image, Tensor):
             return image
+        picture = self.picture(image, index)
+        if preprocess is None:
+            raise DatasetError(
+                f"item {index} of the data set is a PIL image, and the encoder has no .preprocess: let the data set return tensors"
+            )
+        return preprocess(picture)
+
+    def picture(self, image: Any, index: int) -> Image:
+        """An image in RGB.
+
+        Raises:
+            FileError: there is none, or it cannot be read.
+            DatasetError: it is something else, such as a tensor.
+        """
+        if image is None or (isinstance(image, Mapping) and "bytes" in image and image["bytes"] is None and image.get("path") is None):
+            raise FileError("the item has no image (None)")
         if (source := encoded(image)) is not None:
-            with opened(source) as found:
-                return self._prepared(found, preprocess, index)
+            with opened(_bytes_of(source)) as found:
+                return rgb(found)
         image = _as_picture(image)
         if not (hasattr(image, "mode") and hasattr(image, "convert")):  # a PIL image; PIL may not be installed
             raise DatasetError(
                 f"item {index} of the data set is {type(image).__name__}; expected a PIL image or a tensor, alone or as (image, label)"
             )
-        return self._prepared(image, preprocess, index)
-
-    def _prepared(self, image: Image, preprocess: Callable[[Any], Tensor] | None, index: int) -> Tensor:
-        if preprocess is None:
-            raise DatasetError(
-                f"item {index} of the data set is a PIL image, and the encoder has no .preprocess: let the data set return tensors"
-            )
-        return preprocess(rgb(image))
-
-    def picture(self, image: Any) -> Image:
-        """An image in RGB; raises an error for a tensor."""
-        if (source := encoded(image)) is not None:
-            with opened(source) as found:
-                return rgb(found)
-        image = _as_picture(image)
-        if not hasattr(image, "convert"):
-            raise DatasetError(f"the data set gives {type(image).__name__}, which cannot be shown as a picture")
         return rgb(image)
 
     def hashed(self, item: Any, index: int) -> bytes:
@@ -102,13 +103,15 @@ class Reading:
         elif isinstance(source, bytes):
             found.update(source)
         else:
-            picture = self.picture(image)
+            picture = self.picture(image, index)
             found.update(f"{picture.size}:".encode() + picture.tobytes())
         return found.digest()
 
     def hashed_or_reason(self, item: Any, index: int) -> bytes:
-        """The same; of a picture that cannot be decoded, a digest of the reason, which is the same each time."""
+        """The same; of an item or a picture that cannot be read, a digest of the reason, which is the same each time."""
         try:
+            if isinstance(item, Exception):
+                raise item
             return self.hashed(item, index)
         except DatasetError:
             raise
@@ -148,6 +151,18 @@ def encoded(image: Any) -> bytes | str | None:
     if isinstance(image, Mapping) and "bytes" in image:
         return bytes(image["bytes"]) if image["bytes"] is not None else str(image.get("path"))
     return None
+
+
+def _bytes_of(source: bytes | str) -> bytes | str:
+    """What an address holds; bytes and paths as they are."""
+    if isinstance(source, bytes) or not is_address(source):
+        return source
+    try:
+        return whole(source)
+    except FileError:
+        raise
+    except Exception as error:  # each store has errors of its own
+        raise FileError(f"{source} cannot be read ({reason(error)})") from None
 
 
 def label_of(label: Any, index: int) -> int:
@@ -286,7 +301,7 @@ class ItemImages:
 
     def picture(self, path: int) -> Image:
         """One image in RGB."""
-        return self.reading.picture(self.reading.parts(self.dataset[path], path)[0])
+        return self.reading.picture(self.reading.parts(self.dataset[path], path)[0], path)
 
     def digest(self) -> str:
         """Unidentified: nothing tells what a data set of another library holds, unless it says so itself."""

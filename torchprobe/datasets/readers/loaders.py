@@ -105,9 +105,11 @@ def open_loader(loader: DataLoader[Any], reading: Reading) -> LoaderImages | Bat
         Of a loader over an ``IterableDataset``, something to iterate over, for :func:`~torchprobe.datasets.readers.streams.open_stream`.
 
     Raises:
-        DatasetError: it has a sampler of its own, such as that of ``shuffle=True``.
+        DatasetError: it has a sampler of its own, such as that of ``shuffle=True``; or over an ``IterableDataset`` it leaves items out.
     """
     if isinstance(loader.dataset, IterableDataset):
+        if loader.drop_last:
+            raise DatasetError("the loader leaves out the last items of the stream: give it without drop_last=True")
         return Batches(loader)
     plain = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
     if not plain or type(loader.sampler) is not SequentialSampler:
@@ -123,7 +125,7 @@ class Batches:
     """The items of a loader over an ``IterableDataset``, one by one."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
+        self.loader, self.workers = loader, loader.num_workers
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:

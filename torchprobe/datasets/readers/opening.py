@@ -79,6 +79,8 @@ def open_images(
     if isinstance(source, (str, os.PathLike)) and not is_elsewhere(source) and not (Path(source).is_dir() and shards_in(Path(source))):
         return image_folder(source, limit, seed)
     found = _opened(source, Reading(image, label), count, {"labels": labels, "identity": identity, "ranks": ranks})
+    if not len(found):
+        raise DatasetError("the data set is empty")
     if limit is None or limit >= len(found):
         return found
     return found.take(sorted(random.Random(seed).sample(range(len(found)), limit)))

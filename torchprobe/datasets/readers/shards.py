@@ -19,7 +19,7 @@ from torchprobe.common.reading import parse_json
 from torchprobe.datasets.images import SUFFIXES, DatasetError
 from torchprobe.datasets.labeled import MOST_NAMES
 from torchprobe.datasets.readers.stored import Member, StoredImages, short_names
-from torchprobe.datasets.readers.stores import is_address, opened_store
+from torchprobe.datasets.readers.stores import is_address, opened_store, read_start
 from torchprobe.datasets.readers.tar import Entry, Tape, entries
 
 LABEL_KEYS = ("label", "cls")
@@ -104,8 +104,7 @@ def class_names(shard: str) -> tuple[str, ...] | None:
     folder = shard.replace(os.sep, "/").rpartition("/")[0]
     for place in (folder, folder.rpartition("/")[0]):
         try:
-            with opened_store(f"{place or '.'}/{CLASS_NAMES}")[0] as opened:
-                data = opened.read(limits.value("text_bytes") + 1)
+            data = read_start(f"{place or '.'}/{CLASS_NAMES}", limits.value("text_bytes") + 1)
         except Exception:  # each store has errors of its own
             continue
         if why := limits.problem("text_bytes", len(data)):
@@ -240,8 +239,7 @@ def _row(label: int) -> int:
 
 def _hint(file: str) -> str:
     try:
-        with opened_store(file)[0] as opened:
-            start = opened.read(2)
+        start = read_start(file, 2)
     except Exception:  # each store has errors of its own
         return ""
     kind = _COMPRESSED.get(start)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from torchprobe.common import limits
-from torchprobe.common.facts import digest_of
+from torchprobe.common.facts import UNIDENTIFIED, digest_of
 from torchprobe.common.messages import reason
 from torchprobe.datasets.images import load
 from torchprobe.datasets.labeled import LabeledImages
 from torchprobe.datasets.pictures import FileError
-from torchprobe.datasets.readers.stores import digests, opened_store, read_range
+from torchprobe.datasets.readers.stores import digests, is_address, read_range, whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,13 +66,16 @@ class StoredImages(LabeledImages):
         return None if path.end is None else int(path.end - path.start)
 
     def digest(self) -> str:
-        """A digest of the names and places of the images, and of the bytes of their files. What is not known already is read once."""
+        """A digest of the names and places of the images, and of the bytes of their files. What is not known already is read once. If a
+        store does not give them, the set is unidentified."""
         places = [[one.name, one.file, one.start, one.end, one.problem] for one in self.paths]
         if self.identity_of is not None:
             return digest_of(["told", self.identity_of, places])
         files = [*dict.fromkeys(one.file for one in self.paths)]
         missing = [file for file in files if file not in self.known]
         found = {**self.known, **{file: one for file, one in zip(missing, digests(missing), strict=True) if one is not None}}
+        if any(is_address(file) and file not in found for file in files):
+            return UNIDENTIFIED  # what a store did not give now, it may give when the images are read
         numbers = {file: number for number, file in enumerate(files)}  # content counts, not where it is kept
         plain = [[name, numbers[file], *rest] for name, file, *rest in places]
         return digest_of([plain, [found.get(file) for file in files]])
@@ -85,7 +88,7 @@ class StoredImages(LabeledImages):
         """
         _check(path)
         try:
-            return _whole(path.file) if path.end is None else read_range(path.file, path.start, path.end)
+            return whole(path.file) if path.end is None else read_range(path.file, path.start, path.end)
         except FileError:
             raise
         except Exception as error:  # each store has errors of its own
@@ -116,16 +119,6 @@ def _problem(member: Member) -> str | None:
         return member.problem
     found = None if member.end is None else limits.problem("picture_bytes", member.end - member.start)
     return f"the file has {found}" if found else None
-
-
-def _whole(file: str) -> bytes:
-    """A file of unknown size."""
-    most = limits.value("picture_bytes")
-    with opened_store(file)[0] as opened:
-        data = opened.read(most + 1)
-    if problem := limits.problem("picture_bytes", len(data)):
-        raise FileError(f"the file has {problem}")
-    return data
 
 
 def _part(data: Future[bytes], start: int, end: int) -> Callable[[], bytes]:

@@ -17,6 +17,7 @@ from torchprobe.common.facts import file_digests
 from torchprobe.common.messages import counted, install_hint, reason
 from torchprobe.common.reading import open_regular
 from torchprobe.datasets.images import DatasetError
+from torchprobe.datasets.pictures import FileError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _PARTS = re.compile(r"\{([^{}]*)\}")
@@ -149,6 +150,33 @@ def opened_store(where: str) -> tuple[BinaryIO, int | None]:
     return cast(BinaryIO, system.open(path, "rb")), None
 
 
+def read_start(where: str, most: int) -> bytes:
+    """The first bytes of a file: all, or ``most``. Some stores give fewer at a time than are asked for.
+
+    Raises:
+        OSError: they cannot be read. Each store has further errors of its own.
+    """
+    parts, left = [], most
+    with opened_store(where)[0] as file:
+        while left > 0 and (part := file.read(min(left, _PIECE))):
+            parts.append(part)
+            left -= len(part)
+    return b"".join(parts)
+
+
+def whole(where: str) -> bytes:
+    """The bytes of a picture whose size is unknown.
+
+    Raises:
+        FileError: more than the limit ``picture_bytes``.
+        OSError: see :func:`read_start`.
+    """
+    data = read_start(where, limits.value("picture_bytes") + 1)
+    if problem := limits.problem("picture_bytes", len(data)):
+        raise FileError(f"the file has {problem}")
+    return data
+
+
 def read_range(where: str, start: int, end: int) -> bytes:
     """The bytes from ``start`` to ``end``.
 
@@ -203,6 +231,7 @@ def _of_scheme(scheme: str, place: str) -> Any:
 
 def _system(where: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it."""
-    scheme, _, rest = where.partition("://")
-    system = _of_scheme(scheme.lower(), rest.partition("/")[0])
-    return system, str(system._strip_protocol(where))
+    inside, chained, archive = where.partition("::")  # zip://a.png::s3://bucket/a.zip is a file in an archive
+    scheme, _, rest = inside.partition("://")
+    system = _of_scheme(scheme.lower(), f"::{archive}" if chained else rest.partition("/")[0])
+    return system, str(system._strip_protocol(inside))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchprobe.common.messages import counted, reason
 from torchprobe.datasets.images import Batch, DatasetError
 from torchprobe.datasets.readers.items import USUAL, Item, Reading, check_sizes, collected, read_ahead
+from torchprobe.datasets.readers.loaders import Batches
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,7 +115,12 @@ class StreamImages:
             return found
 
         with ThreadPoolExecutor(workers, thread_name_prefix="torchprobe-images") as threads:
-            yield from read_ahead(wanted, draw, lambda found: collected(found, self.reading, preprocess, threads))
+
+            def finish(found: list[Item]) -> Batch:
+                return collected(found, self.reading, preprocess, threads)
+
+            # A loader reads ahead itself. Processes that are forked in a thread of a pool wait for it at their end, and fail.
+            yield from map(finish, map(draw, wanted)) if _workers(self.stream) else read_ahead(wanted, draw, finish)
 
     def _items(self) -> Iterator[tuple[int, Any]]:
         try:
@@ -152,7 +159,7 @@ def open_stream(stream: Any, *, count: int | None = None, reading: Reading | Non
 
     Raises:
         TypeError: it is an iterator, which can be read only once.
-        DatasetError: it fails, or is empty.
+        DatasetError: it fails, or is empty, or every worker of a loader gives all of it.
 
     >>> import torch
     >>> images = open_stream([torch.zeros(3, 2, 2), torch.ones(3, 2, 2), torch.ones(3, 2, 2)])
@@ -164,9 +171,26 @@ def open_stream(stream: Any, *, count: int | None = None, reading: Reading | Non
     reading, known = reading or USUAL, _Known()
     if count is None:
         count = _survey(stream, reading, known)
+        workers = _workers(stream)
+        if workers > 1 and count and _repeats(known.hashes, workers):
+            raise DatasetError(
+                f"each of the {workers} workers of the loader gives the whole stream, so every image would count {workers} times: share "
+                "the items in the data set, as torch.utils.data.get_worker_info() says, or give the loader num_workers=0"
+            )
     if count < 1:
         raise DatasetError("the stream of images is empty")
     return StreamImages(stream, count, range(count), reading, known=known)
+
+
+def _workers(stream: Any) -> int:
+    """The processes that read a stream, if it is a loader."""
+    return stream.workers if isinstance(stream, Batches) else 0
+
+
+def _repeats(hashes: bytearray, times: int) -> bool:
+    """Whether every item occurs so many times, or a multiple of that."""
+    counts = Counter(bytes(hashes[start : start + _HASH]) for start in range(0, len(hashes), _HASH))
+    return all(count % times == 0 for count in counts.values())
 
 
 def _survey(stream: Any, reading: Reading, known: _Known) -> int:

@@ -32,7 +32,7 @@ from torchprobe.dissection.walk import Checkpoint
 from torchprobe.dissection.words.concepts import Concepts, find_concepts
 from torchprobe.dissection.words.matching import find_measure, match
 from torchprobe.dissection.words.measures import AnyMeasure, TopPrecision
-from torchprobe.dissection.words.passes import ImagePass, ImageScores, check_labeler, label_images, read_layers
+from torchprobe.dissection.words.passes import ImagePass, ImageScores, check_labeler, images_fact, label_images, read_layers
 from torchprobe.dissection.words.result import WordDissection
 from torchprobe.dissection.words.soft_labels import CAVEAT, SoftLabels, labeler_name, labeler_weights
 from torchprobe.recording.layers import Selection, select_layers
@@ -245,7 +245,6 @@ def _facts(
     sites: Mapping[str, Site],
 ) -> dict[str, Any]:
     """What the passes over the images depend on: metadata, which must be the same in a resumed run."""
-    described = [[files.name(path), files.size(path)] for path in files.paths]
     given = isinstance(labeler, SoftLabels)
     weights = digest([*model.parameters(), *model.buffers()])
     own = digest([labeler.values]) if given else labeler_weights(labeler)
@@ -255,7 +254,7 @@ def _facts(
         "dataset": {
             "name": files.root.name if files.root else "images",
             "images": len(files),
-            "digest": hashlib.sha256(json.dumps(described).encode()).hexdigest(),
+            "digest": images_fact(files),
         },
         "labeler": labeler.labeler if given else labeler_name(labeler),
         "labeler_weights": own,

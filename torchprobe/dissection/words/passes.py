@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +28,12 @@ from torchprobe.recording.reader import LayerReader, device_of, eval_mode
 
 _READ = "read"  # the vectors that say which images could be read
 _UNREADABLE = "unreadable"
+
+
+def images_fact(images: ImageSet) -> str:
+    """A digest of the names and sizes of images. The metadata of every result hold it."""
+    described = [[images.name(path), images.size(path)] for path in images.paths]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 class Unreadable:

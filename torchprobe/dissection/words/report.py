@@ -21,6 +21,7 @@ from torchprobe.datasets.images import DatasetError
 from torchprobe.datasets.protocol import ImageSet
 from torchprobe.dissection.report_sparse import ACTIVE, DENSITY_COLUMNS, UNITS_OF, density_facts, kind_of
 from torchprobe.dissection.words.measures import TopPrecision
+from torchprobe.dissection.words.passes import images_fact
 from torchprobe.dissection.words.soft_labels import CAVEAT
 from torchprobe.dissection.words.word_tables import UnitWord, WordTables
 from torchprobe.rendering.dissection_page import CategoryBar, DissectionPage, Shown, Thumbnail, UnitRow, thumbnail, write_dissection
@@ -281,7 +282,7 @@ def write_words_report(
 
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is missing; the message has the command.
-        DatasetError: an image is missing or cannot be read.
+        DatasetError: an image is missing or cannot be read, or these are not the images of the dissection, by their names and sizes.
         ValueError: a unit that the layer does not have.
     """
     require()
@@ -306,6 +307,7 @@ def _pictures(
     path = {images.name(file): file for file in images.paths}
     if missing := [dissection.images[i] for i in used if dissection.images[i] not in path]:
         raise DatasetError(f"{len(missing)} of the top images are not among the images given: {listing(missing, 3)}")
+    _check_images(dissection, images)
     thumbnails = []
     for done, found in enumerate(_thumbnails(images, [(dissection.images[i], path[dissection.images[i]]) for i in used]), 1):
         thumbnails.append(found)
@@ -316,6 +318,15 @@ def _pictures(
         unit: [Shown(at[i], score) for i, score in zip(ids[unit].tolist(), scores[unit].tolist(), strict=True) if i >= 0] for unit in units
     }
     return thumbnails, shown
+
+
+def _check_images(dissection: WordTables, images: ImageSet) -> None:
+    made = dissection.metadata.get("dataset", {})
+    if "digest" in made and made["digest"] != images_fact(images):
+        raise DatasetError(
+            f"these are not the images of the dissection, which are {counted(made['images'], 'image')} of {made['name']}: some have other "
+            "names or sizes, or there are more or fewer: give the same"
+        )
 
 
 def _thumbnails(images: ImageSet, files: Sequence[tuple[str, Any]]) -> Iterator[Thumbnail]:
