@@ -16,6 +16,7 @@ from torchvision.transforms.functional import to_tensor
 
 import torchprobe
 from torchprobe.analysis.quantization import FORMATS, measure
+from torchprobe.analysis.quantization.layers import simulated
 from torchprobe.datasets import DatasetError, Images, image_folder
 from torchprobe.encoders import Encoder
 from torchprobe.statistics import Exponents
@@ -129,8 +130,61 @@ def test_the_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_answer_counts_in_words_that_fit(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = quantize_check(Encoder(network(), features=16, preprocess=to_tensor), image_folder(photos), "int8_tensor")
     for keep, words in ((1, "1 layer of 4 falls below 20 dB: keep it"), (2, "2 layers of 4 fall below 20 dB: keep them")):
-        monkeypatch.setattr(type(found), "keep", lambda self, keep=keep: ["a"] * keep)
-        assert answer(found).startswith(f"In int8_tensor, {words} in 16 bits.")
+        monkeypatch.setattr(type(found), "keep", lambda self, keep=keep: ["a", "b"][:keep])
+        assert f"In int8_tensor, {words} in 16 bits (a" in answer(found)
+
+
+def test_the_network_is_measured_as_by_hand(photos: Path) -> None:
+    made = encoder()
+    check = quantize_check(made, image_folder(photos), "int8_tensor", batch_size=5)
+    pixels = torch.cat([batch.pixels for batch in image_folder(photos).batches(made.preprocess, 5, 1)])
+    layers, exponents = list(check.modules), {name: check.inputs[name] for name in check.modules}
+    with torch.no_grad():
+        plain = made(pixels).double()
+        for found, rounded in ((check.network.db, layers), (check.network.kept_db, [x for x in layers if x not in check.keep()])):
+            with simulated(made, rounded, "int8_tensor", exponents):
+                error = made(pixels).double() - plain
+            assert found == pytest.approx(10 * math.log10(plain.var(0, correction=0).sum() / (error**2).mean(0).sum()), abs=1e-3)
+    assert check.network.inputs == 12 and check.network.kept_db > check.network.db
+    text = answer(check)
+    assert text.startswith("In int8_tensor, all 4 layers together leave ") and "(measured, 12 inputs)" in text
+    assert f"With the {len(check.keep())} layer" in text
+
+
+def test_a_constant_outlier_feature_does_not_hide_what_it_costs(photos: Path) -> None:
+    """Its own part of the output is exact, and large; the other features are lost."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 256), nn.GELU(), nn.Linear(256, 16))
+    with torch.no_grad():
+        model[1].weight[7], model[1].bias[7] = 0, 2000
+    check = quantize_check(Encoder(model, features=16, preprocess=to_tensor), image_folder(photos), "int8_tensor")
+    row = next(row for row in check.rows() if row["layer"] == "visual.3")
+    assert row["output_db"] > 20 and row["others_db"] < 5 and row["outliers"] == "7"
+    assert row["keep"] == "yes" and check.keep() == ["visual.3"] and check.network.db < 10 < check.network.kept_db
+    assert "In visual.3 outlier features are most of the signal, and the other features keep only" in answer(check)
+
+
+def test_a_network_that_cannot_be_measured_says_why(photos: Path) -> None:
+    images = image_folder(photos)
+    one = quantize_check(encoder(), Images(images.paths[:1]))
+    assert math.isnan(one.network.db) and answer(one).startswith(
+        "In int8_token, the output of the network was not measured: it takes 2 inputs, and there was 1."
+    )
+    made = encoder()
+    nn.utils.parametrizations.weight_norm(made.visual[6])
+    assert "the weight of 'visual.6' is computed in every call" in quantize_check(made, images).network.why
+    steady = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(768, 4), nn.Threshold(1e6, 1.0)), features=4, preprocess=to_tensor)
+    assert quantize_check(steady, images).network.why == "its outputs are all the same, or not finite"
+
+
+def test_unsure_layers_are_named_and_convolutions_are_told_their_format(photos: Path) -> None:
+    check = quantize_check(encoder(), image_folder(photos))
+    unsure = [one.layer for one in check.layers["int8_token"] if one.input.unsure]
+    assert f"unsure: {unsure[0]}" in answer(check)
+    assert "see --format int8_tensor" not in answer(check)
+    convolutions = Encoder(network()[:6], features=32, preprocess=to_tensor)
+    assert "see --format int8_tensor" in answer(quantize_check(convolutions, image_folder(photos)))
+    assert "see --format int8_tensor" not in answer(quantize_check(convolutions, image_folder(photos), "int8_tensor"))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -11,6 +11,7 @@ import torch
 
 from torchprobe.analysis.quantization import FORMATS, clipping, smoothing_scales
 from torchprobe.analysis.quantization.layers import LayerForecast, column_largest, layer_forecast, weighted_layers
+from torchprobe.analysis.quantization.network import FEWEST, network_db
 from torchprobe.common.runs import Clock, CountCallback, RunOptions, counting
 from torchprobe.datasets import DatasetError, ImageSet
 from torchprobe.encoders import Encoder
@@ -18,8 +19,11 @@ from torchprobe.recording import Recording, record
 from torchprobe.statistics import Exponents, Moments
 
 KEEP_BELOW_DB = 20.0
-"""Layers whose output would have less than this are named as those to keep in 16 bits: an error of a tenth of the output. We chose the
-value; what a network bears is only known by trying."""
+"""Layers whose output would have less than this are named as those to keep in 16 bits: an error of a tenth of the output. So are layers
+whose input has outlier features, if the other features would have less. We chose the value; what a network bears, only trying can tell."""
+
+MEASURED_INPUTS = 32
+"""So many of the first inputs pass the network again, with its layers rounded. We chose the number."""
 
 DEFINITIONS = {
     "SQNR": "10 log10(Σ x² / Σ error²), in decibels. 20 dB is an error of 10 %, 40 dB of 1 %; one bit is worth 6 dB.",
@@ -30,10 +34,32 @@ DEFINITIONS = {
     "underflow": "share of the nonzero values that become 0.",
     "overflow": "share of the nonzero values beyond the largest number of the format.",
     "outliers": "the features that cause the error: the fewest (at most 1 %) without which the other features would gain 6 dB or more.",
+    "others": "SQNR of the other features as it is, while the scale reaches the outliers.",
+    "without": "SQNR of the other features if the scale did not reach the outliers.",
     "unsure": "the forecast may be off by more than 1 dB, and why. Measure such a layer.",
-    "keep": f"layers to keep in 16 bits: those whose output would have less than {KEEP_BELOW_DB:g} dB (we chose the value).",
+    "keep": "layers to keep in 16 bits: those whose output, or whose other features beside outliers, would have less than "
+    f"{KEEP_BELOW_DB:g} dB (we chose the value).",
+    "network": "SQNR of the output of the network with all layers rounded at once, measured. The signal is what differs between inputs: "
+    "10 log10(Σ (y − mean)² / Σ error²). The scales come from the same inputs.",
 }
 """The terms, for the terminal, the page and the JSON file."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What rounding does to the output of the network, measured.
+
+    Attributes:
+        inputs: that passed it again; 0: none.
+        db: the SQNR of the output with all layers rounded; nan if it is not known.
+        kept_db: the same with the layers to keep as they are; nan without such layers.
+        why: why there is no number; empty if there is one.
+    """
+
+    inputs: int = 0
+    db: float = math.nan
+    kept_db: float = math.nan
+    why: str = ""
 
 
 @dataclass
@@ -44,6 +70,7 @@ class QuantizeCheck:
         model: the name of the encoder.
         format: the format that ranks the layers.
         layers: format → one :class:`LayerForecast` for each layer, in the order of execution.
+        network: what rounding all layers does to the output of the network, in :attr:`format`.
         inputs: the exponents of the input of each layer.
         scales: the smoothing scales of each layer.
         modules: the class of each layer.
@@ -62,6 +89,7 @@ class QuantizeCheck:
     modules: dict[str, str]
     seen: int
     total: int
+    network: Network = field(default_factory=Network)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     partial: bool = False
@@ -73,17 +101,18 @@ class QuantizeCheck:
 
     def keep(self, format: str | None = None) -> list[str]:
         """The layers to keep in 16 bits; see :data:`KEEP_BELOW_DB`."""
-        return [one.layer for one in self.ranked(format) if one.output_db < KEEP_BELOW_DB]
+        return [one.layer for one in self.ranked(format) if one.output_db < KEEP_BELOW_DB or one.input.others_db < KEEP_BELOW_DB]
 
     def rows(self, format: str | None = None) -> list[dict[str, Any]]:
         """One row for each layer, ranked."""
-        rows = []
+        rows, keep = [], set(self.keep(format))
         for place, one in enumerate(self.ranked(format), 1):
             exponents, limit = self.inputs[one.layer], clipping(self.inputs[one.layer])
             rows.append(
                 {
                     "rank": place,
                     "layer": one.layer,
+                    "keep": "yes" if one.layer in keep else "",
                     "module": self.modules[one.layer],
                     "features": exponents.features,
                     "output_db": one.output_db,
@@ -131,6 +160,7 @@ class QuantizeCheck:
             "inputs": {"seen": self.seen, "found": self.total, "unreadable": [{"file": f, "reason": r} for f, r in self.unreadable]},
             "format": self.format,
             "keep_16_bit": self.keep(),
+            "network": asdict(self.network),
             "layers": self.rows(),
             "formats": self.by_format(),
             "forecasts": {name: [asdict(one) for one in found] for name, found in self.layers.items()},
@@ -152,7 +182,8 @@ def quantize_check(
     progress: CountCallback | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> QuantizeCheck:
-    """Runs ``images`` through ``encoder`` once, and forecasts what its linear layers and convolutions lose in every format.
+    """Runs ``images`` through ``encoder`` once, and forecasts what its linear layers and convolutions lose in every format. What they
+    do together to the output is measured in one format, with the first :data:`MEASURED_INPUTS` inputs.
 
     Args:
         encoder: from :func:`torchprobe.encoders.load_encoder`; moved to ``device`` and put in eval mode.
@@ -193,6 +224,7 @@ def quantize_check(
     before = record(encoder, names, of="input", statistic=Exponents, feature_dim=dims)
     after = record(encoder, names, of="output", statistic=Moments, feature_dim=dims)
     seen, unreadable, partial, done = 0, list[tuple[str, str]](), False, 0
+    again, plain = list[torch.Tensor](), list[torch.Tensor]()
     clock = Clock(options.progress, stages=1)
     clock.start("quantize-check", done, len(images), f"{encoder.inputs}s")
     with before, after, torch.inference_mode():
@@ -206,7 +238,10 @@ def quantize_check(
                     inputs = batch.pixels.to(options.device)
                     mask = encoder.mask(inputs)
                     with before.mask(mask), after.mask(mask):
-                        encoder(inputs)
+                        outputs = encoder(inputs)
+                    if seen < MEASURED_INPUTS:
+                        again.append(inputs[: MEASURED_INPUTS - seen])
+                        plain.append(outputs[: MEASURED_INPUTS - seen])
                     seen += len(batch.names)
                 done += batch.files
                 clock.tell(done)
@@ -217,10 +252,10 @@ def quantize_check(
             raise KeyboardInterrupt
         file, reason = unreadable[0]
         raise DatasetError(f"none of the {len(unreadable)} files could be read; the first, {file}: {reason}")
-    recording, outputs = before.total, after.total
-    used = [name for name in names if name in recording and name in outputs and float(recording[name].vectors) > 0]
-    found = {name: [layer_forecast(layer, modules[layer], recording[layer], outputs[layer], name) for layer in used] for name in FORMATS}
-    return QuantizeCheck(
+    recording, moments = before.total, after.total
+    used = [name for name in names if name in recording and name in moments and float(recording[name].vectors) > 0]
+    found = {name: [layer_forecast(layer, modules[layer], recording[layer], moments[layer], name) for layer in used] for name in FORMATS}
+    check = QuantizeCheck(
         model=encoder.name,
         format=format,
         layers=found,
@@ -234,3 +269,24 @@ def quantize_check(
         partial=partial,
         settings={"batch_size": batch_size, "device": str(device), "format": format, "alpha": alpha},
     )
+    check.network = _measure(check, encoder, again, plain)
+    return check
+
+
+def _measure(check: QuantizeCheck, encoder: Encoder, inputs: list[torch.Tensor], plain: list[torch.Tensor]) -> Network:
+    """What rounding does to the output of the network, for some inputs whose outputs are known."""
+    count, used, keep = sum(map(len, inputs)), list(check.modules), check.keep()
+    if check.partial or count < FEWEST:
+        return Network(why="the run was stopped" if check.partial else f"it takes {FEWEST} inputs, and there was {count}")
+    exponents = {layer: check.inputs[layer] for layer in used}
+
+    def db(layers: list[str]) -> float:
+        with torch.inference_mode():
+            return network_db(encoder, encoder, inputs, plain, layers, check.format, exponents)
+
+    try:
+        whole = db(used)
+        kept = db([layer for layer in used if layer not in keep]) if 0 < len(keep) < len(used) else math.nan
+    except (ValueError, RuntimeError) as error:  # such as weights that are computed in every call
+        return Network(why=str(error).partition("\n")[0])
+    return Network(count, whole, kept, "" if not math.isnan(whole) else "its outputs are all the same, or not finite")

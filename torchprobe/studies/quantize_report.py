@@ -13,21 +13,23 @@ from safetensors.torch import save_file
 
 import torchprobe
 from torchprobe.common.files import replacing, to_json
-from torchprobe.common.messages import counted
+from torchprobe.common.messages import counted, listing
 from torchprobe.rendering import page
 from torchprobe.rendering.page import Fact, Page, Section, Table
-from torchprobe.rendering.tables import Column, number, plain_table, shown, text, write_csv
+from torchprobe.rendering.tables import Column, number, percent, plain_table, shown, text, write_csv
 from torchprobe.studies.quantize_check import DEFINITIONS, KEEP_BELOW_DB, QuantizeCheck
 
 LAYER_COLUMNS = (
     Column("rank", "rank", "1: the largest relative error of the output", "count"),
     Column("layer", "layer", "name within the model", "text"),
+    Column("keep", "16 bits", "keep: its output, or its other features beside outliers, would be below the line", "text", optional=True),
     Column("output_db", "output dB", "forecast SQNR of the output"),
     Column("input_db", "input dB", "forecast SQNR of the input"),
     Column("weight_db", "weight dB", "measured SQNR of the weights"),
     Column("underflow", "to 0", "share of the nonzero values of the input that become 0", "share"),
     Column("overflow", "beyond", "share of the nonzero values of the input beyond the format", "share"),
     Column("outliers", "outlier features", "the features of the input that cause the error", "text", optional=True),
+    Column("others_db", "others", "SQNR of the other features as it is", optional=True),
     Column("without_db", "without", "SQNR of the other features if the scale did not reach the outliers", optional=True),
     Column("clip", "clip at", "limit with the smallest forecast error for INT8 with one scale", optional=True),
     Column("features", "d", "features of the input", "count"),
@@ -39,7 +41,7 @@ FORMAT_COLUMNS = (
     Column("format", "format", "name of the format", "text"),
     Column("weakest_db", "weakest dB", "forecast SQNR of the output of the weakest layer"),
     Column("median_db", "median dB", "median over layers"),
-    Column("keep", "keep", f"layers whose output would have less than {KEEP_BELOW_DB:g} dB", "count"),
+    Column("keep", "keep", f"layers whose output, or other features, would have less than {KEEP_BELOW_DB:g} dB", "count"),
     Column("unsure", "unsure", "layers with an unsure forecast", "count"),
     Column("weakest", "weakest layer", "its name", "text"),
     Column("meaning", "what it is", "", "text"),
@@ -48,28 +50,62 @@ SHOWN_IN_TERMINAL = 10
 
 
 def answer(check: QuantizeCheck) -> str:
-    """The result in a sentence."""
-    keep, layers = check.keep(), len(check.layers[check.format])
-    weakest = check.ranked()[0]
+    """The result in a few sentences: the network first, then its layers."""
+    keep, layers = check.keep(), check.layers[check.format]
+    unknown = [one for one in check.ranked() if math.isnan(one.output_db)]
+    if len(unknown) == len(layers):
+        return f"In {check.format}, no layer has a forecast."
+    parts = [_whole(check, len(layers), len(keep)), _by_layer(check, keep)]
+    if unknown:
+        have = "has" if len(unknown) == 1 else "have"
+        parts.append(f"{counted(len(unknown), 'layer')}, such as {unknown[0].layer}, {have} no forecast.")
+    if unsure := [one.layer for one in layers if one.input.unsure and not math.isnan(one.output_db)]:
+        parts.append(f"The forecast of {counted(len(unsure), 'layer')} is unsure: {listing(unsure, 3)}.")
+    positions = sum(kind.startswith("Conv") and kind != "Conv1D" for kind in check.modules.values())
+    if check.format == "int8_token" and 2 * positions > len(layers):
+        parts.append("Most layers are convolutions, and int8_token gives every position of a map its own scale: see --format int8_tensor.")
+    return " ".join(part for part in parts if part)
+
+
+def _whole(check: QuantizeCheck, layers: int, keep: int) -> str:
+    """What the network does with all layers rounded, in words."""
+    found = check.network
+    if math.isnan(found.db):
+        return f"In {check.format}, the output of the network was not measured: {found.why}." if found.why else ""
+    share = 10 ** (-found.db / 20)
+    told = (
+        f"In {check.format}, all {layers} layers together leave {_decibels(found.db)} at the output of the network, an error of "
+        f"{percent(share)} (measured, {counted(found.inputs, 'input')})."
+    )
+    if not math.isnan(found.kept_db):
+        told += f" With the {counted(keep, 'layer')} below in 16 bits: {_decibels(found.kept_db)}."
+    return told
+
+
+def _by_layer(check: QuantizeCheck, keep: list[str]) -> str:
+    """How the layers do, one at a time."""
+    layers, weakest = check.layers[check.format], check.ranked()[0]
     if not keep:
-        found = f"no layer falls below {KEEP_BELOW_DB:g} dB"
-    elif len(keep) == layers:
+        found = f"no layer alone falls below {KEEP_BELOW_DB:g} dB"
+    elif len(keep) == len(layers):
         found = f"every layer falls below {KEEP_BELOW_DB:g} dB: this format does not suit the network"
     else:
         falls, them = ("falls", "it") if len(keep) == 1 else ("fall", "them")
-        found = f"{counted(len(keep), 'layer')} of {layers} {falls} below {KEEP_BELOW_DB:g} dB: keep {them} in 16 bits"
-    unsure = sum(bool(one.input.unsure) for one in check.layers[check.format])
-    doubt = f" The forecast of {counted(unsure, 'layer')} is unsure." if unsure else ""
-    unknown = [one for one in check.ranked() if math.isnan(one.output_db)]
-    if len(unknown) == layers:
-        return f"In {check.format}, no layer has a forecast."
-    if unknown:
-        have = "has" if len(unknown) == 1 else "have"
-        doubt = f" {counted(len(unknown), 'layer')}, such as {unknown[0].layer}, {have} no forecast.{doubt}"
-    return (
-        f"In {check.format}, {found}. The weakest is {weakest.layer}, with a forecast SQNR of its output of "
-        f"{number(weakest.output_db, 3)} dB.{doubt}"
+        named = f"{counted(len(keep), 'layer')} of {len(layers)}"
+        found = f"{named} {falls} below {KEEP_BELOW_DB:g} dB: keep {them} in 16 bits ({listing(keep, 3)})"
+    told = (
+        f"In {check.format}, {found}. The weakest is {weakest.layer}, with a forecast SQNR of its output of {_decibels(weakest.output_db)}."
     )
+    others = [one for one in layers if one.layer in keep and one.output_db >= KEEP_BELOW_DB]
+    if others:
+        worst = min(others, key=lambda one: one.input.others_db)
+        left = _decibels(worst.input.others_db)
+        told += f" In {worst.layer} outlier features are most of the signal, and the other features keep only {left}."
+    return told
+
+
+def _decibels(value: float) -> str:
+    return f"{number(value, 3)} dB"
 
 
 def check_page(check: QuantizeCheck) -> Page:
@@ -78,7 +114,7 @@ def check_page(check: QuantizeCheck) -> Page:
     best = max(formats, key=lambda row: row["median_db"])
     sections = [
         Section(
-            "The answer", [answer(check), "A forecast is about layers, one at a time. How the network bears it is only known by trying."]
+            "The answer", [answer(check), "Forecasts are about layers, one at a time. What it does to accuracy is only known by trying."]
         ),
         Section("Formats", ["Every format, with the same layers."], tables=[Table(formats, FORMAT_COLUMNS)]),
         Section(
@@ -96,10 +132,12 @@ def check_page(check: QuantizeCheck) -> Page:
     return Page(
         kind="quantize-check",
         title=check.model,
-        summary=f"What would break in eight bits? One pass over {number(check.seen)} inputs; nothing was rounded but the weights.",
+        summary=f"What would break in eight bits? One pass over {number(check.seen)} inputs, and "
+        f"{number(check.network.inputs)} of them again with all layers rounded.",
         notice=f"Partial: stopped after {check.seen} of {check.total} inputs. All results are about these." if check.partial else "",
         facts=[
             Fact("Format", check.format, f"{len(rows)} layers"),
+            Fact("Whole network", _decibels(check.network.db), f"measured, {counted(check.network.inputs, 'input')}"),
             Fact("Weakest layer", f"{number(check.ranked()[0].output_db, 3)} dB", check.ranked()[0].layer),
             Fact("Keep in 16 bits", number(len(check.keep())), f"below {KEEP_BELOW_DB:g} dB"),
             Fact("Best format", best["format"], f"median {number(best['median_db'], 3)} dB"),
@@ -121,7 +159,7 @@ def print_check(check: QuantizeCheck, out: Console) -> None:
     _print(out, check.by_format(), FORMAT_COLUMNS)
     out.print()
     out.print(text(f"The weakest layers in {check.format}", "bold"))
-    shown_rows = rows[:SHOWN_IN_TERMINAL]
+    shown_rows = sorted(rows, key=lambda row: not row["keep"])[:SHOWN_IN_TERMINAL]
     columns = [
         c for c in LAYER_COLUMNS if not c.optional or any(row[c.key] not in ("", 0) and row[c.key] == row[c.key] for row in shown_rows)
     ]

@@ -1,10 +1,12 @@
 """What will break in eight bits: formats, forecasts from :class:`torchprobe.statistics.Exponents`, and remedies.
 
-============  ========================================================================
+============  =================================================================================
 ``formats``   the formats, reference quantizers in float64, and what they do, measured
 ``forecast``  the same from exponents alone
+``layers``    the layers of a network: their forecasts, and computing as if they were rounded
+``network``   what all layers together do to the output, measured
 ``remedies``  smoothing scales (SmoothQuant), and where to clip
-============  ========================================================================
+============  =================================================================================
 """
 
 from torchprobe.analysis.quantization.forecast import Forecast, forecast, forecasts
