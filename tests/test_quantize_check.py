@@ -161,7 +161,7 @@ def test_a_constant_outlier_feature_does_not_hide_what_it_costs(photos: Path) ->
     row = next(row for row in check.rows() if row["layer"] == "visual.3")
     assert row["output_db"] > 20 and row["others_db"] < 5 and row["outliers"] == "7"
     assert row["keep"] == "yes" and check.keep() == ["visual.3"] and check.network.db < 10 < check.network.kept_db
-    assert "In visual.3 outlier features are most of the signal, and the other features keep only" in answer(check)
+    assert "In visual.3, outlier features are a large part of the signal, and the other features keep only" in answer(check)
 
 
 def test_a_network_that_cannot_be_measured_says_why(photos: Path) -> None:

@@ -78,7 +78,7 @@ def _whole(check: QuantizeCheck, layers: int, keep: int) -> str:
         f"{percent(share)} (measured, {counted(found.inputs, 'input')})."
     )
     if not math.isnan(found.kept_db):
-        told += f" With the {counted(keep, 'layer')} below in 16 bits: {_decibels(found.kept_db)}."
+        told += f" With the {counted(keep, 'layer')} named below in 16 bits: {_decibels(found.kept_db)}."
     return told
 
 
@@ -100,7 +100,7 @@ def _by_layer(check: QuantizeCheck, keep: list[str]) -> str:
     if others:
         worst = min(others, key=lambda one: one.input.others_db)
         left = _decibels(worst.input.others_db)
-        told += f" In {worst.layer} outlier features are most of the signal, and the other features keep only {left}."
+        told += f" In {worst.layer}, outlier features are a large part of the signal, and the other features keep only {left}."
     return told
 
 
