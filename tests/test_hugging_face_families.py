@@ -6,6 +6,8 @@ import hugging_face_models as models
 import pytest
 import torch
 
+from torchprobe.analysis import provenance
+from torchprobe.datasets.texts import Texts
 from torchprobe.encoders import EncoderError, load_encoder
 
 TEXTS = ["a photo of a cat", "dogs", "the red car and the blue car"]
@@ -175,3 +177,27 @@ def test_a_text_alone_has_the_vector_that_it_has_among_longer_ones(tmp_path):
     encoder = load_encoder(f"hf:{tmp_path}")
     alone = torch.cat([encoder.encode_text([text]) for text in TEXTS])
     torch.testing.assert_close(encoder.encode_text(TEXTS), alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "EuroBert"])
+def test_provenance_follows_an_rms_norm_that_a_library_wrote_itself(tmp_path, name):
+    """It computes in float32, in a copy in float64 too. The part of the last MLP is that of the formula."""
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
+    model = save(tmp_path, f"{name}Model", f"{name}Config", None, **settings, vocab_size=40, pad_token_id=1)
+    encoder = load_encoder(f"hf:{tmp_path}").choose("last")
+    found = provenance(encoder, Texts.of(TEXTS), [3])
+    kept = {}
+    model.layers[1].mlp.register_forward_hook(lambda module, arguments, output: kept.update(mlp=output))
+    model.norm.register_forward_pre_hook(lambda module, arguments: kept.update(stream=arguments[0]))
+    tokenizer = models.transformers.AutoTokenizer.from_pretrained(tmp_path)
+    wants, sizes = [], []
+    for text in TEXTS:
+        with torch.no_grad():
+            h = model(tokenizer([text], return_tensors="pt")["input_ids"]).last_hidden_state[0, -1].double()
+        stream, mlp = (kept[key].detach()[0, -1].double() for key in ("stream", "mlp"))
+        scale = (stream.square().mean() + model.norm.variance_epsilon).sqrt()
+        wants.append(float(h[3].sign() * model.norm.weight.detach()[3] * mlp[3] / scale))
+        sizes.append(float(h[3].abs()))
+    one = next(row for row in found.parts if row["block"].endswith("layers.1") and row["part"] == "mlp")
+    assert one["contribution"] == pytest.approx(sum(wants) / 3, abs=1e-5)
+    assert sum(row["contribution"] for row in found.parts) == pytest.approx(sum(sizes) / 3, abs=1e-5)
