@@ -68,6 +68,8 @@ def processor(folder: Path, kind: str, size: int) -> Any:
         options = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     elif kind == "ConvNextImageProcessor":
         options = {"size": {"shortest_edge": size}, "crop_pct": 0.875}
+    elif kind == "VideoMAEImageProcessor":
+        options = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     elif kind == "BeitImageProcessor":
         options |= {"crop_size": {"height": size, "width": size}}
     elif kind == "Siglip2ImageProcessor":

@@ -117,3 +117,9 @@ def test_the_important_columns_come_first() -> None:
     ]
     empty = Column("alignment", "alignment", "", "share", optional=True)
     assert shown_columns([{"alignment": 0.0}], [empty]) == [] and shown_columns([{"alignment": 0.1}], [empty]) == [empty]
+
+
+def test_dollar_signs_in_a_name_are_no_mathematics() -> None:
+    figure, (axes,) = new_figure(6, 4)
+    place_names(axes, [Name("\\_$%^x$ and {b", 0.5, 0.5)], [], [])
+    assert len(boxes(figure)) == 1

@@ -143,5 +143,5 @@ def _extent(text: str) -> tuple[float, float]:
     from matplotlib.textpath import TextPath
 
     with styled():
-        size = TextPath((0, 0), text.replace(r"\$", "$") or " ", prop=FontProperties(size=SIZE), usetex=False).get_extents()
+        size = TextPath((0, 0), text or " ", prop=FontProperties(size=SIZE), usetex=False).get_extents()
     return max(1.0, float(size.width)) + 2, SIZE * 1.15

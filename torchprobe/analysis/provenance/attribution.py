@@ -22,6 +22,9 @@ from torchprobe.analysis.provenance.stream import Branch, Stream, UnknownStructu
 TOLERANCE = 1e-9
 """The largest error of the sum, as a share of the largest |h_f|. In float64, 1e-12 is usual."""
 
+_IN_FLOAT32 = 1e-5
+"""How far an RMSNorm of float64 may be off if its library computes it in float32."""
+
 NOT_FINITE = "the network has nan or inf for some images, so their features have no parts: leave these images out"
 
 
@@ -187,9 +190,27 @@ def _add(sums: dict[Any, Tensor], key: object, value: Tensor) -> None:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return len(module.normalized_shape) == 1
-    return isinstance(module, nn.RMSNorm) and len(module.normalized_shape) == 1
+    return _epsilon(module) is not None
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """The ε of an RMSNorm that a library wrote itself, as that of Llama; None if it is not x / rms · weight."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        found: float | None = module.eps
+        return found
+    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+    parameters = dict(module.named_parameters())
+    if not isinstance(eps, float) or parameters.keys() != {"weight"} or parameters["weight"].dim() != 1:
+        return None
+    weight = parameters["weight"]
+    x = torch.linspace(-1.0, 2.0, 2 * len(weight), dtype=weight.dtype, device=weight.device).reshape(2, -1)
+    with contextlib.suppress(Exception), torch.no_grad():  # a module of another kind may refuse the input
+        want = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+        if torch.allclose(module.forward(x), want, rtol=_IN_FLOAT32, atol=_IN_FLOAT32):  # without the hook that asks
+            return eps
+    return None
 
 
 @contextlib.contextmanager
@@ -201,10 +222,12 @@ def _scales_held(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         assert x is not None
         if not bool(output.isfinite().all()):
             raise UnknownStructure(NOT_FINITE)
+        own = not isinstance(module, (nn.LayerNorm, nn.RMSNorm))  # it may compute in float32, also of float64
         for dim in (-1, 1):
-            if x.shape[dim] == module.normalized_shape[0]:
+            if x.shape[dim] == (len(module.weight) if own else module.normalized_shape[0]):
                 held = _normalized(module, x, dim)
-                if same(held.detach(), output.detach()):
+                off = (held.detach() - output.detach()).abs().max()
+                if same(held.detach(), output.detach()) or (own and bool(off <= _IN_FLOAT32 * output.detach().abs().max())):
                     return held
         raise UnknownStructure(f"{type(module).__name__} is a LayerNorm by name, but its output is another one in float64")
 
@@ -215,7 +238,8 @@ def _scales_held(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 def _normalized(module: Any, x: Tensor, dim: int) -> Tensor:
-    eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+    eps = _epsilon(module)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
     centered = x - x.mean(dim, keepdim=True) if isinstance(module, nn.LayerNorm) else x
     scale = (centered.square().mean(dim, keepdim=True) + eps).sqrt().detach()
     out = centered / scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,15 @@ from torchprobe.encoders.encoder import Built, Encoder
 from torchprobe.encoders.errors import EncoderError, library_errors, package, without_bars
 from torchprobe.encoders.head import trained_head
 from torchprobe.encoders.outputs import available, represent
-from torchprobe.encoders.sources.hugging_face_modules import ImagePreprocess, ImageTower, LazyTokenizer, TwoTowers
+from torchprobe.encoders.sources.hugging_face_modules import ImagePreprocess, ImageTower, LazyTokenizer, TwoTowers, unpacked_patches
+from torchprobe.encoders.sources.hugging_face_probes import (
+    is_causal,
+    output_of,
+    probing,
+    require_masked_padding,
+    see_all_patches,
+    unpack_patches,
+)
 from torchprobe.encoders.text import TextEncoder
 
 _MOST_SPECIAL = 64
@@ -25,6 +34,9 @@ _MOST_SPECIAL = 64
 
 _UNUSED = ("position_ids", ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
 """Parts of keys of older files that networks compute themselves now."""
+
+_OWN_CLASSES = ("ModelWithProjection", "EncoderModel")
+"""Endings of the classes that hold another part of a model than ``AutoModel`` makes, such as the encoder of T5 alone."""
 
 _AFTER_PADDING = ("roberta", "altclip", "camembert", "mpnet", "longformer", "xmod")
 """Kinds of models that count positions from the one after that of the padding token, so that fewer fit."""
@@ -61,10 +73,11 @@ class _Source:
         classifier = None
         if self.architecture.endswith("ForImageClassification"):
             classifier = self._network(self.transformers.AutoModelForImageClassification)
-            network: nn.Module = classifier.base_model  # type: ignore[assignment]
-            if network is classifier:
+            base = _base(classifier)
+            if not base:
                 raise EncoderError(f"{self.name}: {self.architecture} has no part without its classification layer")
-        elif self.architecture.endswith("ModelWithProjection") and hasattr(self.transformers, self.architecture):
+            network: nn.Module = classifier.get_submodule(base)
+        elif self.architecture.endswith(_OWN_CLASSES) and hasattr(self.transformers, self.architecture):
             network = self._network(getattr(self.transformers, self.architecture))
         else:
             network = self._network(self.transformers.AutoModel)
@@ -95,11 +108,20 @@ class _Source:
 
     def _images(self, network: nn.Module, classifier: nn.Module | None) -> Built:
         self._complete(self.missing)
+        if getattr(self.config, "num_detection_tokens", 0):
+            raise EncoderError(
+                f"{self.name} is a detector: its tokens of objects follow its patches, and a mean would take them for patches"
+            )
+        if self.config.model_type == "vit_mae":
+            see_all_patches(network)
         preprocess = self._preprocess()
         pixels = _example(preprocess)
-        output, seen = _run(network, classifier, pixels)
-        special = _special_tokens(output, pixels, self.config)
-        choices = _choices(output, special)
+        if pixels.dim() == 3:
+            unpack_patches(network)
+        output = output_of(self.name, network, pixels)
+        seen = None if classifier is None else _seen(self.name, classifier, pixels)
+        special = _special_tokens(output, pixels, getattr(network, "config", self.config))
+        choices = _choices(output, special, pixels)
         layer = None if classifier is None else _last_linear(classifier)
         sees = None if seen is None else next((way for way in choices if torch.equal(represent(output, way, special=special), seen)), None)
         way = sees or self._default(choices)
@@ -116,7 +138,7 @@ class _Source:
             special_tokens=special,
         )
         whole = network if classifier is None else classifier
-        prefix = "" if classifier is None else f"{classifier.base_model_prefix}."
+        prefix = "" if classifier is None else f"{_base(classifier)}."
         outside = tuple(key for key in whole.state_dict() if not key.startswith(prefix)) if prefix else ()
         return Built(encoder, outside, names, _Names(whole, "visual", (prefix,), encoder=encoder), finds_heads=sees is not None)
 
@@ -126,24 +148,33 @@ class _Source:
         preprocess = self._preprocess()
         pixels = _example(preprocess)
         siglip = str(self.config.model_type).startswith("siglip")
-        if self.missing:  # a model for another task, such as the captions of BLIP: its image tower is whole, its other parts are not
-            tower: nn.Module = ImageTower(model, projects=False)
-        else:
-            clip = TwoTowers(model, takes_masks=not siglip)
-            tower = clip.visual
-        output, _ = _run(tower, None, pixels)
-        special = _special_tokens(output, pixels, getattr(self.config, "vision_config", self.config))
-        choices = _choices(output, special)
-        if pixels.dim() == 3:  # patches of a free aspect ratio: some of them are padding
-            choices = {way: width for way, width in choices.items() if way in ("projection", "pooler")}
+        clip = None if self.missing else self._joint(model, siglip)
+        # Without: a model for another task, such as the captions of BLIP. Its image tower is whole, its other parts are not.
+        tower: nn.Module = ImageTower(model, projects=False) if clip is None else clip.visual
+        output = output_of(self.name, tower, pixels)
+        parts = (getattr(self.config, part, None) for part in ("vision_config", "image_config"))
+        special = _special_tokens(output, pixels, next((part for part in parts if part is not None), self.config))
+        choices = _choices(output, special, pixels)
         way = self._default(choices)
         about: dict[str, Any] = {"features": choices[way], "preprocess": preprocess, "name": self.name, "representation": way}
         about |= {"choices": choices, "special_tokens": special}
         rename = _Names(model, "visual", tuple(f"{part}." for part, _ in tower.named_children()), strip=False)
-        if self.missing:
+        if clip is None:
             return Built(Encoder(tower, **about), tuple(key for key in model.state_dict()), None, rename, finds_heads=False)
         encoder = ClipEncoder(clip, self._tokenizer(self.config.get_text_config(), fixed=siglip), **about)
         return Built(encoder, (), None, rename)
+
+    def _joint(self, model: nn.Module, siglip: bool) -> TwoTowers | None:
+        """Both towers; None if texts have no vector in the space of images, as in BLIP-2, where they go on to a language model."""
+        clip, config = TwoTowers(model, takes_masks=not siglip), self.config.get_text_config()
+        ids = torch.tensor([[0, 1, 2]])
+        with probing(self.name), torch.no_grad():
+            h: Tensor | None = clip.encode_text({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        if h is None:
+            return None
+        if not siglip:
+            require_masked_padding(self.name, model, config, lambda tokens: clip.encode_text(tokens)[:, None])
+        return clip
 
     def _preprocess(self) -> ImagePreprocess:
         with library_errors(f"{self.name} (its image processor)", fetching=self.fetching):
@@ -155,13 +186,18 @@ class _Source:
         self._complete(self.missing)
         if getattr(self.config, "is_encoder_decoder", False):
             network = network.get_encoder()  # type: ignore[operator]
-        causal = _is_causal(network)
         tokenizer = self._tokenizer(self.config, fixed=False)
         ids = torch.tensor([[1, 1]])
-        with torch.no_grad():
+        with probing(self.name), torch.no_grad():
+            causal = is_causal(network)
             output = network(input_ids=ids, attention_mask=torch.ones_like(ids))
         choices = {way: int(represent(output, way).shape[-1]) for way in available(output)}
-        way = "projection" if "projection" in choices else "last" if causal else "mean"
+        ways = ("projection", "last" if causal else "mean", "pooler")
+        way = next((way for way in ways if way in choices), "")
+        if not way:
+            raise EncoderError(f"{self.name} ({type(network).__name__}) gives no vector of a text, but {', '.join(output)}")
+        if "mean" in choices:
+            require_masked_padding(self.name, network, self.config, lambda tokens: network(**tokens).last_hidden_state)
         encoder = TextEncoder(network, tokenizer, features=choices[way], name=self.name, representation=way, choices=choices)
         return Built(encoder, (), None, _Names(network, "text", encoder=encoder), finds_heads=False)
 
@@ -171,6 +207,8 @@ class _Source:
                 return self.transformers.AutoTokenizer.from_pretrained(self.place, **self.options)
 
         length = getattr(config, "max_position_embeddings", None)
+        if length is not None and length < 1:  # that of XLNet is -1: there is none
+            length = None
         if length is not None and any(kind in str(config.model_type) for kind in _AFTER_PADDING):
             length -= int(config.pad_token_id or 0) + 1
         return LazyTokenizer(load, fixed, length)
@@ -198,24 +236,28 @@ def _example(preprocess: ImagePreprocess) -> Tensor:
     return preprocess(Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180))))[None]
 
 
-def _run(network: nn.Module, classifier: nn.Module | None, pixels: Tensor) -> tuple[Any, Tensor | None]:
-    """The output of the network, and what the last linear layer of its classifier sees."""
+def _base(classifier: nn.Module) -> str:
+    """The name of the part of a classifier that is the network without its classification layer; empty if there is none."""
+    names = (str(classifier.base_model_prefix), "vision_model")  # CLIP's and SigLIP's classifiers have the tower of images alone
+    return next((name for name in names if isinstance(getattr(classifier, name, None), nn.Module)), "")
+
+
+def _seen(name: str, classifier: nn.Module, pixels: Tensor) -> Tensor | None:
+    """What the last linear layer of a classifier sees."""
     seen: list[Tensor] = []
-    with torch.no_grad():
-        output = network(pixels)
-        layer = None if classifier is None else _last_linear(classifier)
-        if classifier is not None and layer is not None:
-            handle = layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-            try:
-                classifier(pixels)
-            finally:
-                handle.remove()
-    return output, seen[0] if seen else None
+    if (layer := _last_linear(classifier)) is not None:
+        handle = layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+        try:
+            with probing(name), torch.no_grad():
+                classifier(**unpacked_patches(pixels)) if pixels.dim() == 3 else classifier(pixels)
+        finally:
+            handle.remove()
+    return seen[0] if seen else None
 
 
 def _last_linear(classifier: nn.Module) -> nn.Linear | None:
     """The classification layer: the only linear layer outside the base model."""
-    prefix = f"{classifier.base_model_prefix}."
+    prefix = f"{_base(classifier)}."
     outside = [part for path, part in classifier.named_modules() if isinstance(part, nn.Linear) and not path.startswith(prefix)]
     return outside[0] if len(outside) == 1 else None
 
@@ -223,7 +265,8 @@ def _last_linear(classifier: nn.Module) -> nn.Linear | None:
 def _special_tokens(output: Any, pixels: Tensor, config: Any) -> int:
     """How many positions at the start are not patches; 0 if their number does not fit, as in networks of several stages."""
     tokens = output.get("last_hidden_state")
-    patch = getattr(config, "patch_size", None)
+    stages = getattr(config, "strides", None)  # of the networks of several stages that have a class token at the last one
+    patch = getattr(config, "patch_size", math.prod(stages) if isinstance(stages, (list, tuple)) else None)
     if tokens is None or tokens.dim() != 3 or patch is None or pixels.dim() != 4:
         return 0
     height, width = (patch, patch) if isinstance(patch, int) else patch
@@ -231,10 +274,16 @@ def _special_tokens(output: Any, pixels: Tensor, config: Any) -> int:
     return extra if 0 <= extra <= _MOST_SPECIAL else 0
 
 
-def _choices(output: Any, special: int) -> dict[str, int]:
-    """The representations of images → their widths. Without special tokens there is no class token; the last patch is not one of them."""
+def _choices(output: Any, special: int, pixels: Tensor) -> dict[str, int]:
+    """The representations of images → their widths. Without special tokens there is no class token; the last patch is not one of them.
+
+    Patches of a free aspect ratio have no mean, since some of them are padding.
+    """
     ways = [way for way in available(output, class_token=special > 0) if way != "last"]
-    return {way: int(represent(output, way, special=special).shape[-1]) for way in ways}
+    if pixels.dim() == 3:
+        ways = [way for way in ways if way in ("projection", "pooler")]
+    found = {way: represent(output, way, special=special) for way in ways}
+    return {way: int(h.shape[-1]) for way, h in found.items() if h.dim() == 2}
 
 
 def _class_names(config: Any) -> list[str] | None:
@@ -242,16 +291,6 @@ def _class_names(config: Any) -> list[str] | None:
     labels = getattr(config, "id2label", None) or {}
     names = [str(labels[index]) for index in sorted(labels)]
     return None if not names or all(name.startswith("LABEL_") for name in names) else names
-
-
-def _is_causal(network: nn.Module) -> bool:
-    """Whether a language model's positions see only those before them: changing the last token leaves the first output as it is."""
-    first = []
-    with torch.no_grad():
-        for last in (2, 3):
-            ids = torch.tensor([[1, last]])
-            first.append(network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0])
-    return torch.equal(*first)
 
 
 def _without_pooler(encoder: Encoder) -> None:

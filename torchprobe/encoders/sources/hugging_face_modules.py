@@ -53,7 +53,7 @@ class ImageTower(nn.Module):
             found = self.__dict__["shell"].get_image_features(**inputs)
         finally:
             handle.remove()
-        return {"image_embeds": found if isinstance(found, Tensor) else found.pooler_output, **output}
+        return {"image_embeds": _one_vector(found), **output}
 
 
 class TwoTowers(nn.Module):
@@ -81,8 +81,14 @@ class TwoTowers(nn.Module):
         ids, mask = (tokens, None) if isinstance(tokens, Tensor) else (tokens["input_ids"], tokens.get("attention_mask"))
         options = {"attention_mask": mask} if self.takes_masks and mask is not None else {}
         found = self.__dict__["shell"].get_text_features(input_ids=ids, **options)
-        h: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+        h = _one_vector(found)
         return nn.functional.normalize(h, dim=-1) if normalize else h
+
+
+def _one_vector(found: Any) -> Tensor:
+    """The projection of each input. FLAVA projects every position, and its loss compares the first ones, the class tokens."""
+    h: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+    return h[:, 0] if isinstance(h, Tensor) and h.dim() == 3 else h
 
 
 def _shell(model: nn.Module, tower: nn.Module) -> nn.Module:
