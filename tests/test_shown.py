@@ -14,7 +14,7 @@ def areas_of(places, generator):
     """For each image some labels, ascending, and their areas; some images show none."""
     found = []
     for _ in places:
-        number = (torch.rand(50, generator=generator) < 0.1 * torch.rand(1, generator=generator)).nonzero().flatten().int()
+        number = (torch.rand(50, generator=generator) < 0.1 * torch.rand(1, generator=generator)).nonzero().flatten().int() + 1
         found.append((number, torch.rand(len(number), generator=generator)))
     return found
 
@@ -60,6 +60,9 @@ def test_an_empty_collection_and_bad_states():
         {"places": torch.tensor([0, 0]), "lengths": torch.tensor([0, 1])},
         {"places": torch.tensor([0, 1]), "lengths": torch.tensor([-1, 2])},
         {"outside": torch.zeros(5, dtype=torch.int64)}, {"areas": torch.zeros(2)},
+        *({"numbers": torch.tensor([number], dtype=torch.int32)} for number in (0, -1, 4, 2139095040)),
+        *({"areas": torch.tensor([area])} for area in (-0.5, 1.5, torch.nan)), {"outside": torch.tensor([0, -1, 0, 0])},
+        {"lengths": torch.tensor([2]), "numbers": torch.tensor([3, 3], dtype=torch.int32), "areas": torch.ones(2)},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="the saved labels"):
             again.load_state_dict({**state, **change})

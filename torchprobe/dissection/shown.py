@@ -96,6 +96,12 @@ class ShownLabels:
             raise ValueError("the saved labels of images do not fit together")
         if state["outside"].shape != self.outside.shape or len(state["areas"]) != total:
             raise ValueError(f"the saved labels are those of {len(state['outside']) - 1} labels, expected {len(self.outside) - 1}")
+        numbers, areas, image = state["numbers"], state["areas"], torch.arange(len(places)).repeat_interleave(state["lengths"])
+        known = (numbers > 0) & (numbers < len(self.outside))
+        ascending = (numbers.diff() > 0) | (image.diff() > 0)
+        shares = (areas >= 0) & (areas <= 1)  # False for nan
+        if not bool(known.all() & ascending.all() & shares.all() & (state["outside"] >= 0).all()):
+            raise ValueError("the saved labels of images are none: a number, a share or a count is impossible")
         self._clear()
         self._append(*(state[name] for name in ("places", "lengths", "numbers", "areas")))
         self.outside.copy_(state["outside"])
