@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import torchprobe
@@ -333,7 +334,10 @@ def test_the_layers_that_add_an_error_are_listed_before_those_that_pass_it_on():
     assert "3 adds the largest error by itself" in found.answer() and re.search(r"Then come 6 \(0.0\d+\), 1 \(0.0\d+\)\.", found.answer())
     table = found.table(most=3)
     assert [*table.columns[0].cells] and [str(cell) for cell in table.columns[0].cells] == ["1", "3", "6"]
-    assert "5 more rows that differ, by less" in str(table.caption)
+    for width in (60, 200):  # also where columns are left out
+        with (console := Console(width=width)).capture() as printed:
+            console.print(table)
+        assert "5 more rows differ less; rows has all." in printed.get()
     loud = torchprobe.record_pair(model, other, batch)
     kept = [str(cell) for cell in loud.table(most=2).columns[0].cells]
     sizes = sorted((row.output.relative for row in loud.rows), reverse=True)[:2]

@@ -60,7 +60,7 @@ class GuardOptions:
         if guard is False:
             return None
         if guard is True or guard == "raise" or guard == "warn" or callable(guard):
-            return cls() if guard is True else cls(on=guard)  # type: ignore[arg-type]
+            return cls() if guard is True else cls(on=guard)
         if not isinstance(guard, Mapping):
             near = did_you_mean(str(guard), ("raise", "warn"))
             raise ValueError(f'guard= is True, "raise", "warn", a function of the report or a dict of options; got {guard!r}{near}')

@@ -179,6 +179,7 @@ class PairComparison:
         columns = [Column(*column[:3], **column[3]) for column in _COLUMNS]
         largest = self.rows if most is None else self.largest(most)
         chosen = [row for row in self.rows if any(row is one for one in largest)]
+        more = 0 if most is None else len(self.largest()) - len(chosen)
         rows = [row.row() for row in chosen]
         columns = shown_columns(rows, columns)
         table = plain_table(
@@ -186,12 +187,11 @@ class PairComparison:
             right={column.title for column in columns if column.numeric},
             dispensable=_DISPENSABLE,
             more=f"{WIDER} rows has all.",
+            caption=f"{counted(more, 'more row')} {'differs' if more == 1 else 'differ'} less; rows has all." if more else "",
         )
         worst = self.culprit_row
         for pair, row in zip(chosen, rows, strict=True):
             table.add_row(*(text(shown(row, column), "bold" if pair is worst else "") for column in columns))
-        if most is not None and (more := len(self.largest()) - len(chosen)):
-            table.caption = f"{counted(more, 'more row')} that {'differs' if more == 1 else 'differ'}, by less; rows has all."
         return table
 
     def __repr__(self) -> str:
