@@ -140,8 +140,6 @@ class RecordingComparison:
     def answer(self) -> str:
         """The result in one or two sentences."""
         parts = []
-        if self.first_nonfinite is not None:
-            parts.append(f"The first layer with nan or inf in only one of the two is {self.first_nonfinite or '(output)'}.")
         total = len(self.layers) + len(self.only_before)
         other = sum(layer.verdict == "other width" for layer in self.layers)
         if 2 * other > total:
@@ -149,6 +147,8 @@ class RecordingComparison:
         elif 2 * len(self.only_before) > total:
             lone = len(self.only_before)
             parts.append(f"{lone} of {counted(total, 'layer')} {_have(lone)} no partner in the second, and {_were(lone)} not compared.")
+        if self.first_nonfinite is not None:
+            parts.append(f"The first layer with nan or inf in only one of the two is {self.first_nonfinite or '(output)'}.")
         if self.noise == "none":
             parts.append(f"No verdict: {self.why or 'the noise is not known'}.")
         elif self.first is None:
