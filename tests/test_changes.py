@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner
 from processes import group
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import nn
 
 import torchprobe
@@ -27,7 +28,7 @@ from torchprobe.analysis.window_noise import apart, attainable, drifts
 from torchprobe.cli import cli
 from torchprobe.recording.matching import match_layers
 from torchprobe.statistics import Norms, Sparsity
-from torchprobe.studies.diff_recordings import are_recordings, diff_recordings, print_recording_diff
+from torchprobe.studies.diff_recordings import are_recordings, changed_most, diff_recordings, print_recording_diff
 
 
 class Block(nn.Module):
@@ -193,7 +194,13 @@ def test_without_windows_there_is_no_verdict():
     assert found.noise == "none" and found.first is None and {layer.verdict for layer in found.layers} == {"no noise known"}
     assert "the first has no closed windows. Call rec.snapshot(step)" in found.remarks[0] and found.answer().startswith("No verdict")
     assert all(layer.distance.wasserstein > 0 for layer in found.layers)
+    assert found.answer() == "No verdict: the first has no closed windows."
     few = compare_recordings(recorded(model, 0, windows=3), recorded(model, 1, windows=3))
+    assert few.answer() == "No verdict: 3 and 3 windows cannot give a verdict at a false-alarm rate of 0.05."
+    assert "Record at least 4 windows of each" in few.remarks[0]
+    strict = compare_recordings(recorded(model, 0, windows=4), recorded(model, 1, windows=4), alpha=0.01)
+    assert "Record at least 5 windows of each" in strict.remarks[0]
+    assert compare_recordings(recorded(model, 0, windows=3), recorded(model, 1, windows=4)).noise == "windows"  # 35 divisions
     assert few.noise == "none" and "3 and 3 windows cannot give a verdict" in few.remarks[0] and attainable(3, 3) > 0.05
 
 
@@ -226,6 +233,7 @@ def test_windows_of_a_training_run_give_no_verdict():
     found = compare_recordings(recorded(network(), 0, windows=10, batch=32), rec)
     assert found.noise == "none" and found.first is None
     assert any("the windows of the second drift" in remark for remark in found.remarks)
+    assert found.answer().startswith("No verdict: the windows of the second drift, as while a model trains")
     assert found.layers[0].fields  # the numbers are there
 
 
@@ -248,6 +256,21 @@ def test_other_widths_names_layers_and_settings():
     sigma = compare_recordings(one, recorded(network(), 1, outlier_sigma=3.0))
     assert any("from 6 and from 3 standard deviations" in remark for remark in sigma.remarks)
     assert math.isnan(sigma.layers[0].distance.outlier_shift)
+
+
+def test_what_was_not_compared_leads():
+    narrow, wide = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))), nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 24))
+    wide.append(nn.Linear(24, 24)).append(nn.Linear(24, 16))
+    found = compare_recordings(recorded(narrow, 0), recorded(wide, 1))
+    assert found.answer().startswith("3 of 5 layers have other widths, and were not compared. ")
+    assert {row["layer"] for row in changed_most(found.rows(), 2)} == {"3", ""}  # those with a verdict
+    inner = compare_recordings(recorded(narrow, 0, layers=["0", "1"]), recorded(wide, 1, layers=["0", "1"]))
+    assert inner.answer() == "2 of 2 layers have other widths, and were not compared. No verdict: no layer has the same width in both."
+    other = nn.Sequential()
+    for name in "abcd":
+        other.add_module(name, nn.Linear(16, 16))
+    found = compare_recordings(recorded(narrow, 0), recorded(other, 1))
+    assert found.answer().startswith("4 of 5 layers have no partner in the second, and were not compared. ")
 
 
 def _named(rec, prefix):
@@ -340,6 +363,13 @@ def test_matching_of_names():
         match_layers(["c.x"], ["d.x"], {"c.*": "d.x"})
     with pytest.raises(ValueError, match="two layers of the first become 'd'"):
         match_layers(["a", "b"], ["d"], {"a": "d", "b": "d"})
+    names = [f"blocks.{i}" for i in range(3)]
+    with pytest.raises(ValueError, match=r"'blok.\*' matches no layer of the first; did you mean 'blocks.\*'\?"):
+        match_layers(names, names, {"blok.*": "blocks.*"})
+    with pytest.raises(ValueError, match=r"becomes 'blok.0', .*; did you mean 'blocks.\*'\?"):
+        match_layers(names, names, {"blocks.*": "blok.*"})
+    with pytest.raises(ValueError, match=r"did you mean 'blocks.\*\*'\?"):
+        match_layers([f"{name}.up" for name in names], names, {"blok.**": "x.**"})
     assert match_layers(["x.a"], ["a"]).pairs == []  # one name alone is no prefix
 
 
@@ -382,6 +412,17 @@ def test_the_command(tmp_path):
     mixed = CliRunner().invoke(cli, ["diff", str(base), str(other), "--out", str(tmp_path / "no")])
     assert mixed.exit_code == 1 and "is a recording, and" in str(mixed.exception)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_checkpoint_is_no_recording(tmp_path):
+    model, good = network(), tmp_path / "good.safetensors"
+    recorded(model, 0).save(good)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for name in ("model.pt", "model.safetensors"):
+        for pair in ((good, tmp_path / name), (tmp_path / name, tmp_path / name)):
+            with pytest.raises(ValueError, match=rf"{name} is a checkpoint of weights, and no recording.*rec.save.*docs/compare-runs.md"):
+                are_recordings(*pair)
 
 
 def test_at_most_twenty_layers_are_printed():

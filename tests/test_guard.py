@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torchprobe
-from torchprobe.recording import NonfiniteError, NonfiniteWarning
+from torchprobe.integrations import Monitor
+from torchprobe.recording import NonfiniteError, NonfiniteWarning, read_flight
 from torchprobe.recording.nonfinite import facts, suspicious
+from torchprobe.recording.verdicts import Report
 
 pytestmark = COMPILER_WARNINGS
 
@@ -251,8 +254,10 @@ def test_arguments() -> None:
         rec.guard(allow="big")
     with pytest.raises(ValueError, match="allow: 'tail' is none of the guarded layers"):
         rec.guard(allow={"tail": "-inf"})
-    with pytest.raises(ValueError, match='on= is "raise"'):
-        torchprobe.record(Net(), guard="always")
+    with pytest.raises(ValueError, match="guard= is True, .*; got 'rais'; did you mean raise"):
+        torchprobe.record(Net(), guard="rais")
+    with pytest.raises(ValueError, match=r"guard= has no option 'layer'; did you mean layers\? It takes layers, exclude, "):
+        torchprobe.record(Net(), guard={"layer": "head"})
 
 
 # -- what is no alarm --------------------------------------------------------------------------------------------------------
@@ -443,3 +448,90 @@ def test_what_cannot_be_guarded_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.warns(NonfiniteWarning, match=r"not every call of these layers was guarded: 'blocks.0' \(RuntimeError: no such operation"):
         _once(model, told)  # the run goes on
     assert not told.reports
+
+
+# -- what is said when there is little to say --------------------------------------------------------------------------------
+
+
+def test_without_steps_none_is_claimed(tmp_path: Path) -> None:
+    model, told = Net(), Told()
+    model.blocks[1].plant = nan_in_row(2)
+    with torchprobe.record(model, LAYERS) as rec:
+        rec.guard(on=told, dump=tmp_path)
+        model(batch(0))
+        model(batch(1))
+    report = told.reports[0]
+    assert report.first.step is None and report.to_dict()["events"][0]["step"] is None
+    assert "steps were not counted (call rec.step() once a step), call 0 of the layer" in str(report) and "step 0" not in str(report)
+    assert Report.of_ranks([report, report]).first == report.first
+    assert Report.from_dict(read_flight(tmp_path / "nonfinite-rank0.safetensors")[0]["report"]).first.step is None
+    assert "steps were not counted" in (tmp_path / "nonfinite-rank0.html").read_text(encoding="utf-8")
+
+
+def test_the_first_step_is_step_0_when_steps_are_counted() -> None:
+    model, told = Net(), Told()
+    model.blocks[1].plant = nan_in_row(2)
+    with torchprobe.record(model, LAYERS) as rec:
+        rec.guard(on=told)
+        model(batch(0))
+        rec.step()
+    assert told.reports[0].first.step == 0 and "  step 0, call 0" in str(told.reports[0])
+
+
+def test_silence_is_put_in_words() -> None:
+    model = Net()
+    with torchprobe.record(model, LAYERS, guard="raise") as rec:
+        (guard,) = rec.guards
+        assert str(guard) == "torchprobe guard: none of 5 guarded layers has run"
+        for step in range(3):
+            loss = model(batch(step)).sum()
+            loss.backward()
+            loss = loss * math.nan  # what nobody looks at
+            rec.step()
+    assert str(guard).startswith("torchprobe guard: 5 of 5 guarded layers ran in 3 steps. Their outputs and gradients were finite. ")
+    assert str(guard).endswith("look at the loss.") and rec.guard_report() is None
+    with torchprobe.record(model, LAYERS) as rec:
+        guard = rec.guard(on=Told())
+        model(batch(0))
+        assert "no gradient was looked at" in str(guard) and "steps were not counted" in str(guard)
+        model.blocks[1].plant = nan_in_row(2)
+        model(batch(0))
+        assert "running step" in str(guard)
+    assert "1 alarm, the newest:\ntorchprobe guard: first nonfinite activation" in str(guard)
+
+
+def test_what_follows_a_nan_of_the_backward() -> None:
+    """Each layer once, none after itself, and in words what the order is. The output of the model is the tensor of the last layer."""
+    model, told = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)), Told()
+    with torchprobe.record(model, "**") as rec:
+        rec.guard(on=told)
+        poison_gradient(model(batch(0))).sum().backward()
+        rec.step()
+    assert told.reports[0].first.layer == "2"
+    assert "  after it, in the order of the backward, the last layer first: '1', '0'\n" in f"{told.reports[0]}\n"
+
+
+def test_the_warning_of_dropped_graphs_points_at_the_line_of_the_user() -> None:
+    def compiled() -> Any:
+        torch.compiler.reset()
+        model = torch.compile(nn.Linear(4, 4), backend="eager")
+        model(torch.ones(2, 4))
+        return model
+
+    def start(model: Any) -> None:
+        torchprobe.record(model, guard=True).start().leave()
+
+    def enter(model: Any) -> None:
+        with torchprobe.record(model) as rec:
+            rec.leave()
+
+    def monitor(model: Any) -> None:
+        with Monitor(model, guard=True):
+            pass
+
+    for begin in (start, enter, monitor):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            begin(compiled())
+        assert "had run before" in str(told[0].message)
+        assert {warning.filename for warning in told if "had run before" in str(warning.message)} == {__file__}

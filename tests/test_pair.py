@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import torchprobe
@@ -318,6 +320,43 @@ def test_dropout_left_on_in_one_place_of_a_training_run():
     other[3].p = 0.2
     found = torchprobe.record_pair(model, other, torch.randn(5, 8), isolate=True)
     assert found.first == found.culprit == "3"
+
+
+def test_the_layers_that_add_an_error_are_listed_before_those_that_pass_it_on():
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(*(nn.Linear(8, 8) for _ in range(8))), torch.randn(5, 8)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, factor in ((1, 1.01), (3, 1.5), (6, 1.1)):
+            other[layer].weight.mul_(factor)
+    found = torchprobe.record_pair(model, other, batch, isolate=True)
+    assert [row.layer for row in found.largest(3)] == ["3", "6", "1"] and len(found.largest()) == 8
+    assert "3 adds the largest error by itself" in found.answer() and re.search(r"Then come 6 \(0.0\d+\), 1 \(0.0\d+\)\.", found.answer())
+    table = found.table(most=3)
+    assert [*table.columns[0].cells] and [str(cell) for cell in table.columns[0].cells] == ["1", "3", "6"]
+    for width in (60, 200):  # also where columns are left out
+        with (console := Console(width=width)).capture() as printed:
+            console.print(table)
+        assert "5 more rows differ less; rows has all." in printed.get()
+    loud = torchprobe.record_pair(model, other, batch)
+    kept = [str(cell) for cell in loud.table(most=2).columns[0].cells]
+    sizes = sorted((row.output.relative for row in loud.rows), reverse=True)[:2]
+    assert kept == [row.name for row in loud.rows if row.output.relative in sizes]
+
+
+def test_another_mode_and_missing_layers_are_in_the_answer():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)).train()
+    other = copy.deepcopy(model).eval()
+    found = torchprobe.record_pair(model, other, torch.randn(5, 8))
+    assert "But all layers are in train mode in a and in eval mode in b" in found.answer() and found.remarks == found.caveats
+    other.train()[1].eval()
+    assert (
+        "But 1 layer is in train mode in a and in eval mode in b, which is a difference by itself: 1."
+        in torchprobe.record_pair(model, other, torch.randn(5, 8), isolate=True).answer()
+    )
+    lone = nn.Sequential(nn.Linear(8, 8)).train()
+    assert "But 2 layers of a without a partner in b: 1, 2." in torchprobe.record_pair(model, lone, torch.randn(5, 8)).answer()
+    assert not torchprobe.record_pair(model, copy.deepcopy(model), torch.randn(5, 8)).caveats
 
 
 def test_names_wrappers_and_refusals():

@@ -114,6 +114,7 @@ class RecordingComparison:
         alpha: the false-alarm rate of all verdicts together.
         windows: closed windows of each.
         remarks: what a reader must know, in words.
+        why: the reason why there is no noise, in words; "" if there is.
     """
 
     layers: list[LayerChange]
@@ -125,6 +126,7 @@ class RecordingComparison:
     alpha: float
     windows: tuple[int, int]
     remarks: list[str] = field(default_factory=list)
+    why: str = ""
 
     @property
     def changed(self) -> list[str]:
@@ -138,10 +140,17 @@ class RecordingComparison:
     def answer(self) -> str:
         """The result in one or two sentences."""
         parts = []
+        total = len(self.layers) + len(self.only_before)
+        other = sum(layer.verdict == "other width" for layer in self.layers)
+        if 2 * other > total:
+            parts.append(f"{other} of {counted(total, 'layer')} {_have(other)} other widths, and {_were(other)} not compared.")
+        elif 2 * len(self.only_before) > total:
+            lone = len(self.only_before)
+            parts.append(f"{lone} of {counted(total, 'layer')} {_have(lone)} no partner in the second, and {_were(lone)} not compared.")
         if self.first_nonfinite is not None:
             parts.append(f"The first layer with nan or inf in only one of the two is {self.first_nonfinite or '(output)'}.")
         if self.noise == "none":
-            parts.append("No verdict: the noise is not known.")
+            parts.append(f"No verdict: {self.why or 'the noise is not known'}.")
         elif self.first is None:
             parts.append("No layer changed beyond the noise of the windows.")
         else:
@@ -150,7 +159,7 @@ class RecordingComparison:
         unknown = [layer for layer in self.layers if layer.verdict not in ("changed", "within noise")]
         if unknown and self.noise != "none":
             why = listing([*dict.fromkeys(layer.verdict for layer in unknown)])
-            parts.append(f"{counted(len(unknown), 'layer')} {'has' if len(unknown) == 1 else 'have'} no verdict ({why}).")
+            parts.append(f"{counted(len(unknown), 'layer')} {_have(len(unknown))} no verdict ({why}).")
         return " ".join(parts)
 
     def summary(self) -> dict[str, Any]:
@@ -167,6 +176,14 @@ class RecordingComparison:
         return {"answer": self.answer(), **{name: getattr(self, name) for name in own}, "layers": layers}
 
 
+def _have(n: int) -> str:
+    return "has" if n == 1 else "have"
+
+
+def _were(n: int) -> str:
+    return "was" if n == 1 else "were"
+
+
 def compare_recordings(
     before: Recording | Sequence[Recording],
     after: Recording | Sequence[Recording],
@@ -181,8 +198,8 @@ def compare_recordings(
     Two recordings of one model on other batches differ, too. How much, the windows tell: :func:`torchprobe.analysis.window_noise.apart`
     compares the windows of both by a permutation test, for all numbers of all layers at once. If the windows could be exchanged, the
     probability of any false verdict is at most ``alpha``. So windows must hold different batches in the same way: call ``rec.snapshot``
-    every few batches, at least 4 times, while the model does not change. If windows depend on those before them, as during training, there
-    is no verdict. ``distance`` compares every feature, over everything that was recorded, but its noise is not known:
+    every few batches, at least 4 times for ``alpha`` = 0.05, while the model does not change. If windows depend on those before them, as
+    during training, there is no verdict. ``distance`` compares every feature, over everything that was recorded, but its noise is unknown:
     two layers can be far apart and yet keep all numbers that the verdict is about, such as after a permutation of features.
 
     Args:
@@ -232,7 +249,7 @@ def compare_recordings(
         remarks.append("the layers did not run in the same order in both; the order is that of the first")
     totals = one.total, other.total
     alike = [(a, b) for a, b in matched.pairs if totals[0][a].features == totals[1][b].features]
-    changes, noise = _windows(one, other, alike, alpha, seed, remarks)
+    changes, noise, why = _windows(one, other, alike, alpha, seed, remarks)
     layers = [_layer(totals[0][a], totals[1][b], (a, b), changes.get(a, ()), noise, alpha) for a, b in matched.pairs]
     sigmas = one.settings.outlier_sigma, other.settings.outlier_sigma
     if sigmas[0] != sigmas[1]:
@@ -247,6 +264,7 @@ def compare_recordings(
         alpha,
         (one.windows, other.windows),
         remarks,
+        why,
     )
 
 
@@ -278,19 +296,18 @@ def _layer(one: Statistic, other: Statistic, pair: tuple[str, str], fields: Sequ
 
 def _windows(
     before: Side, after: Side, pairs: Sequence[tuple[str, str]], alpha: float, seed: int, remarks: list[str]
-) -> tuple[dict[str, list[FieldChange]], str]:
-    """The numbers of each layer, the surest change first; and where the noise comes from. What stands against it becomes a remark."""
+) -> tuple[dict[str, list[FieldChange]], str, str]:
+    """The numbers of each layer, the surest change first; where the noise comes from; and why it is not known, which is a remark, too."""
     counts = before.windows, after.windows
     if min(counts) == 0:
         without = " and ".join(name for name, count in zip(("the first", "the second"), counts, strict=True) if not count)
-        remarks.append(f"no noise known: {without} has no closed windows. Call rec.snapshot(step) every few batches while you record")
-        return {}, "none"
+        why = f"{without} {_have(counts.count(0))} no closed windows"
+        remarks.append(f"no noise known: {why}. Call rec.snapshot(step) every few batches while you record")
+        return {}, "none", why
     if min(counts) < FEWEST or attainable(*counts) > alpha:
-        remarks.append(
-            f"no noise known: {counts[0]} and {counts[1]} windows cannot give a verdict at a false-alarm rate of {alpha:g}. "
-            f"Record at least 4 windows of each (more are better)"
-        )
-        return {}, "none"
+        why = f"{counts[0]} and {counts[1]} windows cannot give a verdict at a false-alarm rate of {alpha:g}"
+        remarks.append(f"no noise known: {why}. {_needed(alpha)}")
+        return {}, "none", why
     names = _fields(before, after, remarks)
     keys, columns = list[tuple[str, str, str]](), list[tuple[Array, Array]]()
     for a, b in pairs:
@@ -301,8 +318,9 @@ def _windows(
                 keys.append((a, name, "log" if log else "linear"))
                 columns.append((np.log(one), np.log(other)) if log else (one, other))
     if not columns:
-        remarks.append("no noise known: no layer of both has a finite number in its windows")
-        return {}, "none"
+        why = "no layer of both has a finite number in its windows" if pairs else "no layer has the same width in both"
+        remarks.append(f"no noise known: {why}")
+        return {}, "none", why
     values = [np.stack([column[i] for column in columns], 1) for i in (0, 1)]
     found = apart(values[0], values[1], seed=seed)
     changes: dict[str, list[FieldChange]] = {}
@@ -315,12 +333,19 @@ def _windows(
         fields.sort(key=lambda one: (one.p, -one.times_noise))
     for which, side, part in zip(("first", "second"), (before, after), values, strict=True):
         if any(drifts(one, seed) for one in side.apart(part)):
-            remarks.append(
-                f"no verdict: the windows of the {which} drift, as while a model trains, so their spread is no measure of noise. "
-                f"Record each checkpoint on the same data while it does not change"
-            )
-            return changes, "none"
-    return changes, "windows"
+            why = f"the windows of the {which} drift, as while a model trains, so their spread is no measure of noise"
+            remarks.append(f"no verdict: {why}. Record each checkpoint on the same data while it does not change")
+            return changes, "none", why
+    return changes, "windows", ""
+
+
+def _needed(alpha: float) -> str:
+    windows = next((n for n in range(FEWEST, 20) if attainable(n, n) <= alpha), None)
+    return (
+        "No number of windows can: take a larger rate"
+        if windows is None
+        else f"Record at least {windows} windows of each (more are better)"
+    )
 
 
 def _fields(before: Side, after: Side, remarks: list[str]) -> list[str]:

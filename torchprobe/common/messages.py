@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 DISTRIBUTION = "torchprobe-interp"
 """The name of the distribution, which every hint to install something uses. On the public index, ``torchprobe`` is another project.
@@ -58,6 +60,21 @@ def install_hint(extra: str) -> str:
     "pip install 'torchprobe-interp[report]'"
     """
     return f"pip install '{DISTRIBUTION}[{extra}]'"
+
+
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+def users_level() -> int:
+    """The ``stacklevel`` at which a warning points at the line of the user, however many calls of this package are in between.
+
+    >>> users_level()
+    1
+    """
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return max(level, 1)
 
 
 def stable_repr(thing: object) -> str:

@@ -233,6 +233,23 @@ class File:
         return self._sums.check(key, tensor)
 
 
+def holds_only_tensors(path: str | os.PathLike[str]) -> bool:
+    """Whether a safetensors file holds tensors, and nothing that this package writes beside them: a checkpoint of weights does.
+
+    >>> import tempfile
+    >>> from safetensors.torch import save_file
+    >>> path = Path(tempfile.mkdtemp(), "weights.safetensors")
+    >>> save_file({"weight": torch.ones(2)}, path, {"format": "pt"})
+    >>> holds_only_tensors(path)
+    True
+    """
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return not {"kind", "settings"} & {*(file.metadata() or {})}
+    except (SafetensorError, OSError):
+        return False
+
+
 def _fits(found: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     return len(found) == len(wanted) and all(want in (None, have) for have, want in zip(found, wanted, strict=True))
 

@@ -23,6 +23,8 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import nn
 
+from torchprobe.common.messages import users_level
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -163,7 +165,7 @@ def warn_if_compiled(model: nn.Module, category: type[Warning]) -> None:
             "torchprobe: this version of PyTorch has changed inside, so layers in compiled graphs may not be recorded. Run the model "
             "without torch.compile, with torch.compiler.set_stance('force_eager'), or use another version",
             category,
-            stacklevel=3,
+            stacklevel=users_level(),
         )
 
 

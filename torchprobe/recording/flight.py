@@ -143,7 +143,7 @@ class Flight:
 
     def _stem(self, event: Event) -> str:
         """The name of the files, which replace no others: those of another guard, of an earlier run, or of a loop without ``step()``."""
-        stem = f"nonfinite-step{event.step}-rank{event.rank}"
+        stem = f"nonfinite-{'' if event.step is None else f'step{event.step}-'}rank{event.rank}"
         names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
         return next(name for name in names if not any((self.folder / f"{name}.{kind}").exists() for kind in ("safetensors", "html")))
 

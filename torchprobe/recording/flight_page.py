@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from torchprobe.common.version import VERSION
 from torchprobe.recording.nonfinite import TensorFacts
-from torchprobe.recording.verdicts import Event, Report
+from torchprobe.recording.verdicts import UNCOUNTED, Event, Report
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table, write
 from torchprobe.rendering.tables import Column
 
@@ -73,7 +73,7 @@ def write_page(
         f"First nonfinite {event.kind}: {event.title}",
         f"{event.verdict[0].upper()}{event.verdict[1:]}. {event.because[0].upper()}{event.because[1:]}.",
         [
-            Fact("step", str(event.step)),
+            Fact("step", "–", UNCOUNTED) if event.step is None else Fact("step", str(event.step)),
             Fact("call of the layer", str(event.call) if event.call >= 0 else "–"),
             Fact("rank", str(event.rank)),
             Fact("rows", ", ".join(map(str, event.rows)) or "–", "the first ones, along dimension 0"),

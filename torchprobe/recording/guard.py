@@ -6,13 +6,14 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchprobe.common.messages import listing
+from torchprobe.common.messages import counted, listing
 from torchprobe.common.threads import ordered
 from torchprobe.recording import compiled
 from torchprobe.recording.bank import Bank
@@ -25,7 +26,7 @@ from torchprobe.recording.guard_scaler import ScalerRule
 from torchprobe.recording.hook import takes_hooks
 from torchprobe.recording.layers import Layer, named_layers, select_layers
 from torchprobe.recording.nonfinite import TensorFacts, facts, readable, weights_of
-from torchprobe.recording.verdicts import CAME, UNSURE, Event, NonfiniteError, NonfiniteWarning, Report, judge, judge_flags, shown
+from torchprobe.recording.verdicts import CAME, UNSURE, Event, NonfiniteError, NonfiniteWarning, Report, judge, judge_flags, shown, silence
 
 _WHOLE = 4  # events of an alarm that are described in full
 _MOST = 64  # reports that are kept
@@ -36,6 +37,7 @@ class Guard:
     """Finds the first nonfinite activation or gradient; :meth:`torchprobe.Recorder.guard` makes it and describes the arguments.
 
     What is found during a step is told at its end. An alarm is told once; when a step was finite again, the next one is told, too.
+    ``str(guard)`` says what it has looked at so far, and what it means that it has found nothing. It does not wait for a device.
 
     Attributes:
         reports: the alarms so far, the newest 64.
@@ -56,6 +58,8 @@ class Guard:
         self._tokens: dict[torch.device, Tensor] = {}
         self._rule = ScalerRule(options.scaler)
         self._uncovered: dict[str, str] = {}
+        self._steps = 0  # that it has seen the end of
+        self._backward = False  # a gradient was looked at
         self._on_host = False  # something was found without an accelerator
         self._alarmed = False  # the running trouble was told
         self._events: list[Event] = []
@@ -90,6 +94,16 @@ class Guard:
     def layers(self) -> list[str]:
         """The names of the guarded layers."""
         return [watch.layer.name for watch in self._watches]
+
+    def __str__(self) -> str:
+        ran = sum(watch.calls > 0 for watch in self._watches)
+        told = silence(ran, len(self._watches), self._steps, self._backward)
+        if self._events and not self._alarmed:
+            told = "something nonfinite was found in the running step: see rec.guard_report()"
+        elif self.reports:
+            told = f"{counted(len(self.reports), 'alarm')}, the newest:\n{self.reports[-1]}"
+        overflows = f"\n  {counted(self.overflows, 'step')} overflowed under the GradScaler, as usual" if self.overflows else ""
+        return "\n".join([f"torchprobe guard: {told}{overflows}", *self._notes()])
 
     # -- what the hooks tell -------------------------------------------------------------------------------------------
 
@@ -173,11 +187,13 @@ class Guard:
 
     def finite_gradient(self, watch: Watch, name: str) -> None:
         """A gradient was finite."""
+        self._backward = True
         where = f"parameter {name!r} of {shown(watch.layer.name)}" if name else f"the output of {shown(watch.layer.name)}"
         self._last_gradient = torch._C._current_graph_task_id(), where
 
     def latch(self, watch: Watch, call: int, inputs: Named, outputs: Named, backward: bool) -> None:
         """Looks at tensors on an accelerator, without waiting for it."""
+        self._backward = self._backward or backward
         self._latches.look(watch, inputs, outputs, backward)
 
     @ordered
@@ -213,6 +229,7 @@ class Guard:
 
     def end_step(self) -> None:
         """Tells what this step has found, or on an accelerator what has arrived of earlier ones."""
+        self._steps += 1
         if self._flight is not None:
             self._flight.note(self.step)
         self._latches.send(self.step, self._rule.scaler)
@@ -320,11 +337,16 @@ class Guard:
 
     def _report(self, write: bool) -> Report:
         events = tuple(sorted(self._events, key=lambda event: event.order))
-        files, notes = tuple[str, ...](), tuple(f"not guarded in every call: {shown(n)}, {why}" for n, why in self._uncovered.items())
+        if self.control.steps is None and not self._steps:
+            events = tuple(replace(event, step=None) for event in events)
+        files, notes = tuple[str, ...](), tuple(self._notes())
         if self._rule.scaler is None and events[0].kind != "activation" and events[0].outputs and events[0].outputs[0].dtype == "float16":
             notes = (*notes, "gradients in float16 overflow now and then under a GradScaler: pass guard(scaler=scaler)")
         report = Report(events, tuple(self._followed), self.overflows, files, notes)
         return report if self._flight is None or not write else self._flight.write(report)
+
+    def _notes(self) -> list[str]:
+        return [f"not guarded in every call: {shown(name)}, {why}" for name, why in self._uncovered.items()]
 
     def _tell(self, report: Report, raising: bool, stacklevel: int) -> None:
         if callable(self.on):

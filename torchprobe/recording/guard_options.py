@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
+from torchprobe.common.messages import did_you_mean
 from torchprobe.recording.layers import Exclusion, Layer, Selection, canonical, matches_glob
 from torchprobe.recording.nonfinite import KINDS
 from torchprobe.recording.verdicts import Report
@@ -44,6 +45,30 @@ class GuardOptions:
     def __post_init__(self) -> None:
         if self.on not in ("raise", "warn") and not callable(self.on):
             raise ValueError(f'on= is "raise", "warn" or a function of the report; got {self.on!r}')
+
+    @classmethod
+    def of_record(cls, guard: object) -> GuardOptions | None:
+        """What ``record(…, guard=)`` was given; None without a guard.
+
+        Raises:
+            ValueError: it is none of its values, or a dict with an unknown option.
+
+        >>> GuardOptions.of_record({"layer": "0"})
+        Traceback (most recent call last):
+        ValueError: guard= has no option 'layer'; did you mean layers? It takes layers, exclude, gradients, on, allow, scaler, dump
+        """
+        if guard is False:
+            return None
+        if guard is True or guard == "raise" or guard == "warn" or callable(guard):
+            return cls() if guard is True else cls(on=guard)
+        if not isinstance(guard, Mapping):
+            near = did_you_mean(str(guard), ("raise", "warn"))
+            raise ValueError(f'guard= is True, "raise", "warn", a function of the report or a dict of options; got {guard!r}{near}')
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in guard if name not in known]:
+            near = did_you_mean(str(unknown[0]), known)
+            raise ValueError(f"guard= has no option {unknown[0]!r}{near or '.'} It takes {', '.join(known)}")
+        return cls(**guard)
 
     def allowed(self, layers: Sequence[Layer]) -> list[frozenset[str]]:
         """The kinds of nonfinite values that each layer may give.

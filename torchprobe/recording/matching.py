@@ -97,21 +97,32 @@ def _renamed(first: Sequence[str], second: Sequence[str], rename: Mapping[str, s
         expression = re.compile("".join(_EXPRESSIONS.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*)", pattern)))
         matches = {name: match for name in first if (match := expression.fullmatch(name)) is not None}
         if not matches:
-            near = difflib.get_close_matches(pattern, first, 1)
-            raise ValueError(f"rename: {pattern!r} matches no layer of the first" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"rename: {pattern!r} matches no layer of the first{_hint(pattern, pattern, first)}")
         if target.count("*") - target.count("**") != pattern.count("*") - pattern.count("**"):
             raise ValueError(f"rename: {pattern!r} and {target!r} do not have the same number of stars")
         for name, match in matches.items():
             parts = iter(match.groups())
             new = re.sub(r"\*\*|\*", lambda _, parts=parts: next(parts), target)  # type: ignore[misc]
             if new not in known:
-                near = difflib.get_close_matches(new, second, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"rename: {name!r} becomes {new!r}, which the second does not have{hint}")
+                raise ValueError(f"rename: {name!r} becomes {new!r}, which the second does not have{_hint(target, new, second)}")
             if new in partner.values() and partner.get(name) != new:
                 raise ValueError(f"rename: two layers of the first become {new!r}")
             partner[name] = new
     return partner
+
+
+def _hint(pattern: str, name: str, names: Sequence[str]) -> str:
+    """What was probably meant: a pattern of the same shape that names have, else a name."""
+    parts, shaped = pattern.split("."), list[str]()
+    if "*" in pattern:
+        pieces = [name.split(".") for name in names]
+        shaped = [
+            ".".join(part if "*" in part else piece for part, piece in zip(parts, those, strict=False))
+            for those in pieces
+            if len(those) == len(parts) or (len(those) > len(parts) and "**" in parts[-1])
+        ]
+    near = difflib.get_close_matches(pattern, [*dict.fromkeys(shaped)], 1) or difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 _EXPRESSIONS = {"*": r"([^.]*)", "**": r"(.*)"}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchprobe.common.messages import counted, listing
 from torchprobe.common.numbers import whole
-from torchprobe.recording.layers import Exclusion, Layer, Selection, select_layers
+from torchprobe.recording.layers import OUTPUT, Exclusion, Layer, Selection, select_layers
 from torchprobe.recording.matching import match_layers
 from torchprobe.recording.pair_comparison import LayerPair, PairComparison
 from torchprobe.recording.pair_replay import Swap
@@ -100,7 +100,7 @@ def record_pair(
         )
     pairs = [(selected[a], others[b]) for a, b in matched.pairs]
     call = run if run is not None else _call
-    remarks = [*matched.remarks]
+    remarks, caveats = [*matched.remarks], _modes(pairs)
     with ExitStack() as stack:
         for model in (model_a, model_b):
             stack.enter_context(_restored(model))
@@ -115,10 +115,24 @@ def record_pair(
     if silent := [name for name, _ in matched.pairs if name not in ran]:
         remarks.append(f"{counted(len(silent), 'layer')} did not run in both, or gave no tensor: {listing(silent, 6)}")
     if matched.only_first:
-        remarks.append(f"{counted(len(matched.only_first), 'layer')} of a without a partner in b: {listing(matched.only_first, 6)}")
+        caveats.append(f"{counted(len(matched.only_first), 'layer')} of a without a partner in b: {listing(matched.only_first, 6)}")
     if swap is not None and swap.problems:
         remarks.append(f"{counted(len(swap.problems), 'layer')} of b could not run alone, such as {swap.told()}")
-    return PairComparison(rows, isolate, float(tolerance), remarks)
+    return PairComparison(rows, isolate, float(tolerance), [*remarks, *caveats], caveats)
+
+
+def _modes(pairs: list[tuple[Layer, Layer]]) -> list[str]:
+    """Layers in train mode in one model only: their dropout and batch norms differ, whatever their weights."""
+    found = []
+    for mode, training in (("train", True), ("eval", False)):
+        names = [a.name or OUTPUT for a, b in pairs if a.module.training == training != b.module.training]
+        if names:
+            other = "eval" if training else "train"
+            count = (
+                "all layers are" if len(names) == len(pairs) > 1 else f"{counted(len(names), 'layer')} {'is' if len(names) == 1 else 'are'}"
+            )
+            found.append(f"{count} in {mode} mode in a and in {other} mode in b, which is a difference by itself: {listing(names, 6)}")
+    return found
 
 
 def _passes(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torchprobe.common.messages import counted, listing
 from torchprobe.recording.tensor_difference import Difference
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ class LayerPair:
         """The relative error of ``own``; 0 if it is not known."""
         return 0.0 if self.own is None else self.own.size
 
+    def adds(self, tolerance: float = 0.0) -> bool:
+        """Whether this layer is known to add an error above ``tolerance`` by itself."""
+        return self.own is not None and self.own.apart(tolerance)
+
     def row(self) -> dict[str, Any]:
         """For a table."""
         return {
@@ -79,12 +84,14 @@ class PairComparison:
         isolated: whether the layers of ``b`` also ran alone.
         tolerance: the relative error up to which outputs count as equal.
         remarks: what a reader must know, in words.
+        caveats: those of the remarks that may make the answer a wrong one. The answer ends with them.
     """
 
     rows: Sequence[LayerPair]
     isolated: bool
     tolerance: float
     remarks: list[str] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
 
     @property
     def first_row(self) -> LayerPair | None:
@@ -114,8 +121,30 @@ class PairComparison:
         """The layer of :attr:`culprit_row`."""
         return None if self.culprit_row is None else self.culprit_row.layer
 
+    def largest(self, most: int | None = None) -> list[LayerPair]:
+        """The rows that differ, the largest error first.
+
+        With ``isolate`` by the error that a row adds by itself (``row.own``), so those that only pass an error on come last. Without, and
+        among those, by the relative error of what comes out.
+
+        Args:
+            most: the number of rows. Default: all that differ.
+
+        >>> import copy, torch, torchprobe
+        >>> a = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> b = copy.deepcopy(a)
+        >>> _ = b[0].weight.data.mul_(1.01), b[2].weight.data.mul_(1.1)
+        >>> [row.layer for row in torchprobe.record_pair(a, b, torch.randn(4, 8), isolate=True).largest(2)]
+        ['2', '0']
+        """
+        apart = [row for row in self.rows if row.output.apart(self.tolerance) or row.adds(self.tolerance)]
+        return sorted(apart, key=lambda row: (row.own_size, row.output.size), reverse=True)[:most]
+
     def answer(self) -> str:
         """The result in a few sentences."""
+        return " ".join([self._answer(), *(f"But {caveat}." for caveat in self.caveats)])
+
+    def _answer(self) -> str:
         first, worst, last = self.first_row, self.culprit_row, self.rows[-1]
         if first is None:
             same = "are the same" if self.tolerance == 0 else f"agree to a relative error of {self.tolerance:g}"
@@ -126,6 +155,10 @@ class PairComparison:
         if worst is not None and self.isolated:
             where = f", in what it hands to {worst.own_at}" if worst.own_at else ""
             parts.append(f"{worst.name} adds the largest error by itself ({_told(worst.own)}{where}).")
+            adding = [row for row in self.largest() if row is not worst and row.adds(self.tolerance)]
+            if adding:
+                others = [f"{row.name} ({row.own_size:.3g})" for row in adding]
+                parts.append(f"Then come {listing(others, _NAMED - 1)}.")
         elif worst is not None:
             parts.append(f"The error grows most in {worst.name}, by {worst.growth:.3g}; isolate=True tells whether it is made there.")
         return " ".join([*parts, f"At the end: {_told(last.output)}."])
@@ -139,12 +172,14 @@ class PairComparison:
         """The rows as a rich table, for printing.
 
         Args:
-            most: the number of rows, the first ones that differ. Default: all rows.
+            most: the number of rows, those of :meth:`largest`, in the order of the run. Default: all rows.
         """
         from torchprobe.rendering.tables import WIDER, Column, plain_table, shown, shown_columns, text
 
         columns = [Column(*column[:3], **column[3]) for column in _COLUMNS]
-        chosen = self.rows if most is None else [row for row in self.rows if row.output.apart(self.tolerance)][:most]
+        largest = self.rows if most is None else self.largest(most)
+        chosen = [row for row in self.rows if any(row is one for one in largest)]
+        more = 0 if most is None else len(self.largest()) - len(chosen)
         rows = [row.row() for row in chosen]
         columns = shown_columns(rows, columns)
         table = plain_table(
@@ -152,6 +187,7 @@ class PairComparison:
             right={column.title for column in columns if column.numeric},
             dispensable=_DISPENSABLE,
             more=f"{WIDER} rows has all.",
+            caption=f"{counted(more, 'more row')} {'differs' if more == 1 else 'differ'} less; rows has all." if more else "",
         )
         worst = self.culprit_row
         for pair, row in zip(chosen, rows, strict=True):
@@ -161,6 +197,8 @@ class PairComparison:
     def __repr__(self) -> str:
         return f"PairComparison({len(self.rows)} outputs: {self.answer()})"
 
+
+_NAMED = 5  # layers that the answer names by their own error
 
 _COLUMNS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("layer", "layer", "name in a", {"kind": "text"}),

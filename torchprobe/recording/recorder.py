@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from torchprobe.common.messages import users_level
 from torchprobe.common.numbers import shown
 from torchprobe.common.threads import ordered
 from torchprobe.recording import compiled, control, detach, diagnosis, windows
@@ -163,7 +164,7 @@ class Recorder(Watched):
                 "the hooks, so they were dropped, and the next call compiles again. To compile once, start recording before "
                 "the first call and do not stop: paused() and snapshot() separate what should not be mixed.",
                 RecordingWarning,
-                stacklevel=2,
+                stacklevel=users_level(),
             )
         if not compiled.available():
             compiled.warn_if_compiled(model, RecordingWarning)

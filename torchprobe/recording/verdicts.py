@@ -12,6 +12,7 @@ from torchprobe.recording.layers import OUTPUT
 from torchprobe.recording.nonfinite import TensorFacts
 
 MADE, CAME, UNSURE = "made here", "came in", "unsure"
+UNCOUNTED = "steps were not counted (call rec.step() once a step)"
 
 
 class NonfiniteError(RuntimeError):
@@ -36,7 +37,7 @@ class Event:
         kind: "activation", "gradient" (with respect to the output of the layer), or "parameter gradient".
         verdict: "made here" (what went in was finite), "came in", or "unsure".
         because: one sentence that says by what that is known.
-        step: how many calls of ``rec.step()`` came before.
+        step: how many calls of ``rec.step()`` came before; None if it was never called, so that no one knows.
         call: which call of the layer since the guard was set, from 0. Of a gradient, the call whose output it belongs to. −1: unknown.
         rank: of ``torch.distributed``; 0 without it.
         order: its place in the order of the run of this process.
@@ -52,7 +53,7 @@ class Event:
     kind: str
     verdict: str
     because: str
-    step: int
+    step: int | None
     call: int
     rank: int
     order: int
@@ -82,8 +83,8 @@ class Event:
             head = f"first nonfinite gradient: with respect to the output of layer {self.title}"
         else:
             head = f"first nonfinite activation: layer {self.title}, {self.verdict}"
-        call = f", call {self.call} of the layer" if self.call >= 0 else ""
-        lines = [head, f"  step {self.step}{call}, rank {self.rank}, {'training' if self.training else 'eval'} mode"]
+        place = [UNCOUNTED if self.step is None else f"step {self.step}", *([f"call {self.call} of the layer"] if self.call >= 0 else [])]
+        lines = [head, f"  {', '.join([*place, f'rank {self.rank}', 'training mode' if self.training else 'eval mode'])}"]
         lines.append(f"  {self.because}")
         lines += [f"  {'gradient' if 'gradient' in self.kind else 'output'} {found}" for found in self.outputs]
         if self.bad_rows:
@@ -128,13 +129,21 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"torchprobe guard: {self.first}"]
-        if later := [*(shown(event.layer) for event in self.events[1:]), *map(shown, self.followed)]:
-            lines.append(f"  after it, in this order: {listing(list(dict.fromkeys(later)))}")
+        if later := self._later():
+            order = "in the order of the backward, the last layer first" if "gradient" in self.first.kind else "in this order"
+            lines.append(f"  after it, {order}: {listing([*map(shown, later)])}")
         if self.overflows:
             lines.append(f"  before it, {counted(self.overflows, 'step')} overflowed under the GradScaler and were skipped, as usual")
         lines += [f"  {note}" for note in self.notes]
         lines += [f"  written: {file}" for file in self.files]
         return "\n".join(lines)
+
+    def _later(self) -> list[str]:
+        """The other layers, each once: the first one may have a nonfinite gradient of a parameter, too."""
+        later = self.events[1:]
+        if later and later[0].layer == "" and later[0].kind == self.first.kind == "gradient":
+            later = later[1:]  # the output of the last layer is that of the model, so this is the same gradient again
+        return [name for name in dict.fromkeys([*(event.layer for event in later), *self.followed]) if name != self.first.layer]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -161,7 +170,9 @@ class Report:
     @classmethod
     def of_ranks(cls, reports: Sequence[Report]) -> Report:
         """One report of several ranks. They have no common clock: the earliest step counts, then the place in the order of the rank."""
-        events = sorted((event for report in reports for event in report.events), key=lambda event: (event.step, event.order, event.rank))
+        events = sorted(
+            (event for report in reports for event in report.events), key=lambda event: (event.step or 0, event.order, event.rank)
+        )
         followed = dict.fromkeys(name for report in reports for name in report.followed)
         files = tuple(file for report in reports for file in report.files)
         notes = tuple(dict.fromkeys(note for report in reports for note in report.notes))
@@ -177,6 +188,26 @@ def _tensor_facts(values: Mapping[str, Any]) -> TensorFacts:
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON knows no tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def silence(ran: int, layers: int, steps: int, gradients: bool) -> str:
+    """What it means that a guard has found nothing.
+
+    Args:
+        ran: how many of the guarded layers were called.
+        layers: how many layers are guarded.
+        steps: how many have ended.
+        gradients: whether there was a backward.
+
+    >>> silence(2, 3, 4, True)[:79]
+    '2 of 3 guarded layers ran in 4 steps. Their outputs and gradients were finite. '
+    """
+    if not ran:
+        return f"none of {counted(layers, 'guarded layer')} has run"
+    when = f" in {counted(steps, 'step')}" if steps else f"; {UNCOUNTED}"
+    who = f"{ran} of {counted(layers, 'guarded layer')} ran{when}"
+    seen = "outputs and gradients were finite" if gradients else "outputs were finite; no gradient was looked at"
+    return f"{who}. Their {seen}. If the loss is not, it was made after them: look at the loss."
 
 
 def shown(layer: str) -> str:

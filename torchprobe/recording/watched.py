@@ -77,10 +77,25 @@ class Watched(Recording):
             self._undo.extend(guard.place())
         return guard
 
-    def guard_report(self, ranks: bool = False, group: ProcessGroup | None = None, timeout: float | None = None) -> Report | None:
-        """What the guards know now: the trouble of the running step, else the newest alarm; None if everything was finite.
+    @property
+    def guards(self) -> list[Guard]:
+        """The guards of this recorder. ``print(*rec.guards)`` says what they have looked at, also when nothing was found.
 
-        It waits for the device, and does not count as telling: the end of the step still does.
+        >>> import torch, torchprobe
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+        >>> with torchprobe.record(model, "*", guard=True) as rec:
+        ...     loss = model(torch.ones(3, 4)).sum() / 0
+        ...     rec.step()
+        >>> print(*rec.guards)  # doctest: +ELLIPSIS
+        torchprobe guard: 2 of 2 guarded layers ran in 1 step. Their outputs were finite; no gradient was looked at. If the loss is not, ...
+        """
+        return [*self._watchers.guards]
+
+    def guard_report(self, ranks: bool = False, group: ProcessGroup | None = None, timeout: float | None = None) -> Report | None:
+        """What the guards know now: the trouble of the running step, else the newest alarm.
+
+        None if all guarded outputs and gradients were finite; :attr:`guards` says that in words. The loss is not guarded. It waits for the
+        device, and does not count as telling: the end of the step still does.
 
         Args:
             ranks: of all ranks, the same on each: the earliest step counts. Collective.
@@ -96,7 +111,7 @@ class Watched(Recording):
             sent = json.dumps([report.to_dict() for report in reports]).encode()
             reports = [Report.from_dict(values) for text in gather(sent, group, timeout) for values in json.loads(text)]
             return Report.of_ranks(reports) if reports else None
-        return max(reports, key=lambda report: (report.first.step, -report.first.order), default=None)
+        return max(reports, key=lambda report: (report.first.step or 0, -report.first.order), default=None)
 
     def watch_jumps(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,10 +33,8 @@ class Watchers:
         self.guards: list[Guard] = []
         self.jumps: list[Jumps] = []
         self._model = weakref.ref(model)
-        if isinstance(guard, Mapping):
-            self.guard(GuardOptions(**guard))
-        elif guard is not False:
-            self.guard(GuardOptions() if guard is True else GuardOptions(on=guard))
+        if (options := GuardOptions.of_record(guard)) is not None:
+            self.guard(options)
 
     def guard(self, options: GuardOptions) -> Guard:
         """Makes a guard, by default of the recorded layers. Its hooks are placed later: see :meth:`Guard.place`."""

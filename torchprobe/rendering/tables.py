@@ -239,7 +239,7 @@ def text(value: object, style: str = "") -> Text:
     return Text(printable(value), style=style)
 
 
-def plain_table(*heads: str, right: Container[str] = (), dispensable: Sequence[str] = (), more: str = WIDER) -> Table:
+def plain_table(*heads: str, right: Container[str] = (), dispensable: Sequence[str] = (), more: str = WIDER, caption: str = "") -> Table:
     """An empty rich table with these heads.
 
     Args:
@@ -247,12 +247,13 @@ def plain_table(*heads: str, right: Container[str] = (), dispensable: Sequence[s
         right: heads of the columns of numbers. They are right-aligned and never folded.
         dispensable: heads of the columns that a narrow terminal leaves out first, the first one first; then the last ones follow.
         more: where the columns are that are left out.
+        caption: printed below the table.
     """
     from torchprobe.rendering.fitting import FittingTable
 
     first = [heads.index(head) for head in dispensable if head in heads]
     numeric = [head in right for head in heads]
-    return FittingTable([text(head) for head in heads], numeric, dispensable=first, more=more, head_style="bold")
+    return FittingTable([text(head) for head in heads], numeric, dispensable=first, more=more, caption=caption, head_style="bold")
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> Path:

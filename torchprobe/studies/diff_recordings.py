@@ -16,6 +16,7 @@ from torchprobe.common.files import replacing, to_json
 from torchprobe.common.folders import output_folder
 from torchprobe.common.messages import counted, listing
 from torchprobe.common.numbers import shown
+from torchprobe.common.storage import holds_only_tensors
 from torchprobe.recording import load
 from torchprobe.recording.storage import holds_recording
 from torchprobe.rendering.page import Fact, Page, Picture, Section, Table
@@ -59,6 +60,8 @@ TERMINAL = ("layer", "verdict", "field", "before", "after", "times_noise", "p", 
             "outliers_lost", "nonfinite", "other_nonfinite", "other_features")  # fmt: skip
 """Those for the terminal."""
 
+_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
+
 MOST = 20
 """The number of layers that the terminal shows."""
 
@@ -67,9 +70,15 @@ def are_recordings(first: str | os.PathLike[str], second: str | os.PathLike[str]
     """Whether both are recordings, or folders of recordings; False if none is.
 
     Raises:
-        ValueError: only one of them is.
+        ValueError: only one of them is, or one is a checkpoint.
         FileNotFoundError: a file does not exist.
     """
+    for path in map(Path, (first, second)):
+        if path.is_file() and (path.suffix.lower() in _CHECKPOINTS or holds_only_tensors(path)):
+            raise ValueError(
+                f"{path} is a checkpoint of weights, and no recording. Weights alone do not say what a model does. Load both models, "
+                f"record them on the same data (torchprobe.record(model), rec.save(path)), and compare the recordings: docs/compare-runs.md"
+            )
     kinds = [bool(_recordings(path)) for path in (first, second)]
     if kinds[0] != kinds[1]:
         one, other = (first, second) if kinds[0] else (second, first)
@@ -141,7 +150,7 @@ def recording_page(found: RecordingComparison, names: Sequence[str]) -> Page:
         f"permutation test over the {found.windows[0]} and {found.windows[1]} windows, for all numbers of all layers at once "
         f"(Westfall and Young, 1993)."
         if found.noise == "windows"
-        else "There is no verdict, because the noise is not known."
+        else f"There is no verdict: {found.why}."
     )
     limits = (
         "The verdict is about numbers of whole layers. A change that keeps all of them, such as a permutation of features, has a distance "
@@ -174,8 +183,8 @@ def _profile(rows: Sequence[Mapping[str, object]], key: str, width: float) -> Fi
 def changed_most(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
     """At most this many rows of :meth:`RecordingComparison.rows`, in their order: those that changed most.
 
-    Layers that cannot be compared, or are nonfinite in one recording only, count first, then those whose verdict is "changed", and then the
-    distance.
+    Layers that are nonfinite in one recording only count first, then those whose verdict is "changed", and then the distance. Layers that
+    cannot be compared come last.
 
     >>> rows = [{"layer": "a", "wasserstein": 0.1}, {"layer": "b", "wasserstein": 0.3}, {"layer": "c", "wasserstein": 0.2}]
     >>> [row["layer"] for row in changed_most(rows, 2)]
@@ -185,12 +194,13 @@ def changed_most(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[s
     def size(value: Any) -> float:
         return abs(value) if isinstance(value, (int, float)) and not math.isnan(value) else -1.0
 
-    def rank(at: int) -> tuple[bool, bool, float, float]:
+    def rank(at: int) -> tuple[bool, bool, bool, float, float]:
         row = rows[at]
         apart = bool(row.get("nonfinite")) != bool(row.get("other_nonfinite"))
         return (
-            apart or row.get("verdict") in ("other width", "not seen"),
+            apart,
             row.get("verdict") == "changed",
+            row.get("verdict") not in ("other width", "not seen"),
             size(row.get("wasserstein")),
             size(row.get("times_noise")),
         )
