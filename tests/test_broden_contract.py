@@ -175,7 +175,7 @@ def test_synonyms_read_back_as_given(tmp_path):
         ({"cat": [""]}, "'' cannot be a synonym"),
         ({"cat": ["a\nb"]}, "cannot be a synonym"),
         ({"cat": "tom"}, "must be a list, got the text 'tom'"),
-        ({"cta": ["tom"]}, "synonyms names 'cta', which is no label; did you mean 'cat'"),
+        ({"cta": ["tom"]}, "synonyms names 'cta', which is not a label; did you mean 'cat'"),
     ):
         with pytest.raises(ValueError, match=message):
             BrodenWriter(tmp_path / "other", {"object": ["cat"]}, synonyms=synonyms)

@@ -262,7 +262,7 @@ def _watched(at: Any, folder: Path) -> None:
 def test_arguments() -> None:
     model = Net()
     rec = torchprobe.record(model)
-    with pytest.raises(KeyError, match="'norm' is no field of Moments; it has vectors"):
+    with pytest.raises(KeyError, match="'norm' is not a field of Moments; it has vectors"):
         rec.watch_jumps("norm")
     with pytest.raises(ValueError, match='on= is "warn" or a function'):
         rec.watch_jumps(on="stop")  # type: ignore[arg-type]

@@ -333,7 +333,7 @@ def _windows(
         fields.sort(key=lambda one: (one.p, -one.times_noise))
     for which, side, part in zip(("first", "second"), (before, after), values, strict=True):
         if any(drifts(one, seed) for one in side.apart(part)):
-            why = f"the windows of the {which} drift, as while a model trains, so their spread is no measure of noise"
+            why = f"the windows of the {which} drift, as while a model trains, so their spread does not measure noise"
             remarks.append(f"no verdict: {why}. Record each checkpoint on the same data while it does not change")
             return changes, "none", why
     return changes, "windows", ""

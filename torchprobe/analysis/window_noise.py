@@ -101,7 +101,7 @@ def apart(first: Array, second: Array, seed: int = 0) -> Apart:
 
 
 def drifts(values: Array, seed: int = 0) -> bool:
-    """Whether windows depend on those before them, as while a model trains: then their spread is no measure of noise.
+    """Whether windows depend on those before them, as while a model trains: then their spread does not measure noise.
 
     A permutation test of the sum of squared successive differences relative to that of the deviations (von Neumann, 1941), of its mean over
     all numbers and of its smallest value, together at :data:`DRIFT_LEVEL`. Fewer than 5 windows cannot show it.

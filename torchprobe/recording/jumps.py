@@ -102,7 +102,7 @@ class Jumps:
         default = [field for field in statistic.metric_fields or known if field not in _LEFT_OUT]
         self.fields = default if options.fields is None else [options.fields] if isinstance(options.fields, str) else list(options.fields)
         if unknown := [field for field in self.fields if field not in known]:
-            raise KeyError(f"{unknown[0]!r} is no field of {type(statistic).__name__}; it has {', '.join(known)}")
+            raise KeyError(f"{unknown[0]!r} is not a field of {type(statistic).__name__}; it has {', '.join(known)}")
         self.on = options.on
         self.found: list[Jump] = []
         self._columns = [known.index(field) for field in self.fields]

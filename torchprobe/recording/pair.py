@@ -67,7 +67,7 @@ def record_pair(
         memory: see above.
 
     Raises:
-        TypeError: an argument is no module.
+        TypeError: an argument is not a module.
         ValueError: the models have no layer in common, none of them ran or gave a value, or ``isolate`` cannot look into a compiled
             ``model_b``.
 

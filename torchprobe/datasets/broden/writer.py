@@ -96,7 +96,7 @@ class BrodenWriter:
         if len(names) > MAX_LABEL:
             raise ValueError(f"{len(names)} labels; the format has room for {MAX_LABEL}: leave some out")
         if unknown := [label for label in self.synonyms if label not in names]:
-            raise ValueError(f"synonyms names {unknown[0]!r}, which is no label; {_near(unknown[0], names)}")
+            raise ValueError(f"synonyms names {unknown[0]!r}, which is not a label; {_near(unknown[0], names)}")
         self._names = list(names)
         self._provisional = {name: number for number, name in enumerate(names, 1)}  # until the frequencies are known
         self._counts = LabelCounts()
