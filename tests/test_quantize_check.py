@@ -131,7 +131,7 @@ def test_the_answer_counts_in_words_that_fit(photos: Path, monkeypatch: pytest.M
     found = quantize_check(Encoder(network(), features=16, preprocess=to_tensor), image_folder(photos), "int8_tensor")
     for keep, words in ((1, "1 layer of 4 falls below 20 dB: keep it"), (2, "2 layers of 4 fall below 20 dB: keep them")):
         monkeypatch.setattr(type(found), "keep", lambda self, keep=keep: ["a", "b"][:keep])
-        assert f"In int8_tensor, {words} in 16 bits (a" in answer(found)
+        assert f"{words} in 16 bits (a" in answer(found)
 
 
 def test_the_network_is_measured_as_by_hand(photos: Path) -> None:

@@ -55,7 +55,8 @@ def answer(check: QuantizeCheck) -> str:
     unknown = [one for one in check.ranked() if math.isnan(one.output_db)]
     if len(unknown) == len(layers):
         return f"In {check.format}, no layer has a forecast."
-    parts = [_whole(check, len(layers), len(keep)), _by_layer(check, keep)]
+    whole, by_layer = _whole(check, len(layers), len(keep)), _by_layer(check, keep)
+    parts = [whole, by_layer] if whole else [f"In {check.format}, {by_layer[0].lower()}{by_layer[1:]}"]
     if unknown:
         have = "has" if len(unknown) == 1 else "have"
         parts.append(f"{counted(len(unknown), 'layer')}, such as {unknown[0].layer}, {have} no forecast.")
@@ -86,16 +87,14 @@ def _by_layer(check: QuantizeCheck, keep: list[str]) -> str:
     """How the layers do, one at a time."""
     layers, weakest = check.layers[check.format], check.ranked()[0]
     if not keep:
-        found = f"no layer alone falls below {KEEP_BELOW_DB:g} dB"
+        found = f"No layer alone falls below {KEEP_BELOW_DB:g} dB"
     elif len(keep) == len(layers):
-        found = f"every layer falls below {KEEP_BELOW_DB:g} dB: this format does not suit the network"
+        found = f"Every layer falls below {KEEP_BELOW_DB:g} dB: this format does not suit the network"
     else:
         falls, them = ("falls", "it") if len(keep) == 1 else ("fall", "them")
         named = f"{counted(len(keep), 'layer')} of {len(layers)}"
         found = f"{named} {falls} below {KEEP_BELOW_DB:g} dB: keep {them} in 16 bits ({listing(keep, 3)})"
-    told = (
-        f"In {check.format}, {found}. The weakest is {weakest.layer}, with a forecast SQNR of its output of {_decibels(weakest.output_db)}."
-    )
+    told = f"{found}. The weakest is {weakest.layer}, with a forecast SQNR of its output of {_decibels(weakest.output_db)}."
     others = [one for one in layers if one.layer in keep and one.output_db >= KEEP_BELOW_DB]
     if others:
         worst = min(others, key=lambda one: one.input.others_db)
