@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What the environment begins with: another version of PyTorch for tests, such as TORCH_PACKAGES="torch==2.10.0 torchvision==0.25.0".
 TORCH_PACKAGES ?= "torch>=2.10" torchvision
 
-# Quick tests run in this many processes, with one thread each. Tests of one file stay together, since they share fixtures.
+# Tests run in this many processes, with one thread each. Tests of one file stay together, since they share fixtures.
 WORKERS ?= 2
 KILLS ?= 100
 
@@ -48,7 +48,7 @@ test: lint
 	OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow" --durations=10
 
 test-slow: $(READY)
-	python -m pytest -q -m slow --durations=10
+	OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile -m slow --durations=10
 
 test-all: test
 	$(MAKE) test-slow

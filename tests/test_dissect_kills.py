@@ -29,7 +29,7 @@ from torchprobe.dissection.walk import clear_checkpoint
 from torchprobe.statistics import Quantile
 
 LAYERS = ["conv", "norm"]
-KILLS = 10
+KILLS = 6
 OPTIONS = {"preprocess": preprocess, "batch_size": 3, "top": 4, "quantile": 0.005, "keep_scores": True}
 SMALL_BUFFER = 2000  # bytes: files of maps are written often
 
@@ -141,7 +141,7 @@ def assert_same(found: Dissection, alone: Dissection, told: object) -> None:
 BUDGETS = {"one pass": 8.0, "two passes": 0.0, "maps are dropped": 1e-4, "given up": 6e-5}
 
 
-@pytest.mark.slow("ten kills in each of several runs in processes of their own")
+@pytest.mark.slow("six kills in each of several runs in processes of their own")
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 @pytest.mark.parametrize(
     ("ranks", "budget"), [*((1, budget) for budget in BUDGETS), (2, "one pass"), (2, "maps are dropped"), (4, "one pass")]
@@ -158,7 +158,7 @@ def test_exact_thresholds(root: Path, tmp_path: Path, ranks: int, budget: str) -
     runs.assert_nothing_is_left()
 
 
-@pytest.mark.slow("ten kills of runs in processes of their own")
+@pytest.mark.slow("six kills of runs in processes of their own")
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 def test_other_ranks_and_budgets_go_on(root: Path, tmp_path: Path) -> None:
     """Each run has other ranks and another budget than the one before."""
@@ -195,7 +195,7 @@ def assert_estimates_survive(root: Path, folder: Path, ranks: int, disk: float, 
     runs.assert_nothing_is_left()
 
 
-@pytest.mark.slow("ten kills in each of several runs in processes of their own")
+@pytest.mark.slow("six kills in each of several runs in processes of their own")
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 @pytest.mark.parametrize(("ranks", "disk"), [(1, 8.0), (2, 0.0), (4, 8.0)])
 def test_estimated_thresholds(root: Path, tmp_path: Path, ranks: int, disk: float) -> None:

@@ -25,6 +25,8 @@ def once(models: Sequence[str], accuracies: Mapping[str, NDArray[Any]]) -> tuple
     first: dict[str, int] = {}
     for row, name in enumerate(models):
         earlier = first.setdefault(name, row)
+        if earlier == row:
+            continue
         for column, values in accuracies.items():
             if not np.array_equal(values[earlier], values[row], equal_nan=True):
                 raise ValueError(
