@@ -518,6 +518,35 @@ def test_evidence_is_of_the_network_the_data_and_the_basis_of_the_dissection(mad
         write_report(named, tmp_path / "a.html", broden, net, evidence=1)
 
 
+def test_a_picture_that_was_replaced_is_noticed(made, tmp_path):
+    """By its score, where it passes the network again: for evidence, and for regions whose maps were not kept."""
+    pytest.importorskip("captum", reason="captum is not installed")
+    from PIL import Image
+
+    from torchprobe.dissection.evidence import evidence
+
+    broden, net, d = made
+    shutil.copytree(broden.root, tmp_path / "set")
+    changed = Broden(tmp_path / "set", transform=broden.transform)
+    place = tmp_path / "set" / "images" / broden.rows[int(d.top[0][3, 1])].image
+    for size, fits in ((0, True), (1, False)):
+        with Image.open(place) as picture:
+            kept = picture.copy()
+        (Image.new(kept.mode, kept.size) if size else kept).save(place)
+        for make in (
+            lambda: evidence(d, 3, changed, net, 2, n_steps=2),
+            lambda: write_report(without_maps(d), tmp_path / "a.html", changed, net, top_images=2),
+            lambda: write_report(d, tmp_path / "b.html", changed, net, top_images=2, evidence=d.units),
+        ):
+            if fits:
+                make()
+            else:
+                with pytest.raises(
+                    ValueError, match=r"is not the picture that it was: unit \d+ of '1' has the score .* changed: dissect again"
+                ):
+                    make()
+
+
 def test_a_dissection_that_does_not_say_of_what_it_is_gets_a_remark(made):
     pytest.importorskip("captum", reason="captum is not installed")
     from torchprobe.dissection.evidence import evidence

@@ -12,7 +12,7 @@ from torchprobe.common.messages import install_hint
 from torchprobe.dissection.average_precision import pooled
 from torchprobe.dissection.bases import same_basis
 from torchprobe.dissection.batches import Preprocess, same_preprocess, stack, to_tensor
-from torchprobe.dissection.facts import require_same_data, require_same_network
+from torchprobe.dissection.facts import require_same_data, require_same_network, require_same_pictures
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.taps import find_sites
@@ -124,6 +124,23 @@ def attribute_dissected(
     return attribute(model, dissection.layer, unit, pixels.to(device_of(model)), basis=basis, **read_as, **options)
 
 
+def scores_of(
+    dissection: LayerScores,
+    unit: int,
+    model: nn.Module,
+    pixels: Tensor,
+    basis: Tensor | SparseBasis | None = None,
+    feature_dim: int | None = None,
+) -> list[float]:
+    """The scores of one unit on images, with the layer, the basis, the positions and the pooling of a dissection."""
+    basis = same_basis(dissection.metadata, dissection.layer, dissection.units, basis)
+    with LayerReader(model, select_layers(model, [dissection.layer], feature_dim)) as reader:
+        site = find_sites(reader, pixels[:1], dissection.metadata.get("positions", "patch"))[dissection.layer].in_basis(basis)
+        maps = site.read(reader.activations(pixels)[dissection.layer][0], len(pixels))
+    scores: list[float] = pooled(maps, dissection.metadata.get("pooling", "max"))[:, unit].tolist()
+    return scores
+
+
 @renamed_arguments(images="top_images")
 def evidence(
     dissection: LayerScores,
@@ -151,7 +168,8 @@ def evidence(
     Raises:
         ImportError: captum is not installed.
         ValueError: no top images were kept, no such unit, or the data set, the network, the basis or the preprocessing are not those of
-            the dissection, as far as it says which they were. What an older one does not say gives a warning.
+            the dissection, as far as it says which they were, or a picture has another score than it had. What an older one does not
+            say gives a warning.
     """
     if dissection.top is None:
         raise ValueError(f"layer {dissection.layer!r}: no top images were kept: dissect with top=20")
@@ -164,5 +182,7 @@ def evidence(
     preprocess = same_preprocess(dissection.metadata, broden, model, preprocess)
     rows = ids.tolist()
     pixels = stack([to_tensor(preprocess, broden.image(row)) for row in rows], broden, rows)
+    for row, score in zip(rows, scores_of(dissection, unit, model, pixels, basis, options.get("feature_dim")), strict=True):
+        require_same_pictures(dissection, broden, row, {unit: score})
     attribution = attribute_dissected(dissection, unit, model, pixels, method=method, basis=basis, **options)
     return Evidence(ids, scores, pixels, attribution.cpu())

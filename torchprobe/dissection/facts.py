@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 import torchprobe
@@ -15,12 +16,17 @@ from torchprobe.common.messages import stable_repr
 from torchprobe.common.networks import modules_fact, modules_without
 from torchprobe.common.storage import digest
 from torchprobe.datasets.geometry import UNKNOWN, fingerprint
+from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.taps import Site
 from torchprobe.recording.layers import named_layers
 
 if TYPE_CHECKING:
     from torchprobe.datasets.broden import Broden
+
+MOST_APART = 0.1
+"""By how much of the largest score of its unit the score of a picture may differ from that of the dissection, as batches, devices and
+precisions differ. Our choice: a top image that was replaced nearly always falls by more."""
 
 
 def run_facts(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Any]:
@@ -86,7 +92,8 @@ def require_same_network(metadata: Mapping[str, Any], layer: str, model: nn.Modu
 
 
 def require_same_data(metadata: Mapping[str, Any], images: Tensor, broden: Broden) -> None:
-    """That the rows of a dissection are those of a data set, as far as its index tells. The pictures themselves are not read.
+    """That the rows of a dissection are those of a data set, as far as its index tells. The pictures themselves are not read; see
+    :func:`require_same_pictures`.
 
     Args:
         metadata: of the dissection.
@@ -110,4 +117,32 @@ def require_same_data(metadata: Mapping[str, Any], images: Tensor, broden: Brode
         raise ValueError(
             f"this is another data set than that of the dissection, which is {name}: {broden.index} of {broden.root} lists other images or "
             "labels; give the same data set"
+        )
+
+
+def require_same_pictures(dissection: LayerScores, broden: Broden, row: int, now: Mapping[int, float]) -> None:
+    """That a top image of units still has the scores that it had.
+
+    Args:
+        dissection: with top images.
+        broden: its data set.
+        row: of the image.
+        now: unit → the score that its network gives the image now; the units have it among their top images.
+
+    Raises:
+        ValueError: a score is another one: the picture was replaced, or is shown to the network in another way.
+    """
+    assert dissection.top is not None
+    ids, scores = dissection.top
+    units = [*now]
+    own = scores[units].double()
+    largest = own.abs().nan_to_num(0).amax(1).clamp(min=1e-3 * float(scores.abs().nan_to_num(0).max()))
+    then = own[torch.arange(len(units)), (ids[units] == row).int().argmax(1)]
+    apart = (torch.tensor([*now.values()], dtype=torch.float64) - then).abs()
+    if len(other := (apart > MOST_APART * largest).nonzero()):
+        i = int(other[0])
+        raise ValueError(
+            f"{broden.rows[row].image} is not the picture that it was: unit {units[i]} of {dissection.layer!r} has the score "
+            f"{now[units[i]]:.4g} on it, and in the dissection it had {float(then[i]):.4g}. The file or its preprocessing changed: "
+            "dissect again"
         )

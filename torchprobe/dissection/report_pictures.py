@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from torchprobe.datasets.broden import ImageLabels
 from torchprobe.datasets.geometry import Box, Geometry
+from torchprobe.dissection.average_precision import pooled
 from torchprobe.dissection.bases import same_basis
 from torchprobe.dissection.batches import Preprocess, same_preprocess, stack, to_tensor
-from torchprobe.dissection.evidence import attribute_dissected
-from torchprobe.dissection.facts import require_same_network
+from torchprobe.dissection.evidence import attribute_dissected, scores_of
+from torchprobe.dissection.facts import require_same_network, require_same_pictures
 from torchprobe.dissection.scores import LayerScores
 from torchprobe.dissection.sparse import SparseBasis
 from torchprobe.dissection.taps import Site, find_sites
@@ -79,7 +80,7 @@ def show_pictures(
         preprocess, geometry: those of the dissection, if they were given there.
 
     Raises:
-        ValueError: the encoder, the basis or the preprocessing are not those of the dissection.
+        ValueError: the encoder, the basis, the preprocessing or a picture that passes the network are not those of the dissection.
     """
     assert dissection.top is not None
     top_ids, top_scores = dissection.top
@@ -126,7 +127,10 @@ def show_pictures(
     if encoder is not None:
         for done, unit in enumerate(evidence, 1):
             tell(done)
-            heats = attribute_dissected(dissection, unit, encoder, torch.stack([pixels[row] for row in ids[unit]]), basis=basis).sum(1)
+            own_pixels = torch.stack([pixels[row] for row in ids[unit]])
+            for row, score in zip(ids[unit], scores_of(dissection, unit, encoder, own_pixels, basis), strict=True):
+                require_same_pictures(dissection, broden, row, {unit: score})
+            heats = attribute_dissected(dissection, unit, encoder, own_pixels, basis=basis).sum(1)
             for row, heat in zip(ids[unit], heats.cpu(), strict=True):
                 name = f"{broden.rows[row].image}, evidence for unit {unit}"
                 pictures.thumbnails.append(thumbnail(_heat_image(heat), name, (1, 1)))
@@ -196,6 +200,8 @@ class _Regions:
         layer = self.dissection.layer
         site = self._site = self._site or self._find_site(inputs[:1])
         maps = site.read(self.reader.activations(inputs)[layer][0], len(rows)).float().cpu()
+        for row, scores in zip(rows, pooled(maps, self.dissection.metadata.get("pooling", "max")), strict=True):
+            require_same_pictures(self.dissection, self.broden, row, {unit: float(scores[unit]) for unit in units_of[row]})
         return [
             _outline(self.dissection, self.broden, row, own[list(units_of[row])], box, list(units_of[row]))
             for row, own, box in zip(rows, maps, boxes, strict=True)
