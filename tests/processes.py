@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -56,6 +57,18 @@ def group(size: int, code: str) -> list[subprocess.CompletedProcess[str]]:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     running = [start(code, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(size)]
     return [process.finish() for process in running]
+
+
+def two_ranks(main: Callable[[int, int, Path], None], path: Path, timeout: float = 240) -> list[int | None]:
+    """Runs ``main(rank, port, path)`` in two processes to their end; their exit codes."""
+    port = free_port()
+    running = [FORKS.Process(target=main, args=(rank, port, path)) for rank in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(timeout)
+        assert not process.is_alive(), "a rank hangs"
+    return [process.exitcode for process in running]
 
 
 def _execute(code: str, arguments: list[str], environment: dict[str, str], folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from processes import FORKS, free_port, torchrun
+from processes import torchrun, two_ranks
 from ranks import BATCHES, Net, Scenario, record
 from torch import distributed
 
@@ -27,14 +27,7 @@ def assert_close(a: torchprobe.Recording, b: torchprobe.Recording, but_calls: bo
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes run every scenario, one after the other; in the last the second one is killed."""
     path = tmp_path_factory.mktemp("ranks")
-    port = free_port()
-    processes = [FORKS.Process(target=ranks.one_of_two, args=(rank, port, path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-        assert not process.is_alive(), "a rank hangs"
-    assert [process.exitcode for process in processes] == [0, -9]
+    assert two_ranks(ranks.one_of_two, path) == [0, -9]
     return path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import guard_ranks
 import pytest
-from processes import FORKS, free_port
+from processes import two_ranks
 from torch import distributed
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
@@ -16,14 +16,7 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this PyT
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes run every way, one after the other."""
     path = tmp_path_factory.mktemp("ranks")
-    port = free_port()
-    processes = [FORKS.Process(target=guard_ranks.one_of_two, args=(rank, port, path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-        assert not process.is_alive(), "a rank hangs"
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert two_ranks(guard_ranks.one_of_two, path) == [0, 0]
     return path
 
 
