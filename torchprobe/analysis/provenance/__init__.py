@@ -9,6 +9,7 @@ file              subject
 ``attribution``   the exact sum of a feature over branches
 ``parameters``    the parameters on which a feature hangs, compared with their peers
 ``changes``       what happens when one parameter is changed
+``norms``         what a LayerNorm, an RMSNorm or a norm of another library does
 ``calls``         what modules read and return, and hooks that change it
 ================  =============================================================================
 """

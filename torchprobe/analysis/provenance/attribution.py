@@ -8,22 +8,19 @@ sum is exact. It is checked for every image.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchprobe.analysis.provenance.calls import first_tensor, inputs_changed, outputs_changed, same
-from torchprobe.analysis.provenance.stream import Branch, Stream, UnknownStructure, along
+from torchprobe.analysis.provenance.calls import inputs_changed, outputs_changed
+from torchprobe.analysis.provenance.norms import lengths_held, norm_of
+from torchprobe.analysis.provenance.stream import Branch, Stream, UnknownStructure
 
 TOLERANCE = 1e-9
 """The largest error of the sum, as a share of the largest |h_f|. In float64, 1e-12 is usual."""
-
-_IN_FLOAT32 = 1e-5
-"""How far an RMSNorm of float64 may be off if its library computes it in float32."""
 
 NOT_FINITE = "the network has nan or inf for some images, so their features have no parts: leave these images out"
 
@@ -75,7 +72,8 @@ class Attribution:
             p.requires_grad_(False)
         for p in chosen:
             p.requires_grad_(p.is_floating_point())
-        self._norms = [name for name, module in model.named_modules() if _is_norm(module) and not f"{name}.".startswith(inside)]
+        outer = ((name, norm_of(module)) for name, module in model.named_modules() if not f"{name}.".startswith(inside))
+        self._norms = [(name, norm) for name, norm in outer if norm is not None]
 
     def add(self, inputs: Tensor) -> None:
         """Attributes one batch, and adds it to the sums.
@@ -106,7 +104,7 @@ class Attribution:
             inputs_changed(self.model, starts),
             inputs_changed(self.model, {self.stream.blocks[0]: stem}),
             outputs_changed(self.model, ends),
-            _scales_held(self.model, self._norms),
+            lengths_held(self.model, self._norms, UnknownStructure, NOT_FINITE),
         ):
             h = self.model(inputs)
         if not isinstance(h, Tensor) or h.dim() != 2:
@@ -129,7 +127,7 @@ class Attribution:
         parts = []
         for i, (component, gradient) in enumerate(zip(components, gradients, strict=True)):
             product = torch.zeros_like(component) if gradient is None else gradient * component.detach()
-            parts.append(product.flatten(1).sum(1) * sign)
+            parts.append(product.reshape(len(value), -1).sum(1) * sign)  # some blocks flatten images and positions
             if i:
                 branch = self.stream.branches[i - 1]
                 slope = torch.zeros_like(component) if gradient is None else gradient
@@ -184,71 +182,6 @@ def over_positions(x: Tensor, features: int) -> Tensor:
 
 def _add(sums: dict[Any, Tensor], key: object, value: Tensor) -> None:
     sums[key] = sums[key] + value if key in sums else value.clone()
-
-
-# -- LayerNorms with their scale held --------------------------------------------------------------------------------------
-
-
-def _is_norm(module: nn.Module) -> bool:
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return len(module.normalized_shape) == 1
-    return _epsilon(module) is not None
-
-
-def _epsilon(module: nn.Module) -> float | None:
-    """The ε of an RMSNorm that a library wrote itself, as that of Llama; None if it is not x / rms · weight."""
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        found: float | None = module.eps
-        return found
-    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
-    parameters = dict(module.named_parameters())
-    if not isinstance(eps, float) or parameters.keys() != {"weight"} or parameters["weight"].dim() != 1:
-        return None
-    weight = parameters["weight"]
-    x = torch.linspace(-1.0, 2.0, 2 * len(weight), dtype=weight.dtype, device=weight.device).reshape(2, -1)
-    with contextlib.suppress(Exception), torch.no_grad():  # a module of another kind may refuse the input
-        want = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-        if torch.allclose(module.forward(x), want, rtol=_IN_FLOAT32, atol=_IN_FLOAT32):  # without the hook that asks
-            return eps
-    return None
-
-
-@contextlib.contextmanager
-def _scales_held(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """While the block lasts, these norms have the same output, but the gradient takes their standard deviation as a constant."""
-
-    def hook(module: Any, args: Any, output: Any) -> Any:
-        x = first_tensor(args)
-        assert x is not None
-        if not bool(output.isfinite().all()):
-            raise UnknownStructure(NOT_FINITE)
-        own = not isinstance(module, (nn.LayerNorm, nn.RMSNorm))  # it may compute in float32, also of float64
-        for dim in (-1, 1):
-            if x.shape[dim] == (len(module.weight) if own else module.normalized_shape[0]):
-                held = _normalized(module, x, dim)
-                off = (held.detach() - output.detach()).abs().max()
-                if same(held.detach(), output.detach()) or (own and bool(off <= _IN_FLOAT32 * output.detach().abs().max())):
-                    return held
-        raise UnknownStructure(f"{type(module).__name__} is a LayerNorm by name, but its output is another one in float64")
-
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
-        yield
-
-
-def _normalized(module: Any, x: Tensor, dim: int) -> Tensor:
-    eps = _epsilon(module)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    centered = x - x.mean(dim, keepdim=True) if isinstance(module, nn.LayerNorm) else x
-    scale = (centered.square().mean(dim, keepdim=True) + eps).sqrt().detach()
-    out = centered / scale
-    for parameter, multiply in ((module.weight, True), (getattr(module, "bias", None), False)):
-        if parameter is not None:
-            shaped = along(parameter, out, dim)
-            assert shaped is not None
-            out = out * shaped if multiply else out + shaped
-    return out
 
 
 __all__ = ["Attribution", "Branch", "Sums", "is_bias", "over_positions"]

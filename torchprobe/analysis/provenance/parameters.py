@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprobe.analysis.provenance.attribution import TOLERANCE, Attribution, Sums, is_bias
+from torchprobe.analysis.provenance.norms import norm_of
 from torchprobe.analysis.provenance.stream import Branch
 
 Kind = Literal["gain", "bias", "row"]
@@ -30,17 +31,19 @@ class Peers:
         parameter: its full name.
         kind: "bias", which is added; "gain", which multiplies; "row", of a matrix.
         axis: the dimension of the entries. The others are positions of an embedding, or the inputs of a row.
+        offset: what is added to a gain before it multiplies: 0, or 1 in the norms of Gemma.
     """
 
     parameter: str
     kind: Kind
     axis: int
+    offset: float = 0.0
 
     def value(self, values: Tensor) -> Tensor:
-        """The entries with the axis last: (…, entries); of a gain, its absolute value; of a row, its length (entries,)."""
+        """The entries with the axis last: (…, entries); of a gain, the size of what multiplies; of a row, its length (entries,)."""
         moved = values.detach().double().movedim(self.axis, -1)
         if self.kind == "gain":
-            return moved.abs()
+            return (moved + self.offset).abs()
         return moved.reshape(-1, moved.shape[-1]).norm(dim=0) if self.kind == "row" else moved
 
     def replaced(self, values: Tensor, index: int, how: str) -> Tensor:
@@ -58,12 +61,13 @@ class Peers:
         changed, current = values.detach().clone(), self.value(values)
         entry = changed.movedim(self.axis, -1)
         if how == "zero":
-            entry[..., index] = 0
+            entry[..., index] = -self.offset
         elif self.kind == "row":
             entry[..., index] *= (current.median() / current[index].clamp_min(torch.finfo(torch.float64).tiny)).to(changed)
         else:
             median = current.median(-1).values.to(changed)
-            entry[..., index] = median * entry[..., index].sign() if self.kind == "gain" else median
+            gain = entry[..., index] + self.offset
+            entry[..., index] = median * gain.sign() - self.offset if self.kind == "gain" else median
         return changed
 
 
@@ -141,12 +145,12 @@ def _of_branch(model: nn.Module, branch: Branch, sums: Sums) -> Iterator[_Row]:
         rest = rest - part
         yield Peers(writer.bias, "bias", -1), bias, part, slope * (bias - bias.median())
     if writer.gain is not None:
-        yield _gain(model, writer.gain, rest)
+        yield _gain(model, writer.gain, rest, writer.offset)
     if writer.norm is not None:
         norm: Any = model.get_submodule(writer.norm)
         rest = rest + slope * norm.weight.detach() * norm.running_mean / (norm.running_var + norm.eps).sqrt()
     if writer.weight is not None:
-        yield _rows(Peers(writer.weight, "row", 0), model.get_parameter(writer.weight).detach(), rest)
+        yield _rows(Peers(writer.weight, "row", writer.axis), model.get_parameter(writer.weight).detach(), rest)
 
 
 def stem_parts(model: nn.Module, found: Attribution, feature: int) -> dict[str, float] | None:
@@ -177,7 +181,7 @@ def _outside(model: nn.Module, found: Attribution, sums: Sums, stem: bool) -> It
             moved = product.movedim(peers.axis, -1)
             yield _rows(peers, values, moved.reshape(-1, moved.shape[-1]).sum(0))
         elif peers.kind == "gain":
-            yield _gain(model, name, product.flatten())
+            yield _gain(model, name, (gradient * (values + peers.offset)).flatten(), peers.offset)
         else:
             unlike = gradient * (values - values.median(-1, keepdim=True).values)
             yield peers, values, product.reshape(-1, product.shape[-1]).sum(0), unlike.reshape(-1, unlike.shape[-1]).sum(0)
@@ -187,8 +191,8 @@ def peers_of(model: nn.Module, name: str, values: Tensor, before: bool) -> Peers
     """How a parameter outside the blocks is divided into entries; None if that is not known."""
     owner = model.get_submodule(name.rpartition(".")[0])
     last = name.rpartition(".")[2]
-    if isinstance(owner, (nn.LayerNorm, nn.RMSNorm)):
-        return Peers(name, "bias" if last == "bias" else "gain", -1)
+    if norm := norm_of(owner):
+        return Peers(name, "bias", -1) if last == "bias" else Peers(name, "gain", -1, norm.offset)
     if isinstance(owner, (nn.Linear, nn.Conv2d)):
         return Peers(name, "bias", -1) if values.dim() == 1 else Peers(name, "row", 0)
     if isinstance(owner, nn.Embedding):
@@ -200,8 +204,8 @@ def peers_of(model: nn.Module, name: str, values: Tensor, before: bool) -> Peers
     return Peers(name, "bias" if is_bias(name) else "gain", -1) if values.dim() == 1 else None
 
 
-def _gain(model: nn.Module, name: str, total: Tensor) -> _Row:
-    return _rows(Peers(name, "gain", -1), model.get_parameter(name).detach().flatten(), total)
+def _gain(model: nn.Module, name: str, total: Tensor, offset: float = 0.0) -> _Row:
+    return _rows(Peers(name, "gain", -1, offset), model.get_parameter(name).detach().flatten(), total)
 
 
 def _rows(peers: Peers, values: Tensor, total: Tensor) -> _Row:

@@ -113,7 +113,7 @@ def provenance(
         return found
 
     chosen = outlier_features(represent()).indices if features is None else features
-    model = copy.deepcopy(plain).to(torch.float64)
+    model = _in_float64(plain)
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     found: Attribution | None = None
     runs = 1 + 2 * changes * len(chosen) if changes and len(chosen) else 0
@@ -139,6 +139,14 @@ def provenance(
         {feature: listed[:most] for feature, listed in best.items()},
         measure_changes(plain, first, represent, head if isinstance(head, (nn.Linear, Tensor)) else None),
     )
+
+
+def _in_float64(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model).to(torch.float64)
+    for config in (getattr(module, "config", None) for module in copied.modules()):
+        if getattr(config, "_experts_implementation", None) not in (None, "eager"):  # the fast kernels of transformers refuse float64
+            config._experts_implementation = "eager"  # type: ignore[union-attr]
+    return copied
 
 
 def _begin(model: nn.Module, pixels: Tensor, features: Features) -> Attribution:

@@ -1,7 +1,8 @@
 """The residual stream of a network: its blocks, and what each of them adds to it.
 
 Nothing is taken from names. A block is understood if what it returns is, number by number, what it read plus the outputs of some of its
-children. So a network of another library works if it adds its branches in the same way, and one that does not is refused.
+children, or else of modules further inside, as in T5 and BLOOM, whose attention adds what it read. So a network of another library works if
+it adds its branches in the same way, and one that does not is refused.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchprobe.analysis.provenance.calls import Call, same, watched
+from torchprobe.analysis.provenance.norms import norm_of
 
 GATES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Identity)
 """What the stream may pass at the end of a block: linear once it is known which values are let through."""
@@ -29,15 +32,19 @@ class Writer:
 
     Attributes:
         weight: one row for each feature of the stream: of a linear layer, or of the convolution before a batch norm.
-        bias: of the layer, or of the batch norm.
-        gain: of the batch norm.
+        axis: the dimension of ``weight`` that holds the rows: 0, or 1 in the layers of GPT-2, x @ weight.
+        bias: of the layer, or of the norm.
+        gain: of the norm.
+        offset: what is added to ``gain`` before it multiplies: 0, or 1 in Gemma.
         norm: the name of the batch norm.
         scale: the scale of the branch after the layer (LayerScale).
     """
 
     weight: str | None = None
+    axis: int = 0
     bias: str | None = None
     gain: str | None = None
+    offset: float = 0.0
     norm: str | None = None
     scale: str | None = None
 
@@ -103,11 +110,11 @@ def find_stream(model: nn.Module, inputs: Tensor) -> Stream:
     by_name = {call.name: call for call in calls}
     candidates = [(name, members) for name, members in lists.items() if all(count.get(member) == 1 for member in members)]
     candidates.sort(key=lambda pair: (-order[pair[1][-1]], pair[0].count(".")))
-    for _, members in candidates:
-        if stream := _resolve(model, [by_name[name] for name in members], inputs):
+    for inside, (_, members) in itertools.product((False, True), candidates):
+        if stream := _resolve(model, [by_name[name] for name in members], inputs, inside):
             return stream
     tried = ", ".join(f"{name} ({type(model.get_submodule(members[0])).__name__})" for name, members in candidates[:4])
-    why = f"the blocks of {tried} do not add outputs of their children to what they read" if tried else "it has no list of blocks"
+    why = f"the blocks of {tried} do not add outputs of their modules to what they read" if tried else "it has no list of blocks"
     raise UnknownStructure(
         f"{type(model).__name__} is not a known structure: {why}. Pre-norm transformers and residual CNNs are known, post-norm "
         "transformers are not"
@@ -122,15 +129,16 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
                 yield name, members
 
 
-def _resolve(model: nn.Module, blocks: Sequence[Call], inputs: Tensor) -> Stream | None:
-    """The blocks at the end of a list that are understood and follow each other without a change in between."""
-    inner = [f"{block.name}.{name}" for block in blocks for name, _ in block.module.named_children()]
-    layers = [
+def _resolve(model: nn.Module, blocks: Sequence[Call], inputs: Tensor, inside: bool) -> Stream | None:
+    """The blocks at the end of a list that are understood and follow each other without a change in between. ``inside``: by all of their
+    modules, instead of their children."""
+    inner = [
         f"{block.name}.{name}"
         for block in blocks
-        for name, module in block.module.named_modules()
-        if name and isinstance(module, (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.MultiheadAttention))
+        for name, _ in (block.module.named_modules() if inside else block.module.named_children())
+        if name
     ]
+    layers = [f"{block.name}.{name}" for block in blocks for name, module in block.module.named_modules() if name and _may_write(module)]
     calls = watched(model, [*inner, *layers], inputs)
     children, written = set(inner), set(layers)
     found: list[Branch] = []
@@ -151,11 +159,30 @@ def _resolve(model: nn.Module, blocks: Sequence[Call], inputs: Tensor) -> Stream
     return Stream(tuple(known), tuple(found), len(known) == len(blocks))
 
 
+def _unflattened(call: Call, stream: Tensor) -> Call:
+    """The call with its images and positions in two dimensions, if it reads or returns them in one, as the MLP of OPT does."""
+
+    def shaped(x: Tensor) -> Tensor:
+        flat = x.dim() == 2 and stream.dim() == 3 and stream.shape[1] > 1 and len(x) == stream.shape[0] * stream.shape[1]
+        return x.reshape(*stream.shape[:2], -1) if flat else x
+
+    return replace(call, input=shaped(call.input), output=shaped(call.output))
+
+
+def _may_write(module: nn.Module) -> bool:
+    """Whether a module may be a layer whose parameters write a branch; a layer of another library has a matrix and no children."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.MultiheadAttention)) or norm_of(module) is not None:
+        return True
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and not any(True for _ in module.children())
+
+
 class _Block:
     """One block: what it read and returned, the calls of its children, and those of its layers."""
 
     def __init__(self, block: Call, children: Sequence[Call], layers: Sequence[Call]) -> None:
-        self.block, self.children, self.layers = block, children, layers
+        self.block = block
+        self.children, self.layers = ([_unflattened(call, block.input) for call in calls] for calls in (children, layers))
         self.scales = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters(recurse=False) if p.dim() == 1}
 
     def branches(self) -> list[Branch] | None:
@@ -199,18 +226,30 @@ class _Block:
         writer, features = self._writer(end, part, scale)
         if main.name.endswith(("conv1", "conv2", "conv3")):
             main = end
+        name, kind = self._worker(main, four)
         return Branch(
             block=self.block.name,
-            name=main.name,
+            name=name,
             end=end.name,
             call=end.number,
-            kind=_kind(main, four),
+            kind=kind,
             starts=tuple(call.name for call in part if same(call.input, stream) and not same(call.output, call.input)),
             scale=None,
             writer=writer,
             features=features if writer else 1 if four else -1,
             cut=False,
         )
+
+    def _worker(self, main: Call, four: bool) -> tuple[str, str]:
+        """The name and the kind of what does the work: the largest module of a branch, or what it is a part of, if that says more."""
+        kind = _kind(main.name, main.module, four)
+        inner = main.name.removeprefix(f"{self.block.name}.").split(".")
+        for end in range(len(inner) - 1, 0, -1) if kind == "branch" else ():
+            module = self.block.module.get_submodule(".".join(inner[:end]))
+            outer = _kind(".".join(inner[:end]), module, four)
+            if outer != "branch" and not isinstance(module, nn.ModuleList):
+                return ".".join([self.block.name, *inner[:end]]), outer
+        return main.name, kind
 
     def _writer(self, end: Call, part: Sequence[Call], scale: str | None) -> tuple[Writer | None, int]:
         """The layer whose output, times a scale, is the output of the branch, and the dimension of its features."""
@@ -241,12 +280,16 @@ class _Block:
             name, module = f"{name}.out_proj", module.out_proj
         bias = None if getattr(module, "bias", None) is None else f"{name}.bias"
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            return Writer(f"{name}.weight", bias)
+            return Writer(f"{name}.weight", bias=bias)
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.affine:
             before = [c for c in self.layers if isinstance(c.module, nn.Conv2d) and same(c.output, layer.input)]
-            return Writer(f"{before[-1].name}.weight" if before else None, bias, f"{name}.weight", name)
-        if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
-            return Writer(None, bias, f"{name}.weight")
+            return Writer(f"{before[-1].name}.weight" if before else None, bias=bias, gain=f"{name}.weight", norm=name)
+        if norm := norm_of(module):
+            return Writer(bias=bias, gain=f"{name}.weight", offset=norm.offset) if getattr(module, "weight", None) is not None else None
+        weight: Any = module.weight
+        if weight.shape[0] == layer.input.shape[-1]:
+            written = layer.input @ weight if bias is None else layer.input @ weight + module.bias
+            return Writer(f"{name}.weight", axis=1, bias=bias) if same(written, layer.output) else None
         return None
 
 
@@ -263,15 +306,10 @@ def _size(calls: Sequence[Call]) -> int:
     return sum(p.numel() for call in calls for p in call.module.parameters())
 
 
-def _kind(main: Call, four: bool) -> str:
-    words = f"{main.name.rpartition('.')[2]} {type(main.module).__name__}".lower()
+def _kind(name: str, module: nn.Module, four: bool) -> str:
+    words = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
     if "att" in words:
         return "attention"
-    if any(word in words for word in ("mlp", "ffn", "feed")):
+    if any(word in words for word in ("mlp", "ffn", "feed")) or words.endswith("ff"):
         return "mlp"
     return "convolution" if four else "branch"
-
-
-def double(model: nn.Module) -> nn.Module:
-    """The model in float64 and eval mode, in place."""
-    return model.to(torch.float64).eval()
