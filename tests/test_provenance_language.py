@@ -151,3 +151,28 @@ def test_the_gain_of_gemma_is_changed_to_the_median_of_what_multiplies() -> None
     change = next(row for row in found.changes if row.how == "median")
     assert change.relative_size_before == pytest.approx(float(before[FEATURE] / before.mean()), rel=1e-4)
     assert change.relative_size == pytest.approx(float(after[FEATURE] / after.mean()), rel=1e-4)
+
+
+def test_a_group_norm_before_the_blocks_is_no_norm_of_vectors() -> None:
+    """For a vector it is a LayerNorm, and for maps it is not."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mlp = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp(self.norm(x))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GroupNorm(1, 8))
+            self.blocks, self.norm = nn.Sequential(Block(), Block()), nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.blocks(self.stem(x).flatten(2).mT)).mean(1)
+
+    assert norm_of(nn.GroupNorm(1, 8)) is not None
+    torch.manual_seed(0)
+    assert provenance(Net(), list(torch.randn(4, 3, 16, 16)), [2], changes=0).error < 1e-12
