@@ -339,3 +339,11 @@ def test_checkpoints_without_tensors_or_file(tmp_path):
         read_checkpoint(tmp_path / "w.pt")
     with pytest.raises(EncoderError, match="no checkpoint at"):
         read_checkpoint(tmp_path / "none.pt")
+
+
+def test_a_wrong_checkpoint_is_found_before_the_network_is_built(monkeypatch, tmp_path):
+    from torchprobe.encoders import load
+
+    monkeypatch.setitem(load.SOURCES, "timm", lambda *arguments: pytest.fail("the network was built"))
+    with pytest.raises(EncoderError, match="no checkpoint at"):
+        load_encoder("timm:resnet50", checkpoint=tmp_path / "none.pt")

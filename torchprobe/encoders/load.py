@@ -7,6 +7,8 @@ import importlib
 import os
 from pathlib import Path
 
+from torch import Tensor
+
 from torchprobe.common.messages import did_you_mean
 from torchprobe.encoders.checkpoint import load_tensors, read_checkpoint
 from torchprobe.encoders.encoder import Built, Encoder
@@ -63,9 +65,10 @@ def load_encoder(
         similar = [] if ":" in name else _full_names(name)
         hint = f"; did you mean {' or '.join(similar)}?" if similar else did_you_mean(source, SOURCES)
         raise EncoderError(f"{name!r} is not the name of an encoder: expected one of {known}{hint}")
+    weights = None if checkpoint is None else read_checkpoint(checkpoint)  # first: a wrong path is found before a large network is built
     built = SOURCES[source](name, model, pretrained and checkpoint is None)
-    if checkpoint is not None:
-        _load_checkpoint(built, checkpoint)
+    if checkpoint is not None and weights is not None:
+        _load_checkpoint(built, checkpoint, weights)
         built.encoder.name = f"{name} ({Path(checkpoint).name})"
     elif not pretrained:
         built.encoder.name = f"{name} (random weights)"
@@ -94,9 +97,9 @@ def _full_names(name: str) -> list[str]:
     return found
 
 
-def _load_checkpoint(built: Built, checkpoint: str | os.PathLike[str]) -> None:
-    """Loads an encoder, its text tower and its head from a local file."""
-    encoder, weights = built.encoder, built.rename(read_checkpoint(checkpoint))
+def _load_checkpoint(built: Built, checkpoint: str | os.PathLike[str], found: dict[str, Tensor]) -> None:
+    """Loads an encoder, its text tower and its head from what a local file holds."""
+    encoder, weights = built.encoder, built.rename(found)
     prefix = load_tensors(encoder.network, weights, checkpoint, built.head_keys)
     loaded = {prefix + key for key in encoder.network.state_dict()} | encoder.load_companions(weights, prefix, checkpoint)
     if not built.finds_heads:
