@@ -25,14 +25,14 @@ class Norm:
     """(x − its mean, if ``centered``) / its length, times a gain, plus a bias: what a module does to a vector.
 
     Attributes:
-        width: entries of the vector.
+        width: entries of the vector; None: any, as in NanoChat, whose norms have no parameters.
         eps: added to the mean square.
         centered: whether the mean is subtracted.
         offset: the gain is ``offset`` + weight: 0, or 1 in Gemma.
         own: whether a library wrote it itself. It may compute in float32, also of float64.
     """
 
-    width: int
+    width: int | None
     eps: float
     centered: bool
     offset: float = 0.0
@@ -56,16 +56,25 @@ def norm_of(module: nn.Module) -> Norm | None:
     >>> norm_of(nn.LayerNorm(8)).centered, norm_of(nn.RMSNorm(8)).centered, norm_of(nn.Linear(8, 8))
     (True, False, None)
     """
+    known = None
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         if len(module.normalized_shape) != 1:
             return None
         eps = torch.finfo(torch.float64).eps if module.eps is None else module.eps
-        return Norm(module.normalized_shape[0], eps, isinstance(module, nn.LayerNorm))
+        known = Norm(module.normalized_shape[0], eps, isinstance(module, nn.LayerNorm))
+        if type(module) in (nn.LayerNorm, nn.RMSNorm):
+            return known
+    return _by_output(module) or known  # a subclass may do something else, such as Nemotron's, which adds 1 to the gain
+
+
+def _by_output(module: nn.Module) -> Norm | None:
     parameters = dict(module.named_parameters())
+    stated = [getattr(module, name) for name in ("variance_epsilon", "eps", "epsilon") if isinstance(getattr(module, name, None), float)]
     shape: Sequence[int] = parameters["weight"].shape if "weight" in parameters else getattr(module, "normalized_shape", ())
+    any_width = not parameters and not shape and bool(stated)
+    shape = (8,) if any_width else shape
     if not {"weight", "bias"} >= parameters.keys() or len(shape) != 1 or any(p.shape != shape for p in parameters.values()):
         return None
-    stated = [getattr(module, name) for name in ("variance_epsilon", "eps", "epsilon") if isinstance(getattr(module, name, None), float)]
     like = next(iter(parameters.values()), torch.empty(0, dtype=torch.float64))
     x = torch.linspace(-1.0, 2.0, 2 * shape[0], dtype=like.dtype, device=like.device).reshape(2, -1)
     x = torch.cat([x, 1e-3 * x])  # small ones tell ε
@@ -73,7 +82,7 @@ def norm_of(module: nn.Module) -> Norm | None:
     with contextlib.suppress(Exception), torch.no_grad():  # a module of another kind may refuse the input
         given = module.forward(x)  # without the hook that asks
         for eps, centered, offset in kinds:
-            norm = Norm(shape[0], eps, centered, offset, own=True)
+            norm = Norm(None if any_width else shape[0], eps, centered, offset, own=True)
             if torch.allclose(given, norm(module, x), rtol=_IN_FLOAT32, atol=_IN_FLOAT32):
                 return norm
     return None
@@ -98,8 +107,8 @@ def lengths_held(
             assert x is not None
             if not bool(output.isfinite().all()):
                 raise refused(not_finite)
-            for dim in (-1, 1):
-                if x.shape[dim] == norm.width:
+            for dim in (-1, 1) if norm.width is not None else (-1,):
+                if norm.width in (None, x.shape[dim]):
                     held = norm(module, x, dim)
                     off = (held.detach() - output.detach()).abs().max()
                     if same(held.detach(), output.detach()) or (norm.own and bool(off <= _IN_FLOAT32 * output.detach().abs().max())):
