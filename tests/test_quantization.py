@@ -304,3 +304,8 @@ def test_the_linear_layer_of_gpt2_whose_weight_is_transposed() -> None:
                 found.append(model(x))
             assert torch.equal(model[0].weight, before)
         torch.testing.assert_close(*found)
+
+
+def test_an_unknown_format_names_those_that_there_are() -> None:
+    with pytest.raises(KeyError, match="'fp8_e4m3' is not one of the formats int8_tensor, .*; did you mean e4m3"):
+        measure(torch.ones(1, 2), "fp8_e4m3")

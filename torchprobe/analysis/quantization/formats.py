@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchprobe.common.messages import did_you_mean
+
 Granularity = Literal["tensor", "token", "channel", "block32", "block16", "none"]
 
 
@@ -87,7 +89,13 @@ _FORMATS: tuple[tuple[str, str, Granularity, str], ...] = (
     ("nvfp4", "e2m1", "block16", "NVFP4: E2M1, an E4M3 scale for 16 features, and one float32 scale for the layer (4 bits)"),
 )
 
-FORMATS = {name: Format(name, ELEMENTS[element], granularity, meaning) for name, element, granularity, meaning in _FORMATS}
+
+class _Formats(dict[str, Format]):
+    def __missing__(self, name: str) -> Format:
+        raise KeyError(f"{name!r} is not one of the formats {', '.join(self)}{did_you_mean(name, self)}")
+
+
+FORMATS = _Formats({name: Format(name, ELEMENTS[element], granularity, meaning) for name, element, granularity, meaning in _FORMATS})
 """The formats that are forecast and measured, by name."""
 
 
