@@ -189,3 +189,31 @@ def test_a_group_norm_before_the_blocks_is_no_norm_of_vectors() -> None:
     assert norm_of(nn.GroupNorm(1, 8)) is not None
     torch.manual_seed(0)
     assert provenance(Net(), list(torch.randn(4, 3, 16, 16)), [2], changes=0).error < 1e-12
+
+
+def test_norms_are_known_by_what_they_do_to_vectors_or_maps() -> None:
+    class OfMaps(nn.Module):
+        """As timm's RmsNorm2d: it takes nothing but maps."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.linspace(0.5, 2.0, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() * self.weight.view(1, -1, 1, 1)
+
+    class OneMore(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.layer_norm(x, (8,), 1 + self.weight, self.bias, self.eps)
+
+    class Same(nn.LayerNorm):
+        pass
+
+    kinds = [norm_of(module) for module in (OfMaps(), OneMore(8), Same(8), nn.GroupNorm(2, 8), nn.Identity())]
+    assert [None if norm is None else (norm.centered, norm.offset, norm.own) for norm in kinds] == [
+        (False, 0.0, True),
+        (True, 1.0, True),
+        (True, 0.0, False),
+        None,
+        None,
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,7 +64,8 @@ def norm_of(module: nn.Module) -> Norm | None:
         known = Norm(module.normalized_shape[0], eps, isinstance(module, nn.LayerNorm))
         if type(module) in (nn.LayerNorm, nn.RMSNorm):
             return known
-    return _by_output(module) or known  # a subclass may do something else, such as Nemotron's, which adds 1 to the gain
+    found = _by_output(module)  # a subclass may do something else, such as Nemotron's, which adds 1 to the gain
+    return known if found is None or known == replace(found, own=False) else found
 
 
 def _by_output(module: nn.Module) -> Norm | None:
@@ -79,12 +80,14 @@ def _by_output(module: nn.Module) -> Norm | None:
     x = torch.linspace(-1.0, 2.0, 2 * shape[0], dtype=like.dtype, device=like.device).reshape(2, -1)
     x = torch.cat([x, 1e-3 * x])  # small ones tell ε
     kinds = itertools.product(stated or _USUAL_EPS, (False, True), (0.0, 1.0) if "weight" in parameters else (0.0,))
-    with contextlib.suppress(Exception), torch.no_grad():  # a module of another kind may refuse the input
-        given = module.forward(x)  # without the hook that asks
-        for eps, centered, offset in kinds:
-            norm = Norm(None if any_width else shape[0], eps, centered, offset, own=True)
-            if torch.allclose(given, norm(module, x), rtol=_IN_FLOAT32, atol=_IN_FLOAT32):
-                return norm
+    norms = [Norm(None if any_width else shape[0], eps, centered, offset, own=True) for eps, centered, offset in kinds]
+    for inputs in (x, x[..., None, None]):  # vectors, or maps of one position
+        with contextlib.suppress(Exception), torch.no_grad():  # a module of another kind may refuse the input
+            given = module.forward(inputs)  # without the hook that asks
+            if given.shape == inputs.shape:
+                for norm in norms:
+                    if torch.allclose(given, norm(module, inputs, 1), rtol=_IN_FLOAT32, atol=_IN_FLOAT32):
+                        return norm
     return None
 
 
