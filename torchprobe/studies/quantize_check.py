@@ -287,6 +287,6 @@ def _measure(check: QuantizeCheck, encoder: Encoder, inputs: list[torch.Tensor],
     try:
         whole = db(used)
         kept = db([layer for layer in used if layer not in keep]) if 0 < len(keep) < len(used) else math.nan
-    except (ValueError, RuntimeError) as error:  # such as weights that are computed in every call
+    except Exception as error:  # such as weights that are computed in every call; the forecasts stay
         return Network(why=str(error).partition("\n")[0])
     return Network(count, whole, kept, "" if not math.isnan(whole) else "its outputs are all the same, or not finite")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchprobe.analysis.quantization.features import weibull_shape
 from torchprobe.analysis.quantization.formats import ELEMENTS, FORMATS, Element, decibels, rounding_error
 from torchprobe.common.messages import counted
 from torchprobe.ops.exponents import BINS, EIGHTHS, LEVEL_HIGH, LEVEL_LOW, LOWEST, NONFINITE, QUARTERS, SCALES
@@ -312,7 +313,7 @@ def _by_channel(exponents: Exponents, found: Spread) -> Forecast:
     seen = (numbers > 0) & (largest > 0)
     count, scale = numbers[seen], largest[seen] / 127
     mean, square = sums[seen] / count, squares[seen] / count
-    shape = _weibull_shape((mean**2 / square).clamp(max=1))
+    shape = weibull_shape((mean**2 / square).clamp(max=1))
     width = mean / torch.lgamma(1 + 1 / shape).exp()
     chance = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
     size = torch.minimum(width[:, None] * (-torch.log1p(-chance)) ** (1 / shape[:, None]), largest[seen][:, None])
@@ -341,18 +342,6 @@ def _by_channel(exponents: Exponents, found: Spread) -> Forecast:
     )
 
 
-@functools.cache
-def _weibull_table() -> tuple[Tensor, Tensor]:
-    shape = torch.logspace(-0.7, 2, 400, dtype=torch.float64)
-    return (2 * torch.lgamma(1 + 1 / shape) - torch.lgamma(1 + 2 / shape)).exp(), shape
-
-
-def _weibull_shape(ratio: Tensor) -> Tensor:
-    """The shape of the Weibull distribution with this mean² / mean square."""
-    ratios, shapes = _weibull_table()
-    return shapes[torch.searchsorted(ratios, ratio).clamp(max=len(shapes) - 1)]
-
-
 # -- outlier features ----------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +362,7 @@ def _with_outliers(exponents: Exponents, found: Spread, whole: Forecast) -> Fore
         if limit <= 0 or float(largest[order[0]]) < 2 * limit:
             continue
         signal = found.signal * (1 - float(squares[order[:count]].sum()) / close)
-        rest = Spread(found.low, torch.minimum(found.high, torch.tensor(limit)).maximum(found.low), found.counts, found.values)
+        rest = Spread(found.low, found.high.clamp(max=limit).maximum(found.low), found.counts, found.values)
         inside = Spread(rest.low, rest.high, rest.counts.where(rest.low < limit, 0), found.values)
         errors = [_at_scale(inside, element, float(top) / element.largest)[0] for top in (limit, largest[order[0]])]
         without, now = (decibels(signal, float((inside.counts * error).sum()) * (1 - count / features)) for error in errors)
