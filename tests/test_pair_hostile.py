@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections import UserDict, defaultdict
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torchprobe.analysis.quantization import forecast, measure
 from torchprobe.analysis.quantization.layers import simulated
 from torchprobe.analysis.window_noise import apart, drifts
 from torchprobe.integrations.padding import Padding
+from torchprobe.recording.structure import mapped
 from torchprobe.recording.tensor_difference import difference
 from torchprobe.statistics import Exponents, Routing
 from torchprobe.statistics.changes import find
@@ -246,3 +249,54 @@ def test_a_mask_that_cannot_be_read_ends_no_run_and_leaves_none_behind(kind: str
             padding.batch({"input_ids": ids, "attention_mask": bad[kind]})
         model(ids)
     assert rec["linear"].vectors == 3 + 6
+
+
+class Counting(nn.Module):
+    """What it gives depends on how often it ran, as with codebooks that follow the data, and caches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return x + self.runs
+
+
+@pytest.mark.parametrize("same, isolate", [(False, False), (False, True), (True, False)], ids=["a copy", "isolated", "itself"])
+def test_every_pass_begins_with_the_same_buffers(same: bool, isolate: bool) -> None:
+    """Both models run several times; a pass must not see what an earlier one has left."""
+    model = nn.Sequential(Counting(), nn.Linear(4, 4), Counting(), parametrizations.spectral_norm(nn.Linear(4, 2), n_power_iterations=1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other = model if same else copy.deepcopy(model)
+    found = torchprobe.record_pair(model, other, torch.randn(3, 4), isolate=isolate, memory=1)
+    assert found.first is None and found.culprit is None, found.answer()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
+        return UserDict(y=self.fc(x) * mask[:, None])
+
+
+def test_a_batch_in_any_mapping() -> None:
+    model, x, mask = Named(), torch.randn(3, 4), torch.tensor([1, 1, 0])
+    other = copy.deepcopy(model)
+    other.fc.weight.data.mul_(1.1)
+    empty = defaultdict(list)
+    empty.update(x=x, mask=mask)
+    for batch in (UserDict(x=x, mask=mask), MappingProxyType({"x": x, "mask": mask}), empty):
+        assert torchprobe.record_pair(model, other, batch, isolate=True).culprit == "fc"
+    assert batch["other"] == [] and isinstance(mapped(empty, torch.clone, lambda other: other), defaultdict)
+
+
+def test_a_batch_of_a_tokenizer() -> None:
+    batch = pytest.importorskip("transformers").BatchEncoding({"x": torch.randn(3, 4), "mask": torch.ones(3, dtype=torch.long)})
+    model = Named()
+    assert torchprobe.record_pair(model, copy.deepcopy(model), batch).first is None
+    again = mapped(batch, torch.clone, lambda other: other)
+    assert type(again) is type(batch) and again["x"] is not batch["x"] and torch.equal(again["x"], batch["x"])
