@@ -263,7 +263,7 @@ class Counting(nn.Module):
         return x + self.runs
 
 
-@pytest.mark.parametrize("same, isolate", [(False, False), (False, True), (True, False)], ids=["a copy", "isolated", "itself"])
+@pytest.mark.parametrize(("same", "isolate"), [(False, False), (False, True), (True, False)], ids=["a copy", "isolated", "itself"])
 def test_every_pass_begins_with_the_same_buffers(same: bool, isolate: bool) -> None:
     """Both models run several times; a pass must not see what an earlier one has left."""
     model = nn.Sequential(Counting(), nn.Linear(4, 4), Counting(), parametrizations.spectral_norm(nn.Linear(4, 2), n_power_iterations=1))
