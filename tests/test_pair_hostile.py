@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import warnings
 from collections import UserDict, defaultdict
@@ -18,14 +19,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torchprobe
-from torchprobe.analysis.quantization import forecast, measure
-from torchprobe.analysis.quantization.layers import simulated
+from torchprobe.analysis import compare_recordings
+from torchprobe.analysis.quantization import FORMATS, clipping, forecast, forecasts, measure, smoothing_scales
+from torchprobe.analysis.quantization.layers import layer_forecast, simulated
 from torchprobe.analysis.window_noise import apart, drifts
 from torchprobe.integrations.padding import Padding
 from torchprobe.recording.structure import mapped
 from torchprobe.recording.tensor_difference import difference
-from torchprobe.statistics import Exponents, Routing
+from torchprobe.statistics import Exponents, Moments, Routing
 from torchprobe.statistics.changes import find
+
+MODULES = [importlib.import_module(f"torchprobe.analysis.quantization.{name}") for name in ("features", "forecast")]
 
 
 class Gives(nn.Module):
@@ -300,3 +304,48 @@ def test_a_batch_of_a_tokenizer() -> None:
     assert torchprobe.record_pair(model, copy.deepcopy(model), batch).first is None
     again = mapped(batch, torch.clone, lambda other: other)
     assert type(again) is type(batch) and again["x"] is not batch["x"] and torch.equal(again["x"], batch["x"])
+
+
+def test_the_default_device_and_dtype_do_not_matter() -> None:
+    """As in a script that begins with torch.set_default_device("cuda"), for a model on the CPU."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(32, 8), torch.randn(300, 32)
+    other = copy.deepcopy(model)
+    other.weight.data[3] *= 1.1
+    seen, outputs = Exponents(32), Moments(8)
+    seen.update(x)
+    outputs.update(model(x).detach())
+    recordings = []
+    for one in (model, other):
+        with torchprobe.record(one) as rec:
+            for step, part in enumerate(x.split(50)):
+                one(part)
+                rec.snapshot(step)
+        recordings.append(rec)
+
+    def everything() -> str:
+        smooth = smoothing_scales(seen.largest, model.weight.abs().amax(0)).tolist()
+        layers = [layer_forecast("fc", model, seen, outputs, form) for form in FORMATS]
+        pair = torchprobe.record_pair(model, other, x, isolate=True).summary()
+        changes = compare_recordings(*recordings).summary()
+        return repr((forecasts(seen), clipping(seen), smooth, layers, pair, changes))
+
+    expected = everything()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    forget_tables()
+    try:
+        found = everything()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+        forget_tables()
+    assert found == expected
+
+
+def forget_tables() -> None:
+    """What was computed once for all forecasts."""
+    for module in MODULES:
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()

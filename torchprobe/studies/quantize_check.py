@@ -137,7 +137,7 @@ class QuantizeCheck:
         rows = []
         for name, kind in FORMATS.items():
             ranked = [one for one in self.ranked(name) if not math.isnan(one.output_db)]
-            values = torch.tensor([one.output_db for one in ranked] or [math.nan], dtype=torch.float64)
+            values = torch.tensor([one.output_db for one in ranked] or [math.nan], dtype=torch.float64, device="cpu")
             rows.append(
                 {
                     "format": name,

@@ -41,8 +41,9 @@ def feature_errors(exponents: Exponents, format: str, noise: float) -> Tensor:
     shape = weibull_shape((mean**2 / square).clamp(max=1))
     width = mean / torch.lgamma(1 + 1 / shape).exp()
     zeros = 1 - (numbers / max(float(exponents.vectors), 1.0)).where(seen, 0).clamp(max=1)
-    generator = torch.Generator().manual_seed(0)
-    places = torch.rand(DRAWN, len(mean), generator=generator, dtype=torch.float64).argsort(0)  # each feature in an order of its own
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.rand(DRAWN, len(mean), generator=generator, dtype=torch.float64, device="cpu")
+    places = drawn.argsort(0)  # each feature in an order of its own
     chance = ((places + 0.5) / DRAWN - zeros) / (1 - zeros).clamp(min=torch.finfo(torch.float64).tiny)
     size = width * (-torch.log1p(-chance.clamp(0, 1 - 1e-9))) ** (1 / shape)
     size = torch.minimum(size, largest).where((chance > 0) & seen, 0)
@@ -53,7 +54,7 @@ def feature_errors(exponents: Exponents, format: str, noise: float) -> Tensor:
 
 @functools.cache
 def _weibull_table() -> tuple[Tensor, Tensor]:
-    shape = torch.logspace(-0.7, 2, 400, dtype=torch.float64)
+    shape = torch.logspace(-0.7, 2, 400, dtype=torch.float64, device="cpu")
     return (2 * torch.lgamma(1 + 1 / shape) - torch.lgamma(1 + 2 / shape)).exp(), shape
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from torchprobe.analysis.quantization.formats import ELEMENTS, FORMATS, Element,
 from torchprobe.common.messages import counted
 from torchprobe.ops.exponents import BINS, EIGHTHS, LEVEL_HIGH, LEVEL_LOW, LOWEST, NONFINITE, QUARTERS, SCALES
 from torchprobe.statistics.exponents import Exponents
+
+HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+"""Where forecasts are computed, whatever PyTorch's default device."""
 
 ONE_BIN = 0.3
 """A forecast is unsure if more of the error than this share comes from one bin. We chose the value."""
@@ -122,10 +126,10 @@ def spread(exponents: Exponents) -> Spread:
     counts = exponents.counts.cpu()[:BINS]
     parts = exponents.quarters.cpu().view(BINS, QUARTERS)
     largest = max(float(exponents.largest.max()), 0.0)
-    start = torch.ldexp(torch.ones(BINS, dtype=torch.float64), torch.arange(BINS) - 1 + LOWEST)
-    edges = start[:, None] * (1 + torch.arange(QUARTERS + 1, dtype=torch.float64) / QUARTERS)
-    edges[0] = torch.linspace(0, float(start[1]), QUARTERS + 1, dtype=torch.float64)  # what only float64 has
-    edges[-1] = torch.linspace(float(start[-1]), max(largest, float(start[-1])), QUARTERS + 1, dtype=torch.float64)
+    start = torch.ldexp(torch.ones(BINS, **HOST), torch.arange(BINS, device="cpu") - 1 + LOWEST)
+    edges = start[:, None] * (1 + torch.arange(QUARTERS + 1, **HOST) / QUARTERS)
+    edges[0] = torch.linspace(0, float(start[1]), QUARTERS + 1, **HOST)  # what only float64 has
+    edges[-1] = torch.linspace(float(start[-1]), max(largest, float(start[-1])), QUARTERS + 1, **HOST)
     low, high = edges[:, :-1], edges[:, 1:]
     room = (high.clamp(max=largest) - low).clamp(min=0) / (high - low).clamp(min=torch.finfo(torch.float64).tiny)
     parts = parts.where(parts.sum(1, keepdim=True) > 0, room)
@@ -238,8 +242,8 @@ def _doubt(exponents: Exponents, errors: Tensor, certain: Tensor, values: Tensor
     if float(exponents.sizes[0].sum()) < FEW_VALUES:
         return "few values were seen"
     parts = exponents.quarters.cpu().view(BINS, QUARTERS)
-    below = torch.ldexp(torch.ones(BINS, dtype=torch.float64), torch.arange(BINS) + LOWEST) <= float(exponents.largest.max())
-    energy = parts.sum(1) * torch.ldexp(torch.ones(BINS, dtype=torch.float64), 2 * (torch.arange(BINS) - 1 + LOWEST)).where(below, 0)
+    below = torch.ldexp(torch.ones(BINS, **HOST), torch.arange(BINS, device="cpu") + LOWEST) <= float(exponents.largest.max())
+    energy = parts.sum(1) * torch.ldexp(torch.ones(BINS, **HOST), 2 * (torch.arange(BINS, device="cpu") - 1 + LOWEST)).where(below, 0)
     many = parts.sum(1) > MANY * _weight(exponents)
     holes = (parts == 0).any(1) & many & torch.cat([many[1:], many[:1] & False])  # it is no tail if the next octave has many, too
     if float(energy[holes].sum()) > ON_A_GRID * float(energy.sum()) > 0 or _whole_multiples(exponents, parts):
@@ -271,10 +275,10 @@ def _at_scale(found: Spread, element: Element, scale: float) -> tuple[Tensor, Te
 
 
 def _level_edges() -> tuple[Tensor, Tensor]:
-    octaves = torch.ldexp(torch.ones(LEVEL_HIGH - LEVEL_LOW, dtype=torch.float64), torch.arange(LEVEL_LOW, LEVEL_HIGH))
-    low = (octaves[:, None] * (1 + torch.arange(EIGHTHS, dtype=torch.float64) / EIGHTHS)).flatten()
-    high = torch.cat([low[1:], torch.tensor([2.0**LEVEL_HIGH], dtype=torch.float64)])
-    zero = torch.zeros(1, dtype=torch.float64)
+    octaves = torch.ldexp(torch.ones(LEVEL_HIGH - LEVEL_LOW, **HOST), torch.arange(LEVEL_LOW, LEVEL_HIGH, device="cpu"))
+    low = (octaves[:, None] * (1 + torch.arange(EIGHTHS, **HOST) / EIGHTHS)).flatten()
+    high = torch.cat([low[1:], torch.tensor([2.0**LEVEL_HIGH], **HOST)])
+    zero = torch.zeros(1, **HOST)
     return torch.cat([zero, low]), torch.cat([low[:1], high])
 
 
@@ -298,7 +302,7 @@ def _of_levels(format: str) -> tuple[Tensor, Tensor, Tensor]:
 def _scale_factors() -> Tensor:
     """By what the rounded E4M3 scale of a block differs from the exact one: scales are spread evenly over the logarithm of an octave, and
     count by their square, as their errors do."""
-    exact = (1 + 3 * (torch.arange(64, dtype=torch.float64) + 0.5) / 64).sqrt()
+    exact = (1 + 3 * (torch.arange(64, **HOST) + 0.5) / 64).sqrt()
     return ELEMENTS["e4m3"].round(exact) / exact
 
 
@@ -315,7 +319,7 @@ def _by_channel(exponents: Exponents, found: Spread) -> Forecast:
     mean, square = sums[seen] / count, squares[seen] / count
     shape = weibull_shape((mean**2 / square).clamp(max=1))
     width = mean / torch.lgamma(1 + 1 / shape).exp()
-    chance = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+    chance = (torch.arange(400, **HOST) + 0.5) / 400
     size = torch.minimum(width[:, None] * (-torch.log1p(-chance)) ** (1 / shape[:, None]), largest[seen][:, None])
     units = size / scale[:, None]
     error = ((units - units.round()) ** 2).mean(1) * scale**2
@@ -338,7 +342,7 @@ def _by_channel(exponents: Exponents, found: Spread) -> Forecast:
         float((count * (units < 0.5).double().mean(1)).sum() / count.sum()),
         0.0,
         noise / found.values,
-        _doubt(exponents, torch.zeros(1), torch.ones(1, dtype=torch.bool), torch.ones(1)) or unsure,
+        _doubt(exponents, torch.zeros(1, **HOST), torch.ones(1, **HOST) > 0, torch.ones(1, **HOST)) or unsure,
     )
 
 
