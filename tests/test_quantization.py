@@ -348,3 +348,19 @@ def test_a_layer_that_is_called_by_keyword_is_rounded_too() -> None:
     with torch.no_grad(), simulated(model, ["fc"], "int8_token", {"fc": exponents}):
         found, same = model(x), model.fc(x)
     assert torch.equal(found, same) and not torch.equal(found, model(x).detach())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", ["two", "three", "four", "five", "ReLU6", "tanh", "softmax"])
+def test_values_that_are_the_largest_of_their_token(kind: str, form: str) -> None:
+    """They are a whole number of steps, so they have no error."""
+    x = normal(4096, 64)
+    narrow = {"two": 2, "three": 3, "four": 4, "five": 5, "softmax": 4}
+    x = x[:, : narrow.get(kind, 64)]
+    x = nn.functional.relu6(5 * x) if kind == "ReLU6" else nn.functional.hardtanh(2 * x) if kind == "tanh" else x
+    x = (3 * x).softmax(-1) if kind == "softmax" else x
+    exponents = Exponents(x.shape[1])
+    for part in x.split(512):
+        exponents.update(part)
+    found = forecast(exponents, form)
+    assert found.unsure or found.sqnr_db == pytest.approx(measure(x, form, largest=exponents.largest).sqnr_db, abs=1)

@@ -46,6 +46,10 @@ MANY = 200
 AT_TOP = 0.3
 """NVFP4 is unsure if the largest values of blocks make more of the error than this share. We chose the value."""
 
+EXACT = 0.2
+"""INT8 with a scale for each token is unsure if more of the error than this share is about values of 120 to 127 steps, and with one for
+each feature, if so many values are in the highest quarter. The largest has no error, so the forecast may be a decibel too low."""
+
 SOME = 20
 """So many values at one end of an octave, and none elsewhere in it, show a grid. We chose the value."""
 
@@ -187,9 +191,18 @@ def forecast(exponents: Exponents, format: str) -> Forecast:
         float((counts * zero).sum()) / total,
         float((counts * beyond).sum()) / total,
         noise / found.values,
-        _doubt(exponents, of_bins, certain, real) or scales_doubt,
+        _doubt(exponents, of_bins, certain, real) or scales_doubt or _exact_doubt(kind.granularity, of_bins),
     )
     return _with_outliers(exponents, found, result) if kind.granularity == "tensor" else result
+
+
+def _exact_doubt(granularity: str, errors: Tensor) -> str:
+    """Whether many values may be the largest of their token, as where an activation saturates, or of few features."""
+    if granularity != "token":
+        return ""
+    low, high = _level_edges()
+    top = float(errors[(low < 127) & (high > 127)].sum())
+    return "much of the error is about the largest values of tokens, which have none" if top > EXACT * float(errors.sum()) else ""
 
 
 def _nonfinite(exponents: Exponents) -> str:
@@ -336,6 +349,8 @@ def _by_channel(exponents: Exponents, found: Spread) -> Forecast:
         unsure = "some features hardly vary, and may lie anywhere between two steps"
     if not unsure and float(of_features.max()) > ONE_BIN * float(of_features.sum()) and len(of_features) > 1:
         unsure = "most of the error is about one feature, whose distribution is not known"
+    if not unsure and float(found.counts[found.counts > 0][-1]) > EXACT * float(found.counts.sum()):
+        unsure = "many values are about as large as the largest, and if they are just that, they have no error"
     return Forecast(
         "int8_channel",
         decibels(found.signal, noise),
