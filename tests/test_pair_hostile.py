@@ -349,3 +349,29 @@ def forget_tables() -> None:
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
+
+
+class Recurrent(nn.Module):
+    """Gives a loss, a state in a tuple, and what depends on neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.state = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y, h = self.fc(x), self.state.weight * x.sum()
+        return {"loss": y.mean() + h.sum(), "y": y, "cache": (h, [None, h + 1])}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tensors_inside_of_an_output_and_single_numbers_are_compared(compiled: bool) -> None:
+    model, x = Recurrent(), torch.randn(3, 4)
+    other = copy.deepcopy(model)
+    assert torchprobe.record_pair(model, other, x, isolate=True).first is None
+    other.state.weight.data[0, 0] += 1
+    torch.compiler.reset()
+    found = torchprobe.record_pair(model, torch.compile(other, backend="eager") if compiled else other, x, isolate=not compiled)
+    places = {row.place: row.output.apart() for row in found.rows if row.layer == ""}
+    assert places == {"y": False, "loss": True, "cache.0": True, "cache.1.1": True}
+    assert found.first == "" and not found.answer().endswith("At the end: relative error 0.")
+    assert compiled or {row.place for row in found.rows if row.adds()} == {"loss", "cache.0", "cache.1.1"}

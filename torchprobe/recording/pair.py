@@ -40,7 +40,8 @@ def record_pair(
     run: Run | None = None,
     memory: int = MEMORY,
 ) -> PairComparison:
-    """Runs two models on the same batch and compares the outputs of each layer exactly.
+    """Runs two models on the same batch and compares the outputs of each layer exactly: every floating-point tensor in tuples, lists,
+    mappings and dataclasses.
 
     The models may differ in weights, precision, device, quantization, or in that one is compiled. ``a`` is the reference. Both run without
     gradients, in the mode (train or eval) in which they are, from the same state of the random numbers. Their buffers and that state are
