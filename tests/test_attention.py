@@ -321,3 +321,17 @@ def test_two_ranks():
     largest, entropy = reference(*projected(module, x))
     assert found[0] == found[1] and found[0][2] == [20, 20]
     assert found[0][0] == pytest.approx(largest.max((0, 1)), rel=1e-5) and found[0][1] == pytest.approx(entropy.mean((0, 1)), rel=1e-5)
+
+
+def test_padding_of_float16_in_a_softmax_of_float32():
+    """Models in float16 mask with its smallest number, and widen the logits before the softmax."""
+    logits = torch.randn(1, 2, 3, 4).half()
+    logits[:, :, 1] += torch.finfo(torch.float16).min  # a row of padding
+    logits[:, :, 2, 2:] = torch.finfo(torch.float16).min
+    largest, entropy = of_logits(logits.float())
+    assert largest[0, 1].isnan().all() and entropy[0, 1].isnan().all()
+    expected = of_logits(logits)
+    assert torch.equal(largest[0, ::2], expected[0][0, ::2]) and torch.equal(entropy[0, ::2], expected[1][0, ::2])
+    far = torch.full((1, 1, 2, 3), -7e4)
+    far[0, 0, 1] = -6e4
+    assert of_logits(far)[0].flatten().tolist() == [-7e4, -6e4]  # logits of a run that diverges

@@ -211,3 +211,20 @@ def test_latches_of_two_tensors() -> None:
     latches.send(0)
     ((found,),) = (arrived.found for arrived in latches.collect())
     assert (found.count, found.rows, found.input, found.call) == (0, (), False, 0)
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_a_layer_that_writes_into_its_input_is_unsure(way: str) -> None:
+    """What it was given is lost before the device looks at it."""
+
+    class InPlace(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.div_(0)
+
+    model, told = nn.Sequential(nn.Linear(4, 4), InPlace()), Told()
+    with torchprobe.record(model, "**") as rec, torch.no_grad():
+        rec.guard("**", on=told)
+        call = torch.compile(model, backend="aot_eager") if way == "compiled" else model
+        call(torch.zeros(3, 4))
+        rec.step()
+    assert (told.reports[0].first.layer, told.reports[0].first.verdict) == ("1", "unsure")

@@ -184,3 +184,62 @@ def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="not the report of a guard"):
             Report.from_dict({**values["report"], **wrong} if wrong else wrong)
+
+
+class InPlace(nn.Module):
+    """``x /= x.norm()``, as a residual block that works on its input does: afterwards the input shows what came out."""
+
+    def __init__(self, passes: bool = False) -> None:
+        super().__init__()
+        self.passes = passes
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return x if self.passes else x.div_(x.norm(dim=-1, keepdim=True) * scale)
+
+
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(x * math.nan)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = nn.ReLU(inplace=True)
+
+
+@pytest.mark.parametrize(
+    ("network", "layers", "layer", "verdict"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 4), InPlace()), "**", "1", "made here"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), InPlace()), "**", "2", "made here"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), InPlace()), "2", "2", "unsure"),
+        (lambda: nn.Sequential(InPlace(), nn.Linear(4, 4)), "**", "0", "unsure"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), Broken()), "**", "1.after", "came in"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), Broken(), InPlace(passes=True)), "2", "2", "came in"),
+    ],
+    ids=["after a layer", "after one in place", "alone", "of the batch", "an activation function", "passed on"],
+)
+def test_a_layer_that_writes_into_its_input_is_not_taken_for_one_that_was_given_nan(
+    network: Callable[[], nn.Module], layers: str, layer: str, verdict: str
+) -> None:
+    model, reports = network(), list[Report]()
+    if isinstance(model[0], nn.Linear):
+        nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    with torchprobe.record(model, "**") as rec, torch.no_grad():
+        rec.guard(layers, on=reports.append)
+        model(torch.zeros(3, 4))
+        rec.step()
+    assert [(report.first.layer, report.first.verdict) for report in reports] == [(layer, verdict)], str(reports[0])
+    assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == hooks
+
+
+def test_a_compiled_layer_that_gives_its_input_back_is_unsure() -> None:
+    """A graph does not count the writes to a tensor."""
+    torch.compiler.reset()
+    model, reports = nn.Sequential(nn.Linear(4, 4), InPlace(), nn.Linear(4, 4)), list[Report]()
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+    with torchprobe.record(model, "**") as rec, torch.no_grad():
+        rec.guard("**", on=reports.append)
+        torch.compile(model, backend="aot_eager", fullgraph=True)(torch.zeros(3, 4))
+        rec.step()
+    assert (reports[0].first.layer, reports[0].first.verdict) == ("1", "unsure")

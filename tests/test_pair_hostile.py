@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import warnings
-from collections.abc import Callable
+from collections import UserDict, defaultdict
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,13 +19,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torchprobe
-from torchprobe.analysis.quantization import forecast, measure
-from torchprobe.analysis.quantization.layers import simulated
+from torchprobe.analysis import compare_recordings
+from torchprobe.analysis.quantization import FORMATS, clipping, forecast, forecasts, measure, smoothing_scales
+from torchprobe.analysis.quantization.layers import layer_forecast, simulated
 from torchprobe.analysis.window_noise import apart, drifts
 from torchprobe.integrations.padding import Padding
+from torchprobe.recording.structure import mapped
 from torchprobe.recording.tensor_difference import difference
-from torchprobe.statistics import Exponents, Routing
+from torchprobe.statistics import Exponents, Moments, Routing
 from torchprobe.statistics.changes import find
+
+MODULES = [importlib.import_module(f"torchprobe.analysis.quantization.{name}") for name in ("features", "forecast")]
 
 
 class Gives(nn.Module):
@@ -246,3 +253,125 @@ def test_a_mask_that_cannot_be_read_ends_no_run_and_leaves_none_behind(kind: str
             padding.batch({"input_ids": ids, "attention_mask": bad[kind]})
         model(ids)
     assert rec["linear"].vectors == 3 + 6
+
+
+class Counting(nn.Module):
+    """What it gives depends on how often it ran, as with codebooks that follow the data, and caches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return x + self.runs
+
+
+@pytest.mark.parametrize(("same", "isolate"), [(False, False), (False, True), (True, False)], ids=["a copy", "isolated", "itself"])
+def test_every_pass_begins_with_the_same_buffers(same: bool, isolate: bool) -> None:
+    """Both models run several times; a pass must not see what an earlier one has left."""
+    model = nn.Sequential(Counting(), nn.Linear(4, 4), Counting(), parametrizations.spectral_norm(nn.Linear(4, 2), n_power_iterations=1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other = model if same else copy.deepcopy(model)
+    found = torchprobe.record_pair(model, other, torch.randn(3, 4), isolate=isolate, memory=1)
+    assert found.first is None and found.culprit is None, found.answer()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
+        return UserDict(y=self.fc(x) * mask[:, None])
+
+
+def test_a_batch_in_any_mapping() -> None:
+    model, x, mask = Named(), torch.randn(3, 4), torch.tensor([1, 1, 0])
+    other = copy.deepcopy(model)
+    other.fc.weight.data.mul_(1.1)
+    empty = defaultdict(list)
+    empty.update(x=x, mask=mask)
+    for batch in (UserDict(x=x, mask=mask), MappingProxyType({"x": x, "mask": mask}), empty):
+        assert torchprobe.record_pair(model, other, batch, isolate=True).culprit == "fc"
+    assert batch["other"] == [] and isinstance(mapped(empty, torch.clone, lambda other: other), defaultdict)
+
+
+def test_a_batch_of_a_tokenizer() -> None:
+    batch = pytest.importorskip("transformers").BatchEncoding({"x": torch.randn(3, 4), "mask": torch.ones(3, dtype=torch.long)})
+    model = Named()
+    assert torchprobe.record_pair(model, copy.deepcopy(model), batch).first is None
+    again = mapped(batch, torch.clone, lambda other: other)
+    assert type(again) is type(batch) and again["x"] is not batch["x"] and torch.equal(again["x"], batch["x"])
+
+
+def test_the_default_device_and_dtype_do_not_matter() -> None:
+    """As in a script that begins with torch.set_default_device("cuda"), for a model on the CPU."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(32, 8), torch.randn(300, 32)
+    other = copy.deepcopy(model)
+    other.weight.data[3] *= 1.1
+    seen, outputs = Exponents(32), Moments(8)
+    seen.update(x)
+    outputs.update(model(x).detach())
+    recordings = []
+    for one in (model, other):
+        with torchprobe.record(one) as rec:
+            for step, part in enumerate(x.split(50)):
+                one(part)
+                rec.snapshot(step)
+        recordings.append(rec)
+
+    def everything() -> str:
+        smooth = smoothing_scales(seen.largest, model.weight.abs().amax(0)).tolist()
+        layers = [layer_forecast("fc", model, seen, outputs, form) for form in FORMATS]
+        pair = torchprobe.record_pair(model, other, x, isolate=True).summary()
+        changes = compare_recordings(*recordings).summary()
+        return repr((forecasts(seen), clipping(seen), smooth, layers, pair, changes))
+
+    expected = everything()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    forget_tables()
+    try:
+        found = everything()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+        forget_tables()
+    assert found == expected
+
+
+def forget_tables() -> None:
+    """What was computed once for all forecasts."""
+    for module in MODULES:
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+class Recurrent(nn.Module):
+    """Gives a loss, a state in a tuple, and what depends on neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.state = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y, h = self.fc(x), self.state.weight * x.sum()
+        return {"loss": y.mean() + h.sum(), "y": y, "cache": (h, [None, h + 1])}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tensors_inside_of_an_output_and_single_numbers_are_compared(compiled: bool) -> None:
+    model, x = Recurrent(), torch.randn(3, 4)
+    other = copy.deepcopy(model)
+    assert torchprobe.record_pair(model, other, x, isolate=True).first is None
+    other.state.weight.data[0, 0] += 1
+    torch.compiler.reset()
+    found = torchprobe.record_pair(model, torch.compile(other, backend="eager") if compiled else other, x, isolate=not compiled)
+    places = {row.place: row.output.apart() for row in found.rows if row.layer == ""}
+    assert places == {"y": False, "loss": True, "cache.0": True, "cache.1.1": True}
+    assert found.first == "" and not found.answer().endswith("At the end: relative error 0.")
+    assert compiled or {row.place for row in found.rows if row.adds()} == {"loss", "cache.0", "cache.1.1"}

@@ -589,3 +589,24 @@ def test_minus_infinity_is_a_value_of_sketches_too() -> None:
     for part in x.split(100):
         q.update(part)
     assert not q.exact and float(q.value()) == -math.inf and q.error().isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_samples_do_not_depend_on_the_default_dtype(dtype):
+    """One in 2^13 values cannot be drawn from random numbers of eight bits."""
+    x = torch.arange(1 << 17, dtype=torch.float32)[:, None]
+
+    def seen():
+        q = Quantile(1, 0.05, memory=4000)  # sorted, so one of the small samples answers
+        for part in x.split(4096):
+            q.update(part)
+        return q
+
+    expected = seen()
+    torch.set_default_dtype(dtype)
+    try:
+        found = seen()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.value().tolist() == expected.value().tolist() and found.error().tolist() == expected.error().tolist()
+    assert abs(1 - float(found.value()) / len(x) - 0.05) < 5 * float(found.error())

@@ -309,3 +309,63 @@ def test_the_linear_layer_of_gpt2_whose_weight_is_transposed() -> None:
 def test_an_unknown_format_names_those_that_there_are() -> None:
     with pytest.raises(KeyError, match="'fp8_e4m3' is not one of the formats int8_tensor, .*; did you mean e4m3"):
         measure(torch.ones(1, 2), "fp8_e4m3")
+
+
+def uneven(kind: str) -> Tensor:
+    """Vectors whose features have very different sizes."""
+    x = normal(4096, 256)
+    if kind == "scales":
+        return x * torch.logspace(-2, 2, 256)
+    if kind == "dead":
+        return x.relu() * (torch.arange(256) >= 128)
+    x[:, 3] *= 100
+    return x
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", ["scales", "dead", "outlier"])
+def test_small_features_with_large_weights_have_the_error_that_they_have(kind: str, form: str) -> None:
+    """One step for all features is not one error for all: a value below half a step loses itself, and a zero nothing."""
+    torch.manual_seed(0)
+    x, layer = uneven(kind), nn.Linear(256, 64)
+    with torch.no_grad():
+        layer.weight.div_(x.square().mean(0).sqrt().clamp(min=1e-3))
+        exponents, moments = Exponents(256), Moments(64)
+        exponents.update(x)
+        moments.update(layer(x))
+        exact = nn.functional.linear(x.double(), layer.weight.double())
+        rounded = nn.functional.linear(quantize(x, form, largest=exponents.largest), rounded_weight(layer, form))
+    truth = 10 * math.log10(float((exact**2).sum() / ((exact - rounded) ** 2).sum()))
+    assert layer_forecast("fc", layer, exponents, moments, form).output_db == pytest.approx(truth, abs=1)
+
+
+def test_a_layer_that_is_called_by_keyword_is_rounded_too() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(input=x)
+
+    model, x, exponents = Named(), normal(16, 8), Exponents(8)
+    exponents.update(x)
+    with torch.no_grad(), simulated(model, ["fc"], "int8_token", {"fc": exponents}):
+        found, same = model(x), model.fc(x)
+    assert torch.equal(found, same) and not torch.equal(found, model(x).detach())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", ["two", "three", "four", "five", "ReLU6", "tanh", "softmax"])
+def test_values_that_are_the_largest_of_their_token(kind: str, form: str) -> None:
+    """They are a whole number of steps, so they have no error."""
+    x = normal(4096, 64)
+    narrow = {"two": 2, "three": 3, "four": 4, "five": 5, "softmax": 4}
+    x = x[:, : narrow.get(kind, 64)]
+    x = nn.functional.relu6(5 * x) if kind == "ReLU6" else nn.functional.hardtanh(2 * x) if kind == "tanh" else x
+    x = (3 * x).softmax(-1) if kind == "softmax" else x
+    exponents = Exponents(x.shape[1])
+    for part in x.split(512):
+        exponents.update(part)
+    found = forecast(exponents, form)
+    assert found.unsure or found.sqnr_db == pytest.approx(measure(x, form, largest=exponents.largest).sqnr_db, abs=1)

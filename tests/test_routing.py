@@ -275,3 +275,19 @@ def test_the_page_runs_as_written() -> None:
     names |= {"model": vit, "batches": [torch.randn(1, 3, 32, 32)] * 2}
     exec(attention, names)
     assert names["rec"].history["max"].shape == (2, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_capacity_does_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    logits = torch.zeros(1000, 8, dtype=torch.float32)
+    logits[:, 0] = 1
+    logits[300:, 1] = 2
+    torch.set_default_dtype(dtype)
+    try:
+        routing = Routing(8, capacity_factor=1.25)  # capacity 157 of 1000 tokens; bfloat16 has no 157.25
+        routing.update(logits)
+        tenth = Routing(10, capacity_factor=1.1)  # 11 of 100, not 12
+        tenth.update(torch.eye(10, dtype=torch.float32)[:1].expand(100, 10))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert routing.dropped == (1000 - 2 * 157) / 1000 and tenth.dropped == 0.89

@@ -87,7 +87,7 @@ def distance(before: Moments, after: Moments) -> LayerDistance:
         frequency = torch.full_like(frequency, math.nan)
     feature, largest = _largest(standard)
     outlier, change = _largest(frequency)
-    gained, lost = (torch.zeros(0, dtype=torch.bool),) * 2
+    gained, lost = (torch.zeros(0, dtype=torch.bool, device="cpu"),) * 2
     if math.isfinite(change):
         was, now = a["outliers"] >= OUTLIER_SHARE, b["outliers"] >= OUTLIER_SHARE
         gained, lost = now & ~was, was & ~now

@@ -74,9 +74,13 @@ def _pieces(queries: int, rows: int | None, size: int, device: torch.device) -> 
 
 
 def _read(logits: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """``least`` stands for −inf in a mask: a row whose largest logit is near it attends to nothing."""
+    """``least`` stands for −inf in a mask: a row whose largest logit is near it attends to nothing.
+
+    Models in float16 often widen their logits before the softmax. Then the mask is the smallest number of float16, plus a logit.
+    """
     largest = logits.amax(-1)
-    seen = largest > least / 4
+    half = torch.finfo(torch.float16).min
+    seen = (largest > least / 4) & ((largest < half) | (largest > half * 63 / 64))
     shares = logits.softmax(-1)
     entropy = 0 - torch.xlogy(shares, shares).sum(-1)
     return largest.where(seen, math.nan), entropy.where(seen, math.nan)

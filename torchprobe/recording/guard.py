@@ -23,9 +23,11 @@ from torchprobe.recording.guard_device import Found, Latches
 from torchprobe.recording.guard_hooks import Batch, Named, Watch
 from torchprobe.recording.guard_options import GuardOptions
 from torchprobe.recording.guard_scaler import ScalerRule
+from torchprobe.recording.guard_writes import Written
 from torchprobe.recording.hook import takes_hooks
 from torchprobe.recording.layers import Layer, named_layers, select_layers
 from torchprobe.recording.nonfinite import TensorFacts, facts, readable, weights_of
+from torchprobe.recording.structure import writes
 from torchprobe.recording.verdicts import CAME, UNSURE, Event, NonfiniteError, NonfiniteWarning, Report, judge, judge_flags, shown, silence
 
 _WHOLE = 4  # events of an alarm that are described in full
@@ -108,11 +110,11 @@ class Guard:
     # -- what the hooks tell -------------------------------------------------------------------------------------------
 
     @ordered
-    def activation(self, watch: Watch, module: nn.Module | None, inputs: Named, outputs: Named) -> None:
+    def activation(self, watch: Watch, module: nn.Module | None, inputs: Named, outputs: Named, written: Written) -> None:
         """Outputs on the CPU are nonfinite."""
-        self.event(watch, "activation", watch.calls - 1, watch.layer.module if module is None else module, inputs, outputs)
+        self.event(watch, "activation", watch.calls - 1, watch.layer.module if module is None else module, inputs, outputs, written)
 
-    def event(self, watch: Watch, kind: str, call: int, module: nn.Module, inputs: Named, outputs: Named) -> None:
+    def event(self, watch: Watch, kind: str, call: int, module: nn.Module, inputs: Named, outputs: Named, written: Written) -> None:
         """Notes the first nonfinite output of a layer in this step."""
         order = self._next()
         if self._alarmed or len(self._events) >= _WHOLE:
@@ -122,7 +124,9 @@ class Guard:
         weights = weights_of(module)
         last: str | None = getattr(self._threads, "last", None)
         batch = [found for found in _facts_of(self._batch.tensors()) if found.bad(_MINUS_INF)]
-        verdict, because = judge(given, weights, batch, last)
+        gave, count = getattr(self._threads, "gave", (lambda: None, None))
+        finite = {name for name, x in inputs if x is gave() and name in written and written[name] == count is not None}
+        verdict, because = judge(given, weights, batch, last, written, finite)
         self._events.append(
             Event(
                 watch.layer.name,
@@ -147,9 +151,12 @@ class Guard:
     def begin(self) -> None:
         """The model is called."""
         self._threads.last = None
+        self._threads.gave = lambda: None, None
 
-    def finite(self, watch: Watch) -> None:
+    def finite(self, watch: Watch, outputs: Named) -> None:
         """A call gave finite outputs only."""
+        if outputs:
+            self._threads.gave = weakref.ref(outputs[0][1]), writes(outputs[0][1])
         self._threads.last = watch.layer.name or None  # the model is the last of a call
 
     @ordered
@@ -191,10 +198,10 @@ class Guard:
         where = f"parameter {name!r} of {shown(watch.layer.name)}" if name else f"the output of {shown(watch.layer.name)}"
         self._last_gradient = torch._C._current_graph_task_id(), where
 
-    def latch(self, watch: Watch, call: int, inputs: Named, outputs: Named, backward: bool) -> None:
+    def latch(self, watch: Watch, call: int, inputs: Named, outputs: Named, backward: bool, written: bool = False) -> None:
         """Looks at tensors on an accelerator, without waiting for it."""
         self._backward = self._backward or backward
-        self._latches.look(watch, inputs, outputs, backward)
+        self._latches.look(watch, inputs, outputs, backward, written)
 
     @ordered
     def token(self, device: torch.device) -> Tensor:
@@ -302,7 +309,7 @@ class Guard:
             because = backward_cause(layer.name, found.name, where, bool(self._tokens))
         else:
             weights = [] if module is None else weights_of(module)
-            kind, (verdict, because) = "activation", judge_flags(found.input, found.minus_inf, weights, before)
+            kind, (verdict, because) = "activation", judge_flags(found.input, found.minus_inf, weights, before, found.written)
         training = module is None or module.training
         details = (tuple[TensorFacts, ...](), tuple[TensorFacts, ...](), tuple(weights), before, found.name, found.rows, found.count)
         event = Event(layer.name, layer.kind, kind, verdict, because, step, found.call, _rank(), found.clock, training, *details)

@@ -36,6 +36,7 @@ class Found:
         input, minus_inf: an input held nan or +inf; or −inf.
         count, rows: how many rows along dimension 0 were nonfinite, and the first of them.
         before: the layer before it in the order of the run; it was finite.
+        written: whether a call of the layer has written into its input.
     """
 
     watch: Watch
@@ -48,6 +49,7 @@ class Found:
     count: int
     rows: tuple[int, ...]
     before: Watch | None
+    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class _Row:
             self.state = torch.zeros(_CALL + 1 + ROWS, dtype=dtype, device=like.device)
             self.calls = torch.zeros((), dtype=dtype, device=like.device)
         self.samples: dict[str, Tensor] = {}
+        self.written = False  # whether a call has written into its input
 
 
 class Latches:
@@ -86,7 +89,7 @@ class Latches:
         self._handled: dict[torch.device, int] = {}
 
     @torch.no_grad()
-    def look(self, watch: Watch, inputs: Named, outputs: Named, backward: bool) -> None:
+    def look(self, watch: Watch, inputs: Named, outputs: Named, backward: bool, written: bool = False) -> None:
         """Looks at one call, or with ``backward`` at one gradient. It does not wait for the device."""
         results = [(name, x) for name, tensor in outputs if (x := readable(tensor)) is not None]
         if not results:
@@ -96,6 +99,7 @@ class Latches:
         row = self._rows.get(key)
         if row is None:
             row = self._rows[key] = _Row(watch, backward, results[0][0] if backward else "", first)
+        row.written |= written
         if first.device not in self._clocks:
             with torch.inference_mode(False):
                 self._clocks[first.device] = torch.zeros_like(row.calls)
@@ -168,7 +172,7 @@ class Latches:
                 previous = next((one.watch for one in reversed(before) if one.backward == row.backward), None)
                 call = -1 if row.backward else int(values[_CALL])
                 numbers_of = int(values[_CLOCK]), call, bool(values[_INPUT]), bool(values[_MINUS_INF]), int(values[_COUNT])
-                found.append(Found(row.watch, row.backward, row.name, *numbers_of, indices, previous))
+                found.append(Found(row.watch, row.backward, row.name, *numbers_of, indices, previous, row.written))
             before.append(row)
         if found:
             self._handled[device] = max(one.clock for one in found)

@@ -20,6 +20,7 @@ from torchprobe.common.messages import reason
 from torchprobe.ops.observers import register_observer
 from torchprobe.recording.compiled import OwnHook, at_trace_time, in_region, never_compile_alone, register
 from torchprobe.recording.control import Control
+from torchprobe.recording.guard_writes import Entry, Written, may_write
 from torchprobe.recording.layers import Layer
 from torchprobe.recording.nonfinite import facts, hidden, on_host, readable, suspicious, tensors_in
 from torchprobe.recording.structure import holds, replaced
@@ -36,13 +37,13 @@ class Sink(Protocol):
 
     control: Control
 
-    def activation(self, watch: Watch, module: nn.Module | None, inputs: Named, outputs: Named) -> None:
+    def activation(self, watch: Watch, module: nn.Module | None, inputs: Named, outputs: Named, written: Written) -> None:
         """Outputs on the CPU are nonfinite."""
 
     def begin(self) -> None:
         """The model is called."""
 
-    def finite(self, watch: Watch) -> None:
+    def finite(self, watch: Watch, outputs: Named) -> None:
         """A call gave finite outputs only."""
 
     def gradient(self, watch: Watch, call: int, grad: Tensor, name: str) -> None:
@@ -51,7 +52,7 @@ class Sink(Protocol):
     def finite_gradient(self, watch: Watch, name: str) -> None:
         """A gradient was finite."""
 
-    def latch(self, watch: Watch, call: int, inputs: Named, outputs: Named, backward: bool) -> None:
+    def latch(self, watch: Watch, call: int, inputs: Named, outputs: Named, backward: bool, written: bool = False) -> None:
         """Looks at tensors on an accelerator, without waiting for it."""
 
     def token(self, device: torch.device) -> Tensor:
@@ -83,6 +84,7 @@ class Watch(OwnHook):
         self.leaves: Any = WeakTensorKeyDictionary()  # outputs that are leaves of autograd → the handle of their hook
         self.mark: Tensor | None = None  # of compiled graphs
         self.traced: list[TracedCall] = []  # operators know them by weak references
+        self.entry = Entry() if may_write(layer.module) else None
         self.key = register(self)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
@@ -91,13 +93,16 @@ class Watch(OwnHook):
         control = self.control
         if not control.live:
             self.remove_from(module)
+            if self.entry is not None:
+                self.entry.remove_from(module)
         elif not control.paused and (control.training is None or control.training == module.training):
             try:
                 if _current_backward() == -1:  # otherwise an activation checkpoint runs the forward again
                     call, self.calls = self.calls, self.calls + 1
                     if not self.seen:
                         outputs = [("", output)] if type(output) is Tensor else tensors_in(output)
-                        self.look(module, call, lambda: named_inputs(module, args, kwargs), outputs)
+                        given = functools.partial(named_inputs, module, args, kwargs)
+                        self.look(module, call, given, outputs, functools.partial(self.written, kwargs))
                 if self.gradients:
                     self.watch_gradients(output)
             except Exception as error:  # a monitor does not end a run
@@ -106,7 +111,8 @@ class Watch(OwnHook):
 
     def place(self, module: nn.Module) -> list[Any]:
         """Registers the hook; returns handles with ``remove``."""
-        return [module.register_forward_hook(self, with_kwargs=True)]
+        before = [] if self.entry is None else [module.register_forward_pre_hook(self.entry, with_kwargs=True)]
+        return [*before, module.register_forward_hook(self, with_kwargs=True)]
 
     def place_on_parameters(self, module: nn.Module) -> list[Any]:
         """Looks at the gradients of the parameters of one dimension, scales and biases; returns handles with ``remove``.
@@ -125,8 +131,8 @@ class Watch(OwnHook):
 
     # -- eager ---------------------------------------------------------------------------------------------------------
 
-    def look(self, module: nn.Module | None, call: int, inputs: Any, outputs: Named) -> None:
-        """Looks at one call. ``inputs()`` finds what went in, with names."""
+    def look(self, module: nn.Module | None, call: int, inputs: Any, outputs: Named, written: Any) -> None:
+        """Looks at one call. ``inputs()`` finds what went in, with names, and ``written(inputs)`` those of them that it wrote to."""
         bad = False
         for _, x in outputs:
             found = readable(x)
@@ -135,14 +141,20 @@ class Watch(OwnHook):
                     self.sink.uncovered(self, why)
                 continue
             if not on_host(found):
-                self.sink.latch(self, call, inputs(), outputs, False)
+                given = inputs()
+                self.sink.latch(self, call, given, outputs, False, bool(written(given)))
                 return
             bad = bad or (suspicious(found) and facts("", found).bad(self.allowed))
         if bad:
             self.seen = True
-            self.sink.activation(self, module, inputs(), outputs)
+            given = inputs()
+            self.sink.activation(self, module, given, outputs, written(given))
         else:
-            self.sink.finite(self)
+            self.sink.finite(self, outputs)
+
+    def written(self, kwargs: Any, inputs: list[tuple[str, Tensor]]) -> Written:
+        """The inputs that the call that ends now has written to."""
+        return {} if self.entry is None else self.entry.written(kwargs, inputs)
 
     def watch_gradients(self, output: Any) -> None:
         """Looks at the gradients of the output when they arrive."""
@@ -188,7 +200,9 @@ class Watch(OwnHook):
         outputs = [(name, _local(x)) for name, x in tensors_in(output) if _is_shown(x)]
         if len(outputs) == 0:
             return None
-        number = call_number(self.key, tuple([name for name, _ in inputs]), tuple([name for name, _ in outputs]), outputs[0][1].device)
+        back = [name for name, x in inputs for _, y in outputs if x is y]  # a graph does not count writes
+        names = tuple([name for name, _ in inputs]), tuple([name for name, _ in outputs]), tuple(back)
+        number = call_number(self.key, *names, outputs[0][1].device)
         if number < 0:
             return None
         _observe_call(self.mark, [x for _, x in inputs], [x for _, x in outputs], number)
@@ -206,8 +220,9 @@ never_compile_alone(Watch.__call__)
 class TracedCall:
     """What a compiled graph calls: one place in it, with the names of what it shows."""
 
-    def __init__(self, watch: Watch, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> None:
+    def __init__(self, watch: Watch, inputs: Sequence[str] = (), outputs: Sequence[str] = (), back: Sequence[str] = ()) -> None:
         self.watch, self.inputs, self.outputs = watch, inputs, outputs
+        self.back = back if watch.entry is not None else ()  # inputs that it gives back, and may have written to
 
     def called(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         watch, control = self.watch, self.watch.control
@@ -219,7 +234,11 @@ class TracedCall:
                 module = watch.layer.alive
                 named = list(zip(self.inputs, inputs, strict=True))
                 watch.look(
-                    module, call, lambda: [(_argument(module, name), x) for name, x in named], list(zip(self.outputs, outputs, strict=True))
+                    module,
+                    call,
+                    lambda: [(_argument(module, name), x) for name, x in named],
+                    list(zip(self.outputs, outputs, strict=True)),
+                    lambda given: {_argument(module, name): None for name in self.back},
                 )
         except Exception as error:
             watch.sink.uncovered(watch, reason(error))
@@ -302,7 +321,7 @@ def traced_open(watch: Watch, live: bool, paused: bool, training: bool) -> bool:
 
 
 @at_trace_time(fallback=-1, fresh=True)
-def call_number(watch: Watch, inputs: tuple[str, ...], outputs: tuple[str, ...], device: torch.device) -> int:
+def call_number(watch: Watch, inputs: tuple[str, ...], outputs: tuple[str, ...], back: tuple[str, ...], device: torch.device) -> int:
     """A new number for every call; −1 if it cannot be looked at."""
     if in_region():
         watch.sink.uncovered(watch, "it is inside of a nested compiled region")
@@ -312,7 +331,7 @@ def call_number(watch: Watch, inputs: tuple[str, ...], outputs: tuple[str, ...],
         watch.sink.uncovered(watch, f"it also runs on {device}, in a compiled graph")
         return -1
     watch.mark = mark
-    watch.traced.append(TracedCall(watch, inputs, outputs))
+    watch.traced.append(TracedCall(watch, inputs, outputs, back))
     return register_observer(watch.traced[-1])
 
 

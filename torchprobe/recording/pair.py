@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torchprobe.recording.layers import OUTPUT, Exclusion, Layer, Selection, sel
 from torchprobe.recording.matching import match_layers
 from torchprobe.recording.pair_comparison import LayerPair, PairComparison
 from torchprobe.recording.pair_replay import Swap
+from torchprobe.recording.pair_state import restored
 from torchprobe.recording.pair_taps import Call, Taps
 from torchprobe.recording.reader import device_of
 from torchprobe.recording.structure import mapped
@@ -41,7 +40,8 @@ def record_pair(
     run: Run | None = None,
     memory: int = MEMORY,
 ) -> PairComparison:
-    """Runs two models on the same batch and compares the outputs of each layer exactly.
+    """Runs two models on the same batch and compares the outputs of each layer exactly: every floating-point tensor in tuples, lists,
+    mappings and dataclasses.
 
     The models may differ in weights, precision, device, quantization, or in that one is compiled. ``a`` is the reference. Both run without
     gradients, in the mode (train or eval) in which they are, from the same state of the random numbers. Their buffers and that state are
@@ -101,10 +101,7 @@ def record_pair(
     pairs = [(selected[a], others[b]) for a, b in matched.pairs]
     call = run if run is not None else _call
     remarks, caveats = [*matched.remarks], _modes(pairs)
-    with ExitStack() as stack:
-        for model in (model_a, model_b):
-            stack.enter_context(_restored(model))
-        rows, swap = _passes(model_a, model_b, pairs, batch, call, memory, isolate)
+    rows, swap = _passes(model_a, model_b, pairs, batch, call, memory, isolate)
     if not rows:
         raise ValueError(f"none of the layers ran in both models, such as {listing([*map(repr, selected)], 4)}")
     if all(row.output.equal and not row.output.elements for row in rows):
@@ -145,7 +142,7 @@ def _passes(
         swap = Swap(pairs)
         with swap.noting_types():
             _forward(model_b, batch, call)
-        with swap.testing():
+        with swap.testing(), restored(model_b):
             _forward(model_a, batch, call)
     rows: dict[int, list[LayerPair]] = {}  # by the number of the call in a
     start, end, order = 0, 1, dict[tuple[str, int], int]()
@@ -183,9 +180,10 @@ def _rows(name: tuple[str, int], a: Call, b: Call, swap: Swap | None) -> list[La
 
 
 def _forward(model: nn.Module, batch: Any, call: Run) -> None:
-    """One pass from the present state of the random numbers, which is the same afterwards."""
+    """One pass from the present state of the random numbers and of the buffers, which are the same afterwards: the next pass begins there,
+    and ``b`` may be ``a`` itself."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng(devices), restored(model):
         call(model, batch)
 
 
@@ -200,36 +198,6 @@ def _call(model: nn.Module, batch: Any) -> object:
     if isinstance(given, Mapping):
         return model(**given)
     return model(*given) if isinstance(given, (tuple, list)) else model(given)
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Buffers are afterwards what they were, such as the running means of batch norms in train mode."""
-    before = [(module, name, buffer, buffer.clone()) for module in model.modules() for name, buffer in module._buffers.items()
-              if buffer is not None]  # fmt: skip
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, values in before:
-                if not _alike(buffer, values):
-                    try:
-                        buffer.copy_(values)
-                    except RuntimeError:  # it cannot be written to, as a tensor of inference mode
-                        buffer = values
-                module._buffers[name] = buffer
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether the values are the same, bit by bit; False if that cannot be said."""
-    if a.is_meta:
-        return True
-    if a.is_nested or a.layout is not torch.strided:
-        return False
-    if a.is_quantized or type(a) not in (Tensor, nn.Parameter):
-        return torch.equal(a, b)
-    bits = [(torch.view_as_real(x.resolve_conj()) if x.is_complex() else x.resolve_neg()).contiguous().reshape(-1) for x in (a, b)]
-    return torch.equal(*(x.view(torch.uint8) for x in bits))
 
 
 def _is_compiled(model: nn.Module) -> bool:

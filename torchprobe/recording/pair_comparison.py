@@ -145,7 +145,8 @@ class PairComparison:
         return " ".join([self._answer(), *(f"But {caveat}." for caveat in self.caveats)])
 
     def _answer(self) -> str:
-        first, worst, last = self.first_row, self.culprit_row, self.rows[-1]
+        first, worst, end = self.first_row, self.culprit_row, self.rows[-1]
+        last = max((row for row in self.rows if (row.layer, row.call) == (end.layer, end.call)), key=lambda row: row.output.size)
         if first is None:
             same = "are the same" if self.tolerance == 0 else f"agree to a relative error of {self.tolerance:g}"
             compared = sum(row.output.compared for row in self.rows)

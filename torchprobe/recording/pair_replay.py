@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torchprobe.common.messages import reason
 from torchprobe.recording.hook import takes_hooks
 from torchprobe.recording.layers import Layer
-from torchprobe.recording.structure import mapped, named_tensors
+from torchprobe.recording.pair_taps import compared_tensors
+from torchprobe.recording.structure import mapped
 from torchprobe.recording.tensor_difference import Difference, difference
 
 Types = list[tuple[torch.dtype, torch.device]]
@@ -158,7 +159,7 @@ class Swap:
         if frame.problem or types is None:
             self.problems.setdefault(name, frame.problem or "it did not run in b as often")
             return
-        expected = dict(named_tensors(output))
+        expected = dict(compared_tensors(output))
         try:
             with ExitStack() as stack:
                 by_name = {layer.name: layer.module for _, layer in self.pairs}
@@ -169,7 +170,7 @@ class Swap:
                     stack.enter_context(_giving(by_name[inner], gave, see))
                 stack.enter_context(_from_state(frame.random))
                 args, kwargs = self._fitted(frame.given, types)
-                found = dict(named_tensors(b.module(*args, **kwargs)))
+                found = dict(compared_tensors(b.module(*args, **kwargs)))
         except Exception as error:  # a layer that cannot be fed alone, for any reason
             self.problems.setdefault(name, reason(error))
             return

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchprobe.recording.compiled import drop_graphs
 from torchprobe.recording.hook import takes_hooks
+from torchprobe.recording.nonfinite import tensors_in
 from torchprobe.recording.structure import first_tensor, named_tensors
 from torchprobe.recording.tensor_difference import incomparable
 
@@ -104,7 +105,7 @@ class Taps:
 
     def _after(self, name: str) -> Callable[..., None]:
         def ended(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._ended(name, named_tensors(output))
+            self._ended(name, compared_tensors(output))
 
         return ended
 
@@ -130,6 +131,20 @@ class Taps:
         return x.detach().to("cpu", copy=True) if self.host else x.detach().clone()
 
 
+def compared_tensors(value: Any) -> list[tuple[str, Tensor]]:
+    """The floating-point tensors in an output, each with its place: those that a recording reads first, and all others, such as a state in
+    a tuple of its own, or a loss.
+
+    >>> import torch
+    >>> y, h, c = torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(1, 3)
+    >>> [place for place, _ in compared_tensors((y, (h, c)))], [place for place, _ in compared_tensors({"loss": y.sum(), "logits": y})]
+    (['0', '1.0', '1.1'], ['logits', 'loss'])
+    """
+    first = named_tensors(value)
+    others = [(place, x) for place, x in tensors_in(value) if x.is_floating_point() and len([1 for _, y in first if y is x]) == 0]
+    return [*first, *others]
+
+
 def _traceable(name: str, sink: list[tuple[str, bool, list[tuple[str, Tensor]]]]) -> tuple[Callable[..., None], Callable[..., None]]:
     """Hooks that the compiler can trace: they copy, and nothing else."""
 
@@ -138,6 +153,6 @@ def _traceable(name: str, sink: list[tuple[str, bool, list[tuple[str, Tensor]]]]
         sink.append((name, False, [] if x is None else [("", x.detach().clone())]))
 
     def ended(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        sink.append((name, True, [(place, x.detach().clone()) for place, x in named_tensors(output)]))
+        sink.append((name, True, [(place, x.detach().clone()) for place, x in compared_tensors(output)]))
 
     return entered, ended

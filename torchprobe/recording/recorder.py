@@ -160,9 +160,9 @@ class Recorder(Watched):
         detach.running[id(self)] = self
         if dropped:
             warnings.warn(
-                "torchprobe: this model was compiled and had run before recording started. Its compiled graphs do not contain "
-                "the hooks, so they were dropped, and the next call compiles again. To compile once, start recording before "
-                "the first call and do not stop: paused() and snapshot() separate what should not be mixed.",
+                "torchprobe: this model, or another with modules of the same classes, was compiled and had run before recording started. "
+                "Such graphs do not contain the hooks, so they were dropped, and the next call compiles again. To compile once, record "
+                "before the first call and do not stop: paused() and snapshot() separate what should not be mixed.",
                 RecordingWarning,
                 stacklevel=users_level(),
             )

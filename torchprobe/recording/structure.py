@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Proxy
 
@@ -82,9 +85,7 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     if not _items(value):
         return value
     if isinstance(value, Mapping):
-        items = {key: replaced(item, old, new) for key, item in value.items()}
-        make: Any = type(value)
-        return make(items) if make in (dict, OrderedDict) else make(**items)
+        return _remade(value, {key: replaced(item, old, new) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*[replaced(item, old, new) for item in value])
     if isinstance(value, (tuple, list)):
@@ -106,9 +107,7 @@ def mapped(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], A
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return value
     if isinstance(value, Mapping):
-        items = {key: mapped(item, tensor, other) for key, item in value.items()}
-        make: Any = type(value)
-        return make(items) if make in (dict, OrderedDict) else make(**items)
+        return _remade(value, {key: mapped(item, tensor, other) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*[mapped(item, tensor, other) for item in value])
     if type(value) in (tuple, list):
@@ -117,6 +116,18 @@ def mapped(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], A
         names = [field.name for field in dataclasses.fields(value) if field.init]
         return type(value)(**{name: mapped(getattr(value, name), tensor, other) for name in names})
     return other(value)
+
+
+def _remade(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the same class that holds other items."""
+    make: Any = type(value)
+    if make in (dict, OrderedDict, MappingProxyType):
+        return make(items)
+    if isinstance(value, MutableMapping) and not dataclasses.is_dataclass(value) and not torch.compiler.is_dynamo_compiling():
+        new: Any = copy.copy(value)  # its constructor may take anything, as that of what a tokenizer gives
+        new.update(items)
+        return new
+    return make(**items)
 
 
 def _items(value: Any) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -220,7 +220,12 @@ def shown(layer: str) -> str:
 
 
 def judge(
-    inputs: Sequence[TensorFacts], parameters: Sequence[TensorFacts], batch: Sequence[TensorFacts], after: str | None
+    inputs: Sequence[TensorFacts],
+    parameters: Sequence[TensorFacts],
+    batch: Sequence[TensorFacts],
+    after: str | None,
+    written: Collection[str] = (),
+    finite: Collection[str] = (),
 ) -> tuple[str, str]:
     """The verdict on a nonfinite output, and the sentence that says by what it is known.
 
@@ -232,8 +237,11 @@ def judge(
         parameters: of the layer.
         batch: nonfinite inputs of the whole model.
         after: the guarded layer before it.
+        written: names of inputs that the layer has written to, or may have: what is in them now may have been made here.
+        finite: those of them that are known to have been finite before.
     """
-    wrong = [found for found in inputs if found.bad(frozenset({"-inf"}))]
+    kept = [found for found in inputs if found.name not in written]
+    wrong = [found for found in kept if found.bad(frozenset({"-inf"}))]
     if wrong:
         source = f"its input {wrong[0].name!r} was nonfinite already"
         if batch:
@@ -241,9 +249,14 @@ def judge(
         if after is None:
             return CAME, f"{source}, and no guarded layer ran before it: look at the batch, or guard the layers before it"
         return CAME, f"{source}: it was made after {shown(after)}, outside of the guarded layers; guard '**' to see more of them"
+    changed = [found.name for found in inputs if found.name in written and found.nonfinite]
+    if unknown := [name for name in changed if name not in finite]:
+        return UNSURE, f"its input {unknown[0]!r} is nonfinite now, but is what it writes to or gives back: it may have been finite before"
     if broken := [found for found in parameters if found.nonfinite]:
         return MADE, f"its inputs were finite, but its parameter {broken[0].name!r} was nonfinite: look at the step before"
-    masks = [found for found in inputs if found.minus_inf]
+    if changed:
+        return MADE, f"its input {changed[0]!r} was finite, and it writes into it"
+    masks = [found for found in kept if found.minus_inf]
     if any("mask" not in found.name.lower() for found in masks):
         unclear = next(found for found in masks if "mask" not in found.name.lower())
         return UNSURE, f"its input {unclear.name!r} held −inf and nothing else that is nonfinite: it may be a mask, or the cause"
@@ -252,7 +265,9 @@ def judge(
     return MADE, "its inputs were finite, and so were its parameters" if parameters else "its inputs were finite"
 
 
-def judge_flags(nonfinite: bool, minus_inf: bool, parameters: Sequence[TensorFacts], after: str | None) -> tuple[str, str]:
+def judge_flags(
+    nonfinite: bool, minus_inf: bool, parameters: Sequence[TensorFacts], after: str | None, written: bool = False
+) -> tuple[str, str]:
     """As :func:`judge`, where an accelerator has kept of the inputs only whether they held nan or +inf, or −inf.
 
     Args:
@@ -260,7 +275,10 @@ def judge_flags(nonfinite: bool, minus_inf: bool, parameters: Sequence[TensorFac
         minus_inf: an input held −inf.
         parameters: of the layer, read when the alarm arrived.
         after: the guarded layer before it.
+        written: whether the layer has written into an input, or may have.
     """
+    if nonfinite and written:
+        return UNSURE, "an input is nonfinite now, but is what it writes to or gives back: it may have been finite before"
     if nonfinite:
         if after is None:
             return (

@@ -122,7 +122,7 @@ class Quantile(DynamicStatistic):
         self._fit()
         if self._main.thinning:  # the buffers no longer see every nan
             self._main.counts[1] += _nans(x, feature_dim)
-        draw = torch.rand(x.select(feature_dim, 0).shape, generator=self._generator, device="cpu")
+        draw = torch.rand(x.select(feature_dim, 0).shape, generator=self._generator, device="cpu", dtype=torch.float32)
         for tail in self._tails:
             tail.add(x, feature_dim, draw)
 

@@ -17,6 +17,8 @@ from torchprobe.statistics.tensors import FEATURES, State
 
 GIVEN = ("logits", "probabilities", "choices")
 
+_BELOW = 1 - 1e-12  # 1.1 · 100 / 10 is 11, and a little more in float64
+
 
 class Routing(Statistic):
     """The load of each expert, dropped tokens, and the entropy of the router, from what a router gives: one vector for each token, one
@@ -123,7 +125,8 @@ class Routing(Statistic):
         load = chosen.sum(0).to(self.assigned.dtype)
         lost = (self.top_k * valid.sum() - load.sum()).clamp(min=0)  # of choices that were cut
         if self.capacity_factor is not None:
-            capacity = torch.ceil(self.capacity_factor * self.top_k * valid.sum() / self.features)
+            tokens = valid.sum().to(self.mass.dtype)  # not in the default dtype, which may be bfloat16
+            capacity = torch.ceil(self.capacity_factor * self.top_k * tokens / self.features * _BELOW)
             lost = lost + (load - capacity).clamp(min=0).sum()
         self.assigned, self.dropped_sum = self.assigned + load, self.dropped_sum + lost
 

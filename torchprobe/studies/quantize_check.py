@@ -137,7 +137,7 @@ class QuantizeCheck:
         rows = []
         for name, kind in FORMATS.items():
             ranked = [one for one in self.ranked(name) if not math.isnan(one.output_db)]
-            values = torch.tensor([one.output_db for one in ranked] or [math.nan], dtype=torch.float64)
+            values = torch.tensor([one.output_db for one in ranked] or [math.nan], dtype=torch.float64, device="cpu")
             rows.append(
                 {
                     "format": name,
@@ -287,6 +287,6 @@ def _measure(check: QuantizeCheck, encoder: Encoder, inputs: list[torch.Tensor],
     try:
         whole = db(used)
         kept = db([layer for layer in used if layer not in keep]) if 0 < len(keep) < len(used) else math.nan
-    except (ValueError, RuntimeError) as error:  # such as weights that are computed in every call
+    except Exception as error:  # such as weights that are computed in every call; the forecasts stay
         return Network(why=str(error).partition("\n")[0])
     return Network(count, whole, kept, "" if not math.isnan(whole) else "its outputs are all the same, or not finite")

@@ -11,14 +11,19 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchprobe.analysis.quantization.features import weibull_shape
 from torchprobe.analysis.quantization.formats import ELEMENTS, FORMATS, Element, decibels, rounding_error
 from torchprobe.common.messages import counted
 from torchprobe.ops.exponents import BINS, EIGHTHS, LEVEL_HIGH, LEVEL_LOW, LOWEST, NONFINITE, QUARTERS, SCALES
 from torchprobe.statistics.exponents import Exponents
+
+HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+"""Where forecasts are computed, whatever PyTorch's default device."""
 
 ONE_BIN = 0.3
 """A forecast is unsure if more of the error than this share comes from one bin. We chose the value."""
@@ -40,6 +45,10 @@ MANY = 200
 
 AT_TOP = 0.3
 """NVFP4 is unsure if the largest values of blocks make more of the error than this share. We chose the value."""
+
+EXACT = 0.2
+"""INT8 with a scale for each token is unsure if more of the error than this share is about values of 120 to 127 steps, and with one for
+each feature, if so many values are in the highest quarter. The largest has no error, so the forecast may be a decibel too low."""
 
 SOME = 20
 """So many values at one end of an octave, and none elsewhere in it, show a grid. We chose the value."""
@@ -121,10 +130,10 @@ def spread(exponents: Exponents) -> Spread:
     counts = exponents.counts.cpu()[:BINS]
     parts = exponents.quarters.cpu().view(BINS, QUARTERS)
     largest = max(float(exponents.largest.max()), 0.0)
-    start = torch.ldexp(torch.ones(BINS, dtype=torch.float64), torch.arange(BINS) - 1 + LOWEST)
-    edges = start[:, None] * (1 + torch.arange(QUARTERS + 1, dtype=torch.float64) / QUARTERS)
-    edges[0] = torch.linspace(0, float(start[1]), QUARTERS + 1, dtype=torch.float64)  # what only float64 has
-    edges[-1] = torch.linspace(float(start[-1]), max(largest, float(start[-1])), QUARTERS + 1, dtype=torch.float64)
+    start = torch.ldexp(torch.ones(BINS, **HOST), torch.arange(BINS, device="cpu") - 1 + LOWEST)
+    edges = start[:, None] * (1 + torch.arange(QUARTERS + 1, **HOST) / QUARTERS)
+    edges[0] = torch.linspace(0, float(start[1]), QUARTERS + 1, **HOST)  # what only float64 has
+    edges[-1] = torch.linspace(float(start[-1]), max(largest, float(start[-1])), QUARTERS + 1, **HOST)
     low, high = edges[:, :-1], edges[:, 1:]
     room = (high.clamp(max=largest) - low).clamp(min=0) / (high - low).clamp(min=torch.finfo(torch.float64).tiny)
     parts = parts.where(parts.sum(1, keepdim=True) > 0, room)
@@ -182,9 +191,18 @@ def forecast(exponents: Exponents, format: str) -> Forecast:
         float((counts * zero).sum()) / total,
         float((counts * beyond).sum()) / total,
         noise / found.values,
-        _doubt(exponents, of_bins, certain, real) or scales_doubt,
+        _doubt(exponents, of_bins, certain, real) or scales_doubt or _exact_doubt(kind.granularity, of_bins),
     )
     return _with_outliers(exponents, found, result) if kind.granularity == "tensor" else result
+
+
+def _exact_doubt(granularity: str, errors: Tensor) -> str:
+    """Whether many values may be the largest of their token, as where an activation saturates, or of few features."""
+    if granularity != "token":
+        return ""
+    low, high = _level_edges()
+    top = float(errors[(low < 127) & (high > 127)].sum())
+    return "much of the error is about the largest values of tokens, which have none" if top > EXACT * float(errors.sum()) else ""
 
 
 def _nonfinite(exponents: Exponents) -> str:
@@ -237,8 +255,8 @@ def _doubt(exponents: Exponents, errors: Tensor, certain: Tensor, values: Tensor
     if float(exponents.sizes[0].sum()) < FEW_VALUES:
         return "few values were seen"
     parts = exponents.quarters.cpu().view(BINS, QUARTERS)
-    below = torch.ldexp(torch.ones(BINS, dtype=torch.float64), torch.arange(BINS) + LOWEST) <= float(exponents.largest.max())
-    energy = parts.sum(1) * torch.ldexp(torch.ones(BINS, dtype=torch.float64), 2 * (torch.arange(BINS) - 1 + LOWEST)).where(below, 0)
+    below = torch.ldexp(torch.ones(BINS, **HOST), torch.arange(BINS, device="cpu") + LOWEST) <= float(exponents.largest.max())
+    energy = parts.sum(1) * torch.ldexp(torch.ones(BINS, **HOST), 2 * (torch.arange(BINS, device="cpu") - 1 + LOWEST)).where(below, 0)
     many = parts.sum(1) > MANY * _weight(exponents)
     holes = (parts == 0).any(1) & many & torch.cat([many[1:], many[:1] & False])  # it is no tail if the next octave has many, too
     if float(energy[holes].sum()) > ON_A_GRID * float(energy.sum()) > 0 or _whole_multiples(exponents, parts):
@@ -270,10 +288,10 @@ def _at_scale(found: Spread, element: Element, scale: float) -> tuple[Tensor, Te
 
 
 def _level_edges() -> tuple[Tensor, Tensor]:
-    octaves = torch.ldexp(torch.ones(LEVEL_HIGH - LEVEL_LOW, dtype=torch.float64), torch.arange(LEVEL_LOW, LEVEL_HIGH))
-    low = (octaves[:, None] * (1 + torch.arange(EIGHTHS, dtype=torch.float64) / EIGHTHS)).flatten()
-    high = torch.cat([low[1:], torch.tensor([2.0**LEVEL_HIGH], dtype=torch.float64)])
-    zero = torch.zeros(1, dtype=torch.float64)
+    octaves = torch.ldexp(torch.ones(LEVEL_HIGH - LEVEL_LOW, **HOST), torch.arange(LEVEL_LOW, LEVEL_HIGH, device="cpu"))
+    low = (octaves[:, None] * (1 + torch.arange(EIGHTHS, **HOST) / EIGHTHS)).flatten()
+    high = torch.cat([low[1:], torch.tensor([2.0**LEVEL_HIGH], **HOST)])
+    zero = torch.zeros(1, **HOST)
     return torch.cat([zero, low]), torch.cat([low[:1], high])
 
 
@@ -297,7 +315,7 @@ def _of_levels(format: str) -> tuple[Tensor, Tensor, Tensor]:
 def _scale_factors() -> Tensor:
     """By what the rounded E4M3 scale of a block differs from the exact one: scales are spread evenly over the logarithm of an octave, and
     count by their square, as their errors do."""
-    exact = (1 + 3 * (torch.arange(64, dtype=torch.float64) + 0.5) / 64).sqrt()
+    exact = (1 + 3 * (torch.arange(64, **HOST) + 0.5) / 64).sqrt()
     return ELEMENTS["e4m3"].round(exact) / exact
 
 
@@ -312,9 +330,9 @@ def _by_channel(exponents: Exponents, found: Spread) -> Forecast:
     seen = (numbers > 0) & (largest > 0)
     count, scale = numbers[seen], largest[seen] / 127
     mean, square = sums[seen] / count, squares[seen] / count
-    shape = _weibull_shape((mean**2 / square).clamp(max=1))
+    shape = weibull_shape((mean**2 / square).clamp(max=1))
     width = mean / torch.lgamma(1 + 1 / shape).exp()
-    chance = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+    chance = (torch.arange(400, **HOST) + 0.5) / 400
     size = torch.minimum(width[:, None] * (-torch.log1p(-chance)) ** (1 / shape[:, None]), largest[seen][:, None])
     units = size / scale[:, None]
     error = ((units - units.round()) ** 2).mean(1) * scale**2
@@ -331,26 +349,16 @@ def _by_channel(exponents: Exponents, found: Spread) -> Forecast:
         unsure = "some features hardly vary, and may lie anywhere between two steps"
     if not unsure and float(of_features.max()) > ONE_BIN * float(of_features.sum()) and len(of_features) > 1:
         unsure = "most of the error is about one feature, whose distribution is not known"
+    if not unsure and float(found.counts[found.counts > 0][-1]) > EXACT * float(found.counts.sum()):
+        unsure = "many values are about as large as the largest, and if they are just that, they have no error"
     return Forecast(
         "int8_channel",
         decibels(found.signal, noise),
         float((count * (units < 0.5).double().mean(1)).sum() / count.sum()),
         0.0,
         noise / found.values,
-        _doubt(exponents, torch.zeros(1), torch.ones(1, dtype=torch.bool), torch.ones(1)) or unsure,
+        _doubt(exponents, torch.zeros(1, **HOST), torch.ones(1, **HOST) > 0, torch.ones(1, **HOST)) or unsure,
     )
-
-
-@functools.cache
-def _weibull_table() -> tuple[Tensor, Tensor]:
-    shape = torch.logspace(-0.7, 2, 400, dtype=torch.float64)
-    return (2 * torch.lgamma(1 + 1 / shape) - torch.lgamma(1 + 2 / shape)).exp(), shape
-
-
-def _weibull_shape(ratio: Tensor) -> Tensor:
-    """The shape of the Weibull distribution with this mean² / mean square."""
-    ratios, shapes = _weibull_table()
-    return shapes[torch.searchsorted(ratios, ratio).clamp(max=len(shapes) - 1)]
 
 
 # -- outlier features ----------------------------------------------------------------------------------------------------
@@ -373,7 +381,7 @@ def _with_outliers(exponents: Exponents, found: Spread, whole: Forecast) -> Fore
         if limit <= 0 or float(largest[order[0]]) < 2 * limit:
             continue
         signal = found.signal * (1 - float(squares[order[:count]].sum()) / close)
-        rest = Spread(found.low, torch.minimum(found.high, torch.tensor(limit)).maximum(found.low), found.counts, found.values)
+        rest = Spread(found.low, found.high.clamp(max=limit).maximum(found.low), found.counts, found.values)
         inside = Spread(rest.low, rest.high, rest.counts.where(rest.low < limit, 0), found.values)
         errors = [_at_scale(inside, element, float(top) / element.largest)[0] for top in (limit, largest[order[0]])]
         without, now = (decibels(signal, float((inside.counts * error).sum()) * (1 - count / features)) for error in errors)

@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from torchprobe.analysis.quantization.features import feature_errors
 from torchprobe.analysis.quantization.forecast import Forecast, forecast
-from torchprobe.analysis.quantization.formats import FORMATS, decibels, measure, quantize
+from torchprobe.analysis.quantization.formats import decibels, measure, quantize
 from torchprobe.recording.leaves import inputs_first
 from torchprobe.statistics import Moments
 from torchprobe.statistics.exponents import Exponents
@@ -56,11 +57,11 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 
 def column_squares(module: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """Σ w² of each input feature, float64 (features,). ``weight``: other weights, with the outputs first."""
+    """Σ w² of each input feature, float64 (features,) on the CPU. ``weight``: other weights, with the outputs first."""
     kept = _weight(module) if weight is None else weight
     squares = kept.detach().double() ** 2
     groups: int = getattr(module, "groups", 1)
-    return squares.reshape(groups, squares.shape[0] // groups, squares.shape[1], -1).sum((1, 3)).flatten()
+    return squares.reshape(groups, squares.shape[0] // groups, squares.shape[1], -1).sum((1, 3)).flatten().cpu()
 
 
 def column_largest(module: nn.Module) -> Tensor:
@@ -116,8 +117,7 @@ def layer_forecast(name: str, module: nn.Module, exponents: Exponents, outputs: 
     values = float(exponents.counts.cpu()[:-2].sum())
     mean_square = found.noise * 10 ** (found.sqnr_db / 10) if math.isfinite(found.sqnr_db) else math.nan
     squares = share / close * mean_square * values / vectors if close > 0 else share  # the mean square of each feature
-    steps_of_one_size = FORMATS[format].element.mantissa is None  # then every feature has the same error
-    error = torch.full_like(columns, found.noise) if steps_of_one_size else squares * 10 ** (-found.sqnr_db / 10)
+    error = feature_errors(exponents, format, found.noise)
     rounded = rounded_weight(module, format)
     original = _weight(module)
     of_weights = float((column_squares(module, rounded - original.detach().double()) * squares).sum())
@@ -165,14 +165,16 @@ def simulated(model: nn.Module, layers: Iterable[str], format: str, exponents: M
             if not isinstance(module._parameters.get("weight"), nn.Parameter):
                 raise ValueError(f"the weight of {name!r} is computed in every call, by a parametrization or a hook: remove it first")
 
-            def round_input(_: nn.Module, inputs: tuple[Any, ...], dim: int = dims[name], largest: Tensor = largest) -> Any:
-                return (quantize(inputs[0], format, dim, largest, torch.float32).to(inputs[0].dtype), *inputs[1:])
+            def round_input(_: nn.Module, args: Any, kwargs: Any, dim: int = dims[name], largest: Tensor = largest) -> Any:
+                given = [*args, *kwargs.values()]  # of a call by keyword, as fc(input=x), the only argument
+                given[0] = quantize(given[0], format, dim, largest, torch.float32).to(given[0].dtype)
+                return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
 
             if all(module.weight is not kept for kept, _ in weights):  # layers may share one
                 weights.append((module.weight, module.weight.data))
                 rounded = rounded_weight(module, format).to(module.weight.dtype)
                 module.weight.data = rounded.T.contiguous() if inputs_first(module) else rounded
-            handles.append(module.register_forward_pre_hook(round_input))
+            handles.append(module.register_forward_pre_hook(round_input, with_kwargs=True))
         yield
     finally:
         for handle in handles:
