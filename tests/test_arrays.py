@@ -252,6 +252,12 @@ def test_a_head_of_an_array(tmp_path: Path) -> None:
     head = open_head(tmp_path / "w.npy", 8)
     assert torch.equal(head.weight, torch.from_numpy(weight.astype(np.float16)).float()) and head.bias is None
     assert torch.allclose(open_head(tmp_path / "wb.npz", 8).bias, torch.from_numpy(bias).float())
+    for names in (("fc.weight", "fc.bias"), ("coef_", "intercept_"), ("w", "b"), ("head", "head_bias")):  # of PyTorch, of sklearn …
+        np.savez(tmp_path / "named.npz", **dict(zip(names, (weight, bias), strict=True)), other=weight[:, :3])
+        for where in ("named.npz", f"named.npz:{names[0]}"):
+            assert torch.allclose(open_head(tmp_path / where, 8).bias, torch.from_numpy(bias).float())
+    np.savez(tmp_path / "named.npz", w=weight, other=bias)
+    assert open_head(tmp_path / "named.npz:w", 8).bias is None
     np.save(tmp_path / "t.npy", weight.T)
     with pytest.raises(ValueError, match="takes 3 features, but the representations have 8. Is it transposed"):
         open_head(tmp_path / "t.npy", 8)

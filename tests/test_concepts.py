@@ -20,6 +20,7 @@ from torchprobe.analysis.concepts import (
 )
 from torchprobe.datasets import Broden, BrodenWriter
 from torchprobe.dissection import Dissection, dissect
+from torchprobe.studies.interpret.concepts import summarize_concepts
 
 SHADES = ["dark", "dim", "bright", "white"]
 
@@ -33,6 +34,13 @@ class Colors(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.cat([images.mean((2, 3)), images.new_zeros(len(images), 1)], 1)
+
+
+class Silent(nn.Module):
+    """Says nothing at all."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.new_zeros(len(images), 4)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,15 @@ def test_sweep_counts_what_is_encoded(found: dict[str, Dissection]) -> None:
     nothing = concept_sweep(found[SHUFFLED], (0.9,))[0]
     assert nothing["unique"] == 0 and np.isnan(nothing["polysemanticity_encoding"]) and nothing["distribution"] == [4]
     assert concept_sweep(found[UNITS], (0.9,), minimum_positives=1000)[0]["unique"] == 0
+
+
+def test_units_without_a_gain_for_any_concept_are_not_among_the_best(broden: Broden, found: dict[str, Dissection]) -> None:
+    """One of four units is constant, so the 20 best are fewer. A rank that is no label must not be looked up."""
+    summary = summarize_concepts(found)
+    assert {row.unit for row in summary.best[UNITS]} == {0, 1, 2} - {row.unit for row in found[UNITS].best("gain") if row.index < 0}
+    assert all(row.label and row.encodes is bool(found[UNITS].encoded(0.9)[row.unit].any()) for row in summary.best[UNITS][:1])
+    silent = concepts(Silent(), broden, preprocess=pixels, batch_size=32)
+    assert summarize_concepts(silent).best == {UNITS: []}
 
 
 def test_overlap_of_models() -> None:

@@ -163,6 +163,19 @@ def test_encoders_of_texts_alone_without_a_limit_or_without_positions(tmp_path, 
     torch.testing.assert_close(encoder.encode_text(TEXTS), want)
 
 
+@pytest.mark.parametrize("length", [None, 5])
+def test_a_tokenizer_without_a_limit(tmp_path, length):
+    """As that of BLOOM is saved: transformers writes 1e30, which the tokenizer itself refuses. Texts are cut only where one is set."""
+    model = save(tmp_path, "BloomModel", "BloomConfig", None, hidden_size=32, n_layer=2, n_head=2, vocab_size=40)
+    tokenizer = models.transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.model_max_length = length or int(1e30)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = load_encoder(f"hf:{tmp_path}")
+    with torch.no_grad():
+        want = [model(**tokenizer([text], truncation=bool(length), return_tensors="pt")).last_hidden_state[0, -1] for text in TEXTS]
+    torch.testing.assert_close(encoder.encode_text(TEXTS), torch.stack(want), rtol=1e-4, atol=1e-5)
+
+
 def test_a_text_network_that_takes_no_mask_is_refused(tmp_path):
     settings = {key: value for key, value in models.TEXT.items() if key != "num_attention_heads"}
     save(tmp_path, "FNetModel", "FNetConfig", None, **settings)

@@ -98,6 +98,7 @@ def test_files_of_names_without_values_need_the_first_value(tmp_path, text):
     [
         ("1 cat\ndog\n", "no value in front"),
         ("1 cat\n1 dog\n", "there twice"),
+        ("cat\n\ndog\n", "line 2 is empty"),
         ('{"1": "cat", "01": "dog"}', "there twice"),
         ('{"x": "cat"}', "not a value"),
         ('{"1": 5}', "name of a label"),

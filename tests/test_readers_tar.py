@@ -251,8 +251,11 @@ def test_a_label_is_bounded(tmp_path):
 def test_names_of_classes_are_beside_the_shards_or_above(tmp_path):
     path = tar(tmp_path / "test" / "0.tar", samples([1]))
     assert open_shards([path]).names is None
-    (tmp_path / "classnames.txt").write_text("cat\n big dog \n")
+    (tmp_path / "classnames.txt").write_text("\ufeffcat\n big dog \n\n", encoding="utf-8")
     assert open_shards([path]).names == ("cat", "big dog")
+    (tmp_path / "classnames.txt").write_text("cat\n\nbig dog\n")  # whose row is 2
+    with pytest.raises(DatasetError, match="line 2 is empty"):
+        open_shards([path])
 
 
 def test_another_picture_of_a_sample_is_no_image(tmp_path):

@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn.metrics import average_precision_score
 
 from torchprobe.dissection.words import MEASURES, WPMI, CosineCubed, RankReorder, SoftWPMI, TopPrecision, match
+from torchprobe.dissection.words.measures import mixed
 
 PERMUTED = ["soft_wpmi", "wpmi", "cosine_cubed", "rank_reorder"]
 
@@ -17,8 +18,9 @@ PERMUTED = ["soft_wpmi", "wpmi", "cosine_cubed", "rank_reorder"]
 
 
 def first_images(x, count):
-    """The positions of the largest values, of equal ones the first."""
-    return sorted(range(len(x)), key=lambda i: (-x[i], i))[:count]
+    """The positions of the largest values, of equal ones in the order of ties."""
+    ties = mixed(len(x)).argsort().tolist()
+    return sorted(range(len(x)), key=lambda i: (-x[i], ties[i]))[:count]
 
 
 def cosine_cubed(x, y):
@@ -43,7 +45,8 @@ def rank_reorder(x, y, share=0.05, power=3, label_power=0.5):
     top = first_images(x, min(len(x), max(2, int(share * len(x)))))
     t = x[top]
     rising = sorted(t)
-    by_concept = sorted(range(len(top)), key=lambda i: (y[top[i]], top[i]))
+    ties = mixed(len(x)).argsort().tolist()
+    by_concept = sorted(range(len(top)), key=lambda i: (y[top[i]], ties[top[i]]))
     moved = np.empty(len(t))
     for rank, i in enumerate(by_concept):
         moved[i] = rising[rank]
@@ -137,13 +140,30 @@ def test_constant_units_and_concepts():
     for name in PERMUTED:
         found = match(scores, labels, name, permutations=9)
         undefined = torch.zeros_like(found.score, dtype=torch.bool)
-        if name in ("cosine_cubed", "rank_reorder"):
-            undefined[1] = True
+        undefined[1] = True
         if name == "cosine_cubed":
             undefined[:, 2] = True
         for table in found:
             assert torch.equal(table.isnan(), undefined), name
         assert bool((found.p[~undefined] <= 1).all())
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_unit_that_is_mostly_zero_does_not_agree_with_the_first_folder(name):
+    """Images of class folders come class by class. Among equal scores, the first images would all be of one class."""
+    p = []
+    for images in range(400, 440, 2):
+        _, labels = drawn(images=images, concepts=10, seed=images)
+        labels[torch.arange(images), torch.arange(images) * 10 // images] += 0.1
+        rare = torch.zeros(images)
+        rare[[177, 277, 377]] = torch.tensor([1.0, 2.0, 3.0])
+        p.append(float(match(rare[None], labels, name, permutations=39).p[0, 0]))
+    assert sum(one <= 0.05 for one in p) <= 4, p
+
+
+def test_equal_labels_do_not_agree_with_the_order_of_the_files():
+    rising = torch.arange(400.0)
+    assert float(match(rising[None], torch.full((400, 2), 0.5), "rank_reorder", permutations=39).p.min()) > 0.05
 
 
 @pytest.mark.parametrize("name", MEASURES)

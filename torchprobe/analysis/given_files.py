@@ -30,6 +30,9 @@ LABELS = ("y", "labels", "label")
 NAMES = ("ids", "names")
 """The names of an array of text with the names of the rows."""
 
+BIASES = ("bias", "intercept", "intercept_")
+"""The names of the bias of a head, beside its weight; sklearn calls it intercept_."""
+
 _BLOCK = 1 << 22  # numbers at a time
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -102,8 +105,8 @@ def open_head(file: str | os.PathLike[str], features: int) -> Head:
     """A head from a file of arrays, or one that :func:`torchprobe.encoders.load_head` reads.
 
     Args:
-        file: a weight (classes, features) as ``.npy``, ``.npz`` or ``.parquet``, or as FILE:NAME. Arrays called weight and bias are both
-            taken. Other files are checkpoints.
+        file: a weight (classes, features) as ``.npy``, ``.npz`` or ``.parquet``, or as FILE:NAME. The bias beside it is taken too: bias,
+            intercept or intercept_, such as fc.bias with fc.weight, or b with w. Other files are checkpoints.
         features: the width of the representations.
 
     Raises:
@@ -115,13 +118,13 @@ def open_head(file: str | os.PathLike[str], features: int) -> Head:
     arrays = open_arrays(path)
     name = "weight" if name is None and "weight" in arrays else name
     chosen = choose(arrays, path, name, "a head", lambda one: one.kind == "float" and len(one.shape) == 2 and one.shape[1] == features)
-    weight, bias = checked_rows(chosen.tensor(), chosen.where), arrays.get("bias") if name == "weight" else None
+    weight, bias = checked_rows(chosen.tensor(), chosen.where), _bias(arrays, chosen)
     if weight.shape[1] != features:
         transposed = ". Is it transposed? A head is (classes, features)" if weight.shape[0] == features else ""
         raise ValueError(f"{chosen.where} takes {weight.shape[1]} features, but the representations have {features}{transposed}")
     limits.check("head_numbers", weight.numel(), chosen.where)
-    head = Head(weight.float(), None if bias is None else bias.tensor().float())
     try:
+        head = Head(weight.float(), None if bias is None else bias.tensor().float())
         weight_and_bias(head)
     except ValueError as error:
         raise ValueError(f"{chosen.where}: {error}") from error
@@ -206,6 +209,15 @@ def _labels(file: str | os.PathLike[str], h: Tensor) -> Tensor:
     path, name = located(file)
     chosen = choose(open_arrays(path), path, name, "labels", lambda one: one.kind == "whole" and len(one.shape) == 1)
     return checked_labels(chosen.tensor(), h, chosen.where)
+
+
+def _bias(arrays: dict[str, Array], weight: Array) -> Array | None:
+    """The bias that belongs to a weight, by the name of the weight. Without it, every decision would be that of another head."""
+    name = next(key for key, one in arrays.items() if one is weight)
+    path, dot, last = name.rpartition(".")
+    beside = [f"{path}{dot}{called}" for called in (*BIASES, *(("b",) if last in ("w", "W") else ()))]
+    found = [last.replace("weight", "bias"), f"{last}_bias"]
+    return next((arrays[key] for key in (*(f"{path}{dot}{key}" for key in found if key != last), *beside) if key in arrays), None)
 
 
 def _named(arrays: dict[str, Array], names: tuple[str, ...]) -> Array | None:

@@ -127,7 +127,8 @@ def read_names(source: str | os.PathLike[str] | Mapping[Any, Any] | Sequence[str
         first_value: the value of the first name of a list, which nothing else says: 0 if the background is in the list, as a rule.
 
     Raises:
-        DatasetError: the file is missing or damaged; a value is not a whole number, or is there twice; a list without ``first_value``.
+        DatasetError: the file is missing or damaged; a value is not a whole number, or is there twice; a list without ``first_value``, or
+            with an empty line between its names.
 
     >>> read_names({"1": "cat", "4": "dog"}), read_names(["background", "cat"], first_value=0)
     ({1: 'cat', 4: 'dog'}, {0: 'background', 1: 'cat'})
@@ -175,7 +176,8 @@ def _parse(path: str) -> Any:
             return parse_json(text)
         except ValueError as error:
             raise DatasetError(f"{path} is not valid JSON: {error}") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    every = [line.strip() for line in text.rstrip().splitlines()]
+    lines = [line for line in every if line]
     matches = [re.fullmatch(r"(-?[0-9]{1,9})(?:\s*[,:;=\t]\s*|\s+)(.+)", line) for line in lines]
     if lines and all(matches):
         pairs = [(match[1], match[2]) for match in matches if match]
@@ -185,6 +187,8 @@ def _parse(path: str) -> Any:
     if any(matches):
         at = next(number for number, match in enumerate(matches) if not match)
         raise DatasetError(f"{path}: {lines[at]!r:.100} has no value in front, other lines do")
+    if "" in every:  # leaving it out would move all later names to other values
+        raise DatasetError(f"{path}: line {every.index('') + 1} is empty, and the line of a name is its value: write values in front")
     return lines
 
 

@@ -100,6 +100,9 @@ def class_names(shard: str) -> tuple[str, ...] | None:
     """The names of the rows of the head, one in each line of :data:`CLASS_NAMES`; None if there is no such file.
 
     It is beside the shard or in the folder above, as in the data sets of CLIP benchmark.
+
+    Raises:
+        DatasetError: it is too large, or a line between the names is empty: leaving it out would move all later names to other rows.
     """
     folder = shard.replace(os.sep, "/").rpartition("/")[0]
     for place in (folder, folder.rpartition("/")[0]):
@@ -109,7 +112,10 @@ def class_names(shard: str) -> tuple[str, ...] | None:
             continue
         if why := limits.problem("text_bytes", len(data)):
             raise DatasetError(f"{place}/{CLASS_NAMES} has {why}")
-        return tuple(line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip())
+        names = [line.strip() for line in data.decode("utf-8-sig", "replace").rstrip().splitlines()]
+        if "" in names:
+            raise DatasetError(f"{place or '.'}/{CLASS_NAMES}: line {names.index('') + 1} is empty, and the line of a name is its row")
+        return tuple(names)
     return None
 
 

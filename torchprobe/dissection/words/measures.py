@@ -8,7 +8,9 @@ Where the published code depends on a random draw or on a constant of its own sc
 
 * cosine cubed has no least length of a vector (the code: 0.001), so the scale of units and labels does not matter;
 * rank reorder divides by the expected error of a random order, not by that of five random orders;
-* the top images of equal score are those that come first.
+* images of equal score are in a random order, the same in every run. In the order of their files, the images of one class come together: a
+  unit that is 0 for nearly all images, as after a ReLU, would agree with the classes that come first, and significantly so;
+* a unit with equal scores for all images agrees with nothing.
 """
 
 from __future__ import annotations
@@ -133,7 +135,8 @@ class SoftWPMI:
     p(d) is the mean of p(d | e) over all units.
 
     The measure of a unit depends on the other units through p(d), and on the other concepts through the softmax. Its p-value does not
-    depend on the other units: for one concept, the measure grows with p(d | e).
+    depend on the other units: for one concept, the measure grows with p(d | e). A unit whose scores are equal for all images has no top
+    images: its measure is nan, and p(d) leaves it out.
 
     Args:
         top: number of images; all images if there are fewer.
@@ -190,7 +193,7 @@ class _Information:
             raise ValueError("mutual information compares concepts, and there is only one: choose another measure")
         self.weights, self.weight, self.floor = weights, weight, floor
         self.probability = torch.softmax(scale * labels.double(), 1)
-        self.top = top_images(scores, torch.arange(images), len(weights))[0]
+        self.top, self._varies = _top(scores, len(weights)), scores.amax(1) != scores.amin(1)
         # All units have the same null, that of random images. Its mean and spread only put the concepts on one scale.
         generator = torch.Generator().manual_seed(0)
         draws = torch.stack([torch.randperm(images, generator=generator)[: len(weights)] for _ in range(_DRAWS)])
@@ -198,10 +201,13 @@ class _Information:
 
     def score(self) -> Tensor:
         given = torch.cat([self._log_given(part) for part in self.top.split(BLOCK)])
-        return given - self.weight * (given.logsumexp(0) - float(np.log(len(given))))
+        varying = given[self._varies]
+        measure = given - self.weight * (varying.logsumexp(0) - float(np.log(max(1, len(varying)))))
+        return measure.where(self._varies[:, None], torch.nan)
 
     def statistic(self, units: slice, order: Tensor) -> Tensor:
-        return _standardized(self._log_given(order[self.top[units]]), self._expected, self._deviation)
+        value = _standardized(self._log_given(order[self.top[units]]), self._expected, self._deviation)
+        return value.where(self._varies[units][:, None], torch.nan)
 
     def _log_given(self, images: Tensor) -> Tensor:
         """log p(d | e) of sets of images (sets, top)."""
@@ -247,13 +253,14 @@ class _Reordered:
         images = labels.shape[0]
         self.power, self.label_power = power, label_power
         self.labels = labels.double().contiguous()
-        # Of equal soft labels the first image has the lower rank. Rank times count, plus a position, must fit into the type.
+        # Rank times count, plus a position, must fit into the type.
         kind = torch.int32 if images * count < 2**31 else torch.int64
         self.rank = torch.empty(labels.shape, dtype=kind)
         index = torch.arange(images, dtype=kind)[:, None].expand_as(self.rank)
-        self.rank.scatter_(0, self.labels.argsort(dim=0, stable=True), index)
+        order = mixed(images)
+        self.rank.scatter_(0, order[self.labels[order].argsort(dim=0, stable=True)], index)
         self._typical = self.labels.abs().mean(0)
-        self.top = top_images(scores, torch.arange(images), count)[0]
+        self.top = _top(scores, count)
         values = scores.double().gather(1, self.top)
         values = values - values[:, -1:]
         self.values = values / values[:, :1].where(values[:, :1] > 0, torch.nan)  # from 1 down to 0
@@ -322,7 +329,7 @@ class TopPrecision:
         images, concepts = labels.shape
         count = max(1, round(self.share * images))
         shown = torch.zeros(concepts, images, dtype=torch.bool)
-        shown.scatter_(1, top_images(labels.T, torch.arange(images), count)[0], True)
+        shown.scatter_(1, _top(labels.T, count), True)
         shown = shown.T.contiguous()
         ap = torch.cat([average_precision(part.contiguous(), shown) for part in scores.split(BLOCK)])
         p = p_values(ap, support(shown))
@@ -333,6 +340,18 @@ AnyMeasure = CosineCubed | SoftWPMI | WPMI | RankReorder | TopPrecision
 
 MEASURES: dict[str, AnyMeasure] = {kind.name: kind() for kind in (SoftWPMI, WPMI, CosineCubed, RankReorder, TopPrecision)}
 """Name → measure with its defaults."""
+
+
+def _top(rows: Tensor, count: int) -> Tensor:
+    """The images with the highest values of each row, int64 (rows, count), highest first; of equal ones as :func:`mixed` orders them."""
+    order = mixed(rows.shape[1])
+    place = torch.arange(len(order))
+    return torch.cat([order[top_images(part[:, order], place, count)[0]] for part in rows.split(BLOCK)])
+
+
+def mixed(images: int) -> Tensor:
+    """A random order of the images, the same in every run: so what is equal is in no relation to the folders of the images."""
+    return torch.randperm(images, generator=torch.Generator().manual_seed(0x71E5))
 
 
 def _standardized(value: Tensor, expected: Tensor, deviation: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ TEXT_PARTS = ("text", "bert")
 IMAGE_PARTS = ("vision", "visual", "image")
 """The beginnings of the names of what belongs to one tower of a two-tower model."""
 
+_UNLIMITED = 1 << 30
+"""The longest text in tokens where neither network nor tokenizer has a limit. Transformers writes 1e30, which no tokenizer takes."""
+
 
 class ImageTower(nn.Module):
     """The image tower of a two-tower model: pixels → a dict with ``image_embeds``, as ``get_image_features`` returns it, and the output of
@@ -164,7 +167,8 @@ class LazyTokenizer:
 
     @property
     def _longest(self) -> int:
-        return min(length for length in (self.length, self._tokenizer.model_max_length) if length is not None)
+        given = [length for length in (self.length, self._tokenizer.model_max_length) if length is not None]
+        return min(*given, _UNLIMITED)
 
     def __repr__(self) -> str:
         return f"LazyTokenizer(length={self.length})"

@@ -113,7 +113,6 @@ def summarize_concepts(found: Mapping[str, Dissection]) -> Concepts:
     units = found[UNITS]
     named = {name: one for name, one in found.items() if name in (UNITS, DIRECTIONS)}
     encoded = {name: one.encoded(HEADLINE) for name, one in named.items()}
-    position = {(label.name, label.category): i for i, label in enumerate(units.labels)}
     return Concepts(
         images=len(units.images),
         labels=len(units.labels),
@@ -130,9 +129,10 @@ def summarize_concepts(found: Mapping[str, Dissection]) -> Concepts:
                     row.prevalence,
                     row.score,
                     row.p_value,
-                    bool(encoded[name][row.unit, position[row.label, row.category]]),
+                    bool(encoded[name][row.unit, row.index]),
                 )
                 for row in one.best("gain")[:20]
+                if row.index >= 0  # a unit may have a gain for no concept, as one that is constant
             ]
             for name, one in named.items()
         },
