@@ -335,3 +335,13 @@ def test_padding_of_float16_in_a_softmax_of_float32():
     far = torch.full((1, 1, 2, 3), -7e4)
     far[0, 0, 1] = -6e4
     assert of_logits(far)[0].flatten().tolist() == [-7e4, -6e4]  # logits of a run that diverges
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 8), (5, 8), (2, 3, 4, 5, 8)])
+def test_a_dimension_that_may_be_the_batch_is_not_taken_for_the_heads(shape):
+    module = Attention()
+    with pytest.warns(torchprobe.RecordingWarning, match="whose heads are not known"), torchprobe.record_attention(module) as rec:
+        module(*[torch.randn(shape)] * 3)
+    with torchprobe.record_attention(module) as rec:
+        module(*[torch.randn(2, 6, 5, 8)] * 3)
+    assert len(rec["max_logit"].max) == 6

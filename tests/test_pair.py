@@ -82,6 +82,55 @@ def test_nonfinite_zero_and_other_values():
     assert difference(torch.ones(2), torch.ones(2).int()).apart() and difference(torch.ones(1) * 1j, torch.ones(1) * 1j).problem
 
 
+class Counting(nn.Module):
+    """Its output depends on a buffer that each call changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        y = self.linear(x) * self.calls
+        return {"logits": y, "ids": y.argmax(1), "positive": y > 0}
+
+
+class Chosen(nn.Module):
+    def __init__(self, more=0):
+        super().__init__()
+        self.linear, self.more = nn.Linear(4, 9), more
+
+    def forward(self, x):
+        return self.linear(x).argmax(1) + self.more
+
+
+def test_a_model_with_a_state_is_its_own_equal():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Counting()
+
+        def forward(self, x):
+            return self.part(self.part(x)["logits"])
+
+    model = Twice()
+    found = torchprobe.record_pair(model, model, torch.randn(5, 4), isolate=True)
+    assert found.first is None and found.culprit is None and model.part.calls == 0
+    assert {row.place for row in found.rows} == {"", "logits", "ids", "positive"}
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.9])
+@pytest.mark.parametrize("isolate", [False, True])
+def test_chosen_tokens_are_compared(isolate, tolerance):
+    a = Chosen()
+    b = Chosen(more=1)
+    b.load_state_dict(a.state_dict())
+    found = torchprobe.record_pair(a, b, torch.randn(6, 4), isolate=isolate, tolerance=tolerance)
+    assert found.first == found.culprit == "" and "6 of 6 whole numbers differ" in found.answer() and "nan" not in found.answer()
+    assert torchprobe.record_pair(a, copy.deepcopy(a), torch.randn(6, 4), isolate=isolate).first is None
+
+
 # -- networks ----------------------------------------------------------------------------------------------------------------
 
 

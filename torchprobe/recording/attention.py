@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchprobe.common.messages import counted, listing, reason
@@ -44,8 +45,8 @@ def record_attention(model: nn.Module, layers: Selection | None = None, *, rows:
     Training often diverges after the largest logit has grown (Dehghani et al., 2023) and the entropy has fallen to 0 (Zhai et al., 2023).
     Queries and keys are read where the operator gets them, so after rotary embeddings, norms and biases:
 
-    * ``F.scaled_dot_product_attention``, whichever kernel it takes: logits are computed from queries and keys, with scale, mask,
-      causal mask and grouped heads. Dropout is left out.
+    * ``F.scaled_dot_product_attention`` of (batch, heads, queries, width), whichever kernel it takes: logits are computed from queries and
+      keys, with scale, mask, causal mask and grouped heads. Dropout is left out. Of other shapes the heads are not known.
     * a softmax over (batch, heads, queries, keys) within an attention module, such as the eager attention of transformers; of
       ``nn.MultiheadAttention`` also (batch · heads, queries, keys): its input.
 
@@ -97,6 +98,7 @@ def record_attention(model: nn.Module, layers: Selection | None = None, *, rows:
         rec.start()
         stack.callback(rec.leave)
         stack.enter_context(reader)
+        stack.enter_context(_Shapes(reader))
         yield rec
     if text := reader.report():
         warnings.warn(text, RecordingWarning, stacklevel=3)
@@ -129,6 +131,25 @@ def _tap(root: nn.Module, name: str) -> tuple[MaxLogit, Entropy]:
     return taps
 
 
+class _Shapes(TorchFunctionMode):
+    """Notes attention of queries without four dimensions, which its operator may get with a dimension more."""
+
+    def __init__(self, reader: _Reader) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query = args[0] if args else kwargs.get("query")
+        self.reader.shape = tuple(query.shape) if isinstance(query, Tensor) and not query.is_nested and query.dim() != 4 else None
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.reader.shape = None
+
+
 class _Reader(TorchDispatchMode):
     """Sees every operator that runs, and reads those that compute attention in one of the modules.
 
@@ -145,6 +166,7 @@ class _Reader(TorchDispatchMode):
         self.read: set[str] = set()
         self.transformed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # which run inside of vmap
         self.reasons: dict[str, str] = {}  # layer → what could not be read
+        self.shape: tuple[int, ...] | None = None  # of the queries whose attention is running, if it is not (batch, heads, queries, width)
         self.outside: set[str] = set()  # operators outside of the layers
 
     def entered(self, module: nn.Module, args: Any) -> None:
@@ -192,6 +214,8 @@ class _Reader(TorchDispatchMode):
 
     def _rows(self, name: str, given: dict[str, Any], module: nn.Module) -> Callable[[], tuple[Tensor, Tensor]] | str:
         """How the rows are computed, or why they cannot be."""
+        if self.shape is not None:
+            return f"queries of shape {self.shape}, whose heads are not known: give (batch, heads, queries, width)"
         if name in _SOFTMAX:
             logits, dim = given["self"], given["dim"]
             if dim not in (-1, logits.dim() - 1):

@@ -40,8 +40,8 @@ def record_pair(
     run: Run | None = None,
     memory: int = MEMORY,
 ) -> PairComparison:
-    """Runs two models on the same batch and compares the outputs of each layer exactly: every floating-point tensor in tuples, lists,
-    mappings and dataclasses.
+    """Runs two models on the same batch and compares the outputs of each layer exactly: every tensor in tuples, lists, mappings and
+    dataclasses, whole numbers and bool, too.
 
     The models may differ in weights, precision, device, quantization, or in that one is compiled. ``a`` is the reference. Both run without
     gradients, in the mode (train or eval) in which they are, from the same state of the random numbers. Their buffers and that state are
@@ -63,6 +63,7 @@ def record_pair(
         rename: name or glob of a layer of ``a`` → name in ``b``; see :func:`torchprobe.recording.matching.match_layers`.
         isolate: see above.
         tolerance: the relative L2 error up to which outputs count as equal, for :attr:`PairComparison.first`. 0: they must be the same.
+            Whole numbers, such as chosen tokens, must always be.
         run: calls a model, ``run(model, batch)``, if the above does not fit.
         memory: see above.
 

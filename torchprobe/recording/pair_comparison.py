@@ -47,7 +47,10 @@ class LayerPair:
 
     @property
     def growth(self) -> float:
-        """The relative error that came out, over the one that went in, which counts as one unit roundoff at least."""
+        """The relative error that came out, over the one that went in, which counts as one unit roundoff at least. Nan for whole numbers,
+        which jump."""
+        if self.output.whole:
+            return math.nan
         entered = 0.0 if self.given is None or self.given.problem else self.given.relative
         floor = self.output.rounding if math.isfinite(self.output.rounding) else 0.0
         least = max(entered, floor)
@@ -160,7 +163,7 @@ class PairComparison:
             if adding:
                 others = [f"{row.name} ({row.own_size:.3g})" for row in adding]
                 parts.append(f"Then come {listing(others, _NAMED - 1)}.")
-        elif worst is not None:
+        elif worst is not None and not math.isnan(worst.growth):
             parts.append(f"The error grows most in {worst.name}, by {worst.growth:.3g}; isolate=True tells whether it is made there.")
         return " ".join([*parts, f"At the end: {_told(last.output)}."])
 
@@ -226,5 +229,8 @@ def _told(found: Difference | None) -> str:
         return "unknown"
     if found.problem:
         return found.problem
+    if found.whole:
+        apart = found.elements - round(found.elements * found.equal_share)
+        return f"{apart} of {counted(found.elements, 'whole number')} {'differs' if apart == 1 else 'differ'}"
     bad = f", {found.nonfinite_differ} nonfinite positions differ" if found.nonfinite_differ else ""
     return f"relative error {found.relative:.3g}{bad}"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchprobe.common.messages import reason
 from torchprobe.recording.hook import takes_hooks
 from torchprobe.recording.layers import Layer
+from torchprobe.recording.pair_state import Buffers, as_before, buffers_of
 from torchprobe.recording.pair_taps import compared_tensors
 from torchprobe.recording.structure import mapped
 from torchprobe.recording.tensor_difference import Difference, difference
@@ -32,12 +33,14 @@ Key = tuple[str, int]
 
 @dataclass
 class _Frame:
-    """A layer of ``a`` that is running: its call, its arguments, copied before it could change them, and what the layers inside it gave."""
+    """A layer of ``a`` that is running: its call, its arguments and the buffers that its partner shares, copied before it could change
+    them, and what the layers inside it gave."""
 
     key: Key
     given: Any
     random: list[Tensor]
     problem: str = ""
+    buffers: Buffers = field(default_factory=list)
     inner: dict[str, list[_Inner]] = field(default_factory=dict)  # by the name in b
 
 
@@ -72,6 +75,8 @@ class Swap:
         self._counts: Counter[str] = Counter()
         self._stack: list[_Frame] = []
         self._busy = False
+        inside = [{id(module) for layer in side for module in layer.module.modules()} for side in zip(*self.pairs, strict=True)] or [set()]
+        self._shared = frozenset(set.intersection(*inside))
 
     def error(self, key: Key, place: str) -> tuple[Difference | None, str, str]:
         """Of one call in ``a`` and one tensor of its output: its own error, the inner layer that is handed it ("" if it is in the output),
@@ -112,11 +117,11 @@ class Swap:
     @contextlib.contextmanager
     def testing(self) -> Iterator[None]:
         """During the block ``a`` runs, and each layer of ``b`` on what its partner was given."""
-        with _hooks([(a.module, self._before(a), self._after(a, b)) for a, b in self.pairs]):
+        with _hooks([(a.module, self._before(a, b), self._after(a, b)) for a, b in self.pairs]):
             yield
         self._stack.clear()
 
-    def _before(self, a: Layer) -> Callable[..., None]:
+    def _before(self, a: Layer, b: Layer) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self._busy:  # the models share modules
                 return
@@ -125,7 +130,8 @@ class Swap:
                 given = mapped((args, kwargs), _clone, copy.deepcopy)
             except Exception as error:  # what an argument does when it is copied is unknown
                 problem = f"an argument cannot be copied: {reason(error)}"
-            self._stack.append(_Frame((a.name, self._counts[a.name]), given, _random_state(), problem))
+            buffers = buffers_of(b.module, self._shared)
+            self._stack.append(_Frame((a.name, self._counts[a.name]), given, _random_state(), problem, buffers))
             self._counts[a.name] += 1
 
         return enter
@@ -169,6 +175,7 @@ class Swap:
                     see = functools.partial(_compare_given, inner, [one.given for one in calls], handed)
                     stack.enter_context(_giving(by_name[inner], gave, see))
                 stack.enter_context(_from_state(frame.random))
+                stack.enter_context(as_before(frame.buffers))
                 args, kwargs = self._fitted(frame.given, types)
                 found = dict(compared_tensors(b.module(*args, **kwargs)))
         except Exception as error:  # a layer that cannot be fed alone, for any reason
@@ -232,7 +239,7 @@ def _compare_given(name: str, given: list[Any], handed: list[tuple[str, Differen
     """Compares what a block of ``b`` hands to a layer inside it with what that of ``a`` did, for the next call of this layer."""
     expected, found = _tensors(given.pop(0)), _tensors(args)
     if len(expected) == len(found):
-        handed += [(name, difference(x, y)) for x, y in zip(expected, found, strict=True) if x.is_floating_point()]
+        handed += [(name, difference(x, y)) for x, y in zip(expected, found, strict=True)]
 
 
 @contextlib.contextmanager

@@ -27,6 +27,28 @@ def restored(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
 
 
+Buffers = list[tuple[nn.Module, str, Tensor]]
+
+
+def buffers_of(model: nn.Module, within: frozenset[int]) -> Buffers:
+    """Copies of the buffers of those modules inside of a model whose ``id`` is in ``within``."""
+    return [(module, name, buffer.clone()) for module in model.modules() if id(module) in within
+            for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
+
+
+@contextlib.contextmanager
+def as_before(buffers: Buffers) -> Iterator[None]:
+    """Within the block the buffers are these; afterwards they are the same objects with the same values as now."""
+    now = [(module, name, module._buffers.get(name)) for module, name, _ in buffers]
+    for module, name, values in buffers:
+        module._buffers[name] = values.clone()
+    try:
+        yield
+    finally:
+        for module, name, buffer in now:
+            module._buffers[name] = buffer
+
+
 def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether the values are the same, bit by bit; False if that cannot be said."""
     if a.is_meta:

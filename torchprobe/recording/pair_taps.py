@@ -132,16 +132,16 @@ class Taps:
 
 
 def compared_tensors(value: Any) -> list[tuple[str, Tensor]]:
-    """The floating-point tensors in an output, each with its place: those that a recording reads first, and all others, such as a state in
-    a tuple of its own, or a loss.
+    """The tensors in an output, each with its place: those that a recording reads first, and all others, such as a state in a tuple of its
+    own, a loss, or the token that was chosen.
 
     >>> import torch
     >>> y, h, c = torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(1, 3)
-    >>> [place for place, _ in compared_tensors((y, (h, c)))], [place for place, _ in compared_tensors({"loss": y.sum(), "logits": y})]
-    (['0', '1.0', '1.1'], ['logits', 'loss'])
+    >>> [place for place, _ in compared_tensors((y, (h, c)))], [place for place, _ in compared_tensors({"ids": y.argmax(1), "logits": y})]
+    (['0', '1.0', '1.1'], ['logits', 'ids'])
     """
     first = named_tensors(value)
-    others = [(place, x) for place, x in tensors_in(value) if x.is_floating_point() and len([1 for _, y in first if y is x]) == 0]
+    others = [(place, x) for place, x in tensors_in(value) if len([1 for _, y in first if y is x]) == 0]
     return [*first, *others]
 
 

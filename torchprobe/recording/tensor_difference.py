@@ -25,12 +25,12 @@ class Difference:
         relative: ‖b − a‖₂ / ‖a‖₂; 0 if both are 0, inf if only a is.
         cosine: of the angle between them; nan if one is 0.
         ulps: the largest distance in units in the last place of the coarser dtype, to which both are rounded: the number of steps from one
-            floating-point number to the next. Nan for integers.
+            floating-point number to the next. Nan for whole numbers.
         first: the index of the first element that differs; None without one.
         first_values: both values there.
         nonfinite_a, nonfinite_b: nan and inf in each.
         nonfinite_differ: positions where one is nan, inf or −inf, and the other is not the same.
-        rounding: the unit roundoff of the coarser dtype; relative errors of a few of these are rounding.
+        rounding: the unit roundoff of the coarser dtype; relative errors of a few of these are rounding. Nan for whole numbers.
         problem: why they cannot be compared, such as different shapes; "" if they can.
         compared: False if nothing is known of the values, as of sparse tensors.
     """
@@ -56,6 +56,11 @@ class Difference:
         return not self.problem and self.first is None
 
     @property
+    def whole(self) -> bool:
+        """Whether they are whole numbers or bool, which have no rounding."""
+        return self.elements > 0 and math.isnan(self.rounding)
+
+    @property
     def size(self) -> float:
         """The relative error; inf where shapes or nonfinite positions differ, 0 if nothing is known."""
         if not self.compared:
@@ -63,12 +68,13 @@ class Difference:
         return math.inf if self.problem or self.nonfinite_differ else self.relative
 
     def apart(self, tolerance: float = 0.0) -> bool:
-        """Whether they differ: at all, or by a relative error above ``tolerance``. Other shapes and nonfinite positions always count."""
+        """Whether they differ: at all, or by a relative error above ``tolerance``. Other shapes, nonfinite positions and whole numbers,
+        such as the token that was chosen, always count."""
         if not self.compared:
             return False
         if self.problem or self.nonfinite_differ:
             return True
-        return not self.equal if tolerance == 0 else self.relative > tolerance
+        return not self.equal if tolerance == 0 or self.whole else self.relative > tolerance
 
 
 def difference(a: Tensor, b: Tensor) -> Difference:

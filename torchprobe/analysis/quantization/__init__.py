@@ -2,7 +2,8 @@
 
 ============  =================================================================================
 ``formats``   the formats, reference quantizers in float64, and what they do, measured
-``forecast``  the same from exponents alone
+``spread``    how large the values are, from exponents
+``forecast``  what a format does, from exponents alone
 ``features``  how the error is divided among the features
 ``layers``    the layers of a network: their forecasts, and computing as if they were rounded
 ``network``   what all layers together do to the output, measured

@@ -11,19 +11,16 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchprobe.analysis.quantization.features import weibull_shape
 from torchprobe.analysis.quantization.formats import ELEMENTS, FORMATS, Element, decibels, rounding_error
+from torchprobe.analysis.quantization.spread import HOST, OFF, Spread, block_scales, channel_underflow, level_edges, spread
 from torchprobe.common.messages import counted
-from torchprobe.ops.exponents import BINS, EIGHTHS, LEVEL_HIGH, LEVEL_LOW, LOWEST, NONFINITE, QUARTERS, SCALES
+from torchprobe.ops.exponents import BINS, LOWEST, NONFINITE, QUARTERS, SCALES
 from torchprobe.statistics.exponents import Exponents
-
-HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-"""Where forecasts are computed, whatever PyTorch's default device."""
 
 ONE_BIN = 0.3
 """A forecast is unsure if more of the error than this share comes from one bin. We chose the value."""
@@ -74,8 +71,8 @@ class Forecast:
     Attributes:
         format: a name of :data:`torchprobe.analysis.quantization.FORMATS`.
         sqnr_db: 10 log10(Σ x² / Σ error²), in decibels; each bit is worth 6. nan if nothing but zeros was seen.
-        underflow: share of the nonzero values that become 0.
-        overflow: share of the nonzero values beyond the largest number of the format.
+        underflow: share of the nonzero values that become 0; nan if it may be off by more than 2 points (``OFF`` of ``spread``).
+        overflow: share of the nonzero values beyond the largest number of the format; nan if it may be off by more than that.
         noise: mean of error² over all finite values.
         unsure: why the number may be off by more than 1 dB; empty if it should not be.
         outliers: the features that cause it: the fewest whose absence gains the others a bit or more. Only for formats with one scale.
@@ -92,55 +89,6 @@ class Forecast:
     outliers: tuple[int, ...] = ()
     without_db: float = math.nan
     others_db: float = math.nan
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The nonzero values of a layer: how many lie between ``low`` and ``high``, float64 (bins,) each.
-
-    Attributes:
-        signal: Σ x².
-        values: the number of finite values, zeros included.
-    """
-
-    low: Tensor
-    high: Tensor
-    counts: Tensor
-    values: float
-
-    @property
-    def squares(self) -> Tensor:
-        """The mean of x² in each bin."""
-        return (self.low**2 + self.low * self.high + self.high**2) / 3
-
-    @property
-    def signal(self) -> float:
-        return float((self.counts * self.squares).sum())
-
-
-def spread(exponents: Exponents) -> Spread:
-    """The exact counts of octaves, divided among their quarters as in the vectors that were read closely.
-
-    >>> exponents = Exponents(features=2)
-    >>> exponents.update(torch.tensor([[1.1, 1.9], [0.0, 3.0]]))
-    >>> found = spread(exponents)
-    >>> [(float(low), float(count)) for low, count in zip(found.low, found.counts) if count]
-    [(1.0, 1.0), (1.75, 1.0), (3.0, 1.0)]
-    """
-    counts = exponents.counts.cpu()[:BINS]
-    parts = exponents.quarters.cpu().view(BINS, QUARTERS)
-    largest = max(float(exponents.largest.max()), 0.0)
-    start = torch.ldexp(torch.ones(BINS, **HOST), torch.arange(BINS, device="cpu") - 1 + LOWEST)
-    edges = start[:, None] * (1 + torch.arange(QUARTERS + 1, **HOST) / QUARTERS)
-    edges[0] = torch.linspace(0, float(start[1]), QUARTERS + 1, **HOST)  # what only float64 has
-    edges[-1] = torch.linspace(float(start[-1]), max(largest, float(start[-1])), QUARTERS + 1, **HOST)
-    low, high = edges[:, :-1], edges[:, 1:]
-    room = (high.clamp(max=largest) - low).clamp(min=0) / (high - low).clamp(min=torch.finfo(torch.float64).tiny)
-    parts = parts.where(parts.sum(1, keepdim=True) > 0, room)
-    share = parts / parts.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    values = float(counts.sum() + exponents.zeros)
-    top = torch.maximum(high.clamp(max=largest), low)
-    return Spread(low.flatten(), top.flatten(), (counts[:, None] * share).flatten(), values)
 
 
 def forecast(exponents: Exponents, format: str) -> Forecast:
@@ -180,19 +128,19 @@ def forecast(exponents: Exponents, format: str) -> Forecast:
         # Σ over the vectors read closely → all: by the signal, in which the few vectors of a large scale weigh as much as in the error.
         close = float(exponents.sizes[2].sum())
         noise = float(of_bins.sum()) * signal / close if close > 0 else math.nan
-        certain = _level_edges()[1] < _smallest(kind.element) / 2
+        certain = level_edges()[1] < _smallest(kind.element) / 2
     total = float(counts.sum())
     real = counts if kind.granularity in ("tensor", "none") else counts / _weight(exponents)
-    at_top = float(of_bins[_level_edges()[0] >= kind.element.largest].sum()) if kind.granularity == "block16" else 0.0
-    scales_doubt = "much of the error is that of the scales, which are rounded too" if at_top > AT_TOP * float(of_bins.sum()) else ""
-    result = Forecast(
-        format,
-        decibels(signal, noise),
-        float((counts * zero).sum()) / total,
-        float((counts * beyond).sum()) / total,
-        noise / found.values,
-        _doubt(exponents, of_bins, certain, real) or scales_doubt or _exact_doubt(kind.granularity, of_bins),
-    )
+    at_top = float(of_bins[level_edges()[0] >= kind.element.largest].sum()) if kind.granularity == "block16" else 0.0
+    doubt = _doubt(exponents, of_bins, certain, real) or _exact_doubt(kind.granularity, of_bins)
+    under, over = (float((counts * share).sum()) / total for share in (zero, beyond))
+    if kind.granularity == "block16":
+        tiny, one_side, exact = block_scales(exponents, found, counts, squares)
+        at_top = float(of_bins[level_edges()[0] >= kind.element.largest].sum() / of_bins.sum())
+        if at_top > AT_TOP or at_top * exact > EXACT:
+            doubt = doubt or "much of the error is that of the scales, which are rounded too"
+        under, over = (math.nan if tiny > OFF else under), (math.nan if doubt or max(tiny, one_side) > OFF else over)
+    result = Forecast(format, decibels(signal, noise), under, over, noise / found.values, doubt)
     return _with_outliers(exponents, found, result) if kind.granularity == "tensor" else result
 
 
@@ -200,7 +148,7 @@ def _exact_doubt(granularity: str, errors: Tensor) -> str:
     """Whether many values may be the largest of their token, as where an activation saturates, or of few features."""
     if granularity != "token":
         return ""
-    low, high = _level_edges()
+    low, high = level_edges()
     top = float(errors[(low < 127) & (high > 127)].sum())
     return "much of the error is about the largest values of tokens, which have none" if top > EXACT * float(errors.sum()) else ""
 
@@ -287,19 +235,11 @@ def _at_scale(found: Spread, element: Element, scale: float) -> tuple[Tensor, Te
     return error, zero, beyond
 
 
-def _level_edges() -> tuple[Tensor, Tensor]:
-    octaves = torch.ldexp(torch.ones(LEVEL_HIGH - LEVEL_LOW, **HOST), torch.arange(LEVEL_LOW, LEVEL_HIGH, device="cpu"))
-    low = (octaves[:, None] * (1 + torch.arange(EIGHTHS, **HOST) / EIGHTHS)).flatten()
-    high = torch.cat([low[1:], torch.tensor([2.0**LEVEL_HIGH], **HOST)])
-    zero = torch.zeros(1, **HOST)
-    return torch.cat([zero, low]), torch.cat([low[:1], high])
-
-
 @functools.cache
 def _of_levels(format: str) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`_at_scale`, of the bins of ``levels``, in units of the scale of the token or block."""
     kind = FORMATS[format]
-    low, high = _level_edges()
+    low, high = level_edges()
     top = {"token": 127.0, "block32": math.inf, "block16": 6.0}[kind.granularity]
     low, high = low.clamp(max=top), high.clamp(max=top)  # the largest of a token is 127, and of a block of NVFP4 6, exactly
     factors = _scale_factors if kind.granularity == "block16" else None
@@ -354,7 +294,7 @@ def _by_channel(exponents: Exponents, found: Spread) -> Forecast:
     return Forecast(
         "int8_channel",
         decibels(found.signal, noise),
-        float((count * (units < 0.5).double().mean(1)).sum() / count.sum()),
+        channel_underflow(found, units, scale, count),
         0.0,
         noise / found.values,
         _doubt(exponents, torch.zeros(1, **HOST), torch.ones(1, **HOST) > 0, torch.ones(1, **HOST)) or unsure,

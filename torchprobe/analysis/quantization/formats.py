@@ -104,7 +104,7 @@ class Measured:
     """What rounding did to a tensor. Nan and inf are left out.
 
     Attributes:
-        sqnr_db: 10 log10(Σ x² / Σ (x − rounded x)²); inf if nothing changed, nan if all values are 0.
+        sqnr_db: 10 log10(Σ x² / Σ (x − rounded x)²); inf if nothing changed, nan if all values are 0 or there are none.
         underflow: share of the nonzero values that became 0.
         overflow: share of the nonzero values beyond the largest number of the format.
     """
@@ -164,11 +164,14 @@ def quantize(x: Tensor, format: str, feature_dim: int = -1, largest: Tensor | No
     [[0.0, 1.0, 63.0, -127.0]]
     """
     rows = x.detach().movedim(feature_dim, -1).to(dtype)
+    kind = FORMATS[format]
+    if not rows.numel():
+        return rows.movedim(-1, feature_dim)
     flat = rows.reshape(-1, rows.shape[-1])
     finite = flat.isfinite()
-    scale = scale_of(flat.where(finite, 0), FORMATS[format], None if largest is None else largest.to(dtype))
+    scale = scale_of(flat.where(finite, 0), kind, None if largest is None else largest.to(dtype))
     safe = scale.where(scale > 0, 1)
-    rounded = (FORMATS[format].element.round(flat / safe) * safe).where(scale > 0, 0).where(finite, flat)
+    rounded = (kind.element.round(flat / safe) * safe).where(scale > 0, 0).where(finite, flat)
     return rounded.reshape(rows.shape).movedim(-1, feature_dim)
 
 
@@ -178,15 +181,18 @@ def measure(x: Tensor, format: str, feature_dim: int = -1, largest: Tensor | Non
     >>> measure(torch.tensor([[127.0, 0.6, 0.4]]), "int8_tensor").underflow == 1 / 3
     True
     """
+    kind = FORMATS[format]
+    if not x.numel():
+        return Measured(format, math.nan, 0.0, 0.0)
     flat = x.detach().movedim(feature_dim, -1).double().reshape(-1, x.shape[feature_dim])
     finite = flat.isfinite()
     flat = flat.where(finite, 0)
-    scale = scale_of(flat, FORMATS[format], largest)
+    scale = scale_of(flat, kind, largest)
     rounded = quantize(flat, format, -1, largest)
     nonzero = flat != 0
     count = max(int(nonzero.sum()), 1)
-    beyond = flat.abs() > FORMATS[format].element.largest * scale * (1 + 1e-12)
-    exponent = math.frexp(float(flat.abs().amax()))[1] if flat.numel() else 0
+    beyond = flat.abs() > kind.element.largest * scale * (1 + 1e-12)
+    exponent = math.frexp(float(flat.abs().amax()))[1]
     unit = 2.0 ** -max(exponent, -1000)  # squares may be beyond float64
     return Measured(
         format,

@@ -157,7 +157,7 @@ def simulated(model: nn.Module, layers: Iterable[str], format: str, exponents: M
     """
     dims = weighted_layers(model)
     modules: dict[str, Any] = dict(model.named_modules())
-    weights: list[tuple[nn.Parameter, Tensor]] = []
+    weights: list[tuple[nn.Module, nn.Parameter]] = []
     handles = []
     try:
         for name in layers:
@@ -170,14 +170,16 @@ def simulated(model: nn.Module, layers: Iterable[str], format: str, exponents: M
                 given[0] = quantize(given[0], format, dim, largest, torch.float32).to(given[0].dtype)
                 return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
 
-            if all(module.weight is not kept for kept, _ in weights):  # layers may share one
-                weights.append((module.weight, module.weight.data))
-                rounded = rounded_weight(module, format).to(module.weight.dtype)
-                module.weight.data = rounded.T.contiguous() if inputs_first(module) else rounded
+            if all(module is not known for known, _ in weights):
+                # A parameter of its own: others that share the weight, such as a tied embedding, are not rounded.
+                kept, rounded = module._parameters["weight"], rounded_weight(module, format).to(module.weight.dtype)
+                weights.append((module, kept))
+                rounded = rounded.T.contiguous() if inputs_first(module) else rounded
+                module._parameters["weight"] = nn.Parameter(rounded, kept.requires_grad)
             handles.append(module.register_forward_pre_hook(round_input, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, weight in weights:
-            parameter.data = weight
+        for module, kept in weights:
+            module._parameters["weight"] = kept

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchprobe.analysis.quantization.forecast import spread
 from torchprobe.analysis.quantization.formats import ELEMENTS, decibels, rounding_error
+from torchprobe.analysis.quantization.spread import spread
 from torchprobe.common.numbers import real
 from torchprobe.statistics.exponents import Exponents
 
