@@ -15,7 +15,9 @@ from torchprobe.analysis.directions import privileged_directions
 from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.evaluation import evaluate
 from torchprobe.analysis.pruning import FRACTIONS, kept_directions, prune, pruning_bands, pruning_curve
+from torchprobe.analysis.shares import share_interval
 from torchprobe.encoders import Head
+from torchprobe.studies.interpret.directions import measure_pruning
 
 ORDERS = ("importance", "sigma", "random")
 CLASSES, FEATURES = 17, 24
@@ -304,3 +306,16 @@ def test_the_benchmark_runs():
     assert [row.target is not None for row in section.rows].count(True) == 1
     weight, e = pruning.inputs(500, 64, 10)
     assert 0.5 < evaluate(weight, e).accuracy < 1
+
+
+def test_intervals_are_over_the_images_that_were_evaluated():
+    """Images of classes that the head may not choose are left out of the accuracy, and so out of its interval."""
+    generator = torch.Generator().manual_seed(0)
+    y, weight = torch.arange(120) % 4, torch.randn(4, 6, generator=generator)
+    h = weight[y] + torch.randn(120, 6, generator=generator)
+    e = Embeddings(h, y, [str(i) for i in range(120)], classes=(0, 1))
+    found = measure_pruning(Head(weight), privileged_directions(weight, e), {"imagenet": e}, "full", None, seed=0)
+    curve = found.curves["imagenet"]["sigma"]
+    assert found.images == {"imagenet": 60}
+    assert curve.accuracy is not None and curve.low is not None and curve.high is not None
+    assert (curve.low[-1], curve.high[-1]) == share_interval(round(60 * curve.accuracy[-1]), 60)

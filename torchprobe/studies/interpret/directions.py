@@ -237,7 +237,7 @@ class Pruning(Record):
     Attributes:
         curves: set → order → accuracy.
         robustness: shift → order → effective robustness.
-        images: set → number of labeled images.
+        images: set → number of images that were evaluated.
         seeds: number of random orders.
         imagenet_classes: see :func:`torchprobe.analysis.effective_robustness`.
     """
@@ -267,7 +267,9 @@ def measure_pruning(
     Effective robustness compares with the unshifted accuracy of the same pruned head, for ``classes`` = "subset" on the classes of the
     shift. For random orders it is computed for each draw.
     """
-    measured = {name: _curves(head, found, embeddings, seed) for name, embeddings in sets.items()}
+    measured, images = dict[str, dict[str, NDArray[np.float64]]](), dict[str, int]()
+    for name, embeddings in sets.items():
+        measured[name], images[name] = _curves(head, found, embeddings, seed)
     along: dict[str, dict[str, Curve]] = {}
     for name, shifted in sets.items():
         if name == IMAGENET or name not in (SHIFTS if baseline is None else baseline.shifts):
@@ -277,7 +279,7 @@ def measure_pruning(
             subset = with_classes_of(sets[IMAGENET], shifted)
             if subset is None:
                 continue
-            base = _curves(head, found, subset, seed)
+            base, _ = _curves(head, found, subset, seed)
         try:
             along[name] = {
                 order: _curve(
@@ -287,7 +289,6 @@ def measure_pruning(
             }
         except ValueError:  # the baseline has no line for this shift; the section on effective robustness says so
             continue
-    images = {name: int((one.y >= 0).sum()) for name, one in sets.items()}
     return Pruning(
         curves={
             name: {order: _curve(found, "accuracy", mine, images[name]) for order, mine in orders.items()}
@@ -300,12 +301,13 @@ def measure_pruning(
     )
 
 
-def _curves(head: Head, found: Directions, embeddings: Embeddings, seed: int) -> dict[str, NDArray[np.float64]]:
-    """Order → accuracy, (points,), or (draws, points) for random orders; from one pass over the embeddings."""
+def _curves(head: Head, found: Directions, embeddings: Embeddings, seed: int) -> tuple[dict[str, NDArray[np.float64]], int]:
+    """Order → accuracy, (points,), or (draws, points) for random orders; from one pass over the embeddings. And the number of images that
+    it is of: those whose class is among the classes to choose from."""
     random = [found.order("random", seed + draw) for draw in range(SEEDS)]
     kept = torch.tensor([kept_directions(found, fraction) for fraction in FRACTIONS])
-    accuracy, _ = accuracies(head, found, embeddings, [found.order("importance"), found.order("sigma"), *random], kept)
-    return {"importance": accuracy[0].numpy(), "sigma": accuracy[1].numpy(), "random": accuracy[2:].numpy()}
+    accuracy, images = accuracies(head, found, embeddings, [found.order("importance"), found.order("sigma"), *random], kept)
+    return {"importance": accuracy[0].numpy(), "sigma": accuracy[1].numpy(), "random": accuracy[2:].numpy()}, images
 
 
 def _curve(found: Directions, what: Literal["accuracy", "effective_robustness"], values: NDArray[np.float64], images: int = 0) -> Curve:
