@@ -325,3 +325,17 @@ def test_no_file_names_the_distribution_of_somebody_else() -> None:
         if re.search(r"pip install[^\n]*\btorchprobe(?![-\w/])", file.read_text(encoding="utf-8"))
     ]
     assert wrong == []
+
+
+def test_products_are_full_within_the_block_and_as_before_after_it() -> None:
+    from products import products_in_bfloat16
+
+    from torchprobe.common.precision import full_products, in_full
+
+    assert full_products() and full_products("cpu") and full_products("cuda")
+    with products_in_bfloat16():
+        assert not full_products("cpu") and not full_products()
+        with in_full():
+            assert full_products("cpu")
+        assert not full_products("cpu")
+    assert full_products()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from products import products_in_bfloat16
 from torch import nn
 
 from torchprobe.analysis import pruning as pruning_module
@@ -229,12 +230,8 @@ def test_reduced_precision_of_products_changes_nothing():
     head, e = torch.randn(CLASSES, FEATURES), drawn()
     found = privileged_directions(head, e.h)
     want = expected(head, found, e, FRACTIONS)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    try:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    with products_in_bfloat16():
         assert pruning_curve(head, found, e).accuracy.tolist() == want
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
     with torch.autocast("cpu"):
         assert pruning_curve(head, found, e).accuracy.tolist() == want
 

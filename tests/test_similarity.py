@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from products import products_in_bfloat16
 from torch import nn
 
 from torchprobe.analysis.grams import gram
 from torchprobe.analysis.similarity import cka, similarity
+from torchprobe.common.precision import full_products
 
 
 def hsic(k, l):  # noqa: E741
@@ -401,13 +403,10 @@ def test_two_models_that_share_a_layer():
 
 def test_reduced_precision_outside_does_not_reach_the_products():
     a, b = related(), related()
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    try:
+    with products_in_bfloat16():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got, expected = replayed(a, b)
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        assert not full_products("cpu")
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from torchprobe.common.precision import full_products
 
 _BLOCK = 1 << 22  # logits at a time; 16 MB in float32
 _EPS = 1e-12  # the smallest number that torch.nn.functional.normalize divides by
@@ -128,8 +129,7 @@ class _Logits:
         self.normalize = normalize and bias is not None
         self.longest = float(torch.linalg.vector_norm(self.weight, dim=-1).max())
         self.farthest = 0.0 if self.bias is None else float(self.bias.abs().max())
-        backend: Any = torch.backends.cuda if weight.is_cuda else torch.backends.mkldnn
-        single = backend.matmul.fp32_precision in ("none", "ieee")  # TF32 and bfloat16 are not float32
+        single = full_products("cuda" if weight.is_cuda else "cpu")
         self.single = (weight.float(), None if bias is None else bias.float()) if single else None
 
     def best(self, h: Tensor, k: int) -> Tensor:

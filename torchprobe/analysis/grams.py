@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from torchprobe.common.precision import full_products, in_full
 from torchprobe.recording.layers import Layer, matches_glob
 from torchprobe.recording.reader import LayerReader, Layout
 
@@ -175,23 +176,10 @@ def _dropped(layers: Sequence[Layer], drop: Features | None) -> dict[str, frozen
 
 def exact_products(device: str) -> contextlib.AbstractContextManager[object]:
     """Products of float32 matrices in float32, also if the model runs with autocast, TF32 or bfloat16."""
-    settings: Any = torch.backends
-    exact = all(part.fp32_precision in ("ieee", "none") for part in (settings, settings.mkldnn, *_products()))
-    return contextlib.nullcontext() if exact and not torch.is_autocast_enabled(device) else _in_full(device)
+    return contextlib.nullcontext() if full_products() and not torch.is_autocast_enabled(device) else _in_full(device)
 
 
 @contextlib.contextmanager
 def _in_full(device: str) -> Iterator[None]:
-    before = [part.fp32_precision for part in _products()]
-    try:
-        for part in _products():
-            part.fp32_precision = "ieee"
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for part, precision in zip(_products(), before, strict=True):
-            part.fp32_precision = precision
-
-
-def _products() -> tuple[Any, Any]:
-    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with in_full(), torch.autocast(device, enabled=False):
+        yield

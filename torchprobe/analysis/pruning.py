@@ -27,6 +27,7 @@ from torchprobe.analysis.embeddings import Embeddings
 from torchprobe.analysis.evaluation import is_correct
 from torchprobe.analysis.inputs import HeadLike, as_head, normalizes, weight_and_bias
 from torchprobe.analysis.resampling import band
+from torchprobe.common.precision import full_products
 from torchprobe.encoders import Head
 
 FRACTIONS = tuple(i / 20 for i in range(1, 21))
@@ -345,9 +346,7 @@ class _Sums:
         stored: torch.dtype,
         place: torch.device,
     ) -> None:
-        backend: Any = torch.backends.cuda if place.type == "cuda" else torch.backends.mkldnn
-        # TF32 and bfloat16 are not float32
-        self.dtype = torch.float32 if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64
+        self.dtype = torch.float32 if full_products(place.type) else torch.float64
         self.normalize, self.counts = normalize, [0, *counts.tolist()]
         coefficients = (directions.left[columns] * directions.singular_values).T  # (r, C)
         self.unit = float(torch.linalg.vector_norm(coefficients, dim=0).max())
