@@ -139,6 +139,28 @@ def test_the_file_holds_the_total_and_the_history(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["run.safetensors"]
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_file_has_the_steps_after_the_last_window_of_a_run_that_fails(tmp_path: Path, steps: int) -> None:
+    model, path = network(), tmp_path / "run.safetensors"
+    monitor = Monitor(model, log_every=4, save=path)
+    train(model, monitor.start(), steps)
+    error = RuntimeError("out of memory")
+    monitor.__exit__(type(error), error, None)  # the end of a block in which it was raised
+    assert {row["vectors"] for row in torchprobe.load(path).rows()} == {4.0 * steps}
+    path.unlink()
+    monitor.stop()
+    assert not path.exists()  # a second end does nothing
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_the_file_of_another_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    path.write_text("of another run")
+    model = network()
+    with pytest.raises(RuntimeError, match="no data"), Monitor(model, log_every=4, save=path):
+        raise RuntimeError("no data")
+    assert path.read_text() == "of another run"
+
+
 def test_a_disk_that_is_full_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

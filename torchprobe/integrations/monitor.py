@@ -47,7 +47,8 @@ class Monitor:
         merge: with several ranks, the numbers are those of all ranks, at the price of one exchange for each window
             (:meth:`torchprobe.Recorder.all_reduce`). False: those of rank 0.
         save: a file, which rank 0 writes after windows, at most about 1 % of the time, and at the end: ``torchprobe watch`` shows it, and
-            :func:`torchprobe.load` reads it. Its running window is the total.
+            :func:`torchprobe.load` reads it. Its running window is the total, and has the steps after the last window too; with ``merge``
+            and several ranks it does not, and a warning says so.
         options: for :func:`torchprobe.record`, such as ``statistic=``, ``guard=`` or ``every=``, which counts steps.
 
     ``recorder`` is the recorder. ``history`` holds the windows of all ranks; without ``merge`` or with one rank it is that of the recorder.
@@ -94,6 +95,7 @@ class Monitor:
         self._merged = History(self.recorder.history.keep, self.recorder.history.statistic)
         self._broken: dict[int, str] = {}  # by the id of the writer
         self._unsaved: Recording | None = None  # newer than the file
+        self._running = False
         self._next_save = 0.0
         self._label = ""  # of the model itself, in keys
 
@@ -102,6 +104,7 @@ class Monitor:
     def start(self) -> Monitor:
         """Places the hooks; see :meth:`torchprobe.Recorder.start`."""
         self.recorder.start()
+        self._running = True
         self.recorder.step(self.count)  # `every` counts steps
         return self
 
@@ -127,8 +130,9 @@ class Monitor:
             self.leave()
 
     def _end(self) -> None:
-        if self.path is not None and self.first and self._unsaved is not None:
-            self._write(self._unsaved)
+        if self.path is not None and self.first and self._running:
+            self._save_the_rest()
+        self._running = False
         for writer in self.writers:
             if (close := getattr(writer, "close", None)) is not None:
                 self._guarded(writer, close)
@@ -241,6 +245,17 @@ class Monitor:
             text = f"torchprobe: the recording was not written to {os.fspath(self.path)}: {reason(error)}"
             warnings.warn(text, RecordingWarning, stacklevel=4)
         self._next_save = time.monotonic() + _SHARE * (time.monotonic() - start)
+
+    def _save_the_rest(self) -> None:
+        """Writes what the file lacks: a window, and steps after the last one. Those of other ranks are not asked for, since they may have
+        failed."""
+        rest = any(bool(statistic.saw_anything()) for statistic in self.recorder.values())
+        alone = not (self.merge and _several())
+        if self._unsaved is not None or (rest and alone):
+            self._write(self.recorder if alone else self._unsaved or self.recorder)
+        if rest and not alone:
+            text = f"steps after {self.last} are not in {os.fspath(self.path or '')}: their window was not closed, call log() on every rank"
+            warnings.warn(f"torchprobe: {text}", RecordingWarning, stacklevel=4)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
