@@ -36,7 +36,8 @@ def test_exponents(a: Activation, history: dict[str, Any]) -> None:
     for form in FORMATS:
         found = forecast(exponents, form)
         if finite.any() and math.isfinite(found.sqnr_db):
-            assert 0 <= found.underflow <= 1 + 1e-9 and 0 <= found.overflow <= 1 + 1e-9
+            unknown = form in ("int8_channel", "nvfp4")  # of these two a share may not be known
+            assert all(0 <= share <= 1 + 1e-9 or (unknown and math.isnan(share)) for share in (found.underflow, found.overflow))
 
 
 @given(a=activations(most=3000), power=st.integers(-1070, 1020))
