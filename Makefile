@@ -56,7 +56,7 @@ test-all: test
 # What works before torch 2.10: statistics and recording of eager models, in pure Python.
 test-old: $(READY)
 	OMP_NUM_THREADS=1 TORCHPROBE_DISABLE_KERNELS=1 python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow" $(addprefix tests/test_,$(addsuffix .py,$(OLD)))
-OLD := axes gradients history hooks layers masks moments nested_and_masks never_ends recording small_statistics statistic_contract storage tensors training
+OLD := ablation analysis_kurtosis axes common directions evaluation gradients history hooks layers masks moments nested_and_masks never_ends outlier_rule pruning recording similarity small_statistics statistic_contract storage tensors training
 
 test-gpu: $(READY)
 	python tests/on_gpu.py
