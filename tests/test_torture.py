@@ -30,6 +30,17 @@ def test_every_command(tmp_path: Path, name: str) -> None:
         assert not faults, (trial, count, seed, faults)
 
 
+@pytest.mark.slow("runs in processes of their own")
+def test_a_run_that_had_finished_when_it_was_killed(tmp_path: Path) -> None:
+    """A scan is not resumed, and says that its results are there. They are compared all the same."""
+    subject = Subject("scan", tmp_path / "subject", random.Random(0))
+    whole, spoiled = subject.out(), subject.out()
+    for out in (whole, spoiled):
+        assert [one.how for one in subject.start(out).end()] == ["ended"]
+    (spoiled / "summary.json").write_text("{}")
+    assert subject.finish(whole) == [] and subject.finish(spoiled)
+
+
 def test_dissect_is_killed(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(1 << 30)
     subject = Subject("dissect", tmp_path / "subject", random.Random(seed))

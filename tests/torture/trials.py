@@ -22,8 +22,8 @@ MOST_KILLS = 8
 MOST_ATTEMPTS = 8
 """Attempts for each time that a trial shall take place."""
 
-FINISHED = "nothing to resume"
-"""What a command says that was killed when all was done: the results are there, and are compared."""
+FINISHED = ("nothing to resume", "holds the results of")
+"""What a command says that was killed when all was done, if it resumes and if it does not. The results are there, and are compared."""
 
 SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGINT, signal.SIGTERM)
 
@@ -78,7 +78,7 @@ class Subject:
     def finish(self, out: Path, right: dict[str, str] | None = None) -> list[str]:
         """Resumes what is there, to the end; the faults."""
         ended = self.start(out).end()
-        faults = [f"resume: {one.how} {one.kind}: {one.error[:300]}" for one in ended if one.how != "ended" and FINISHED not in one.error]
+        faults = [f"resume: {one.how} {one.kind}: {one.error[:300]}" for one in ended if not _whole(one)]
         faults = faults or differences(tree(out), self.right if right is None else right)
         if not faults and (left := [path.name for path in (out.parent / "temporary").iterdir()]):
             faults = [f"temporary files are left: {left[:3]}"]
@@ -92,6 +92,11 @@ class Subject:
         running = self.start(out, setting)
         disturb(running, out)
         return out, running.end()
+
+
+def _whole(one: Ended) -> bool:
+    """Whether it made the results, or says that they are there."""
+    return one.how == "ended" or any(said in one.error for said in FINISHED)
 
 
 def kills(subject: Subject) -> Told:
@@ -111,7 +116,7 @@ def kills(subject: Subject) -> Told:
             faults.append(f"{told[-1]}: {wrong_errors[0].kind}: {wrong_errors[0].error[:300]}; see {out.parent}")
     if any(one.how != "ended" for one in ended):
         ended = subject.start(out).end()
-    if refused := [one for one in ended if one.how != "ended" and FINISHED not in one.error]:
+    if refused := [one for one in ended if not _whole(one)]:
         faults.append(f"after {told}: {refused[0].how} {refused[0].kind}: {refused[0].error[:300]}; see {out.parent}")
     elif wrong := differences(tree(out), subject.right):
         faults.append(f"after {told}: {wrong[:5]}; see {out.parent}")
