@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import traceback
-import warnings
+import functools
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from guard_models import Net, Told, batch, nan_in_row
+from processes import each_way
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -77,13 +75,4 @@ def finds_it(rank: int, way: Callable[[Net], Any]) -> None:
 
 
 def one_of_two(rank: int, port: int, path: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(minutes=2))
-    for way in WAYS:
-        try:
-            finds_it(rank, way)
-        except BaseException:
-            (path / f"{way.__name__}.{rank}.error").write_text(traceback.format_exc())
-        distributed.barrier()
-    os._exit(0)
+    each_way(rank, port, path, WAYS, functools.partial(finds_it, rank))

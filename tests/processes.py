@@ -9,10 +9,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, NoReturn
 
 # A new interpreter takes seconds to import torch. The fork server imports it once, and its children start at once. They have imported
 # nothing else: torchprobe and its kernels are loaded anew, under the environment variables of the child.
@@ -69,6 +73,23 @@ def two_ranks(main: Callable[[int, int, Path], None], path: Path, timeout: float
         process.join(timeout)
         assert not process.is_alive(), "a rank hangs"
     return [process.exitcode for process in running]
+
+
+def each_way(rank: int, port: int, path: Path, ways: Iterable[Callable[..., Any]], run: Callable[[Callable[..., Any]], object]) -> NoReturn:
+    """What one of :func:`two_ranks` does: joins the group, runs every way, and writes its error to ``path / "{way}.{rank}.error"``."""
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    for way in ways:
+        try:
+            run(way)
+        except BaseException:
+            (path / f"{way.__name__}.{rank}.error").write_text(traceback.format_exc())
+        distributed.barrier()
+    os._exit(0)
 
 
 def _execute(code: str, arguments: list[str], environment: dict[str, str], folder: Path) -> None:

@@ -110,7 +110,7 @@ def test_sweep_counts_what_is_encoded(found: dict[str, Dissection]) -> None:
 
 
 def test_units_without_a_gain_for_any_concept_are_not_among_the_best(broden: Broden, found: dict[str, Dissection]) -> None:
-    """One of four units is constant, so the 20 best are fewer. A rank that is no label must not be looked up."""
+    """One of four units is constant, so the 20 best are fewer. A rank without a label must not be looked up."""
     summary = summarize_concepts(found)
     assert {row.unit for row in summary.best[UNITS]} == {0, 1, 2} - {row.unit for row in found[UNITS].best("gain") if row.index < 0}
     assert all(row.label and row.encodes is bool(found[UNITS].encoded(0.9)[row.unit].any()) for row in summary.best[UNITS][:1])
