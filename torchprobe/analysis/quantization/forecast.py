@@ -131,7 +131,6 @@ def forecast(exponents: Exponents, format: str) -> Forecast:
         certain = level_edges()[1] < _smallest(kind.element) / 2
     total = float(counts.sum())
     real = counts if kind.granularity in ("tensor", "none") else counts / _weight(exponents)
-    at_top = float(of_bins[level_edges()[0] >= kind.element.largest].sum()) if kind.granularity == "block16" else 0.0
     doubt = _doubt(exponents, of_bins, certain, real) or _exact_doubt(kind.granularity, of_bins)
     under, over = (float((counts * share).sum()) / total for share in (zero, beyond))
     if kind.granularity == "block16":
