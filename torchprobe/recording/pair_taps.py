@@ -141,7 +141,7 @@ def compared_tensors(value: Any) -> list[tuple[str, Tensor]]:
     (['0', '1.0', '1.1'], ['logits', 'ids'])
     """
     first = named_tensors(value)
-    others = [(place, x) for place, x in tensors_in(value) if len([1 for _, y in first if y is x]) == 0]
+    others = [(place, x) for place, x in tensors_in(value) if all(y is not x for _, y in first)]
     return [*first, *others]
 
 

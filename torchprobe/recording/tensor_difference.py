@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,7 +131,7 @@ def difference(a: Tensor, b: Tensor) -> Difference:
             apart = gap.abs()
         largest = max(largest, float(apart.max())) if len(gap) else largest
         squares, dots, norms_b = squares + float(gap @ gap), dots + float(p @ q), norms_b + float(q @ q)
-    place = None if first is None else _place(first, tuple(a.shape))
+    place = None if first is None else tuple(int(i) for i in np.unravel_index(first, tuple(a.shape)))
     return Difference(
         elements=a.numel(),
         equal_share=equal / a.numel(),
@@ -166,15 +167,6 @@ def incomparable(x: Tensor) -> str | None:
     if x.is_quantized or packed or type(x).__name__ == "MaskedTensor":
         return f"{'quantized' if x.is_quantized else str(x.dtype).removeprefix('torch.') if packed else 'masked'} tensors are not compared"
     return None
-
-
-def _place(element: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The index of the n-th element."""
-    place: list[int] = []
-    for size in reversed(shape):
-        element, inside = divmod(element, size)
-        place.insert(0, inside)
-    return tuple(place)
 
 
 def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
