@@ -258,6 +258,8 @@ def test_a_head_of_an_array(tmp_path: Path) -> None:
             assert torch.allclose(open_head(tmp_path / where, 8).bias, torch.from_numpy(bias).float())
     np.savez(tmp_path / "named.npz", w=weight, other=bias)
     assert open_head(tmp_path / "named.npz:w", 8).bias is None
+    with pytest.raises(ValueError, match=r"named.npz:other cannot be a head: that is a weight \(classes, features\), got \(3,\)"):
+        open_head(tmp_path / "named.npz:other", 8)
     np.save(tmp_path / "t.npy", weight.T)
     with pytest.raises(ValueError, match="takes 3 features, but the representations have 8. Is it transposed"):
         open_head(tmp_path / "t.npy", 8)

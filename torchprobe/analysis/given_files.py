@@ -118,6 +118,8 @@ def open_head(file: str | os.PathLike[str], features: int) -> Head:
     arrays = open_arrays(path)
     name = "weight" if name is None and "weight" in arrays else name
     chosen = choose(arrays, path, name, "a head", lambda one: one.kind == "float" and len(one.shape) == 2 and one.shape[1] == features)
+    if len(chosen.shape) != 2:
+        raise ValueError(f"{chosen.where} cannot be a head: that is a weight (classes, features), got {tuple(chosen.shape)}")
     weight, bias = checked_rows(chosen.tensor(), chosen.where), _bias(arrays, chosen)
     if weight.shape[1] != features:
         transposed = ". Is it transposed? A head is (classes, features)" if weight.shape[0] == features else ""
@@ -215,9 +217,9 @@ def _bias(arrays: dict[str, Array], weight: Array) -> Array | None:
     """The bias that belongs to a weight, by the name of the weight. Without it, every decision would be that of another head."""
     name = next(key for key, one in arrays.items() if one is weight)
     path, dot, last = name.rpartition(".")
-    beside = [f"{path}{dot}{called}" for called in (*BIASES, *(("b",) if last in ("w", "W") else ()))]
-    found = [last.replace("weight", "bias"), f"{last}_bias"]
-    return next((arrays[key] for key in (*(f"{path}{dot}{key}" for key in found if key != last), *beside) if key in arrays), None)
+    names = [last.replace("weight", "bias")] if "weight" in last else []
+    names += [f"{last}_bias", *BIASES, *(["b"] if last in ("w", "W") else [])]
+    return next((arrays[path + dot + one] for one in names if path + dot + one in arrays), None)
 
 
 def _named(arrays: dict[str, Array], names: tuple[str, ...]) -> Array | None:
